@@ -1,0 +1,1 @@
+"""YAML recipes, found by name: `mls pretrain mls_scenes_tiny`."""

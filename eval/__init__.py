@@ -1,0 +1,1 @@
+"""Downstream evaluation of a backbone. Imports `mls`, never `mls.slurm`."""

@@ -1,0 +1,56 @@
+"""Where images come from and how they become views. The three types every other file speaks of are defined here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+
+class Source(Protocol):
+    """A numbered collection of images. The number of an image (its id) never changes between runs."""
+
+    name: str
+    class_names: list[str] | None  # None when the source has no labels
+    labels: Tensor | None  # float [images, classes] in {0, 1}: for monitoring and probing only, never for training
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes | UInt8[Tensor, "3 height width"]:
+        """The encoded file, or the pixels where the source makes them itself."""
+        ...
+
+    def describe(self, index: int) -> str:
+        """What a person needs to find the image: its path, or its place in a shard."""
+        ...
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """All ids in the order of one epoch (epochs count from 1): a pure function of its arguments."""
+        ...
+
+
+@dataclass
+class Batch:
+    """What a worker hands over: uint8 crops, and all that the device needs to finish the views."""
+
+    crops: list[UInt8[Tensor, "batch 3 size size"]]  # view 0 is the query, view 1 the key, the rest are small crops
+    boxes: list[Float[Tensor, "batch 4"]]  # where each crop lies in its image: x0 y0 x1 y1 as shares of width, height
+    ids: Int64[Tensor, "batch"]
+    epoch: int
+    unreadable: list[tuple[int, str]] = field(default_factory=list)  # (id, reason) of images that had to be replaced
+
+
+@dataclass
+class Views:
+    """What a method sees: normalised float images on the training device."""
+
+    images: list[Float[Tensor, "batch 3 size size"]]
+    boxes: list[Float[Tensor, "batch 4"]]
+    ids: Int64[Tensor, "batch"]
+
+    def to(self, device: torch.device) -> Views:
+        return Views([x.to(device) for x in self.images], [b.to(device) for b in self.boxes], self.ids.to(device))

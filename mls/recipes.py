@@ -1,0 +1,161 @@
+"""How a configuration comes about: a recipe (YAML, `base:` starts from another one), then `key=value` overrides.
+Keeps track of where every value came from. Mistakes are one sentence with the nearest valid name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mls.config import Config, check, flatten
+from mls.errors import ConfigError, unknown_name
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration and, for every key, where its value came from: "default", "FILE:LINE" or "override"."""
+
+    config: Config
+    origins: dict[str, str]
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe (a YAML file, or the name of one that ships with mls) and `key=value` overrides.
+
+    >>> load_config("mls_scenes_tiny", ["objective.k=5"]).objective.k
+    5
+    """
+    return resolve(recipe, overrides).config
+
+
+def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Resolved:
+    path = find_recipe(recipe)
+    values, origins = _read(path)
+    values.setdefault("run", {}).setdefault("recipe", path.stem)
+    node = _merge(OmegaConf.structured(Config), values, path.name)
+    for override in overrides:
+        key, separator, _ = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"'{override}' is not an override: write key=value, for example data.root=/images")
+        change = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        _check_keys(change, "the command line")
+        node = _merge(node, change, override)
+        origins[key] = "override"
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, Config)
+    check(config)
+    return Resolved(config, {key: _origin(key, origins) for key, _ in flatten(config)})
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """The inverse of `to_dict`."""
+    _check_keys(values, "the stored configuration")
+    config = OmegaConf.to_object(_merge(OmegaConf.structured(Config), values, "the stored configuration"))
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def recipes() -> list[str]:
+    """The names of the pretraining recipes that ship with mls."""
+    folder = files("mls.configs") / "pretrain"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    path = Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: give a YAML file or a recipe's name ({', '.join(recipes())})")
+    shipped = Path(str(files("mls.configs") / "pretrain" / f"{path.stem}.yaml"))
+    # A path with folders that is not there is a typing mistake, unless it is the recipe's own place in the checkout.
+    if shipped.is_file() and path.parent in (Path("."), Path("configs/pretrain")):
+        return shipped
+    if path.suffix in (".yaml", ".yml"):
+        raise ConfigError(f"there is no file {path}: give a YAML file or a recipe's name ({', '.join(recipes())})")
+    raise unknown_name("recipe", str(recipe), recipes())
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a recipe and the line of every key; `base: NAME` starts from another recipe."""
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text) or {}
+        node = yaml.compose(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections such as `data:` and `optim:`")
+    origins = {key: f"{path.name}:{line}" for key, line in _lines(node)}
+    base = values.pop("base", None)
+    origins.pop("base", None)
+    _check_keys(values, path.name)
+    if base is not None:
+        beside = path.parent / f"{base}.yaml"
+        base_values, base_origins = _read(beside if beside.is_file() else find_recipe(base))
+        values = OmegaConf.to_container(OmegaConf.merge(base_values, values))
+        origins = base_origins | origins
+    return values, origins
+
+
+def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        if isinstance(value, yaml.MappingNode):
+            yield from _lines(value, f"{prefix}{key.value}.")
+        else:
+            yield f"{prefix}{key.value}", key.start_mark.line + 1
+
+
+def _origin(key: str, origins: Mapping[str, str]) -> str:
+    inside = [origin for name, origin in origins.items() if name == key or name.startswith(f"{key}.")]
+    return inside[-1] if inside else "default"
+
+
+def _check_keys(values: Mapping[Any, Any], where: str) -> None:
+    """One sentence with the nearest valid name for a key that does not exist."""
+    known = [key for key, _ in flatten(Config())]
+    sections = {key.rpartition(".")[0] for key in known}
+
+    def walk(node: Mapping[Any, Any], prefix: str) -> None:
+        for name, value in node.items():
+            key = f"{prefix}{name}"
+            if key in known:
+                continue
+            if key not in sections:
+                raise ConfigError(f"unknown key '{key}' in {where}{_nearest(key, known, sections)}")
+            if isinstance(value, Mapping):
+                walk(value, f"{key}.")
+            elif value is not None:
+                raise ConfigError(f"'{key}' in {where} is a section, not a value: set one of its keys")
+
+    walk(values, "")
+
+
+def _nearest(key: str, known: Sequence[str], sections: set[str]) -> str:
+    leaf = key.rpartition(".")[2]
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
+    near = same_leaf or get_close_matches(key, [*known, *sorted(sections)], n=1, cutoff=0.6)
+    if not near:
+        section = key.partition(".")[0]
+        near = [name for name in known if get_close_matches(leaf, [name.rpartition(".")[2]], cutoff=0.7)]
+        near = [name for name in near if name.startswith(f"{section}.")] or near
+    return f": did you mean '{near[0]}'?" if near else ": `mls config` lists the keys"
+
+
+def _merge(node: Any, values: Mapping[str, Any], where: str) -> Any:
+    try:
+        return OmegaConf.merge(node, values)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(f"{where}: {key + ': ' if key and key not in where else ''}{reason}") from None

@@ -1,0 +1,1 @@
+"""Launching on clusters. Imports `mls`, never `mls.eval`; it runs a `module:function` with plain arguments."""

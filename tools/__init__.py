@@ -1,0 +1,1 @@
+"""The front door: the `mls` command, one small file per sub-command."""
