@@ -93,7 +93,7 @@ class MatchingConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    method: Literal["mls", "moco_v2", "knn_moco"] = "mls"
+    method: Literal["mls", "moco_v2", "knn_moco", "supervised"] = "mls"  # the last is a control
     temperature: float = 0.2
     k: int = 20
     weight: float = 0.5  # the paper's lambda

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -11,12 +11,17 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 
+@runtime_checkable
 class Source(Protocol):
     """A numbered collection of images. The number of an image (its id) never changes between runs."""
 
     name: str
     class_names: list[str] | None  # None when the source has no labels
-    labels: Tensor | None  # float [images, classes] in {0, 1}: for monitoring and probing only, never for training
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Float [images, classes] in {0, 1}, made when first asked for: for monitoring and probing, never to train."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -42,6 +47,11 @@ class Batch:
     ids: Int64[Tensor, "batch"]
     epoch: int
     unreadable: list[tuple[int, str]] = field(default_factory=list)  # (id, reason) of images that had to be replaced
+
+    def pin_memory(self) -> Batch:
+        """Called by the DataLoader, so that copies to the GPU do not wait."""
+        crops, boxes = [c.pin_memory() for c in self.crops], [b.pin_memory() for b in self.boxes]
+        return Batch(crops, boxes, self.ids.pin_memory(), self.epoch, self.unreadable)
 
 
 @dataclass

@@ -1,0 +1,108 @@
+"""The order of the images and the way they come: which ids make up which step is a pure function of (seed, step), so
+processes, workers and a resume change nothing. Also accounts for the time the training waited."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from mls.config import Config
+from mls.data import Batch, Source
+from mls.data.crops import CropDataset
+from mls.distributed import Process
+from mls.errors import ConfigError, DataError
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Hands out this process' (epoch, id) lists, one a micro-batch, from a step on to the end of training."""
+
+    def __init__(self, source: Source, config: Config, process: Process, first: int, last: int) -> None:
+        self.source, self.seed = source, config.run.seed
+        self.first, self.last = first, last
+        self.batch = config.data.batch_size
+        self.steps_per_epoch = steps_per_epoch(source, config)
+        parts = process.world * config.engine.accumulate
+        if self.batch % parts:
+            raise ConfigError(
+                f"data.batch_size {self.batch} does not divide into {process.world} processes × "
+                f"engine.accumulate {config.engine.accumulate}: change one of them"
+            )
+        self.part = self.batch // parts
+        self.slots = [process.rank + world_step * process.world for world_step in range(config.engine.accumulate)]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = 0, None
+        for step in range(self.first, self.last + 1):
+            now, place = divmod(step - 1, self.steps_per_epoch)
+            if now + 1 != epoch or order is None:
+                epoch, order = now + 1, self.source.order(self.seed, now + 1)
+            ids = order[place * self.batch : (place + 1) * self.batch]
+            for slot in self.slots:
+                yield [(epoch, int(i)) for i in ids[slot * self.part : (slot + 1) * self.part]]
+
+    def __len__(self) -> int:
+        return (self.last - self.first + 1) * len(self.slots)
+
+
+def steps_per_epoch(source: Source, config: Config) -> int:
+    """The last, incomplete batch of an epoch is left out."""
+    count = len(source) // config.data.batch_size
+    if count == 0:
+        raise DataError(
+            f"{source.name} has {len(source)} images, fewer than one batch: "
+            f"lower data.batch_size ({config.data.batch_size}) to {len(source)} or less"
+        )
+    return count
+
+
+def workers_for(config: Config) -> int:
+    if config.data.workers is not None:
+        return config.data.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
+class Loader:
+    """Iterates over micro-batches; `waited` is the time since it was last read that the training stood waiting."""
+
+    def __init__(
+        self,
+        source: Source,
+        config: Config,
+        process: Process,
+        first: int,
+        last: int,
+        on_worker_start: Callable[[int], None] | None = None,
+    ) -> None:
+        workers = workers_for(config)
+        self.waited = 0.0
+        self.batches = DataLoader(
+            CropDataset(source, config.augment, config.run.seed),
+            batch_sampler=StepSampler(source, config, process, first, last),
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=process.device.type == "cuda",
+            persistent_workers=workers > 0,
+            prefetch_factor=4 if workers else None,
+            worker_init_fn=on_worker_start if workers else None,
+            generator=torch.Generator(),  # its own, so that the global stream stays untouched
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch

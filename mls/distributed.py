@@ -1,0 +1,117 @@
+"""Processes: who am I, gather, agree. With one process everything here is the identity, so nobody else asks."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
+
+from mls.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True)
+class Process:
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+def start(device: str = "auto", timeout_minutes: int = 30) -> Process:
+    """Join the other processes, if a launcher (torchrun, SLURM) started several. Ranks come from the environment."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("engine.device is cuda but torch sees no GPU: use engine.device=cpu, or install a CUDA torch")
+    use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if use_cuda and local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {local} of this machine has no GPU of its own ({torch.cuda.device_count()} present): "
+            "start as many processes as there are GPUs"
+        )
+    place = torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(place)
+    if world > 1 and not dist.is_initialized():
+        try:
+            dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
+        except (RuntimeError, ValueError) as error:
+            raise UserError(_why_not(error)) from error
+    return Process(rank(), dist.get_world_size() if dist.is_initialized() else 1, place)
+
+
+def _why_not(error: Exception) -> str:
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return f"port {where} is in use by another job: start torchrun with another --master-port, or with --standalone"
+    return f"the processes could not meet at {where}: {str(error).splitlines()[0]}"
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world() > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def gather(tensors: Sequence[Shaped[Tensor, "batch ..."]]) -> list[Shaped[Tensor, "world_batch ..."]]:
+    """Concatenate each tensor over all processes, in rank order: one collective for all of them, whatever their types.
+
+    Every process must bring the same shapes. No gradient flows.
+    """
+    if world() == 1:
+        return [tensor.detach() for tensor in tensors]
+    rows = [tensor.detach().reshape(len(tensor), -1).contiguous() for tensor in tensors]
+    packed = torch.cat([row.view(torch.uint8) for row in rows], dim=1)
+    out = packed.new_empty((world() * len(packed), packed.shape[1]))
+    dist.all_gather_into_tensor(out, packed)
+    parts = out.split([row.shape[1] * row.element_size() for row in rows], dim=1)
+    return [
+        part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
+        for part, tensor in zip(parts, tensors, strict=True)
+    ]
+
+
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of each value over all processes: how they agree on a flag."""
+    if world() == 1:
+        return list(values)
+    agreed = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(agreed, dist.ReduceOp.MAX)
+    return agreed.tolist()
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over all processes."""
+    if world() > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM)
+        tensor /= world()
+    return tensor
+
+
+def from_main(value: Any) -> Any:
+    """A plain Python value as rank 0 has it."""
+    if world() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -1,0 +1,62 @@
+"""Training a run: `pretrain(config)`, `resume(run)`, and `run(run_folder)` for launchers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mls import distributed
+from mls.config import Config, to_yaml
+from mls.engine.run import Run
+from mls.engine.trainer import Trainer
+from mls.files import write_atomically
+from mls.recipes import load_config
+
+__all__ = ["Run", "Trainer", "pretrain", "resume", "run"]
+
+
+def pretrain(config: Config, quiet: bool = False) -> Run:
+    """Train from scratch in a new run folder. Under torchrun every process calls this."""
+    process = distributed.start(config.engine.device)
+    # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
+    made = _on_main(lambda: str(Run.create(config).path), process)
+    return run(made, quiet=quiet)
+
+
+def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
+    """Go on from a run's last checkpoint. Overrides may change only what does not change the result."""
+    path = folder.path if isinstance(folder, Run) else Run.open(folder).path
+    if overrides:
+        config = load_config(path / "config.yaml", overrides)
+        process = distributed.start(config.engine.device)
+        Trainer.check_resume(config, Run(path))
+        _on_main(lambda: write_atomically(path / "config.yaml", to_yaml(config).encode()), process)
+        distributed.barrier()
+    return run(path, quiet=quiet)
+
+
+def run(folder: str | Path, quiet: bool = False) -> Run:
+    """Train the run in `folder` to its end: from scratch, or from its last checkpoint. What a launcher calls.
+
+    A finished run returns at once. Raises `mls.errors.Stopped` when a signal stopped it (everything is saved).
+    """
+    this = Run.open(folder)
+    if this.done:
+        return this
+    config = this.config
+    process = distributed.start(config.engine.device)
+    Trainer(config, this, process, quiet=quiet).train()
+    return this
+
+
+def _on_main(action, process: distributed.Process):
+    result, error = None, None
+    if process.main:
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+    result, error = distributed.from_main((result, error))
+    if error is not None:
+        raise error
+    return result

@@ -1,0 +1,40 @@
+"""A signal sets a flag; the trainer asks for it at a step boundary, saves and leaves. Nothing happens in a handler."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from mls.errors import EXIT_INTERRUPTED, EXIT_SAVED
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT") if hasattr(signal, name))
+
+
+class StopFlag:
+    """`exit_code` is 0 until SIGTERM, SIGUSR2 or Ctrl-C arrives. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.exit_code = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._set) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.exit_code == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
+        self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_SAVED
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Data workers share the terminal's Ctrl-C and a job's SIGTERM; the training process stops them itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

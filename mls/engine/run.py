@@ -1,0 +1,97 @@
+"""A run is a folder. This file knows its layout, nobody else does."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mls.config import Config, differences, runs_root, to_yaml
+from mls.errors import CheckpointError, UserError
+from mls.files import write_atomically
+from mls.monitor.log import read_metrics
+from mls.recipes import load_config
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder with `config.yaml`, `metrics.jsonl`, `checkpoints/`, `backbone.safetensors`, `DONE`."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Config:
+        return load_config(self.path / "config.yaml")
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "DONE").is_file()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path / "metrics.jsonl")
+
+    def last(self, name: str) -> float | None:
+        """The last value of a metric."""
+        values = [row[name] for row in self.metrics() if row.get(name) is not None]
+        return values[-1] if values else None
+
+    @classmethod
+    def create(cls, config: Config) -> Run:
+        root = runs_root(config)
+        name = config.run.name or _fresh_name(config)
+        path = root / name
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            raise UserError(
+                f"{path} exists already: choose another run.name, or go on with `mls pretrain --resume {path}`"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {path}: {error.strerror}; set run.root or $MLS_RUNS") from None
+        write_atomically(path / "config.yaml", to_yaml(config).encode())
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        path = Path(path).expanduser()
+        if not path.is_dir() and (Path(os.environ.get("MLS_RUNS", "runs")) / path).is_dir():
+            path = Path(os.environ.get("MLS_RUNS", "runs")) / path
+        if not (path / "config.yaml").is_file():
+            raise UserError(f"{path} is not a run folder (it has no config.yaml): give the folder that a run printed")
+        return cls(path)
+
+
+def _fresh_name(config: Config) -> str:
+    salt = f"{time.time_ns()}{os.getpid()}{to_yaml(config)}"
+    return f"{config.run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{hashlib.sha256(salt.encode()).hexdigest()[:4]}"
+
+
+# What may change between a checkpoint and its resume, because it changes nothing that is computed.
+FREE = ("run.name", "run.root", "run.recipe", "data.root", "data.annotations", "data.workers", "data.max_unreadable")
+FREE += ("engine.device", "engine.threads", "engine.checkpoint_every", "engine.keep_last", "engine.milestone_epochs")
+FREE += ("engine.max_steps", "engine.max_bad_steps", "engine.compile")
+
+
+def refuse_another_configuration(stored: Config, now: Config, where: Path) -> None:
+    changed = [
+        f"{key} ({before} there, {after} now)"
+        for key, before, after in differences(stored, now)
+        if key not in FREE and not key.startswith("monitor.")
+    ]
+    if changed:
+        raise CheckpointError(
+            f"the checkpoint in {where} belongs to another configuration: {', '.join(changed)}; "
+            "set these back, or start a new run"
+        )

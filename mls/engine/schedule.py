@@ -1,0 +1,20 @@
+"""Schedules as pure functions of the step (counted from 1): nothing to save, nothing to reset on resume."""
+
+import math
+
+
+def cosine(step: int, total: int, warmup: int = 0, final: float = 0.0) -> float:
+    """The share of the peak learning rate at a step: linear warm-up, then a cosine down to `final`.
+
+    >>> [round(cosine(step, total=4), 3) for step in (1, 2, 3, 4)]
+    [1.0, 0.854, 0.5, 0.146]
+    """
+    if step <= warmup:
+        return step / warmup
+    progress = (step - 1 - warmup) / max(1, total - warmup)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def epoch_of(step: int, steps_per_epoch: int) -> int:
+    """The epoch a step belongs to; both count from 1."""
+    return (step - 1) // steps_per_epoch + 1

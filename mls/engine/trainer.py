@@ -1,0 +1,394 @@
+"""The loop: one for CPU, one GPU and many. It knows nothing of the method but its contract (methods/base.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import mls
+from mls import distributed, methods
+from mls.config import Config, to_dict
+from mls.data import Batch
+from mls.data.augment import Augment
+from mls.data.loader import Loader, steps_per_epoch
+from mls.data.sources import build_source
+from mls.distributed import Process
+from mls.engine import optim
+from mls.engine.checkpoint import Checkpoints
+from mls.engine.preempt import StopFlag, leave_signals_to_the_parent
+from mls.engine.run import Run, refuse_another_configuration
+from mls.engine.schedule import cosine, epoch_of
+from mls.errors import ConfigError, DataError, DivergedError, Stopped
+from mls.files import write_atomically
+from mls.methods.base import StepOutput, gradient_norms
+from mls.models import build_pair, save_backbone
+from mls.monitor.health import health
+from mls.monitor.knn import OnlineKnn
+from mls.monitor.labels import label_quality
+from mls.monitor.log import MetricsLog
+from mls.monitor.progress import TrainingProgress
+from mls.recipes import from_dict
+
+MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
+
+
+class Trainer:
+    def __init__(self, config: Config, run: Run, process: Process, quiet: bool = False) -> None:
+        if config.engine.threads:
+            torch.set_num_threads(config.engine.threads)
+        if config.engine.precision == "fp16" and process.device.type == "cpu":
+            raise ConfigError("engine.precision=fp16 needs a GPU: use engine.precision=bf16 or fp32 on a CPU")
+        self.config, self.run, self.process, self.quiet = config, run, process, quiet
+        self.source = build_source(config.data)
+        self.steps_per_epoch = steps_per_epoch(self.source, config)
+        self.total = config.optim.epochs * self.steps_per_epoch
+
+        pair = build_pair(config.model, config.run.seed, config.engine.precision).to(process.device)
+        if config.engine.channels_last:
+            pair = pair.to(memory_format=torch.channels_last)
+        labels = None
+        if self.source.class_names is not None and len(self.source) * len(self.source.class_names) <= MOST_LABELS:
+            labels = self.source.labels
+        labels = None if labels is None else labels.to(process.device)
+        self.method = methods.build(config, pair, labels).to(process.device)
+        self.method.dictionary.to(process.device)
+        self.optimizer = optim.build(config, self.method)
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=config.engine.precision == "fp16")
+        self.augment = Augment(config.augment, config.run.seed, process.device, config.engine.channels_last)
+        if config.engine.compile:
+            pair.query.compile()
+            pair.key.compile()
+        # Parameters are equal by construction and buffers are each process' own: DDP only has to average gradients.
+        self.forward: torch.nn.Module = self.method
+        if process.world > 1:
+            self.forward = DistributedDataParallel(self.method, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+        self.checkpoints = Checkpoints(run.checkpoints, config.engine.keep_last)
+        self.step = 0  # steps taken
+        self.window = Window()
+        self.unreadable: list[tuple[int, str]] = []
+        self.bad_in_a_row = 0
+        self.bad_steps = 0
+        self.log_offset = 0
+        self.restore()
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopFlag())
+            self.progress = stack.enter_context(
+                TrainingProgress(self.total, self.step, self.run.name, show=self.process.main and not self.quiet)
+            )
+            self.open_log(stack)
+            self.knn = OnlineKnn.build(self.config, self.source) if self.process.main else None
+            self.introduce()
+            last = min(self.total, self.config.engine.max_steps or self.total)
+            loader = Loader(
+                self.source, self.config, self.process, self.step + 1, last, on_worker_start=leave_signals_to_the_parent
+            )
+            batches = iter(loader)
+            self.window.restart_clock()
+            while self.step < last:
+                micro_batches = [next(batches) for _ in range(self.config.engine.accumulate)]
+                self.window.waited += loader.waited
+                loader.waited = 0.0
+                exit_code = self.train_step(micro_batches, stop)
+                self.after_step()
+                if exit_code:
+                    self.save()
+                    raise Stopped(self.farewell("a signal came"), exit_code)
+            self.finish(last)
+
+    def train_step(self, micro_batches: list[Batch], stop: StopFlag) -> int:
+        """One optimizer update; returns the exit code that some process was asked to stop with, or 0."""
+        self.step += 1
+        epoch = epoch_of(self.step, self.steps_per_epoch)
+        optim.set_lr(self.optimizer, self.lr(self.step))
+        if isinstance(self.method, methods.MLS):
+            self.method.warming_up = self.step <= self.config.objective.warmup_epochs * self.steps_per_epoch
+        self.optimizer.zero_grad(set_to_none=True)
+        logging = self.step % self.config.monitor.log_every == 0
+
+        outputs: list[StepOutput] = []
+        for number, batch in enumerate(micro_batches):
+            self.note_unreadable(batch)
+            views = self.augment(batch)
+            with self.no_sync_until_last(number, len(micro_batches)):
+                out = self.forward(views)
+                if logging and number == 0:
+                    self.window.pulls = gradient_norms(out)
+                self.scaler.scale(out.loss / len(micro_batches)).backward()
+            outputs.append(out)
+
+        # The one place where the CPU waits for the device: all processes agree on skipping and on stopping.
+        # (fp16's scaler skips overflowing steps itself, so there only the loss is looked at.)
+        finite = bool(torch.isfinite(self.loss_and_gradient(outputs)).all())
+        bad, exit_code = distributed.largest([float(not finite), float(stop.exit_code)], self.process.device)
+        if bad:
+            self.skip_step(epoch, micro_batches)
+        else:
+            self.bad_in_a_row = 0
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if logging and self.process.main:
+                self.window.labels = self.label_quality(outputs[0])
+            self.method.after_step(outputs)
+            self.window.add(outputs)
+        return int(exit_code)
+
+    def after_step(self) -> None:
+        step, monitor = self.step, self.config.monitor
+        epoch = epoch_of(step, self.steps_per_epoch)
+        epoch_ends = step % self.steps_per_epoch == 0
+        values: dict[str, float] = {}
+        if step % monitor.log_every == 0:
+            values |= self.measurements()
+        if self.process.main:
+            if step % monitor.health_every == 0 and len(self.method.dictionary):
+                values |= health(self.method.dictionary.rows())
+            if epoch_ends and self.knn is not None and epoch % monitor.knn_every_epochs == 0:
+                values |= self.knn(self.method.pair.query.backbone, self.process.device)
+            if values:
+                self.log.write(step, epoch, values)
+                self.show(step, epoch, values)
+            self.progress.step(step)
+        every = self.config.engine.milestone_epochs
+        milestone = bool(every) and epoch_ends and epoch % every == 0
+        if step % self.config.engine.checkpoint_every == 0 or milestone:
+            self.save(milestone)
+
+    def finish(self, last: int) -> None:
+        if self.step not in self.checkpoints.steps():
+            self.save()
+        if last < self.total:
+            raise Stopped(self.farewell(f"engine.max_steps={last} is reached"), 0)
+        if self.process.main:
+            write_atomically(self.run.path / "DONE", f"{self.step} steps\n".encode())
+        distributed.barrier()
+
+    def farewell(self, why: str) -> str:
+        go_on = f"`mls pretrain --resume {self.run.path}` goes on"
+        return f"{why}: stopped after step {self.step} of {self.total}, everything is saved; {go_on}"
+
+    # ------------------------------------------------------------------------------------------------ one step's parts
+
+    def lr(self, step: int) -> float:
+        warmup = round(self.config.optim.warmup_epochs * self.steps_per_epoch)
+        return optim.scaled_lr(self.config) * cosine(step, self.total, warmup, self.config.optim.final_lr)
+
+    def no_sync_until_last(self, number: int, count: int) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(self.forward, DistributedDataParallel) and number < count - 1:
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
+
+    def loss_and_gradient(self, outputs: list[StepOutput]) -> Tensor:
+        values = [out.loss.detach() for out in outputs]
+        if not self.scaler.is_enabled():
+            grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            values.append(torch.nn.utils.get_total_norm(grads))
+            self.window.gradient = values[-1]
+        return torch.stack(values)
+
+    def skip_step(self, epoch: int, micro_batches: list[Batch]) -> None:
+        self.bad_steps += 1
+        self.bad_in_a_row += 1
+        row = {"step": self.step, "epoch": epoch, "rank": self.process.rank}
+        row["ids"] = [int(i) for batch in micro_batches for i in batch.ids]
+        with open(self.run.path / f"skipped.{self.process.rank}.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.progress.say(f"step {self.step} gave a non-finite loss or gradient: skipped, image ids in skipped.*.jsonl")
+        if self.bad_in_a_row >= self.config.engine.max_bad_steps:
+            raise DivergedError(
+                f"{self.bad_in_a_row} non-finite steps in a row up to step {self.step}: lower optim.lr, add "
+                "optim.warmup_epochs or use engine.precision=fp32, then resume from the last checkpoint"
+            )
+
+    def note_unreadable(self, batch: Batch) -> None:
+        for image, reason in batch.unreadable:
+            if image in (known for known, _ in self.unreadable):
+                continue
+            self.unreadable.append((image, reason))
+            with open(self.run.path / "unreadable.txt", "a", errors="surrogateescape") as file:
+                file.write(reason + "\n")
+            self.progress.say(f"skipped an image that cannot be read: {reason}")
+        limit = self.config.data.max_unreadable * len(self.source)
+        if len(self.unreadable) > limit:
+            raise DataError(
+                f"{len(self.unreadable)} of {len(self.source)} images cannot be read (listed in "
+                f"{self.run.path / 'unreadable.txt'}): repair them, or raise data.max_unreadable"
+            )
+
+    # ------------------------------------------------------------------------------------------------ what is measured
+
+    def label_quality(self, out: StepOutput) -> dict[str, float]:
+        labels = self.method.image_labels
+        if labels is None or out.matched_ids is None or out.query_ids is None:
+            return {}
+        return label_quality(labels, out.query_ids, out.matched_ids, self.method.dictionary.rows().ids)
+
+    def measurements(self) -> dict[str, float]:
+        dictionary = self.method.dictionary
+        values = self.window.read()
+        values["lr"] = self.lr(self.step)
+        values["dictionary/fill"] = len(dictionary) / self.config.dictionary.size
+        values["skipped_steps"] = float(self.bad_steps)
+        values["unreadable_images"] = float(len(self.unreadable))
+        values["images_per_second"] = self.config.data.batch_size * values.pop("steps_per_second")
+        if self.process.device.type == "cuda":
+            values["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**30
+        return values
+
+    def show(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        names = {"loss/info_nce": "info_nce", "loss/multi_label": "multi_label", "dictionary/fill": "dictionary"}
+        names |= {"labels/overlap": "overlap", "knn/map": "kNN mAP", "knn/top1": "kNN top-1"}
+        numbers = {short: f"{values[name]:.3f}" for name, short in names.items() if name in values}
+        for loss in ("info_nce", "multi_label"):
+            if loss in numbers:
+                numbers[loss] += f" (chance {values['chance/' + loss]:.2f})"
+        if "labels/overlap" in values:
+            numbers["overlap"] += f" (chance {values['labels/overlap_chance']:.2f})"
+        if "images_per_second" in values:
+            numbers["img/s"] = f"{values['images_per_second']:.0f}"
+            numbers["data wait"] = f"{values['data_wait']:.0%}"
+        self.progress.update(step, epoch, numbers)
+
+    def introduce(self) -> None:
+        config = self.config
+        scaled = optim.scaled_lr(config)
+        words = [
+            f"{self.run.path}",
+            f"{len(self.source)} images from {self.source.name}, {self.steps_per_epoch} steps an epoch, "
+            f"{self.total} steps, on {self.process.world} × {self.process.device.type} in {config.engine.precision}",
+            f"learning rate {scaled:g} ({config.optim.lr:g} per 256 images, batch {config.data.batch_size})",
+        ]
+        if self.method.key_norm.note:
+            words.append(self.method.key_norm.note)
+        if self.step:
+            words.append(f"resumed after step {self.step}")
+        elif isinstance(self.method, methods.MLS) and not self.method.warming_up:
+            filled = math.ceil(config.objective.k / config.data.batch_size)
+            words.append(f"no multi-label term until the dictionary holds k rows (from step {filled + 1})")
+        for sentence in words:
+            self.progress.say(sentence)
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "step": self.step,
+            "config": to_dict(self.config),
+            "method": self.method.state_dict(),
+            "dictionary": self.method.dictionary.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "window": self.window.state_dict(),
+            "log_offset": self.log_offset,
+            "unreadable": self.unreadable,
+            "bad_steps": self.bad_steps,
+            "versions": {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.method.load_state_dict(state["method"])
+        self.method.dictionary.load_state_dict(state["dictionary"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.window.load_state_dict(state["window"])
+        self.log_offset = state["log_offset"]
+        self.unreadable = [(image, reason) for image, reason in state["unreadable"]]
+        self.bad_steps = state["bad_steps"]
+
+    def save(self, milestone: bool = False) -> None:
+        """Rank 0 writes; the others wait, so that no process is steps ahead when the writing fails."""
+        error: Exception | None = None
+        if self.process.main:
+            try:
+                self.log_offset = self.log.offset()
+                self.checkpoints.save(self.step, self.state_dict(), milestone)
+                self.export_backbone()
+            except Exception as caught:
+                error = caught
+        (failed,) = distributed.largest([float(error is not None)], self.process.device)
+        if error is not None:
+            raise error
+        if failed:
+            raise Stopped("rank 0 could not save", 1)
+
+    def export_backbone(self) -> None:
+        card = {"architecture": self.config.model.backbone, "method": self.config.objective.method}
+        card |= {"step": self.step, "epochs": self.step / self.steps_per_epoch, "run": self.run.name}
+        card["versions"] = {"mls": mls.__version__, "torch": str(torch.__version__)}
+        card["config"] = to_dict(self.config)
+        save_backbone(self.run.path, self.method.pair.query.backbone, card, self.config.augment)
+
+    def restore(self) -> None:
+        state = self.checkpoints.newest(warn=lambda text: print(text, flush=True))
+        if state is not None:
+            refuse_another_configuration(from_dict(state["config"]), self.config, self.run.checkpoints)
+            self.load_state_dict(state)
+
+    @staticmethod
+    def check_resume(config: Config, run: Run) -> None:
+        """Refuse a changed configuration before it replaces the stored one."""
+        state = Checkpoints(run.checkpoints, 1).newest()
+        if state is not None:
+            refuse_another_configuration(from_dict(state["config"]), config, run.checkpoints)
+
+    def open_log(self, stack: contextlib.ExitStack) -> None:
+        if not self.process.main:
+            return
+        self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, to_dict(self.config))
+        stack.callback(self.log.close)
+        self.log.rewind(self.log_offset)
+
+
+class Window:
+    """Means since the last log line, kept on the device; reading them is what makes the CPU wait."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.pulls: dict[str, float] = {}
+        self.labels: dict[str, float] = {}
+        self.gradient: Tensor | None = None
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
+
+    def add(self, outputs: list[StepOutput]) -> None:
+        self.steps += 1
+        for out in outputs:
+            for name, value in out.scalars.items():
+                self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        values = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        values |= {f"gradient/{name}": norm for name, norm in self.pulls.items()} | self.labels
+        if self.gradient is not None:
+            values["gradient/norm"] = float(self.gradient)
+        spent = time.perf_counter() - self.began
+        values["steps_per_second"] = self.steps / spent
+        values["data_wait"] = self.waited / spent
+        self.sums, self.counts, self.pulls, self.labels = {}, {}, {}, {}
+        self.restart_clock()
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {name: float(total) for name, total in self.sums.items()}, "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums = {name: torch.tensor(total) for name, total in state["sums"].items()}
+        self.counts = dict(state["counts"])

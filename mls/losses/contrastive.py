@@ -1,0 +1,72 @@
+"""Losses in which classes compete for one softmax: InfoNCE (one positive, a function of embeddings) and the multi-label
+softmax (several positives, a loss on logits)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64, Num
+from torch import Tensor
+
+from mls.losses import Loss, at_least_fp32, register
+
+
+def info_nce(
+    query: Float[Tensor, "batch dim"],
+    key: Float[Tensor, "batch dim"],
+    negatives: Float[Tensor, "negatives dim"],
+    temperature: float,
+    mask: Bool[Tensor, "batch negatives"] | None = None,
+) -> Float[Tensor, ""]:
+    """InfoNCE as in MoCo (https://arxiv.org/abs/1911.05722, Eq. 1); all vectors have unit length.
+
+        -log( exp(q.k / t) / (exp(q.k / t) + sum_n exp(q.n / t)) ), the mean over the batch
+
+    Where `mask` is True a negative is left out. Without negatives the loss is 0.
+
+    >>> query, key = F.normalize(torch.randn(8, 16)), F.normalize(torch.randn(8, 16))
+    >>> bool(info_nce(query, key, negatives=F.normalize(torch.randn(32, 16)), temperature=0.2) > 0)
+    True
+    """
+    query, key, negatives = at_least_fp32(query), at_least_fp32(key), at_least_fp32(negatives)
+    with torch.autocast(query.device.type, enabled=False):  # it would turn the product to half precision
+        own = (query * key).sum(dim=1, keepdim=True)  # [batch, 1]
+        others = query @ negatives.T  # [batch, negatives]
+        if mask is not None:
+            others = others.masked_fill(mask, -torch.inf)
+        logits = torch.cat([own, others], dim=1) / temperature
+        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64, device=query.device))
+
+
+@register("softmax")
+class Softmax(Loss):
+    """Softmax with several positives; with neighbours as labels it is the kNN softmax of Van Gansbeke et al.
+    (https://arxiv.org/abs/2106.05967), Eq. 10 and 14 of the MLS supplement.
+
+        -1/|P| sum_{i in P} log softmax(x)_i        x [batch, classes], P = the sample's positives
+
+    The denominator holds all classes, the positives too; 0 and -1 are both negatives. "mean" is over the samples that
+    have positives (0 if none has); "none" gives [batch], 0 for a sample without.
+
+    >>> logits = torch.zeros(2, 4, requires_grad=True)
+    >>> loss = Softmax()(logits, labels=torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]))
+    >>> round(loss.item(), 4)  # log 4; the second sample does not count
+    1.3863
+    """
+
+    elementwise = False
+
+    def forward(
+        self,
+        logits: Float[Tensor, "batch classes"],
+        labels: Num[Tensor, "batch classes"],
+        pseudo: Float[Tensor, "batch classes"] | None = None,
+        index: Int64[Tensor, "batch"] | None = None,
+    ) -> Tensor:
+        positive = labels > 0
+        count = positive.sum(dim=1)  # [batch]
+        log_share = F.log_softmax(self.scaled(logits), dim=1)  # [batch, classes]
+        loss = -log_share.masked_fill(~positive, 0.0).sum(dim=1) / count.clamp(min=1)  # [batch]
+        if self.reduction == "none":
+            return loss
+        return loss.sum() / (count > 0).sum().clamp(min=1) if self.reduction == "mean" else loss.sum()

@@ -1,0 +1,59 @@
+"""The contract between a method and the trainer: forward has no side effects, state moves in `after_step` alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from mls.data import Views
+
+
+@dataclass
+class Keys:
+    """What a step adds to the dictionary: the key side of all processes' images."""
+
+    backbone: Float[Tensor, "batch features"]
+    projection: Float[Tensor, "batch projection"]
+    ids: Int64[Tensor, batch]
+    boxes: Float[Tensor, "batch 4"]
+
+
+@dataclass
+class StepOutput:
+    loss: Float[Tensor, ""]
+    keys: Keys
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # detached, for the log
+    parts: dict[str, Tensor] = field(default_factory=dict)  # the loss' parts, with gradient
+    outputs: list[Tensor] = field(default_factory=list)  # where the gradient of a part is measured: z1 (and g1)
+    matched_ids: Int64[Tensor, "batch k"] | None = None  # images behind the matched rows, for monitoring
+    query_ids: Int64[Tensor, batch] | None = None
+
+
+class Method(nn.Module):
+    """A pretraining method.
+
+    >>> from mls.methods import names
+    >>> names()
+    ['knn_moco', 'mls', 'moco_v2', 'supervised']
+    """
+
+    def forward(self, views: Views) -> StepOutput:
+        raise NotImplementedError
+
+    def after_step(self, outputs: list[StepOutput]) -> None:
+        """Called once after the optimizer's step, with the output of each micro-batch."""
+        raise NotImplementedError
+
+
+def gradient_norms(out: StepOutput) -> dict[str, float]:
+    """The norm of each loss part's gradient at the network's outputs: how hard each part pulls."""
+    norms = {}
+    for name, part in out.parts.items():
+        if not part.requires_grad:
+            continue
+        grads = torch.autograd.grad(part, out.outputs, retain_graph=True, allow_unused=True)
+        norms[name] = sum((g.float().square().sum().item() for g in grads if g is not None), 0.0) ** 0.5
+    return norms

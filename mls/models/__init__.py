@@ -1,0 +1,89 @@
+"""Networks: the encoder pair of a run, and a backbone by itself for everybody else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mls.config import AugmentConfig, ModelConfig
+from mls.errors import CheckpointError, ConfigError, unknown_name
+from mls.files import write_atomically
+from mls.models import backbones
+from mls.models.heads import projection_head
+from mls.models.momentum import Encoder, EncoderPair, Precision
+from mls.streams import derive
+
+__all__ = ["Encoder", "EncoderPair", "build_pair", "load_backbone", "save_backbone"]
+
+
+def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") -> EncoderPair:
+    """The query encoder with the weights that the seed's `init` stream gives, and its copy, the key encoder."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "init"))
+        backbone = backbones.build(config.backbone)
+        width = backbone.feature_dim
+        head = projection_head(width, config.hidden or width, config.projection, config.head_norm)
+    if config.weights:
+        start_from(backbone, config.weights)
+    return EncoderPair(Encoder(backbone, head, precision))
+
+
+def start_from(backbone: nn.Module, weights: str) -> None:
+    try:
+        loaded = load_backbone(weights)
+        backbone.load_state_dict(loaded.state_dict())
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise ConfigError(f"model.weights={weights} does not fit model.backbone: {reason}") from None
+
+
+def save_backbone(folder: Path, backbone: nn.Module, card: dict[str, Any], augment: AugmentConfig) -> None:
+    """`backbone.safetensors` and `backbone.json`: all that a user of the weights has to know."""
+    from safetensors.torch import save
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    card = {
+        **card,
+        "feature_dim": backbone.feature_dim,
+        "input_size": augment.size,
+        "mean": list(augment.mean),
+        "std": list(augment.std),
+    }
+    write_atomically(folder / "backbone.safetensors", save(state))
+    write_atomically(folder / "backbone.json", json.dumps(card, indent=2).encode())
+
+
+def load_backbone(weights: str | Path) -> nn.Module:
+    """A backbone, in evaluation mode, with `.feature_dim`: from a run folder, a `.safetensors` file with its `.json`
+    beside it, or, randomly initialised, by name (`resnet50`, `resnet_tiny`, `timm:NAME`).
+
+    >>> load_backbone("resnet_tiny").feature_dim
+    128
+    """
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        path = path / "backbone.safetensors"
+        if not path.is_file():
+            raise CheckpointError(f"{path.parent} holds no backbone.safetensors: it is not a run, or saved nothing yet")
+    if not path.is_file():
+        name = str(weights)
+        if name in backbones.names() or name.startswith("timm:"):
+            return backbones.build(name).eval()
+        raise unknown_name("weights (a run folder, a .safetensors file or a backbone)", name, backbones.names())
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    card = path.with_suffix(".json")
+    if not card.is_file():
+        raise CheckpointError(f"{card} is missing: it says which architecture {path.name} belongs to")
+    try:
+        facts = json.loads(card.read_text())
+        backbone = backbones.build(facts["architecture"])
+        backbone.load_state_dict(load_file(path))
+    except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    return backbone.eval()

@@ -1,0 +1,82 @@
+"""Backbones by name: torchvision's ResNets, a tiny one for demos, any of timm's. Each maps images to one feature a
+image and says its width in `feature_dim`. Parameter names are the library's own, so exports need no renaming."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.models import resnet as torchvision_resnet
+
+from mls.errors import ConfigError, unknown_name
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
+RESNETS += ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
+
+
+def names() -> list[str]:
+    return sorted({*RESNETS, "resnet_tiny"})
+
+
+def build(name: str) -> nn.Module:
+    """A randomly initialised backbone.
+
+    >>> build("resnet18").feature_dim
+    512
+    """
+    if name == "resnet_tiny":
+        return TinyResNet()
+    if name.startswith("timm:"):
+        return _timm(name.removeprefix("timm:"))
+    if name not in RESNETS:
+        raise unknown_name("backbone", name, [*names(), "timm:NAME"])
+    model = getattr(torchvision_resnet, name)(weights=None)
+    model.feature_dim = model.fc.in_features
+    model.fc = nn.Identity()
+    return model
+
+
+def _timm(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError:
+        raise ConfigError(f'model.backbone=timm:{name} needs timm: pip install "mls[timm]"') from None
+    if not timm.is_model(name):
+        raise unknown_name("timm backbone", name, timm.list_models(f"*{name[:6]}*") or timm.list_models("resnet*"))
+    model = timm.create_model(name, pretrained=False, num_classes=0)
+    model.feature_dim = model.num_features
+    return model
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class TinyResNet(nn.Module):
+    """Three one-block stages for 32-pixel images: 0.3 million parameters, features of width 128."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.feature_dim = 4 * width
+        self.conv1 = nn.Conv2d(3, width, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = Block(width, width, 1)
+        self.layer2 = Block(width, 2 * width, 2)
+        self.layer3 = Block(2 * width, 4 * width, 2)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        x = torch.relu(self.bn1(self.conv1(images)))
+        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))

@@ -1,0 +1,42 @@
+"""The query encoder and its slowly moving average, the key encoder. The only place where the average is taken."""
+
+import copy
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "bf16", "fp16"]
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Encoder(nn.Module):
+    """Backbone and projection head: images to (g, z)."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, precision: Precision = "fp32") -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.half = HALF.get(precision)
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch projection"]]:
+        with torch.autocast(images.device.type, dtype=self.half, enabled=self.half is not None):
+            feature = self.backbone(images)
+            projection = self.head(feature)
+        return feature.float(), projection.float()  # everything after the network is done in fp32
+
+
+class EncoderPair(nn.Module):
+    def __init__(self, query: Encoder) -> None:
+        super().__init__()
+        self.query = query
+        self.key = copy.deepcopy(query)
+        self.key.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, momentum: float) -> None:
+        """key = momentum · key + (1 − momentum) · query. Batch statistics stay each encoder's own."""
+        torch._foreach_lerp_(list(self.key.parameters()), list(self.query.parameters()), 1 - momentum)

@@ -1,0 +1,95 @@
+"""Batch normalisation on the key side. A query and its key must not share batch statistics, else the network can
+find the pair by them instead of by content (MoCo, section 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mls import distributed
+
+Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class KeyNorm:
+    """Runs the key encoder under one of the modes
+
+    - shuffle: images are exchanged between the processes before the key encoder, keys are brought back after it
+    - split: images are put in random groups of `group`, each normalised by itself (what `shuffle` is with one process)
+    - sync: statistics over all processes' images
+    - none: each process' own batch
+    """
+
+    def __init__(self, mode: str, group: int) -> None:
+        self.note = ""
+        if mode == "shuffle" and distributed.world() == 1:
+            self.note = "model.key_norm=shuffle needs several processes: with one it is split (random groups of images)"
+            mode = "split"
+        self.mode = mode
+        self.group = group
+
+    def __call__(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`stream` must be the same on all processes."""
+        if self.mode == "split":
+            return self._split(encode, images, stream)
+        if self.mode == "shuffle":
+            return self._shuffle(encode, images, stream)
+        return encode(images)
+
+    def _split(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        order = torch.randperm(len(images), generator=stream).to(images.device)
+        groups = images[order].tensor_split(max(1, len(images) // self.group))
+        outputs = [encode(group.contiguous(memory_format=_format(images))) for group in groups]
+        back = order.argsort()
+        return torch.cat([g for g, _ in outputs])[back], torch.cat([z for _, z in outputs])[back]
+
+    def _shuffle(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+        own = slice(distributed.rank() * len(images), (distributed.rank() + 1) * len(images))
+        (everyone,) = distributed.gather([images])
+        order = torch.randperm(len(everyone), generator=stream).to(images.device)
+        features, projections = encode(everyone[order[own]].contiguous(memory_format=_format(images)))
+        all_features, all_projections = distributed.gather([features, projections])
+        back = order.argsort()[own]
+        return all_features[back], all_projections[back]
+
+
+def _format(images: Tensor) -> torch.memory_format:
+    channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def share_statistics(module: nn.Module) -> None:
+    """Turn every batch normalisation inside a key encoder into one over all processes. No gradient flows there, so a
+    plain reduction does, on CPU as well (torch's SyncBatchNorm is for GPUs only)."""
+    for child in module.modules():
+        if isinstance(child, nn.BatchNorm2d):
+            child.__class__ = SharedNorm2d
+        elif isinstance(child, nn.BatchNorm1d):
+            child.__class__ = SharedNorm1d
+
+
+class _SharedNorm(nn.modules.batchnorm._BatchNorm):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or distributed.world() == 1:
+            return super().forward(x)
+        dims = [d for d in range(x.dim()) if d != 1]
+        wide = x.float()
+        mean, square = distributed.mean(torch.stack([wide.mean(dims), wide.square().mean(dims)]))
+        variance = square - mean.square()
+        count = x.numel() / x.shape[1] * distributed.world()
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        return F.batch_norm(x, mean, variance, self.weight, self.bias, training=False, eps=self.eps)
+
+
+class SharedNorm2d(_SharedNorm, nn.BatchNorm2d):
+    pass
+
+
+class SharedNorm1d(_SharedNorm, nn.BatchNorm1d):
+    pass

@@ -1,0 +1,69 @@
+"""Progress for people: a live bar on a terminal, plain lines in a log file. Rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_EVERY = 5.0  # seconds between two plain lines
+
+
+class TrainingProgress:
+    """`update` at every log step; `say` prints a sentence without disturbing the bar."""
+
+    def __init__(self, total: int, start: int, title: str, show: bool) -> None:
+        self.total, self.start, self.title, self.show = total, start, title, show
+        self.console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self.bar: Progress | None = None
+        self.began = self.printed = time.monotonic()
+
+    def __enter__(self) -> TrainingProgress:
+        if self.show and self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=self.console,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task(self.title, total=self.total, completed=self.start, numbers="")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def step(self, step: int) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step)
+
+    def update(self, step: int, epoch: int, numbers: Mapping[str, str]) -> None:
+        text = "  ".join(f"{name} {value}" for name, value in numbers.items())
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, numbers=text)
+        elif self.show and (time.monotonic() - self.printed >= PLAIN_EVERY or step == self.total):
+            self.printed = time.monotonic()
+            left = (self.printed - self.began) / max(1, step - self.start) * (self.total - step)
+            self.say(f"{self.title}  epoch {epoch}  step {step}/{self.total}  eta {duration(left)}  {text}")
+
+    def say(self, text: str) -> None:
+        if self.show:
+            self.console.print(text, markup=False)
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(59), duration(3700), duration(90000)
+    ('0:59', '1:01:40', '1d 1:00:00')
+    """
+    days, rest = divmod(int(seconds), 86400)
+    hours, minutes = rest // 3600, rest % 3600 // 60
+    clock = f"{hours}:{minutes:02d}:{rest % 60:02d}" if hours or days else f"{minutes}:{rest % 60:02d}"
+    return f"{days}d {clock}" if days else clock

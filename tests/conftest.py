@@ -1,0 +1,52 @@
+"""Shared by all tests: shape annotations are checked at run time in the tensor code, and runs are small."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything imports them. Files that only shuffle folders and text gain nothing from it.
+CHECKED = ["mls.dictionary", "mls.matching", "mls.losses", "mls.methods", "mls.models", "mls.probe", "mls.metrics"]
+install_import_hook([*CHECKED, "mls.distributed", "mls.monitor.health", "mls.monitor.labels"], "beartype.beartype")
+
+TINY = """data.scenes.count=256 data.scenes.test_count=64 data.batch_size=16 dictionary.size=64 objective.k=5
+optim.epochs=3 engine.checkpoint_every=5 monitor.log_every=2 monitor.health_every=8 monitor.knn_images=128
+model.projection=16 engine.threads=1""".split()
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> list[str]:
+    """Overrides that make the tiny recipe train in seconds: 3 epochs of 16 steps."""
+    return [*TINY, f"run.root={tmp_path / 'runs'}"]
+
+
+@pytest.fixture
+def mls_command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the `mls` command as a user does, in a process of its own, and gives back what it printed."""
+
+    def call(*arguments: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command_line(*arguments, processes=processes),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )
+
+    return call
+
+
+def command_line(*arguments: str, processes: int = 1) -> list[str]:
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*python, "-m", "mls.tools", *arguments]
+
+
+@pytest.fixture
+def mls_command_line() -> Callable[..., list[str]]:
+    return command_line

@@ -1,0 +1,212 @@
+"""The engine on real small data: what it writes, what it refuses, what it skips."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mls
+import mls.config
+from mls import distributed
+from mls.data import Batch, Views
+from mls.engine import Run, Trainer
+from mls.errors import ConfigError, DataError, DivergedError, UserError
+
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+
+
+def write_images(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0)
+    for i in range(count):
+        pixels = noise.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:03d}.jpg")
+
+
+def test_ten_steps_give_the_stored_losses(tiny: list[str]) -> None:
+    """Refactoring must not move a number. After a wanted change: `python tests/mls/test_engine.py` writes them anew."""
+    run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, *TEN_STEPS]), quiet=True)
+    stored = json.loads(GOLDEN.read_text())
+    losses = [row["loss"] for row in run.metrics() if "loss" in row]
+    assert losses == pytest.approx(stored, rel=1e-3)  # other processors sum in another order
+    assert len(losses) == 10
+
+
+TEN_STEPS = ["data.batch_size=32", "data.scenes.count=160", "optim.epochs=2", "monitor.log_every=1"]
+
+
+def test_a_run_folder_holds_what_the_design_says(tiny: list[str]) -> None:
+    run = mls.pretrain(mls.load_config("mls_scenes_tiny", tiny), quiet=True)
+    assert isinstance(run, mls.Run)
+    names = {path.name for path in run.path.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "backbone.safetensors", "backbone.json", "DONE"} <= names
+    card = json.loads((run.path / "backbone.json").read_text())
+    assert (card["architecture"], card["feature_dim"], card["input_size"]) == ("resnet_tiny", 128, 32)
+    assert mls.load_backbone(run.path).feature_dim == 128
+    last = run.metrics()[-1]
+    for name in ("loss/info_nce", "chance/info_nce", "loss/multi_label", "dictionary/fill", "gradient/info_nce"):
+        assert name in last
+    for name in ("labels/overlap", "labels/overlap_chance", "knn/map", "health/backbone_rank"):
+        assert any(name in row for row in run.metrics())
+    assert mls.resume(run, quiet=True).done  # a finished run returns at once
+
+
+@pytest.mark.parametrize("method", ["moco_v2", "knn_moco"])
+def test_other_methods_train(tiny: list[str], method: str) -> None:
+    run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, f"objective.method={method}"]), quiet=True)
+    assert run.done
+
+
+def test_two_processes_hold_the_same_dictionary_after_every_step(tiny: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import hashlib
+import mls
+import mls.config
+from mls import distributed
+from mls.data import Batch, Views
+from mls.engine import Run, Trainer
+
+config = mls.load_config("mls_scenes_tiny", {tiny!r} + ["run.name=run", "optim.epochs=1"])
+process = distributed.start()
+trainer = Trainer(config, Run.create(config) if process.main else Run(mls.config.runs_root(config) / "run"), process, quiet=True)
+after_step = trainer.after_step
+
+def watched():
+    rows = trainer.method.dictionary.rows()
+    content = b"".join(tensor.numpy().tobytes() for tensor in vars(rows).values())
+    with open({str(tmp_path)!r} + f"/rank{{process.rank}}", "a") as file:
+        file.write(f"{{trainer.step}} {{len(rows.ids)}} {{hashlib.sha256(content).hexdigest()}}\\n")
+    after_step()
+
+trainer.after_step = watched
+trainer.train()
+distributed.stop()
+""")
+    import os
+    import sys
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
+    assert first == second
+    assert len(set(first.splitlines())) == 16
+
+
+def test_accumulated_micro_batches_make_one_step(tiny: list[str]) -> None:
+    config = mls.load_config("mls_scenes_tiny", [*tiny, "engine.accumulate=4", "optim.epochs=1"])
+    run = mls.pretrain(config, quiet=True)
+    assert (run.path / "DONE").read_text() == "16 steps\n"
+    assert run.last("dictionary/fill") == 1.0
+
+
+def test_broken_images_are_replaced_listed_and_limited(tmp_path: Path, tiny: list[str]) -> None:
+    write_images(tmp_path / "images", 64)
+    (tmp_path / "images" / "005.jpg").write_bytes(b"not a picture")
+    shutil.copy(tmp_path / "images" / "006.jpg", tmp_path / "images" / "broken.jpg")
+    with open(tmp_path / "images" / "broken.jpg", "r+b") as file:
+        file.truncate(300)
+    settings = [*tiny, "data.source=folder", f"data.root={tmp_path / 'images'}", "optim.epochs=1"]
+    run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*settings, "data.max_unreadable=0.1"]), quiet=True)
+    listed = (run.path / "unreadable.txt").read_text()
+    assert "005.jpg" in listed
+    assert "broken.jpg" in listed
+    assert len(listed.splitlines()) == 2
+    with pytest.raises(DataError, match="of 65 images cannot be read .*raise data.max_unreadable"):
+        mls.pretrain(mls.load_config("mls_scenes_tiny", settings), quiet=True)
+
+
+def test_mistakes_with_data_are_one_sentence(tmp_path: Path, tiny: list[str]) -> None:
+    write_images(tmp_path / "few", 3)
+    few = [*tiny, "data.source=folder", f"data.root={tmp_path / 'few'}"]
+    with pytest.raises(DataError, match=r"3 images, fewer than one batch: lower data.batch_size \(16\) to 3 or less"):
+        mls.pretrain(mls.load_config("mls_scenes_tiny", few), quiet=True)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images"):
+        mls.pretrain(mls.load_config("mls_scenes_tiny", [*few, f"data.root={tmp_path / 'empty'}"]), quiet=True)
+    with pytest.raises(UserError, match=r"is not a run folder \(it has no config.yaml\)"):
+        mls.resume(tmp_path / "few")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_a_gpu_that_is_not_there_is_one_sentence(tiny: list[str]) -> None:
+    with pytest.raises(ConfigError, match="torch sees no GPU"):
+        mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, "engine.device=cuda"]), quiet=True)
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, "engine.precision=fp16"]), quiet=True)
+
+
+def poisoned(config: mls.config.Config, steps: set[int]) -> Trainer:
+    """A trainer whose images hold a NaN at these steps."""
+    trainer = Trainer(config, Run.create(config), distributed.start("cpu"), quiet=True)
+    augment = trainer.augment
+
+    def with_nan(batch: Batch) -> Views:
+        views = augment(batch)
+        if trainer.step in steps:
+            views.images[0][0, 0, 0, 0] = torch.nan
+        return views
+
+    trainer.augment = with_nan
+    return trainer
+
+
+def test_non_finite_steps_are_skipped_counted_and_written_down(tiny: list[str]) -> None:
+    trainer = poisoned(mls.load_config("mls_scenes_tiny", [*tiny, "optim.epochs=1"]), steps={4, 5, 9})
+    trainer.train()
+    assert trainer.run.last("skipped_steps") == 3
+    assert trainer.method.dictionary.count == 13
+    skipped = [json.loads(line) for line in (trainer.run.path / "skipped.0.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in skipped] == [4, 5, 9]
+    assert all(len(row["ids"]) == 16 for row in skipped)
+    assert all(torch.isfinite(p).all() for p in trainer.method.parameters())
+
+
+def test_too_many_non_finite_steps_in_a_row_end_the_run(tiny: list[str]) -> None:
+    config = mls.load_config("mls_scenes_tiny", [*tiny, "optim.epochs=1", "engine.max_bad_steps=3"])
+    with pytest.raises(DivergedError, match="3 non-finite steps in a row up to step 6: lower optim.lr"):
+        poisoned(config, steps={4, 5, 6}).train()
+
+
+def test_a_run_is_not_overwritten(tiny: list[str]) -> None:
+    config = mls.load_config("mls_scenes_tiny", [*tiny, "run.name=same"])
+    Run.create(config)
+    with pytest.raises(UserError, match="exists already: choose another run.name, or go on with `mls pretrain --resume"):
+        mls.pretrain(config, quiet=True)
+
+
+def test_tensorboard_is_written_when_asked_for(tiny: list[str]) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install mls[tensorboard])")
+    run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, "optim.epochs=1", "monitor.tensorboard=true"]), quiet=True)
+    assert list((run.path / "tensorboard").iterdir())
+
+
+def test_port_in_use_is_one_sentence(mls_command: Callable[..., subprocess.CompletedProcess[str]], tiny: list[str]) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = mls_command("pretrain", "mls_scenes_tiny", *tiny, **rank)
+    assert done.returncode == 2
+    assert f"port 127.0.0.1:{port} is in use by another job" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    from tests.conftest import TINY
+
+    with tempfile.TemporaryDirectory() as folder:
+        written = mls.pretrain(mls.load_config("mls_scenes_tiny", [*TINY, *TEN_STEPS, f"run.root={folder}"]), quiet=True)
+        GOLDEN.write_text(json.dumps([row["loss"] for row in written.metrics() if "loss" in row], indent=0) + "\n")

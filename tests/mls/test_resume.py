@@ -1,0 +1,163 @@
+"""Exact resume: a run killed mid-epoch and resumed equals a run that was never stopped, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mls.engine import Run
+from mls.engine.checkpoint import Checkpoints
+
+TIMES = {"images_per_second", "data_wait"}
+GOLDEN = """data.scenes.count=640 data.scenes.test_count=64 data.batch_size=64 dictionary.size=160 objective.k=5
+optim.epochs=4 engine.checkpoint_every=17 engine.keep_last=9 monitor.log_every=2 monitor.health_every=9
+monitor.knn_images=128 model.projection=16 engine.threads=1""".split()  # 10 steps an epoch, 40 steps
+
+
+def same(first: Any, second: Any, where: str = "") -> list[str]:
+    """The places in which two states differ by so much as a bit."""
+    if isinstance(first, torch.Tensor):
+        equal = first.dtype == second.dtype and torch.equal(first.nan_to_num(7e7), second.nan_to_num(7e7))
+        return [] if equal else [where]
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        return [place for key in first for place in same(first[key], second[key], f"{where}.{key}")]
+    if isinstance(first, (list, tuple)):
+        return [place for i, (a, b) in enumerate(zip(first, second, strict=True)) for place in same(a, b, f"{where}.{i}")]
+    return [] if first == second else [where]
+
+
+def final_state(run: Run) -> dict[str, Any]:
+    state = Checkpoints(run.checkpoints, 1).newest()
+    assert state is not None
+    for name in ("name", "root"):
+        state["config"]["run"].pop(name)
+    return state
+
+
+def metrics(run: Run) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in run.metrics()]
+
+
+@pytest.mark.parametrize(
+    ("workers", "processes", "more"),
+    [
+        (0, 1, ["objective.normalise=balanced", "model.key_norm=split"]),
+        (2, 1, ["engine.accumulate=2", "optim.name=adamw", "optim.lr=0.001", "engine.precision=bf16"]),
+        (0, 2, ["model.key_norm=shuffle"]),
+    ],
+    ids=["no workers", "two workers", "two processes"],
+)
+def test_killed_mid_epoch_and_resumed_equals_uninterrupted_run(
+    workers: int,
+    processes: int,
+    more: list[str],
+    tmp_path: Path,
+    mls_command: Callable[..., subprocess.CompletedProcess[str]],
+    mls_command_line: Callable[..., list[str]],
+) -> None:
+    overrides = ["mls_scenes_tiny", *GOLDEN, f"data.workers={workers}", f"run.root={tmp_path}", *more]
+    done = mls_command("pretrain", *overrides, "--name", "whole", processes=processes)
+    assert done.returncode == 0, done.stderr
+    whole = Run.open(tmp_path / "whole")
+    assert whole.done
+
+    killed = Run(tmp_path / "killed")
+    command = mls_command_line("pretrain", *overrides, "--name", "killed", processes=processes)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env=environment)
+    while not (killed.checkpoints / "step-00000017.json").exists():
+        assert process.poll() is None, "the run ended before its first checkpoint"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not killed.done
+    assert max(Checkpoints(killed.checkpoints, 1).steps()) < 40
+
+    resumed = mls_command("pretrain", "--resume", str(killed.path), processes=processes)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed after step" in resumed.stderr
+    assert killed.done
+    assert same(final_state(whole), final_state(killed)) == []
+    assert metrics(whole) == metrics(killed)
+    assert [row["step"] for row in metrics(whole) if "loss" in row] == list(range(2, 41, 2))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_saves_at_a_step_boundary_and_says_how_to_go_on(
+    number: signal.Signals, code: int, workers: int, tmp_path: Path, mls_command_line: Callable[..., list[str]]
+) -> None:
+    run = Run(tmp_path / "run")
+    overrides = [*GOLDEN, "engine.checkpoint_every=1000", "optim.epochs=400", f"data.workers={workers}"]
+    command = mls_command_line("pretrain", "mls_scenes_tiny", *overrides, f"run.root={tmp_path}", "--name", "run")
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (run.path / "metrics.jsonl").exists() or len(run.metrics()) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, number)  # the whole group, workers included, as a terminal or a scheduler does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "everything is saved" in said
+    assert "mls pretrain --resume" in said
+    assert "Traceback" not in said
+    (step,) = Checkpoints(run.checkpoints, 1).steps()
+    assert 6 <= step < 4000
+    assert not run.done
+
+
+def test_two_processes_stop_at_the_same_step_when_one_gets_the_signal(
+    tmp_path: Path, mls_command_line: Callable[..., list[str]]
+) -> None:
+    run = Run(tmp_path / "run")
+    overrides = [*GOLDEN, "engine.checkpoint_every=1000", "optim.epochs=400", f"run.root={tmp_path}", "--name", "run"]
+    process = subprocess.Popen(
+        mls_command_line("pretrain", "mls_scenes_tiny", *overrides, processes=2),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    while not (run.path / "metrics.jsonl").exists() or len(run.metrics()) < 3:
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    os.kill(int(children.split()[-1]), signal.SIGUSR2)
+    process.wait(timeout=60)
+    assert len(Checkpoints(run.checkpoints, 1).steps()) == 1
+
+
+def test_resume_goes_on_with_another_number_of_processes(
+    tmp_path: Path, mls_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    overrides = ["mls_scenes_tiny", *GOLDEN, f"run.root={tmp_path}", "--name", "run"]
+    assert mls_command("pretrain", *overrides, "engine.max_steps=17", processes=2).returncode == 0
+    run = Run(tmp_path / "run")
+    before = final_state(run)
+    assert before["step"] == 17
+    assert mls_command("pretrain", "--resume", str(run.path), "engine.max_steps=18").returncode == 0
+    after = final_state(run)
+    assert after["step"] == 18
+    # The new step wrote 64 of the 160 rows over the oldest; all others are where they were.
+    ids = before["dictionary"]["ids"]
+    assert int((after["dictionary"]["ids"] == ids).sum()) >= 160 - 64
+    assert mls_command("pretrain", "--resume", str(run.path), "engine.max_steps=null").returncode == 0
+    assert run.done
+
+
+def test_resume_refuses_another_configuration_and_names_the_keys(
+    tmp_path: Path, mls_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    overrides = ["mls_scenes_tiny", *GOLDEN, f"run.root={tmp_path}", "engine.max_steps=3", "--name", "run"]
+    assert mls_command("pretrain", *overrides).returncode == 0
+    refused = mls_command("pretrain", "--resume", str(tmp_path / "run"), "objective.k=6", "data.workers=1")
+    assert refused.returncode == 2
+    assert "objective.k (5 there, 6 now)" in refused.stderr
+    assert "data.workers" not in refused.stderr
+    assert json.loads(json.dumps(Run(tmp_path / "run").config.objective.k)) == 5

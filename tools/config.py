@@ -1,0 +1,69 @@
+"""`mls config`: what a recipe and overrides resolve to, and how two of them differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mls.errors import ConfigError
+
+
+def show(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A recipe or YAML file, and overrides."),
+    ] = None,
+    diff: Annotated[bool, typer.Option("--diff", help="Compare two configurations or runs instead.")] = False,
+) -> None:
+    """Print the resolved configuration, with where each value came from.
+
+    Examples:
+
+        mls config
+
+        mls config mls_coco_r50 objective.k=10
+
+        mls config --diff mls_coco_r50 runs/my-run
+    """
+    from mls.recipes import recipes, resolve
+
+    given = list(arguments or [])
+    if diff:
+        if len(given) != 2:
+            raise ConfigError("--diff compares exactly two: `mls config --diff A B`")
+        _print_differences(*given)
+        return
+    if not given:
+        print("\n".join(recipes()))
+        return
+    resolved = resolve(_of_run(given[0]), given[1:])
+    from mls.config import flatten
+
+    rows = [(key, _text(value), resolved.origins[key]) for key, value in flatten(resolved.config)]
+    width = max(len(f"{key}: {value}") for key, value, _ in rows)
+    for key, value, origin in rows:
+        print(f"{f'{key}: {value}':<{width}}  # {origin}")
+
+
+def _print_differences(first: str, second: str) -> None:
+    from mls.config import differences
+    from mls.recipes import load_config
+
+    rows = differences(load_config(_of_run(first)), load_config(_of_run(second)))
+    if not rows:
+        print("no differences")
+    for key, before, after in rows:
+        print(f"{key}: {_text(before)} -> {_text(after)}")
+
+
+def _of_run(name: str) -> str:
+    inside = Path(name).expanduser() / "config.yaml"
+    return str(inside) if inside.is_file() else name
+
+
+def _text(value: Any) -> str:
+    import json
+
+    return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value

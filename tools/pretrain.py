@@ -1,0 +1,61 @@
+"""`mls pretrain`: train a recipe, or go on with a run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mls.errors import ConfigError
+
+
+def pretrain(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A recipe or YAML file, and overrides."),
+    ] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this run folder instead.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run folder (default: recipe, date, hash).")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Pretrain on a folder of images; no labels needed.
+
+    Stop it anyhow (Ctrl-C, SIGTERM, kill -9) and `--resume RUN` goes on exactly where it was last saved.
+    Exit codes: 0 done, 2 a mistake in the command, 75 saved and stopped on a signal, 130 the same on Ctrl-C.
+
+    Examples:
+
+        mls pretrain mls_scenes_tiny
+
+        mls pretrain mls_folder_r50 data.root=/path/to/images data.batch_size=128
+
+        torchrun --nproc-per-node 8 -m mls.tools pretrain mls_coco_r50 data.root=/data/coco
+
+        mls pretrain --resume runs/mls_scenes_tiny-20260101-120000-1a2b
+    """
+    given = list(arguments or [])
+    if resume is None and (not given or "=" in given[0]):
+        from mls.recipes import recipes
+
+        raise ConfigError(
+            f"say what to train: `mls pretrain CONFIG`, with a YAML file or one of {', '.join(recipes())}"
+        )
+    if resume is not None and given and "=" not in given[0]:
+        raise ConfigError(f"--resume takes its configuration from the run: leave out '{given[0]}'")
+
+    from mls import distributed, engine
+    from mls.recipes import load_config
+
+    try:
+        if resume is not None:
+            run = engine.resume(resume, given, quiet=quiet)
+        else:
+            overrides = given[1:] + ([f"run.name={name}"] if name else [])
+            run = engine.pretrain(load_config(given[0], overrides), quiet=quiet)
+        if distributed.rank() == 0:
+            print(run.path)
+            if not quiet:
+                print(f"done; look at it with `mls report {run.path}`", file=sys.stderr)
+    finally:
+        distributed.stop()

@@ -1,0 +1,123 @@
+"""What the demo and the studies under `mls bench` share: finish a run, probe it on the scenes, tell mean ± std."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mls.config import Config
+    from mls.engine import Run
+    from mls.results import Results
+
+
+def probe_on_scenes(backbone: nn.Module, config: Config) -> dict[str, float]:
+    """Multi-label mAP of a linear probe and of kNN, in per cent, trained on the train split, told on the test split."""
+    from mls.data.scenes import ScenesSource
+    from mls.features import embed
+    from mls.metrics import mean_average_precision
+    from mls.probe import knn_scores, linear_probe
+
+    train, test = ScenesSource(config.data.scenes, "train"), ScenesSource(config.data.scenes, "test")
+    features = embed(backbone, train, range(len(train)), config.augment)
+    asked = embed(backbone, test, range(len(test)), config.augment)
+    probe = linear_probe(features, train.labels, asked)
+    votes = knn_scores(features, train.labels, asked)
+    return {
+        "linear": 100 * float(mean_average_precision(probe.scores, test.labels)),
+        "knn": 100 * float(mean_average_precision(votes, test.labels)),
+    }
+
+
+def label_overlap(run: Run) -> dict[str, float]:
+    """Pseudo-label overlap and its chance level, mean over the last tenth of the log."""
+    rows: list[dict[str, Any]] = [row for row in run.metrics() if row.get("labels/overlap") is not None]
+    rows = rows[-max(1, len(rows) // 10) :]
+    if not rows:
+        return {}
+    return {
+        "overlap": sum(row["labels/overlap"] for row in rows) / len(rows),
+        "chance": sum(row["labels/overlap_chance"] for row in rows) / len(rows),
+    }
+
+
+def finish_cell(store: Results, name: str, recipe: str, overrides: Sequence[str], train: bool = True) -> dict[str, Any]:
+    """The numbers of one cell of a study: from the store if finished, else trained (or gone on with) and probed."""
+    from mls.config import to_yaml
+    from mls.recipes import load_config
+
+    config = load_config(recipe, overrides)
+    key = hashlib.sha256(to_yaml(config).encode()).hexdigest()[:8]
+    seed = config.run.seed
+    known = store.find(cell=name, config=key)
+    if known is not None:
+        return dict(known)
+    typer.echo(f"— {name}, seed {seed}", err=True)
+    if train:
+        run = finish_run(load_config(recipe, [*overrides, f"run.name={slug(name)}-seed{seed}-{key}"]))
+        values: dict[str, Any] = {"run": run.name} | _measure(run)
+    else:
+        values = _measure_untrained(config)
+    store.add(cell=name, config=key, seed=seed, **values)
+    return values
+
+
+def finish_run(config: Config) -> Run:
+    """The finished run of a configuration: trained now, gone on with, or found finished in its folder."""
+    from mls import engine
+    from mls.config import runs_root
+
+    assert config.run.name is not None
+    folder = runs_root(config) / config.run.name
+    return engine.run(folder) if (folder / "config.yaml").is_file() else engine.pretrain(config)
+
+
+def _measure(run: Run) -> dict[str, float]:
+    from mls.models import load_backbone
+
+    if run.config.data.source != "scenes":
+        knn = run.last("knn/map") or run.last("knn/top1")
+        return ({} if knn is None else {"knn": 100 * knn}) | label_overlap(run)
+    typer.echo("  probing (linear and kNN)", err=True)
+    return probe_on_scenes(load_backbone(run.path), run.config) | label_overlap(run)
+
+
+def _measure_untrained(config: Config) -> dict[str, float]:
+    from mls.baselines import untrained
+    from mls.data.scenes import ScenesSource
+
+    return probe_on_scenes(untrained(config, ScenesSource(config.data.scenes)), config)
+
+
+def slug(name: str) -> str:
+    """
+    >>> slug("MLS, oracle pseudo-labels")
+    'MLS-oracle-pseudo-labels'
+    """
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """
+    >>> spread([51.0, 53.0]), spread([51.0]), spread([])
+    ('52.0 ± 1.4', '51.0', '')
+    """
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that reads well as text and as markdown."""
+    widths = [max(len(str(row[i])) for row in [header, *rows]) for i in range(len(header))]
+    line = lambda row: "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |"
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
