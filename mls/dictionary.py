@@ -1,8 +1,6 @@
 """The dictionary: a ring of past keys, backbone and projection rows side by side, with the image and the crop they
 came from. It only remembers; which rows match a query is in matching.py, what follows from it in losses/."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +21,7 @@ class Rows:
     projection: Float[Tensor, "rows projection"]
     ids: Int64[Tensor, "rows"]  # the images' numbers
     boxes: Float[Tensor, "rows 4"]  # the crops' places in their images; NaN where none was given
-    ages: Int64[
-        Tensor, "rows"
-    ]  # the enqueue that wrote the row, from 1; `dictionary.count - ages`: how many came since
+    ages: Int64[Tensor, "rows"]  # the enqueue that wrote the row, from 1; `count - ages` is how many came since
 
 
 class Dictionary:
@@ -98,7 +94,7 @@ class Dictionary:
         self._filled = min(self._filled + kept, self.capacity)
         self.count += 1
 
-    def to(self, device: torch.device | str) -> Dictionary:
+    def to(self, device: torch.device | str) -> "Dictionary":
         self._memory = Rows(**{name: memory.to(device) for name, memory in vars(self._memory).items()})
         return self
 
@@ -112,8 +108,8 @@ class Dictionary:
         expected = {*vars(self._memory), "count", "filled", "head"}
         if missing := expected - state.keys():
             raise CheckpointError(
-                f"the checkpoint's dictionary lacks {', '.join(sorted(missing))}: it is damaged or from another version, "
-                "use another checkpoint"
+                f"the checkpoint's dictionary lacks {', '.join(sorted(missing))}: it is damaged or from another "
+                "version, use another checkpoint"
             )
         for name, key in (
             ("ids", "dictionary.size"),

@@ -1,8 +1,6 @@
 """Matching: which rows of the dictionary are nearest to a query. Every back-end gives the same answer: scores to 1e-5,
 indices wherever the scores differ by more than that."""
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -36,7 +34,7 @@ class Matcher(Protocol):
 
 
 class TorchMatcher:
-    """Matrix product and top-k in fp32, `chunk` rows at a time, so that no more than batch x chunk scores exist at once.
+    """Matrix product and top-k in fp32, `chunk` rows at a time: no more than batch x chunk scores exist at once.
 
     >>> rows = torch.eye(4)
     >>> TorchMatcher().topk(torch.tensor([[0.1, 0.5, 0.0, 0.9]]), rows, k=2).indices

@@ -1,7 +1,5 @@
 """Metrics of scored classes, as shares (0 to 1). Average precision is the area under the precision-recall steps, ties
-counted as one threshold: scikit-learn's definition, for all classes at once. Protocol variants (11 points) are eval's."""
-
-from __future__ import annotations
+counted as one threshold: scikit-learn's definition, for all classes at once. Variants of protocols are in eval/."""
 
 import torch
 from jaxtyping import Float, Num

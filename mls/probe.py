@@ -1,8 +1,6 @@
 """What frozen features know about labels: kNN votes and a linear classifier with a chosen L2 penalty. The monitor uses
 it during a run, eval/ after it. Both take features as they are and draw nothing at random but one named split."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

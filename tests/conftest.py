@@ -7,11 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Before anything imports them. Files that only shuffle folders and text gain nothing from it.
 CHECKED = ["mls.dictionary", "mls.matching", "mls.losses", "mls.methods", "mls.models", "mls.probe", "mls.metrics"]
 install_import_hook([*CHECKED, "mls.distributed", "mls.monitor.health", "mls.monitor.labels"], "beartype.beartype")
+
+settings.register_profile("mls", deadline=None)  # how long a test takes on a busy machine decides nothing
+settings.load_profile("mls")
 
 TINY = """data.scenes.count=256 data.scenes.test_count=64 data.batch_size=16 dictionary.size=64 objective.k=5
 optim.epochs=3 engine.checkpoint_every=5 monitor.log_every=2 monitor.health_every=8 monitor.knn_images=128

@@ -12,7 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, UInt8, UInt16
 from PIL import Image, ImageFilter
 
 from mls.data.scenes import CLASS_NAMES, SPLITS, scene_chunks
@@ -290,7 +290,7 @@ def _voc_palette() -> list[int]:
 VOC_PALETTE = _voc_palette()
 
 
-def _cityscapes_ids(picture: Picture) -> tuple[UInt8[np.ndarray, "size size"], Int64[np.ndarray, "size size"]]:
+def _cityscapes_ids(picture: Picture) -> tuple[UInt8[np.ndarray, "size size"], UInt16[np.ndarray, "size size"]]:
     size = len(picture.image)
     labels = np.full((size, size), GROUND_IDS[picture.type % len(GROUND_IDS)], np.uint8)
     instances = labels.astype(np.uint16)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,14 +89,14 @@ class Scenes:
         columns = zip(*(scenes._parts() for scenes in many), strict=True)
         return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
-    def _parts(self) -> list[Tensor | None]:
+    def _parts(self) -> list[Any]:
         return [getattr(self, item.name) for item in fields(self)]
 
 
 @dataclass(frozen=True)
 class Digits:
-    """One split's handwritten digits, sorted by class. No digit is in both splits, so a test scene shows handwriting
-    that no training scene has."""
+    """One split's handwritten digits, sorted by class. No digit is in both splits, so a test scene shows no digit
+    that a training scene shows."""
 
     glyphs: Float[Tensor, "digits 1 glyph glyph"]
     numbers: Int64[Tensor, " digits"]  # rows of sklearn.datasets.load_digits
@@ -110,14 +111,14 @@ def digits(split: str) -> Digits:
 
     if split not in SPLITS:
         raise unknown_name("split of the scenes", split, SPLITS, DataError)
-    data = load_digits()
-    shuffled = torch.randperm(len(data.target), generator=generator(0, "digits"))
+    images, targets = load_digits(return_X_y=True)
+    shuffled = torch.randperm(len(targets), generator=generator(0, "digits"))
     cut = round(0.6 * len(shuffled))
     numbers = shuffled[:cut] if split == "train" else shuffled[cut:]
-    classes = torch.from_numpy(data.target).long()
+    classes = torch.from_numpy(targets).long()
     numbers = numbers[classes[numbers].argsort(stable=True)]
     counts = torch.bincount(classes[numbers], minlength=len(CLASS_NAMES))
-    pixels = torch.from_numpy(data.images).float()[numbers, None] / 16
+    pixels = torch.from_numpy(images).float()[numbers].view(-1, 1, 8, 8) / 16
     with _one_thread():
         glyphs = F.interpolate(pixels, size=(GLYPH, GLYPH), mode="bicubic", align_corners=False)
     return Digits(glyphs, numbers, counts.cumsum(0) - counts, counts)

@@ -71,6 +71,9 @@ class Trainer:
         if process.world > 1:
             self.forward = DistributedDataParallel(self.method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
+        # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
+        self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
+        self.buffers_before = [buffer.clone() for buffer in self.buffers]
         self.checkpoints = Checkpoints(run.checkpoints, config.engine.keep_last)
         self.step = 0  # steps taken
         self.window = Window()
@@ -116,6 +119,7 @@ class Trainer:
         if isinstance(self.method, methods.MLS):
             self.method.warming_up = self.step <= self.config.objective.warmup_epochs * self.steps_per_epoch
         self.optimizer.zero_grad(set_to_none=True)
+        torch._foreach_copy_(self.buffers_before, self.buffers)
         logging = self.step % self.config.monitor.log_every == 0
 
         outputs: list[StepOutput] = []
@@ -201,6 +205,7 @@ class Trainer:
     def skip_step(self, epoch: int, micro_batches: list[Batch]) -> None:
         self.bad_steps += 1
         self.bad_in_a_row += 1
+        torch._foreach_copy_(self.buffers, self.buffers_before)
         row = {"step": self.step, "epoch": epoch, "rank": self.process.rank}
         row["ids"] = [int(i) for batch in micro_batches for i in batch.ids]
         with open(self.run.path / f"skipped.{self.process.rank}.jsonl", "a") as file:

@@ -1,5 +1,5 @@
-"""Losses by name, one file a family. A family's file defines classes with `@register(name)`; naming the file in the last
-lines here is all it takes to add one. Every loss serves both ends: labels from neighbours, labels from annotations.
+"""Losses by name, one file a family. A family's file defines classes with `@register(name)`; naming the file in the
+last lines here is all it takes to add one. Every loss serves both ends: labels from neighbours or from annotations.
 
 What a loss does with the labels 0 (unknown) and -1 (known negative):
 
@@ -8,8 +8,6 @@ What a loss does with the labels 0 (unknown) and -1 (known negative):
     bce_pos             not used             not used
     softmax             negative             negative
 """
-
-from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -111,7 +109,7 @@ def build(name: str, **options: Any) -> nn.Module:
 
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options as they come from YAML, in the types of the loss's defaults, or the error that says which is wrong."""
+    """The options as YAML gives them, in the types of the loss's defaults, or the error that says which is wrong."""
     known, checked = inspect.signature(_LOSSES[name]).parameters, {}
     for option, value in options.items():
         if option not in known:

@@ -1,9 +1,6 @@
 """The assumed-negative family: binary cross-entropy in which every label that is not positive counts as negative, and
 its positive half alone."""
 
-from __future__ import annotations
-
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Num
 from torch import Tensor
@@ -20,6 +17,7 @@ class AssumedNegative(Loss):
 
     "mean" is over batch and classes, as in the papers.
 
+    >>> import torch
     >>> logits = torch.tensor([[2.0, -1.0, 0.0]], requires_grad=True)
     >>> AssumedNegative()(logits, labels=torch.tensor([[1, 0, -1]])).backward()
     >>> logits.grad  # (sigmoid(x) - y) / 3
@@ -29,7 +27,7 @@ class AssumedNegative(Loss):
     def entries(
         self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
     ) -> Float[Tensor, "batch classes"]:
-        return -F.logsigmoid(torch.where(labels > 0, logits, -logits))
+        return F.binary_cross_entropy_with_logits(logits, (labels > 0).to(logits.dtype), reduction="none")
 
 
 @register("bce_pos")
@@ -40,6 +38,7 @@ class PositiveOnly(Loss):
 
     "mean" is over batch and classes, negatives in the count: with few positives the value is small.
 
+    >>> import torch
     >>> PositiveOnly()(torch.zeros(1, 4), labels=torch.tensor([[1, 0, 0, -1]])).item()  # log(2) / 4
     0.1732867956161499
     """

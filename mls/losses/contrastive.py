@@ -1,8 +1,6 @@
 """Losses in which classes compete for one softmax: InfoNCE (one positive, a function of embeddings) and the multi-label
 softmax (several positives, a loss on logits)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, Num

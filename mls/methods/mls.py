@@ -51,7 +51,8 @@ class MLS(MoCo):
         views: Views,
         out: StepOutput | None,
     ) -> Float[Tensor, ""] | None:
-        if self.warming_up or len(rows.ids) < self.config.objective.k:
+        own = 0 if own_rows is None else int(own_rows.sum(1).max())
+        if self.warming_up or len(rows.ids) - own < self.config.objective.k:
             return None
         labels, matches = self.pseudo_labels(g1.detach(), z1.detach(), rows, own_rows, views)
         by_projection = self.config.objective.classify_with == "projection"

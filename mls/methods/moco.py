@@ -80,7 +80,7 @@ class MoCo(Method):
     @torch.no_grad()
     def encode_keys(self, views: Views) -> tuple[Keys, slice]:
         """The keys of all processes, and which of them are this process' own."""
-        # The same on every process, and a resume goes on where it was: both know how many rows were ever written.
+        # The same on every process, and a resume goes on where it was: both know how many enqueues there were.
         stream = generator(self.config.run.seed, "key order", self.dictionary.count)
         g2, z2 = self.key_norm(self.pair.key, views.images[1], stream)
         g2, z2 = F.normalize(g2, dim=1), F.normalize(z2, dim=1)

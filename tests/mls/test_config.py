@@ -69,7 +69,9 @@ def test_a_recipe_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"broken\.yaml is not valid YAML"):
         load_config(broken)
     broken.write_text("data:\n  bach_size: 3\n")
-    with pytest.raises(ConfigError, match=r"unknown key 'data.bach_size' in broken\.yaml: did you mean 'data.batch_size'"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key 'data.bach_size' in broken\.yaml: did you mean 'data.batch_size'"
+    ):
         load_config(broken)
 
 

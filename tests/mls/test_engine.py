@@ -75,7 +75,8 @@ from mls.engine import Run, Trainer
 
 config = mls.load_config("mls_scenes_tiny", {tiny!r} + ["run.name=run", "optim.epochs=1"])
 process = distributed.start()
-trainer = Trainer(config, Run.create(config) if process.main else Run(mls.config.runs_root(config) / "run"), process, quiet=True)
+folder = mls.config.runs_root(config) / "run"
+trainer = Trainer(config, Run.create(config) if process.main else Run(folder), process, quiet=True)
 after_step = trainer.after_step
 
 def watched():
@@ -166,7 +167,7 @@ def test_non_finite_steps_are_skipped_counted_and_written_down(tiny: list[str]) 
     skipped = [json.loads(line) for line in (trainer.run.path / "skipped.0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in skipped] == [4, 5, 9]
     assert all(len(row["ids"]) == 16 for row in skipped)
-    assert all(torch.isfinite(p).all() for p in trainer.method.parameters())
+    assert all(torch.isfinite(tensor).all() for tensor in trainer.method.state_dict().values())
 
 
 def test_too_many_non_finite_steps_in_a_row_end_the_run(tiny: list[str]) -> None:
@@ -178,17 +179,23 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(tiny: list[str]) -> None
 def test_a_run_is_not_overwritten(tiny: list[str]) -> None:
     config = mls.load_config("mls_scenes_tiny", [*tiny, "run.name=same"])
     Run.create(config)
-    with pytest.raises(UserError, match="exists already: choose another run.name, or go on with `mls pretrain --resume"):
+    with pytest.raises(
+        UserError, match="exists already: choose another run.name, or go on with `mls pretrain --resume"
+    ):
         mls.pretrain(config, quiet=True)
 
 
 def test_tensorboard_is_written_when_asked_for(tiny: list[str]) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install mls[tensorboard])")
-    run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, "optim.epochs=1", "monitor.tensorboard=true"]), quiet=True)
+    run = mls.pretrain(
+        mls.load_config("mls_scenes_tiny", [*tiny, "optim.epochs=1", "monitor.tensorboard=true"]), quiet=True
+    )
     assert list((run.path / "tensorboard").iterdir())
 
 
-def test_port_in_use_is_one_sentence(mls_command: Callable[..., subprocess.CompletedProcess[str]], tiny: list[str]) -> None:
+def test_port_in_use_is_one_sentence(
+    mls_command: Callable[..., subprocess.CompletedProcess[str]], tiny: list[str]
+) -> None:
     import socket
 
     with socket.socket() as taken:
@@ -208,5 +215,7 @@ if __name__ == "__main__":
     from tests.conftest import TINY
 
     with tempfile.TemporaryDirectory() as folder:
-        written = mls.pretrain(mls.load_config("mls_scenes_tiny", [*TINY, *TEN_STEPS, f"run.root={folder}"]), quiet=True)
+        written = mls.pretrain(
+            mls.load_config("mls_scenes_tiny", [*TINY, *TEN_STEPS, f"run.root={folder}"]), quiet=True
+        )
         GOLDEN.write_text(json.dumps([row["loss"] for row in written.metrics() if "loss" in row], indent=0) + "\n")

@@ -20,21 +20,29 @@ def log_sigmoid(x: float) -> float:
 
 
 def plain_an(logits: list[list[float]], labels: list[list[int]]) -> float:
-    terms = [log_sigmoid(x if y > 0 else -x) for row, of in zip(logits, labels) for x, y in zip(row, of)]
+    terms = [
+        log_sigmoid(x if y > 0 else -x)
+        for row, of in zip(logits, labels, strict=True)
+        for x, y in zip(row, of, strict=True)
+    ]
     return -sum(terms) / len(terms)
 
 
 def plain_bce_pos(logits: list[list[float]], labels: list[list[int]]) -> float:
-    terms = [log_sigmoid(x) if y > 0 else 0.0 for row, of in zip(logits, labels) for x, y in zip(row, of)]
+    terms = [
+        log_sigmoid(x) if y > 0 else 0.0
+        for row, of in zip(logits, labels, strict=True)
+        for x, y in zip(row, of, strict=True)
+    ]
     return -sum(terms) / len(terms)
 
 
 def plain_softmax(logits: list[list[float]], labels: list[list[int]]) -> float:
     samples = []
-    for row, of in zip(logits, labels):
+    for row, of in zip(logits, labels, strict=True):
         top = max(row)
         log_sum = top + math.log(sum(math.exp(x - top) for x in row))
-        positives = [x for x, y in zip(row, of) if y > 0]
+        positives = [x for x, y in zip(row, of, strict=True) if y > 0]
         if positives:
             samples.append(sum(log_sum - x for x in positives) / len(positives))
     return sum(samples) / len(samples) if samples else 0.0
@@ -193,7 +201,7 @@ def unit_vectors(seed: int, *counts: int, dim: int = 6) -> list[Tensor]:
 def plain_info_nce(query: Tensor, key: Tensor, negatives: Tensor, temperature: float, mask: Tensor | None) -> float:
     total = 0.0
     for i, q in enumerate(query.tolist()):
-        dot = lambda other, q=q: sum(a * b for a, b in zip(q, other)) / temperature
+        dot = lambda other, q=q: sum(a * b for a, b in zip(q, other, strict=True)) / temperature
         own = dot(key[i].tolist())
         logits = [own] + [dot(n) for j, n in enumerate(negatives.tolist()) if mask is None or not mask[i, j]]
         top = max(logits)
@@ -254,7 +262,7 @@ def test_info_nce_of_bf16_vectors_under_autocast_is_computed_in_fp32() -> None:
 
 
 def test_info_nce_is_finite_at_logits_of_eighty() -> None:
-    query, key, negatives = unit_vectors(5, 4, 4, 6)
+    query, negatives = unit_vectors(5, 4, 6)
     single = query.float().requires_grad_()
     value = info_nce(single, -single.detach(), negatives.float(), 1 / 80)  # its own key is the farthest point
     value.backward()

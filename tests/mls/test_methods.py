@@ -84,7 +84,9 @@ def test_mls_loss_equals_the_plain_formula(labels_from: str, classify_with: str)
     g1, z1, _, z2 = embeddings(method, views)
     backbone, projection = memories(method)
     by_g, by_z = plain_labels(g1, backbone), plain_labels(z1, projection)
-    y = {"backbone": by_g, "projection": by_z, "union": np.maximum(by_g, by_z), "intersection": by_g * by_z}[labels_from]
+    y = {"backbone": by_g, "projection": by_z, "union": np.maximum(by_g, by_z), "intersection": by_g * by_z}[
+        labels_from
+    ]
     p = sigmoid((z1 @ projection.T if classify_with == "projection" else g1 @ backbone.T) / TAU)
     bce = -(y * np.log(p) + (1 - y) * np.log(1 - p)).mean()
     assert method(views).loss.item() == pytest.approx(plain_info_nce(z1, z2, projection) + 0.5 * bce, abs=1e-5)
@@ -118,7 +120,10 @@ def test_in_batch_negatives_are_the_other_images_keys() -> None:
     _, z1, _, z2 = embeddings(method, views)
     projection = memories(method)[1]
     expected = np.mean(
-        [plain_info_nce(z1[i : i + 1], z2[i : i + 1], np.vstack([projection, np.delete(z2, i, 0)])) for i in range(BATCH)]
+        [
+            plain_info_nce(z1[i : i + 1], z2[i : i + 1], np.vstack([projection, np.delete(z2, i, 0)]))
+            for i in range(BATCH)
+        ]
     )
     assert method(views).loss.item() == pytest.approx(expected, abs=1e-5)
 
@@ -141,7 +146,10 @@ def test_forward_moves_nothing_and_after_step_enqueues_once() -> None:
     key = [p.clone() for p in method.pair.key.parameters()]
     out = method(views)
     after = method.dictionary.state_dict()
-    assert all(torch.equal(torch.as_tensor(before[name]).nan_to_num(), torch.as_tensor(after[name]).nan_to_num()) for name in before)
+    assert all(
+        torch.equal(torch.as_tensor(before[name]).nan_to_num(), torch.as_tensor(after[name]).nan_to_num())
+        for name in before
+    )
     assert all(torch.equal(a, b) for a, b in zip(key, method.pair.key.parameters(), strict=True))
     out.loss.backward()
     method.after_step([out])

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ def test_cosine_warms_up_linearly_then_falls_to_the_final_share() -> None:
     rates = [cosine(step, total=110, warmup=10, final=0.01) for step in range(1, 111)]
     assert rates[:10] == pytest.approx([i / 10 for i in range(1, 11)])
     assert max(rates) == 1.0
-    assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[10:]))
     assert 0.01 <= rates[-1] < 0.012
 
 

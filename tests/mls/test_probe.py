@@ -40,10 +40,12 @@ def plain_knn(train: Tensor, labels: Tensor, test: Tensor, k: int, temperature: 
         cosines = []
         for row in train.tolist():
             lengths = math.hypot(*query) * math.hypot(*row)
-            cosines.append(sum(a * b for a, b in zip(query, row)) / lengths)
+            cosines.append(sum(a * b for a, b in zip(query, row, strict=True)) / lengths)
         nearest = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:k]
         weights = [math.exp(cosines[i] / temperature) for i in nearest]
-        votes = [sum(w * labels[i, c].item() for w, i in zip(weights, nearest)) for c in range(labels.shape[1])]
+        votes = [
+            sum(w * labels[i, c].item() for w, i in zip(weights, nearest, strict=True)) for c in range(labels.shape[1])
+        ]
         scores.append([vote / sum(weights) for vote in votes])
     return scores
 

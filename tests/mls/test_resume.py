@@ -30,7 +30,9 @@ def same(first: Any, second: Any, where: str = "") -> list[str]:
         assert first.keys() == second.keys()
         return [place for key in first for place in same(first[key], second[key], f"{where}.{key}")]
     if isinstance(first, (list, tuple)):
-        return [place for i, (a, b) in enumerate(zip(first, second, strict=True)) for place in same(a, b, f"{where}.{i}")]
+        return [
+            place for i, (a, b) in enumerate(zip(first, second, strict=True)) for place in same(a, b, f"{where}.{i}")
+        ]
     return [] if first == second else [where]
 
 

@@ -1,0 +1,216 @@
+"""The gallery on a real run: what is shown is what the dictionary holds."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import mls
+from mls.data.crops import CropDataset
+from mls.data.loader import steps_per_epoch
+from mls.data.sources import build_source
+from mls.engine import Run
+from mls.engine.checkpoint import Checkpoints
+from mls.errors import CheckpointError, DataError, UserError
+from mls.gallery import CELL, FRAME, MARGIN, GalleryRow, draw, gallery, meaning, row_crop
+
+SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2
+engine.threads=1 monitor.knn_images=128 run.name=run""".split()
+Train = Callable[..., Run]
+
+
+@pytest.fixture(scope="session")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    def call(*overrides: str) -> Run:
+        root = tmp_path_factory.mktemp("runs")
+        return mls.pretrain(mls.load_config("mls_scenes_tiny", [*SMALL, *overrides, f"run.root={root}"]), quiet=True)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def run(train: Train) -> Run:
+    return train()
+
+
+@pytest.fixture(scope="session")
+def rows(run: Run) -> list[GalleryRow]:
+    return gallery(run, queries=40)
+
+
+def test_a_query_never_matches_its_own_image(run: Run, rows: list[GalleryRow]) -> None:
+    held = set(Checkpoints(run.checkpoints, 1).newest()["dictionary"]["ids"].tolist())
+    assert any(row.query_id in held for row in rows)  # else nothing could have gone wrong
+    assert all(row.query_id not in row.match_ids for row in rows)
+
+
+def test_matches_come_nearest_first(rows: list[GalleryRow]) -> None:
+    assert len(rows) == 40
+    for row in rows:
+        assert len(row.scores) == len(row.matches) == len(row.match_ids) == 10
+        assert row.scores == sorted(row.scores, reverse=True)
+        assert all(-1.0001 <= score <= 1.0001 for score in row.scores)
+        assert {picture.shape for picture in [row.query, *row.matches]} == {(32, 32, 3)}
+        assert {picture.dtype for picture in [row.query, *row.matches]} == {np.dtype("uint8")}
+
+
+def test_no_row_that_is_left_out_is_nearer(run: Run, rows: list[GalleryRow]) -> None:
+    """The last match of a query bounds all rows but those of its own image: recomputed from the checkpoint."""
+    every = gallery(run, queries=3, matches=20)
+    for few, many in zip(rows, every, strict=False):
+        assert many.scores[:10] == pytest.approx(few.scores, abs=1e-5)
+        assert many.match_ids[:10] == few.match_ids
+        assert len(many.scores) == 20
+
+
+def test_the_query_is_the_crop_of_the_present_epoch(run: Run, rows: list[GalleryRow]) -> None:
+    source = build_source(run.config.data)
+    crops = CropDataset(source, run.config.augment, run.config.run.seed)
+    batch = crops.__getitems__([(2, row.query_id) for row in rows[:4]])  # two epochs were trained
+    assert steps_per_epoch(source, run.config) * 2 == Checkpoints(run.checkpoints, 1).steps()[-1]
+    for crop, row in zip(batch.crops[0], rows, strict=False):
+        assert np.array_equal(crop.permute(1, 2, 0).numpy(), row.query)
+
+
+def test_a_row_s_box_cuts_out_the_key_crop_again(run: Run) -> None:
+    source, config = build_source(run.config.data), run.config
+    memory = Checkpoints(run.checkpoints, 1).newest()["dictionary"]
+    crops = CropDataset(source, config.augment, config.run.seed)
+    batch = crops.__getitems__([(2, int(image)) for image in memory["ids"]])  # 256 rows: all from the second epoch
+    assert torch.equal(batch.boxes[1], memory["boxes"])
+    held = _rows(memory)
+    for index in range(256):
+        assert torch.equal(row_crop(source, config, held, index), batch.crops[1][index])
+
+
+def _rows(memory: dict):
+    from mls.dictionary import Rows
+
+    return Rows(*(memory[name] for name in ("backbone", "projection", "ids", "boxes", "ages")))
+
+
+def test_a_row_without_a_box_shows_the_whole_image(run: Run) -> None:
+    source = build_source(run.config.data)
+    held = _rows(Checkpoints(run.checkpoints, 1).newest()["dictionary"])
+    held = replace(held, boxes=torch.full_like(held.boxes, torch.nan))
+    assert torch.equal(row_crop(source, run.config, held, 7), source.read(int(held.ids[7])))
+
+
+def test_shared_labels_are_told_from_the_true_labels(run: Run, rows: list[GalleryRow]) -> None:
+    labels = build_source(run.config.data).labels
+    told = [shared for row in rows for shared in row.shared]
+    true = [bool((labels[i] * labels[row.query_id]).any()) for row in rows for i in row.match_ids]
+    assert told == true
+    assert {True, False} == set(told)
+
+
+def test_the_same_run_gives_the_same_gallery(run: Run, rows: list[GalleryRow]) -> None:
+    again = gallery(str(run.path), queries=40)
+    assert [row.match_ids for row in again] == [row.match_ids for row in rows]
+
+
+def test_labels_from_the_projection_are_looked_up_there(train: Train, rows: list[GalleryRow]) -> None:
+    other = train("objective.labels_from=projection", "objective.k=4")
+    found = gallery(other, queries=5)
+    assert [len(row.matches) for row in found] == [4] * 5  # no more rows than k are positives
+    memory = Checkpoints(other.checkpoints, 1).newest()["dictionary"]["projection"]
+    assert memory.shape == (256, 64)
+    assert [row.query_id for row in found] == [row.query_id for row in rows[:5]]
+
+
+def test_other_methods_have_nearest_rows_too(train: Train) -> None:
+    run = train("objective.method=moco_v2", "objective.k=4")
+    assert [len(row.matches) for row in gallery(run, queries=2)] == [10, 10]
+    assert meaning(run.config).startswith("its nearest rows")
+
+
+def test_the_words_say_when_no_row_was_chosen() -> None:
+    chosen = "the rows chosen as its positives"
+    assert meaning(mls.load_config("mls_scenes_tiny")) == chosen
+    assert meaning(mls.load_config("mls_scenes_tiny", ["objective.pseudo_labels=random"])) != chosen
+
+
+def test_nothing_to_show_is_one_sentence(train: Train, run: Run, tmp_path: Path) -> None:
+    fresh = Run.create(mls.load_config("mls_scenes_tiny", [*SMALL, f"run.root={tmp_path}"]))
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        gallery(fresh)
+    with pytest.raises(UserError, match="is not a run folder"):
+        gallery(tmp_path)
+    state = Checkpoints(run.checkpoints, 1).newest()
+    state["dictionary"]["filled"] = 0
+    Checkpoints(fresh.checkpoints, 1).save(1, state)
+    with pytest.raises(CheckpointError, match="is still empty: train for at least one step"):
+        gallery(fresh)
+
+
+def test_images_that_are_gone_are_one_sentence(train: Train, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    for number in range(64):
+        Image.fromarray(noise.integers(0, 255, (40, 56, 3), dtype=np.uint8)).save(tmp_path / f"{number:02d}.png")
+    run = train("data.source=folder", f"data.root={tmp_path}", "dictionary.size=64")
+    found = gallery(run, queries=2)
+    assert found[0].shared is None
+    kept = Path(shutil.copytree(tmp_path, tmp_path.with_name("kept")))
+    for number in range(64):
+        if number not in {row.query_id for row in found}:
+            (tmp_path / f"{number:02d}.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"\d\d.png cannot be read any more .*: bring it back"):
+        gallery(run, queries=2)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(DataError):
+        gallery(run, queries=2)
+    shutil.copytree(kept, tmp_path)
+    assert [row.match_ids for row in gallery(run, queries=2)] == [row.match_ids for row in found]
+
+
+def rgb(picture: Image.Image, x: int, y: int) -> tuple[int, int, int]:
+    return picture.getpixel((x, y))
+
+
+def reddish(colour: tuple[int, int, int]) -> bool:
+    return colour[0] > 180 and colour[1] < 80 and colour[2] < 80
+
+
+def yellowish(colour: tuple[int, int, int]) -> bool:
+    return colour[0] > 200 and colour[1] > 150 and colour[2] < 80
+
+
+def test_the_query_stands_in_red_and_its_matches_in_yellow(rows: list[GalleryRow]) -> None:
+    picture = draw(rows[:3])
+    assert rgb(picture, 1, 1) == (255, 255, 255)
+    assert reddish(rgb(picture, MARGIN + 1, MARGIN + CELL // 2))
+    assert reddish(rgb(picture, MARGIN + FRAME + CELL // 2, MARGIN + 1))
+    across = [rgb(picture, x, MARGIN + 1) for x in range(picture.width)]
+    assert sum(map(reddish, across)) == CELL + 2 * FRAME
+    assert sum(map(yellowish, across)) == 10 * (CELL + 2 * FRAME)
+    inside = np.asarray(picture)[MARGIN + FRAME :, MARGIN + FRAME :][:CELL, :CELL]
+    assert np.array_equal(inside, rows[0].query.repeat(3, 0).repeat(3, 1))  # tiny crops are enlarged pixel by pixel
+
+
+def test_a_tick_is_drawn_where_a_label_is_shared(rows: list[GalleryRow]) -> None:
+    row = rows[0]
+    greens = []
+    for shared in ([False] * 10, [True] + [False] * 9, [True] * 10, None):
+        pixels = np.asarray(draw([replace(row, shared=shared)])).astype(int)
+        below = pixels[MARGIN + CELL + 2 * FRAME :]  # crops may be green themselves
+        greens.append(int(((below[..., 1] > below[..., 0] + 40) & (below[..., 1] > below[..., 2] + 30)).sum()))
+    assert greens[0] == greens[3] == 0
+    assert greens[1] > 5
+    assert greens[2] == 10 * greens[1]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(0, 5)), min_size=0, max_size=4))
+def test_crops_of_any_size_and_number_can_be_drawn(shapes: list[tuple[int, int]]) -> None:
+    crop = lambda size: np.full((size, size, 3), 128, dtype=np.uint8)
+    rows = [GalleryRow(crop(s), [crop(s)] * n, [0.5] * n, None, 0, [1] * n) for s, n in shapes]
+    picture = draw(rows)
+    across = [yellowish(rgb(picture, x, MARGIN + 1)) for x in range(picture.width)] if rows else []
+    assert sum(across) == (shapes[0][1] if shapes else 0) * (CELL + 2 * FRAME)

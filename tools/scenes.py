@@ -1,0 +1,124 @@
+"""`mls scenes`: look at the embedded scenes, or write them to disk in the layouts of published data sets."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mls.data.scenes import Scenes
+
+QUIET_SECONDS = 2.0  # shorter work shows no progress bar
+COLUMNS = 8
+SHOWN = 128  # pixels a scene takes on the contact sheet at least
+
+app = typer.Typer(
+    help="The embedded scenes: real handwritten digits composed into multi-object images.", no_args_is_help=True
+)
+
+
+@app.command()
+def export(
+    layout: Annotated[str, typer.Option(help="coco, voc, cityscapes or folders.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
+    train: Annotated[int, typer.Option(help="Number of training images.")] = 500,
+    test: Annotated[
+        int, typer.Option(help="Number of images to evaluate on; no digit of theirs is in a training image.")
+    ] = 200,
+    size: Annotated[int, typer.Option(help="Side of the images in pixels.")] = 128,
+    seed: Annotated[int, typer.Option(help="Another seed makes other scenes.")] = 0,
+) -> None:
+    """Write scenes with their boxes, masks and labels as a published data set would be.
+
+    Examples:
+
+        mls scenes export --layout coco --out scenes-coco
+
+        mls scenes export --layout voc --out scenes-voc --train 2000 --test 500 --size 256
+    """
+    from mls.data.layouts import write
+
+    out = out.expanduser()
+    with _progress(f"writing {layout}", train + test) as advance:
+        write(layout, out, train, test, size, seed, advance)
+    print(f"wrote {train} train and {test} test images of {size} pixels to {out}")
+
+
+@app.command()
+def preview(
+    out: Annotated[Path, typer.Option(help="The picture to write (.png or .jpg).")] = Path("scenes.png"),
+    count: Annotated[int, typer.Option(help="Number of scenes.")] = 40,
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    size: Annotated[int, typer.Option(help="Side of the scenes in pixels.")] = 32,
+    seed: Annotated[int, typer.Option(help="Another seed makes other scenes.")] = 0,
+    easy: Annotated[bool, typer.Option("--easy", help="The easier style: stronger textures, always in type.")] = False,
+) -> None:
+    """Draw one sheet of scenes with their boxes and classes.
+
+    Example:
+
+        mls scenes preview --out scenes.png --count 40
+    """
+    from mls.data.scenes import EASY, STANDARD, make_scenes
+    from mls.errors import DataError
+
+    out = out.expanduser()
+    scenes = make_scenes(count, split, size, seed, EASY if easy else STANDARD)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(scenes).save(out)
+    except (OSError, ValueError) as error:  # Pillow's ValueError: a suffix that is no image format
+        raise DataError(f"cannot write {out} ({error}): choose another --out that ends in .png or .jpg") from error
+    print(f"{out}: {count} scenes of {size} pixels, boxes drawn around what is seen of each digit")
+
+
+def contact_sheet(scenes: Scenes) -> Image:
+    """The scenes side by side, enlarged by a whole number, each box with its class."""
+    from PIL import Image, ImageDraw
+
+    from mls.data.scenes import CLASS_NAMES
+
+    size = scenes.images.shape[-1]
+    zoom = max(1, SHOWN // size)
+    step = size * zoom + 4
+    rows = -(-len(scenes) // COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * step, rows * step), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, pixels in enumerate(scenes.images.permute(0, 2, 3, 1).numpy()):
+        left, top = i % COLUMNS * step + 2, i // COLUMNS * step + 2
+        side = size * zoom
+        sheet.paste(Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        for digit, box in zip(scenes.classes[i].tolist(), scenes.boxes[i].tolist(), strict=True):
+            if digit >= 0:
+                x0, y0, x1, y1 = (zoom * value for value in box)
+                draw.rectangle((left + x0, top + y0, left + x1 - 1, top + y1 - 1), outline="yellow")
+                draw.text((left + x0 + 3, top + y0 + 1), CLASS_NAMES[digit], fill="yellow")
+    return sheet
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    began = time.monotonic()
+    bar = Progress(console=Console(file=sys.stderr), transient=True)
+    task = bar.add_task(text, total=total)
+
+    def advance(done: int) -> None:
+        if not bar.live.is_started and time.monotonic() - began > QUIET_SECONDS:
+            bar.start()
+        bar.update(task, completed=done)
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
