@@ -109,8 +109,8 @@ def _card(run: Run, label: str) -> Card:
         return card
     for row in rows:
         shared = row.shared or [False] * len(row.matches)
-        matches = zip(map(_picture, row.matches), row.scores, shared, row.match_ids, strict=True)
-        card.gallery.append({"query": _picture(row.query), "id": row.query_id, "matches": list(matches)})
+        matches = zip(map(picture, row.matches), row.scores, shared, row.match_ids, strict=True)
+        card.gallery.append({"query": picture(row.query), "id": row.query_id, "matches": list(matches)})
     return card
 
 
@@ -189,7 +189,8 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _picture(crop: Pixels) -> dict[str, str]:
+def picture(crop: Pixels) -> dict[str, str]:
+    """A crop as it stands in the page."""
     from base64 import b64encode
     from io import BytesIO
 
@@ -231,9 +232,9 @@ def chart(
     found = list(_curves(cards, curves, log))
     if not found:
         return None
-    bottom, top, y_ticks = _axis(
-        [value for curve in found for _, value in curve.points if value is not None], low, high
-    )
+    values = [value for curve in found for _, value in curve.points if value is not None]
+    bottom, top = _axis(values, low, high)
+    y_ticks = _log_ticks(bottom, top) if log else _ticks(bottom, top, 4)
     last_step = max(row["step"] for card in cards for row in card.rows)
     x = lambda step: round(LEFT + (RIGHT - LEFT) * step / last_step, 1)
     y = lambda value: round(BOTTOM - (BOTTOM - TOP) * (value - bottom) / (top - bottom), 1)
@@ -291,13 +292,13 @@ def _axis(values: Sequence[float], low: float | None, high: float | None) -> tup
 def _ticks(low: float, high: float, most: int) -> list[float]:
     """About `most` round numbers from low to high.
 
-    >>> _ticks(0, 96, 5), _ticks(0.31, 0.42, 4)
-    ([0.0, 20.0, 40.0, 60.0, 80.0], [0.325, 0.35, 0.375, 0.4])
+    >>> _ticks(0, 96, 5), _ticks(-0.1, 1.02, 4)
+    ([0.0, 20.0, 40.0, 60.0, 80.0], [0.0, 0.25, 0.5, 0.75, 1.0])
     """
     size = 10.0 ** math.floor(math.log10((high - low) / most))
     width = next(size * factor for factor in (1, 2, 2.5, 5, 10) if (high - low) / (size * factor) <= most + 0.5)
     first, last = math.ceil(low / width - 1e-9), math.floor(high / width + 1e-9)
-    return [round(number * width, 12) + 0.0 for number in range(first, last + 1)]
+    return [number * width + 0.0 for number in range(first, last + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

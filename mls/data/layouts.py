@@ -219,7 +219,7 @@ class _VocYear:
         difficult = [bool(mask.mean() < DIFFICULT) for mask in picture.masks]
         _save_photo(picture, self.root / "JPEGImages" / f"{stem}.jpg")
         _write_text(self.root / "Annotations" / f"{stem}.xml", self._annotation(stem, picture, classes, difficult))
-        void = _rim(picture.masks.any(0))
+        void = _rim(np.logical_or.reduce(picture.masks))
         for folder, values in (
             ("SegmentationClass", [one + 1 for one in classes]),
             ("SegmentationObject", list(range(1, len(classes) + 1))),
@@ -317,8 +317,7 @@ def _cityscapes_polygons(picture: Picture, names: dict[int, str]) -> str:
 
 
 def _save_photo(picture: Picture, path: Path) -> None:
-    options = {"quality": QUALITY} if path.suffix == ".jpg" else {}
-    Image.fromarray(picture.image).save(_parent(path), **options)
+    Image.fromarray(picture.image).save(_parent(path), quality=QUALITY)  # which PNG has no use for
 
 
 def _write_text(path: Path, text: str) -> None:

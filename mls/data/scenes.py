@@ -6,9 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -82,15 +81,12 @@ class Scenes:
         return len(self.images)
 
     def first(self, count: int) -> Scenes:
-        return Scenes(*(None if part is None else part[:count] for part in self._parts()))
+        return Scenes(**{name: part[:count] for name, part in vars(self).items() if part is not None})
 
     @classmethod
     def join(cls, many: list[Scenes]) -> Scenes:
-        columns = zip(*(scenes._parts() for scenes in many), strict=True)
-        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
-
-    def _parts(self) -> list[Any]:
-        return [getattr(self, item.name) for item in fields(self)]
+        names = [name for name, part in vars(many[0]).items() if part is not None]
+        return cls(**{name: torch.cat([getattr(scenes, name) for scenes in many]) for name in names})
 
 
 @dataclass(frozen=True)
