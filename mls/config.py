@@ -125,7 +125,7 @@ class OptimConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     channels_last: bool = True
     compile: bool = False
     accumulate: int = 1  # micro-batches per step

@@ -309,8 +309,9 @@ def _log_ticks(low: float, high: float) -> list[float]:
     """
     decades = range(math.floor(low), math.ceil(high) + 1)
     factors = (1, 2, 5) if high - low < 2 else (1,)
-    ticks = [decade + math.log10(factor) for decade in decades[:: max(1, len(decades) // 6)] for factor in factors]
-    return [tick for tick in ticks if low <= tick <= high]
+    ticks = [decade + math.log10(factor) for decade in decades[:: math.ceil(len(decades) / 6)] for factor in factors]
+    inside = [tick for tick in ticks if low <= tick <= high]
+    return inside if len(inside) > 1 else _ticks(low, high, 4)
 
 
 def _short(step: float) -> str:

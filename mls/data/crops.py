@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
-from torchvision.io import decode_image
+from torchvision.io import ImageReadMode, decode_image
 
 from mls.config import AugmentConfig
 from mls.data import Batch, Source
@@ -123,7 +123,7 @@ def decode(data: bytes | UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 he
 def _decode(image: Image.Image, data: bytes) -> UInt8[Tensor, "3 height width"]:
     if image.format in ("JPEG", "MPO", "PNG") and image.mode in ("L", "LA", "RGB", "RGBA"):
         try:  # half of Pillow's time for a JPEG
-            pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), "RGB", True)
+            pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, True)
         except RuntimeError:
             pass  # Pillow reads some files with small faults; what is really broken it refuses too
         else:

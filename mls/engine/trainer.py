@@ -44,14 +44,18 @@ class Trainer:
     def __init__(self, config: Config, run: Run, process: Process, quiet: bool = False) -> None:
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
-        if config.engine.precision == "fp16" and process.device.type == "cpu":
+        precision = config.engine.precision
+        if precision == "auto":  # bf16 is four times slower than fp32 on a CPU without matrix units for it
+            precision = "bf16" if process.device.type == "cuda" else "fp32"
+        if precision == "fp16" and process.device.type == "cpu":
             raise ConfigError("engine.precision=fp16 needs a GPU: use engine.precision=bf16 or fp32 on a CPU")
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
+        self.precision = precision
         self.source = build_source(config.data)
         self.steps_per_epoch = steps_per_epoch(self.source, config)
         self.total = config.optim.epochs * self.steps_per_epoch
 
-        pair = build_pair(config.model, config.run.seed, config.engine.precision).to(process.device)
+        pair = build_pair(config.model, config.run.seed, precision).to(process.device)
         if config.engine.channels_last:
             pair = pair.to(memory_format=torch.channels_last)
         labels = None
@@ -61,7 +65,7 @@ class Trainer:
         self.method = methods.build(config, pair, labels).to(process.device)
         self.method.dictionary.to(process.device)
         self.optimizer = optim.build(config, self.method)
-        self.scaler = torch.amp.GradScaler(process.device.type, enabled=config.engine.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
         self.augment = Augment(config.augment, config.run.seed, process.device, config.engine.channels_last)
         if config.engine.compile:
             pair.query.compile()
@@ -272,7 +276,7 @@ class Trainer:
         words = [
             f"{self.run.path}",
             f"{len(self.source)} images from {self.source.name}, {self.steps_per_epoch} steps an epoch, "
-            f"{self.total} steps, on {self.process.world} × {self.process.device.type} in {config.engine.precision}",
+            f"{self.total} steps, on {self.process.world} × {self.process.device.type} in {self.precision}",
             f"learning rate {scaled:g} ({config.optim.lr:g} per 256 images, batch {config.data.batch_size})",
         ]
         if self.method.key_norm.note:

@@ -106,7 +106,7 @@ def test_an_operation_leaves_the_others_samples_exactly_as_they_are(operation: s
     images = crops(8, 32) / 255
     some = torch.tensor([True, False, True, False, False, False, False, True])
     value = torch.where(some, 0.1, 0.0) if operation == "noise" else some
-    parameters = replace(nothing(8), **{operation: value})
+    parameters = replace(nothing(8), sigma=torch.ones(8), **{operation: value})
     before = images.clone()
     after = apply(images, parameters, CONFIG)
     assert torch.equal(images, before), "apply must not change its input"
