@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -44,7 +44,7 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Resolved:
         key, separator, _ = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"'{override}' is not an override: write key=value, for example data.root=/images")
-        change = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+        change = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([override])))
         _check_keys(change, "the command line")
         node = _merge(node, change, override)
         origins[key] = "override"
@@ -101,7 +101,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if base is not None:
         beside = path.parent / f"{base}.yaml"
         base_values, base_origins = _read(beside if beside.is_file() else find_recipe(base))
-        values = OmegaConf.to_container(OmegaConf.merge(base_values, values))
+        values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(base_values, values)))
         origins = base_origins | origins
     return values, origins
 

@@ -29,7 +29,10 @@ app.add_typer(bench.app, name="bench")
 
 def main() -> None:
     try:
-        app()  # exits by itself, Ctrl-C included, unless one of our errors ends it
+        try:
+            app()  # exits by itself, Ctrl-C included, unless one of our errors ends it
+        finally:
+            sys.stdout.flush()  # a reader that is gone is met here, not while Python shuts down
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0:
             print(stopped, file=sys.stderr)
@@ -42,8 +45,8 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:  # `mls config FILE | head`
-        sys.stderr.close()
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(1)  # as typer does where it meets the broken pipe first
 
 
 if __name__ == "__main__":

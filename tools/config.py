@@ -13,7 +13,7 @@ from mls.errors import ConfigError
 def show(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A recipe or YAML file, and overrides."),
+        typer.Argument(metavar="CONFIG KEY=VALUE", help="A recipe or YAML file, and overrides."),
     ] = None,
     diff: Annotated[bool, typer.Option("--diff", help="Compare two configurations or runs instead.")] = False,
 ) -> None:
@@ -38,6 +38,8 @@ def show(
     if not given:
         print("\n".join(recipes()))
         return
+    if "=" in given[0]:
+        raise ConfigError(f"name the configuration before the overrides: `mls config CONFIG {given[0]}`")
     resolved = resolve(_of_run(given[0]), given[1:])
     from mls.config import flatten
 

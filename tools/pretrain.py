@@ -13,7 +13,7 @@ from mls.errors import ConfigError
 def pretrain(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CONFIG] [KEY=VALUE]...", help="A recipe or YAML file, and overrides."),
+        typer.Argument(metavar="CONFIG KEY=VALUE", help="A recipe or YAML file, and overrides."),
     ] = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this run folder instead.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder (default: recipe, date, hash).")] = None,
@@ -44,15 +44,20 @@ def pretrain(
     if resume is not None and given and "=" not in given[0]:
         raise ConfigError(f"--resume takes its configuration from the run: leave out '{given[0]}'")
 
-    from mls import distributed, engine
-    from mls.recipes import load_config
+    config = None
+    if resume is None:
+        from mls.recipes import load_config
+
+        config = load_config(given[0], given[1:] + ([f"run.name={name}"] if name else []))
+
+    from mls import distributed, engine  # seconds: a mistake in the configuration is told before
 
     try:
         if resume is not None:
             run = engine.resume(resume, given, quiet=quiet)
         else:
-            overrides = given[1:] + ([f"run.name={name}"] if name else [])
-            run = engine.pretrain(load_config(given[0], overrides), quiet=quiet)
+            assert config is not None
+            run = engine.pretrain(config, quiet=quiet)
         if distributed.rank() == 0:
             print(run.path)
             if not quiet:

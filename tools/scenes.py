@@ -121,4 +121,5 @@ def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
     try:
         yield advance
     finally:
-        bar.stop()
+        if bar.live.is_started:  # stopping prints a line even where nothing was shown
+            bar.stop()

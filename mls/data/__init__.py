@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -16,10 +17,14 @@ class Source(Protocol):
     """A numbered collection of images. The number of an image (its id) never changes between runs."""
 
     name: str
-    class_names: list[str] | None  # None when the source has no labels
 
     @property
-    def labels(self) -> Tensor | None:
+    def class_names(self) -> Sequence[str] | None:
+        """None when the source has no labels."""
+        ...
+
+    @property
+    def labels(self) -> Tensor | None:  # read-only, so that a lazily made one fits as well
         """Float [images, classes] in {0, 1}, made when first asked for: for monitoring and probing, never to train."""
         ...
 

@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mls.config import Config
 from mls.data import Batch, Source
 from mls.data.crops import CropDataset
 from mls.distributed import Process
-from mls.errors import ConfigError, DataError
+from mls.errors import ConfigError, DataError, UserError
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -81,10 +81,10 @@ class Loader:
         workers = workers_for(config)
         self.waited = 0.0
         self.batches = DataLoader(
-            CropDataset(source, config.augment, config.run.seed),
+            _Telling(CropDataset(source, config.augment, config.run.seed)),
             batch_sampler=StepSampler(source, config, process, first, last),
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type] (CropDataset makes whole batches)
             pin_memory=process.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
@@ -101,8 +101,24 @@ class Loader:
             except StopIteration:
                 return
             self.waited += time.perf_counter() - start
+            if isinstance(batch, UserError):
+                raise batch
             yield batch
 
 
-def _as_it_is(batch: Batch) -> Batch:
+class _Telling(Dataset[Batch | UserError]):
+    """Hands over a user's error in the place of the batch: raised in a worker, its one sentence would arrive wrapped in
+    the worker's traceback."""
+
+    def __init__(self, crops: CropDataset) -> None:
+        self.crops = crops
+
+    def __getitems__(self, indices: list[tuple[int, int]]) -> Batch | UserError:
+        try:
+            return self.crops.__getitems__(indices)
+        except UserError as error:
+            return error
+
+
+def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
     return batch

@@ -65,6 +65,7 @@ class LARS(torch.optim.Optimizer):
         return value
 
     def _move(self, parameter: Tensor, group: dict[str, float]) -> None:
+        assert parameter.grad is not None
         step = parameter.grad + group["weight_decay"] * parameter
         if group["adapt"]:
             size, pull = parameter.norm(), step.norm()

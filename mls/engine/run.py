@@ -65,12 +65,14 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        path = Path(path).expanduser()
-        if not path.is_dir() and (Path(os.environ.get("MLS_RUNS", "runs")) / path).is_dir():
-            path = Path(os.environ.get("MLS_RUNS", "runs")) / path
-        if not (path / "config.yaml").is_file():
-            raise UserError(f"{path} is not a run folder (it has no config.yaml): give the folder that a run printed")
-        return cls(path)
+        """The run at this path, or of this name under $MLS_RUNS. A run may be called like a folder that is here."""
+        given = Path(path).expanduser()
+        places = (given, Path(os.environ.get("MLS_RUNS") or "runs").expanduser() / given)
+        for place in places:
+            if (place / "config.yaml").is_file():
+                return cls(place)
+        tried = next((place for place in places if place.is_dir()), given)
+        raise UserError(f"{tried} is not a run folder (it has no config.yaml): give the folder that a run printed")
 
 
 def _fresh_name(config: Config) -> str:

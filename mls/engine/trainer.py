@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import platform
-import time
 from typing import Any
 
 import torch
@@ -34,7 +33,8 @@ from mls.monitor.health import health
 from mls.monitor.knn import OnlineKnn
 from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
-from mls.monitor.progress import TrainingProgress
+from mls.monitor.progress import TrainingProgress, for_people
+from mls.monitor.window import Window
 from mls.recipes import from_dict
 
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
@@ -167,7 +167,7 @@ class Trainer:
                 values |= self.knn(self.method.pair.query.backbone, self.process.device)
             if values:
                 self.log.write(step, epoch, values)
-                self.show(step, epoch, values)
+                self.progress.update(step, epoch, for_people(values))
             self.progress.step(step)
         every = self.config.engine.milestone_epochs
         milestone = bool(every) and epoch_ends and epoch % every == 0
@@ -255,20 +255,6 @@ class Trainer:
         if self.process.device.type == "cuda":
             values["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**30
         return values
-
-    def show(self, step: int, epoch: int, values: dict[str, float]) -> None:
-        names = {"loss/info_nce": "info_nce", "loss/multi_label": "multi_label", "dictionary/fill": "dictionary"}
-        names |= {"labels/overlap": "overlap", "knn/map": "kNN mAP", "knn/top1": "kNN top-1"}
-        numbers = {short: f"{values[name]:.3f}" for name, short in names.items() if name in values}
-        for loss in ("info_nce", "multi_label"):
-            if loss in numbers:
-                numbers[loss] += f" (chance {values['chance/' + loss]:.2f})"
-        if "labels/overlap" in values:
-            numbers["overlap"] += f" (chance {values['labels/overlap_chance']:.2f})"
-        if "images_per_second" in values:
-            numbers["img/s"] = f"{values['images_per_second']:.0f}"
-            numbers["data wait"] = f"{values['data_wait']:.0%}"
-        self.progress.update(step, epoch, numbers)
 
     def introduce(self) -> None:
         config = self.config
@@ -360,44 +346,3 @@ class Trainer:
         self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, to_dict(self.config))
         stack.callback(self.log.close)
         self.log.rewind(self.log_offset)
-
-
-class Window:
-    """Means since the last log line, kept on the device; reading them is what makes the CPU wait."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.pulls: dict[str, float] = {}
-        self.labels: dict[str, float] = {}
-        self.gradient: Tensor | None = None
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
-
-    def add(self, outputs: list[StepOutput]) -> None:
-        self.steps += 1
-        for out in outputs:
-            for name, value in out.scalars.items():
-                self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-                self.counts[name] = self.counts.get(name, 0) + 1
-
-    def read(self) -> dict[str, float]:
-        values = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
-        values |= {f"gradient/{name}": norm for name, norm in self.pulls.items()} | self.labels
-        if self.gradient is not None:
-            values["gradient/norm"] = float(self.gradient)
-        spent = time.perf_counter() - self.began
-        values["steps_per_second"] = self.steps / spent
-        values["data_wait"] = self.waited / spent
-        self.sums, self.counts, self.pulls, self.labels = {}, {}, {}, {}
-        self.restart_clock()
-        return values
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": {name: float(total) for name, total in self.sums.items()}, "counts": dict(self.counts)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums = {name: torch.tensor(total) for name, total in state["sums"].items()}
-        self.counts = dict(state["counts"])

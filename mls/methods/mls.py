@@ -107,7 +107,8 @@ class MLS(MoCo):
         if objective.labels_from != "backbone":
             by_projection = self.matcher.topk(z1, rows.projection, k, exclude=own_rows).indices
         if by_backbone is None or by_projection is None:
-            matches = by_backbone if by_projection is None else by_projection
+            matches = by_projection if by_backbone is None else by_backbone
+            assert matches is not None
             return _as_labels(matches, len(rows.ids)), matches
         first, second = _as_labels(by_backbone, len(rows.ids)), _as_labels(by_projection, len(rows.ids))
         labels = torch.maximum(first, second) if objective.labels_from == "union" else first * second

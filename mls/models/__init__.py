@@ -13,6 +13,7 @@ from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError, unknown_name
 from mls.files import write_atomically
 from mls.models import backbones
+from mls.models.backbones import Backbone
 from mls.models.heads import projection_head
 from mls.models.momentum import Encoder, EncoderPair, Precision
 from mls.streams import derive
@@ -41,7 +42,7 @@ def start_from(backbone: nn.Module, weights: str) -> None:
         raise ConfigError(f"model.weights={weights} does not fit model.backbone: {reason}") from None
 
 
-def save_backbone(folder: Path, backbone: nn.Module, card: dict[str, Any], augment: AugmentConfig) -> None:
+def save_backbone(folder: Path, backbone: Backbone, card: dict[str, Any], augment: AugmentConfig) -> None:
     """`backbone.safetensors` and `backbone.json`: all that a user of the weights has to know."""
     from safetensors.torch import save
 
@@ -57,7 +58,7 @@ def save_backbone(folder: Path, backbone: nn.Module, card: dict[str, Any], augme
     write_atomically(folder / "backbone.json", json.dumps(card, indent=2).encode())
 
 
-def load_backbone(weights: str | Path) -> nn.Module:
+def load_backbone(weights: str | Path) -> Backbone:
     """A backbone, in evaluation mode, with `.feature_dim`: from a run folder, a `.safetensors` file with its `.json`
     beside it, or, randomly initialised, by name (`resnet50`, `resnet_tiny`, `timm:NAME`).
 

@@ -1,6 +1,8 @@
 """Backbones by name: torchvision's ResNets, a tiny one for demos, any of timm's. Each maps images to one feature a
 image and says its width in `feature_dim`. Parameter names are the library's own, so exports need no renaming."""
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,11 +14,21 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_r
 RESNETS += ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
 
 
+if TYPE_CHECKING:
+
+    class Backbone(nn.Module):
+        """What `build` gives, to a type checker: a library's own module, with the width of its features."""
+
+        feature_dim: int
+else:
+    Backbone = nn.Module
+
+
 def names() -> list[str]:
     return sorted({*RESNETS, "resnet_tiny"})
 
 
-def build(name: str) -> nn.Module:
+def build(name: str) -> Backbone:
     """A randomly initialised backbone.
 
     >>> build("resnet18").feature_dim
@@ -31,10 +43,10 @@ def build(name: str) -> nn.Module:
     model = getattr(torchvision_resnet, name)(weights=None)
     model.feature_dim = model.fc.in_features
     model.fc = nn.Identity()
-    return model
+    return cast(Backbone, model)
 
 
-def _timm(name: str) -> nn.Module:
+def _timm(name: str) -> Backbone:
     try:
         import timm
     except ImportError:
@@ -43,7 +55,7 @@ def _timm(name: str) -> nn.Module:
         raise unknown_name("timm backbone", name, timm.list_models(f"*{name[:6]}*") or timm.list_models("resnet*"))
     model = timm.create_model(name, pretrained=False, num_classes=0)
     model.feature_dim = model.num_features
-    return model
+    return cast(Backbone, model)
 
 
 class Block(nn.Module):
@@ -62,7 +74,7 @@ class Block(nn.Module):
         return torch.relu(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
-class TinyResNet(nn.Module):
+class TinyResNet(Backbone):
     """Three one-block stages for 32-pixel images: 0.3 million parameters, features of width 128."""
 
     def __init__(self, width: int = 32) -> None:

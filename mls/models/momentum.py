@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mls.models.backbones import Backbone
+
 Precision = Literal["fp32", "bf16", "fp16"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -14,16 +16,16 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Encoder(nn.Module):
     """Backbone and projection head: images to (g, z)."""
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, precision: Precision = "fp32") -> None:
+    def __init__(self, backbone: Backbone, head: nn.Module, precision: Precision = "fp32") -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
-        self.half = HALF.get(precision)
+        self.reduced = HALF.get(precision)
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch projection"]]:
-        with torch.autocast(images.device.type, dtype=self.half, enabled=self.half is not None):
+        with torch.autocast(images.device.type, dtype=self.reduced, enabled=self.reduced is not None):
             feature = self.backbone(images)
             projection = self.head(feature)
         return feature.float(), projection.float()  # everything after the network is done in fp32

@@ -58,6 +58,28 @@ class TrainingProgress:
             self.console.print(text, markup=False)
 
 
+NAMES = {"loss/info_nce": "info_nce", "loss/multi_label": "multi_label", "dictionary/fill": "dictionary"}
+NAMES |= {"labels/overlap": "overlap", "knn/map": "kNN mAP", "knn/top1": "kNN top-1"}
+
+
+def for_people(values: Mapping[str, float]) -> dict[str, str]:
+    """The few numbers of a log line that are worth a glance, each loss beside the value of knowing nothing.
+
+    >>> for_people({"loss/info_nce": 5.0, "chance/info_nce": 7.69, "lr": 0.1})
+    {'info_nce': '5.000 (chance 7.69)'}
+    """
+    numbers = {short: f"{values[name]:.3f}" for name, short in NAMES.items() if name in values}
+    for loss in ("info_nce", "multi_label"):
+        if loss in numbers:
+            numbers[loss] += f" (chance {values['chance/' + loss]:.2f})"
+    if "labels/overlap" in values:
+        numbers["overlap"] += f" (chance {values['labels/overlap_chance']:.2f})"
+    if "images_per_second" in values:
+        numbers["img/s"] = f"{values['images_per_second']:.0f}"
+        numbers["data wait"] = f"{values['data_wait']:.0%}"
+    return numbers
+
+
 def duration(seconds: float) -> str:
     """
     >>> duration(59), duration(3700), duration(90000)

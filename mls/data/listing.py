@@ -1,0 +1,275 @@
+"""Where image files lie: the paths a user means, the walk through a folder, text lists, and the source that reads them.
+Annotation files are in annotated.py, tar shards in tar.py. Nothing is decoded here."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mls.config import DataConfig
+from mls.errors import DataError
+from mls.streams import generator
+
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
+LOOKED_FOR = f"looked for {', '.join(EXTENSIONS)}"
+
+_SUFFIXES = frozenset(f".{suffix}".encode() for suffix in EXTENSIONS)
+
+
+class Names:
+    """Many byte strings in two arrays. A million Python strings would cost twice the memory, and every forked worker
+    would copy them, because reading an object writes its reference count.
+
+    >>> names = Names.of([b"a.jpg", b"", b"bc.png"])
+    >>> len(names), names[2], list(names.part(0, 2))
+    (3, b'bc.png', [b'a.jpg', b''])
+    """
+
+    def __init__(self, text: NDArray[np.uint8], starts: NDArray[np.int64]) -> None:
+        self.text, self.starts = text, starts
+
+    @classmethod
+    def of(cls, items: Sequence[bytes]) -> Names:
+        starts = np.zeros(len(items) + 1, dtype=np.int64)
+        np.cumsum(np.fromiter(map(len, items), dtype=np.int64, count=len(items)), out=starts[1:])
+        return cls(np.frombuffer(b"".join(items), dtype=np.uint8), starts)
+
+    @classmethod
+    def join(cls, parts: Sequence[Names]) -> Names:
+        lengths = np.concatenate([np.zeros(1, np.int64), *(np.diff(part.starts) for part in parts)])
+        return cls(np.concatenate([np.zeros(0, np.uint8), *(part.text for part in parts)]), np.cumsum(lengths))
+
+    def part(self, first: int, last: int) -> Names:
+        starts = self.starts[first : last + 1]
+        return Names(self.text[starts[0] : starts[-1]], starts - starts[0])
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.text[self.starts[index] : self.starts[index + 1]].tobytes()
+
+
+class FileSource:
+    """Image files under one folder, with labels where the layout or an annotation file gives some.
+
+    `pairs` holds one row (image, class) for each label. The float matrix is made when somebody asks for it: for a
+    million images of a thousand classes it takes 4 GB, and training never asks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        paths: Sequence[bytes],
+        class_names: list[str] | None = None,
+        pairs: Int64[np.ndarray, "pairs 2"] | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.name, self.class_names = name, class_names
+        self._root = os.fsencode(root)
+        self._paths = Names.of(paths[:limit])
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    @cached_property
+    def labels(self) -> Float[Tensor, "images classes"] | None:
+        if self.class_names is None or self._pairs is None:
+            return None
+        return multi_hot(self._pairs, len(self), len(self.class_names))
+
+    def path(self, index: int) -> bytes:
+        return os.path.join(self._root, self._paths[index])
+
+    def read(self, index: int) -> bytes:
+        with open(self.path(index), "rb") as file:
+            return file.read()
+
+    def describe(self, index: int) -> str:
+        return printable(self.path(index))
+
+    def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        return torch.randperm(len(self), generator=generator(seed, "order", epoch)).numpy()
+
+
+def multi_hot(pairs: Int64[np.ndarray, "pairs 2"], images: int, classes: int) -> Float[Tensor, "images classes"]:
+    labels = torch.zeros(images, classes)
+    rows, columns = torch.from_numpy(pairs[pairs[:, 0] < images]).T
+    labels[rows, columns] = 1
+    return labels
+
+
+def from_folder(config: DataConfig) -> FileSource:
+    root = directory(config, "images")
+    if config.annotations is not None:
+        raise DataError(
+            f"data.annotations {config.annotations} does not belong to a folder of images like {show(root)}: "
+            "remove it, or set data.source to coco, voc or list"
+        )
+    paths = list_images(root)
+    if not paths:
+        raise DataError(f"no images under {show(root)} ({LOOKED_FOR}): point data.root to the folder that has them")
+    classes, pairs = None, None
+    folders = sorted({path.rpartition(b"/")[0] for path in paths})
+    if len(folders) > 1 and all(path.count(b"/") == 1 for path in paths):
+        column = {folder: j for j, folder in enumerate(folders)}
+        pairs = np.array([(i, column[path.partition(b"/")[0]]) for i, path in enumerate(paths)], dtype=np.int64)
+        classes = [printable(folder) for folder in folders]
+    return FileSource(f"folder:{show(root.name)}", root, paths, classes, pairs, config.limit)
+
+
+def from_list(config: DataConfig) -> FileSource:
+    """data.root is the list, or data.annotations is and data.root is where its paths start. Every line counts, so a
+    path named twice is two images."""
+    file = locate(config.annotations, "data.annotations") if config.annotations else locate(root_text(config))
+    if not file.is_file():
+        raise DataError(f"{show(file)} is a folder where a text list was expected: name the .txt file itself")
+    base = locate(config.root) if config.annotations and config.root else file.parent
+    paths, missing = [], []
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        path = line.strip()
+        if path and not path.startswith(b"#"):
+            paths.append(path)
+            if not os.path.isfile(os.path.join(os.fsencode(base), path)):
+                missing.append(f"line {number} {printable(path)}")
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DataError(
+            f"{show(file)} names files that are not under {show(base)}: {', '.join(missing[:3])}{more}; "
+            "correct these lines, or set data.root to the image folder and data.annotations to the list"
+        )
+    if not paths:
+        raise DataError(f"no paths in {show(file)}: write one image path a line")
+    return FileSource(f"list:{show(file.name)}", base, paths, limit=config.limit)
+
+
+def list_images(root: Path) -> list[bytes]:
+    """The image files under a folder as sorted relative paths, without hidden ones. Links are followed; what can be
+    reached twice is listed once, under its real path if that lies in the folder. A broken link is listed: that it
+    cannot be read should be heard of, and later ids should not depend on it."""
+    top = os.path.join(os.fsencode(root), b"")
+    files: list[bytes] = []
+    file_links: list[bytes] = []
+    seen: set[tuple[int, int]] = set()
+    waiting = [top]
+    while waiting:  # each round walks the folders that links of the round before lead to
+        folder_links: list[bytes] = []
+        for start in sorted(waiting):
+            _walk(start, seen, files, folder_links, file_links)
+        waiting = folder_links
+    known = {_identity(path) for path in files} if file_links else set()
+    for path in sorted(file_links):
+        identity = _identity(path)
+        if identity is None or identity not in known:
+            files.append(path)
+            known.add(identity)
+    return sorted(path[len(top) :] for path in files)
+
+
+def _walk(
+    start: bytes, seen: set[tuple[int, int]], files: list[bytes], folder_links: list[bytes], file_links: list[bytes]
+) -> None:
+    """Lists a folder and its real sub-folders into `files` and leaves links for later."""
+    stack = [start]
+    while stack:
+        folder = stack.pop()
+        identity = _identity(folder)
+        if identity in seen:
+            continue
+        seen.add(identity or (0, 0))
+        for entry in _entries(folder):
+            if entry.is_symlink():
+                kind = _kind(entry.path)
+                if kind == stat.S_IFDIR:
+                    folder_links.append(entry.path)
+                elif is_image(entry.name) and kind in (stat.S_IFREG, None):
+                    file_links.append(entry.path)
+            elif entry.is_dir(follow_symlinks=False):
+                stack.append(entry.path)
+            elif is_image(entry.name) and entry.is_file(follow_symlinks=False):  # a pipe would block its reader
+                files.append(entry.path)
+
+
+def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(b".")]
+    except OSError as error:
+        reason = f"cannot list {printable(folder)} ({error.strerror})"
+        raise DataError(f"{reason}: make it readable, or hide it with a dot before its name") from None
+
+
+def _identity(path: bytes) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _kind(path: bytes) -> int | None:
+    try:
+        return stat.S_IFMT(os.stat(path).st_mode)
+    except OSError:
+        return None
+
+
+def is_image(name: bytes) -> bool:
+    return os.path.splitext(name)[1].lower() in _SUFFIXES
+
+
+def printable(name: bytes) -> str:
+    """Safe to print: bytes that are not UTF-8, and control characters, are escaped."""
+    text = name.decode(errors="backslashreplace")
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def show(path: str | Path) -> str:
+    return printable(os.fsencode(path))
+
+
+def locate(text: str, key: str = "data.root") -> Path:
+    """The existing path a user means: ~ and variables expanded, a relative path also tried under $MLS_DATA."""
+    expanded = os.path.expandvars(os.path.expanduser(text))
+    if (unset := re.search(r"\$\{?(\w+)\}?", expanded)) and not os.path.exists(expanded):
+        name = unset[1]
+        raise DataError(f"{key} {text} uses ${name}, which is not set: export {name}, or write the whole path")
+    for path in (Path(expanded), Path(os.environ.get("MLS_DATA") or ".", expanded)):
+        if os.path.exists(path):
+            return Path(os.path.abspath(path))
+    path = Path(os.path.abspath(expanded))
+    parent = next(folder for folder in path.parents if folder.is_dir())
+    name = path.relative_to(parent).parts[0]
+    near = get_close_matches(name, islice((entry.name for entry in parent.glob("*")), 10_000), n=1)
+    advice = f"did you mean {show(parent / near[0])}?" if near else f"the nearest folder that does is {show(parent)}"
+    raise DataError(f"{key} {show(expanded)} does not exist: {advice}")
+
+
+def root_text(config: DataConfig) -> str:
+    if config.root is None:
+        raise DataError(
+            "no images were named: set data.root=FOLDER (or a list .txt, a COCO or VOC folder, tar shards), "
+            "or try data.source=scenes, which needs no data"
+        )
+    return config.root
+
+
+def directory(config: DataConfig, what: str) -> Path:
+    root = locate(root_text(config))
+    if not root.is_dir():
+        raise DataError(f"data.root {show(root)} is a file where a folder of {what} was expected: name the folder")
+    return root
