@@ -44,7 +44,12 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Resolved:
         key, separator, _ = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"'{override}' is not an override: write key=value, for example data.root=/images")
-        change = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([override])))
+        try:
+            dotted = OmegaConf.from_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"'{override}' cannot be read as key=value: {reason}") from None
+        change = cast(dict[str, Any], OmegaConf.to_container(dotted))
         _check_keys(change, "the command line")
         node = _merge(node, change, override)
         origins[key] = "override"

@@ -37,7 +37,7 @@ def mls_command() -> Callable[..., subprocess.CompletedProcess[str]]:
             command_line(*arguments, processes=processes),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )
 

@@ -36,6 +36,21 @@ def probe_on_scenes(backbone: nn.Module, config: Config) -> dict[str, float]:
     }
 
 
+def scene_type_alone(config: Config) -> dict[str, float]:
+    """The mAP, in per cent, of who sees nothing but a scene's type: how often each class occurs in that type."""
+    import torch
+
+    from mls.data.scenes import make_scenes
+    from mls.metrics import mean_average_precision
+
+    scenes = config.data.scenes
+    train = make_scenes(scenes.count, "train", scenes.size, scenes.seed)
+    test = make_scenes(scenes.test_count, "test", scenes.size, scenes.seed)
+    kinds = int(train.types.max()) + 1
+    often = torch.stack([train.labels[train.types == kind].mean(0) for kind in range(kinds)])
+    return {"linear": 100 * float(mean_average_precision(often[test.types], test.labels))}
+
+
 def label_overlap(run: Run) -> dict[str, float]:
     """Pseudo-label overlap and its chance level, mean over the last tenth of the log."""
     rows: list[dict[str, Any]] = [row for row in run.metrics() if row.get("labels/overlap") is not None]

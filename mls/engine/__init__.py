@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mls import distributed
 from mls.config import Config, to_yaml
 from mls.engine.run import Run
 from mls.engine.trainer import Trainer
+from mls.errors import UserError
 from mls.files import write_atomically
 from mls.recipes import load_config
 
@@ -19,8 +22,17 @@ def pretrain(config: Config, quiet: bool = False) -> Run:
     """Train from scratch in a new run folder. Under torchrun every process calls this."""
     process = distributed.start(config.engine.device)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
-    made = _on_main(lambda: str(Run.create(config).path), process)
-    return run(made, quiet=quiet)
+    made = Run(Path(_on_main(lambda: str(Run.create(config).path), process)))
+    try:
+        trainer = Trainer(config, made, process, quiet=quiet)
+    except UserError:
+        if process.main:  # nothing was trained: leave no folder behind that is no run
+            (made.path / "config.yaml").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                made.path.rmdir()
+        raise
+    trainer.train()
+    return made
 
 
 def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool = False) -> Run:

@@ -132,6 +132,7 @@ def test_mistakes_with_data_are_one_sentence(tmp_path: Path, tiny: list[str]) ->
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
         mls.pretrain(mls.load_config("mls_scenes_tiny", [*few, f"data.root={tmp_path / 'empty'}"]), quiet=True)
+    assert list((tmp_path / "runs").iterdir()) == []  # a mistake leaves no run folder behind
     with pytest.raises(UserError, match=r"is not a run folder \(it has no config.yaml\)"):
         mls.resume(tmp_path / "few")
 

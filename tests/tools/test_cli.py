@@ -20,6 +20,17 @@ from mls.tools.cli import app
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 HEAVY = ("torch", "numpy", "sklearn", "matplotlib", "omegaconf", "PIL", "jinja2")
+MISTAKES = {  # command: the sentence that it brings
+    "config mls_scenes_tiny objective.kk=5": r"unknown key 'objective\.kk' .*: did you mean 'objective\.k'\?",
+    "config objective.k=5": r"name the configuration before the overrides: `mls config CONFIG objective\.k=5`",
+    "config --diff mls_scenes_tiny": r"--diff compares exactly two: `mls config --diff A B`",
+    "pretrain": rf"say what to train: .* one of {', '.join(recipes())}",
+    "pretrain objective.k=5": rf"say what to train: .* one of {', '.join(recipes())}",
+    "pretrain mls_scenes_tin": r"unknown recipe 'mls_scenes_tin': did you mean 'mls_scenes_tiny'\? .*",
+    "pretrain mls_folder_r50": r"no images were named: set data\.root=FOLDER .*",
+    "report nowhere": r"nowhere is not a run folder .*: give the folder that a run printed",
+    "scenes export --layout cocoo --out scenes": r"unknown layout 'cocoo': did you mean 'coco'\? .*",
+}
 
 
 def commands(group: typer.main.TyperGroup | None = None, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -80,26 +91,11 @@ def test_config_tells_how_two_recipes_or_runs_differ(mls_command: Call, tmp_path
     assert (same.returncode, same.stdout) == (0, "no differences\n")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        ("config mls_scenes_tiny objective.kk=5", r"unknown key 'objective\.kk' .*: did you mean 'objective\.k'\?"),
-        ("config objective.k=5", r"name the configuration before the overrides: `mls config CONFIG objective\.k=5`"),
-        ("config --diff mls_scenes_tiny", r"--diff compares exactly two: `mls config --diff A B`"),
-        ("pretrain", rf"say what to train: .* one of {', '.join(recipes())}"),
-        ("pretrain objective.k=5", rf"say what to train: .* one of {', '.join(recipes())}"),
-        ("pretrain mls_scenes_tin", r"unknown recipe 'mls_scenes_tin': did you mean 'mls_scenes_tiny'\? .*"),
-        ("pretrain mls_folder_r50", r"no images were named: set data\.root=FOLDER .*"),
-        ("report nowhere", r"nowhere is not a run folder .*: give the folder that a run printed"),
-        ("scenes export --layout cocoo --out scenes", r"unknown layout 'cocoo': did you mean 'coco'\? .*"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_exit_code_2(
-    arguments: str, sentence: str, mls_command: Call, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("arguments", MISTAKES)
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments: str, mls_command: Call, tmp_path: Path) -> None:
     done = mls_command(*arguments.split(), MLS_RUNS=str(tmp_path))
     assert done.returncode == 2
-    assert re.fullmatch(f"error: {sentence}\n", done.stderr)
+    assert re.fullmatch(f"error: {MISTAKES[arguments]}\n", done.stderr)
     assert done.stdout == ""
 
 

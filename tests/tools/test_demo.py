@@ -1,0 +1,57 @@
+"""The demo as a user runs it, once, in its quick form."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mls.results import Results
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("demo")
+
+
+def test_quick_demo_trains_probes_prints_a_table_and_is_not_done_twice(folder: Path, mls_command: Command) -> None:
+    first = mls_command("demo", "--quick", "--out", str(folder))
+    assert first.returncode == 0, first.stderr
+    rows = {row["cell"]: row for row in Results(folder / "results.jsonl").rows()}
+    assert set(rows) == {"random", "MoCo-v2", "MLS"}
+    # Nothing here asserts that MLS beats MoCo-v2: on these scenes it need not (README).
+    for learnt in ("MoCo-v2", "MLS"):
+        assert rows[learnt]["linear"] > rows["random"]["linear"] + 3
+    assert 0 < rows["MLS"]["chance"] < 1
+    assert "| MLS " in first.stdout
+    assert (folder / "table.md").read_text() in first.stdout
+    assert (folder / rows["MLS"]["run"] / "DONE").is_file()
+    picture = Image.open(folder / "pseudo_positives.png").convert("RGB")
+    colours = {colour for _, colour in picture.getcolors(maxcolors=1 << 20) or []}
+    assert {(0xD6, 0x27, 0x28), (0xF2, 0xB7, 0x01)} <= colours
+
+    again = mls_command("demo", "--quick", "--out", str(folder))
+    assert again.returncode == 0, again.stderr
+    assert "— MLS" not in again.stderr
+    assert (folder / "table.md").read_text() in again.stdout
+
+
+def test_ablations_print_ours_beside_the_papers_and_go_on_where_they_stopped(
+    folder: Path, mls_command: Command
+) -> None:
+    short = ["data.scenes.count=256", "data.scenes.test_count=200", "data.batch_size=64", "dictionary.size=128"]
+    command = ["bench", "ablations", "mls_scenes_tiny", *short, "optim.epochs=1", "objective.warmup_epochs=0"]
+    command += ["--grid", "k", "--out", str(folder / "ablations")]
+    first = mls_command(*command)
+    assert first.returncode == 0, first.stderr
+    for k, paper in ((1, "39.7 / 35.9"), (5, "40.0 / 36.1"), (20, "40.1 / 36.2"), (40, "39.2 / 35.4")):
+        (line,) = [line for line in first.stdout.splitlines() if line.startswith(f"| k {k} ")]
+        assert paper in line
+    again = mls_command(*command)
+    assert "— k" not in again.stderr
+    assert [line for line in again.stdout.splitlines() if "|" in line] == [
+        line for line in first.stdout.splitlines() if "|" in line
+    ]
