@@ -61,7 +61,8 @@ def run(folder: str | Path, quiet: bool = False) -> Run:
     return this
 
 
-def _on_main(action, process: distributed.Process):
+def _on_main(action: Callable[[], Any], process: distributed.Process) -> Any:
+    """What `action` gives on rank 0; its error, too, reaches every process."""
     result, error = None, None
     if process.main:
         try:
