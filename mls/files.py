@@ -26,8 +26,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) or "PytorchStreamWriter" in str(error):
-            raise UserError(_sentence(path, error)) from error
+        reason = _os_error(error)
+        if reason is not None:
+            raise UserError(_sentence(path, reason)) from error
         raise
 
 
@@ -52,8 +53,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sentence(path: Path, error: BaseException) -> str:
-    if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+def _os_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind an error: torch.save hides a full disk behind one of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _sentence(path: Path, error: OSError) -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"cannot write {path}: {error.strerror or error}"
     return (
         f"no disk space left for {path}: free some, or lower engine.keep_last; "

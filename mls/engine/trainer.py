@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import platform
+import sys
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ class Trainer:
         self.bad_steps = 0
         self.log_offset = 0
         self.restore()
+        self.saved_step = self.step
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -111,7 +113,7 @@ class Trainer:
                 exit_code = self.train_step(micro_batches, stop)
                 self.after_step()
                 if exit_code:
-                    self.save()
+                    self.save_unless_saved()
                     raise Stopped(self.farewell("a signal came"), exit_code)
             self.finish(last)
 
@@ -175,8 +177,7 @@ class Trainer:
             self.save(milestone)
 
     def finish(self, last: int) -> None:
-        if self.step not in self.checkpoints.steps():
-            self.save()
+        self.save_unless_saved()
         if last < self.total:
             raise Stopped(self.farewell(f"engine.max_steps={last} is reached"), 0)
         if self.process.main:
@@ -314,11 +315,16 @@ class Trainer:
                 self.export_backbone()
             except Exception as caught:
                 error = caught
+        self.saved_step = self.step
         (failed,) = distributed.largest([float(error is not None)], self.process.device)
         if error is not None:
             raise error
         if failed:
             raise Stopped("rank 0 could not save", 1)
+
+    def save_unless_saved(self) -> None:
+        if self.saved_step != self.step:
+            self.save()
 
     def export_backbone(self) -> None:
         card = {"architecture": self.config.model.backbone, "method": self.config.objective.method}
@@ -328,7 +334,8 @@ class Trainer:
         save_backbone(self.run.path, self.method.pair.query.backbone, card, self.config.augment)
 
     def restore(self) -> None:
-        state = self.checkpoints.newest(warn=lambda text: print(text, flush=True))
+        warn = lambda text: print(text, file=sys.stderr, flush=True) if self.process.main else None
+        state = self.checkpoints.newest(warn)
         if state is not None:
             refuse_another_configuration(from_dict(state["config"]), self.config, self.run.checkpoints)
             self.load_state_dict(state)

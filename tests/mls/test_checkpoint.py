@@ -73,8 +73,21 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.EACCES])
+def test_a_system_error_behind_torchs_own_is_found(tmp_path: Path, error: int) -> None:
+    def save() -> None:
+        try:
+            raise OSError(error, os.strerror(error))
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 105728 vs 105624")
+
+    sentence = "cannot write" if error == errno.EACCES else "no disk space left"
+    with pytest.raises(UserError, match=sentence), atomic_file(tmp_path / "file"):
+        save()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, which only Linux has")
-def test_torch_save_on_a_really_full_device_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_save_on_a_full_device_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real_open = open
     monkeypatch.setattr(
         "builtins.open", lambda path, *a, **k: real_open("/dev/full" if ".tmp" in str(path) else path, *a, **k)

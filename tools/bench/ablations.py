@@ -58,7 +58,7 @@ SHORT = ("data.scenes.count=1536", "data.scenes.test_count=500", "optim.epochs=2
 
 def ablations(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="An MLS recipe, and overrides.")
+        list[str] | None, typer.Argument(metavar="RECIPE KEY=VALUE", help="An MLS recipe, and overrides.")
     ] = None,
     grid: Annotated[list[str] | None, typer.Option(help=f"Only this one: {', '.join(GRIDS)}. May be repeated.")] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 1,
