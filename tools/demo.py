@@ -17,7 +17,11 @@ ROWS: dict[str, tuple[str, list[str]] | None] = {
 CONTROLS: dict[str, tuple[str, list[str]] | None] = {
     "MLS, random pseudo-labels": ("mls_scenes_tiny", ["objective.pseudo_labels=random"]),
     "MLS, oracle pseudo-labels": ("mls_scenes_tiny", ["objective.pseudo_labels=oracle"]),
-    "supervised": ("mls_scenes_tiny", ["objective.method=supervised", "optim.lr=0.24"]),
+    "MLS, oracle, balanced, weight 2": (
+        "mls_scenes_tiny",
+        ["objective.pseudo_labels=oracle", "objective.normalise=balanced", "objective.weight=2"],
+    ),
+    "supervised": ("mls_scenes_tiny", ["objective.method=supervised"]),
 }
 QUICK = ["data.scenes.count=1536", "data.scenes.test_count=500", "optim.epochs=6", "dictionary.size=1024"]
 QUICK += ["objective.warmup_epochs=1"]

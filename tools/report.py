@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mls.tools.charts import BOTTOM, LEFT, RIGHT, TOP, chart
+from mls.tools.charts import chart
 
 if TYPE_CHECKING:
     from mls.config import Config
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from mls.gallery import Pixels
 
 # The first four are a plot's edges: whoever checks the page asks for them here.
-__all__ = ["BOTTOM", "LEFT", "RIGHT", "TOP", "Card", "chart", "picture", "render", "report"]
 
 IDENTITY = {"run.name", "run.root", "run.recipe"}  # keys that tell runs apart and change nothing
 THUMBNAIL = 160  # pixels of a large crop on the page

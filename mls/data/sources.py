@@ -9,20 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from mls.config import DataConfig
 from mls.data import Source
-from mls.data.annotated import VOC_CLASSES, from_coco, from_voc, voc_years
+from mls.data.annotated import from_coco, from_voc, voc_years
 from mls.data.listing import (
-    LOOKED_FOR,
-    FileSource,
-    Names,
     from_folder,
     from_list,
-    is_image,
     list_images,
     locate,
-    multi_hot,
-    printable,
     root_text,
-    show,
 )
 from mls.errors import DataError, unknown_name
 
@@ -30,8 +23,6 @@ if TYPE_CHECKING:
     from mls.data.tar import TarSource
 
 # What other files ask for by this name; it lives below.
-__all__ = ["LOOKED_FOR", "VOC_CLASSES", "FileSource", "Names", "build_source", "detect", "is_image", "list_images"]
-__all__ += ["locate", "multi_hot", "printable", "show"]
 
 
 def build_source(config: DataConfig, split: str = "train") -> Source:

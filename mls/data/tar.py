@@ -23,7 +23,7 @@ from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mls.data.sources import LOOKED_FOR, Names, is_image, multi_hot, printable, show
+from mls.data.listing import LOOKED_FOR, Names, is_image, multi_hot, printable, show
 from mls.errors import DataError, UserError
 from mls.files import atomic_file
 from mls.streams import generator

@@ -270,9 +270,14 @@ class Trainer:
             words.append(self.method.key_norm.note)
         if self.step:
             words.append(f"resumed after step {self.step}")
-        elif isinstance(self.method, methods.MLS) and not self.method.warming_up:
-            filled = math.ceil(config.objective.k / config.data.batch_size)
-            words.append(f"no multi-label term until the dictionary holds k rows (from step {filled + 1})")
+        elif isinstance(self.method, methods.MLS):
+            filled = math.ceil(config.objective.k / config.data.batch_size)  # steps until the dictionary holds k rows
+            first = 1 + max(filled, int(config.objective.warmup_epochs * self.steps_per_epoch))
+            words.append(f"InfoNCE alone until the multi-label term joins at step {first}")
+            if first > self.total:
+                words[-1] += ", which never comes: lower objective.warmup_epochs"
+        if config.optim.warmup_epochs >= config.optim.epochs:
+            words.append("the learning rate only warms up and never reaches its peak: lower optim.warmup_epochs")
         for sentence in words:
             self.progress.say(sentence)
 

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional as reference
 from mls.config import AugmentConfig
 from mls.data import Batch
 from mls.data.crops import CROP_DRAWS, CropDataset, UnreadableImage, centre, crop_box, cut, decode
-from mls.data.sources import FileSource
+from mls.data.listing import FileSource
 from mls.errors import DataError
 from mls.streams import uniforms
 

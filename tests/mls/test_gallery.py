@@ -25,7 +25,8 @@ from mls.errors import CheckpointError, DataError, UserError
 from mls.gallery import CELL, FRAME, MARGIN, GalleryRow, draw, gallery, meaning, row_crop
 from mls.models import build_pair
 
-SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2 objective.warmup_epochs=0
+SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2
+objective.warmup_epochs=0
 engine.threads=1 monitor.knn_images=128 run.name=run""".split()
 Train = Callable[..., Run]
 

@@ -15,9 +15,10 @@ from torchvision.datasets import Cityscapes, ImageFolder, VOCDetection, VOCSegme
 from typer.testing import CliRunner
 
 from mls.config import DataConfig
+from mls.data.annotated import VOC_CLASSES
 from mls.data.layouts import COCO_IDS, DIGIT_IDS, GROUND_IDS, LAYOUTS, THINGS, polygons, write
 from mls.data.scenes import CLASS_NAMES, make_scenes
-from mls.data.sources import VOC_CLASSES, build_source
+from mls.data.sources import build_source
 from mls.errors import DataError
 from mls.tools.scenes import app
 

@@ -18,7 +18,7 @@ from mls.engine.checkpoint import Checkpoints
 TIMES = {"images_per_second", "data_wait"}
 GOLDEN = """data.scenes.count=640 data.scenes.test_count=64 data.batch_size=64 dictionary.size=160 objective.k=5
 optim.epochs=4 engine.checkpoint_every=17 engine.keep_last=9 monitor.log_every=2 monitor.health_every=9
-monitor.knn_images=128 model.projection=16 objective.warmup_epochs=1 engine.threads=1""".split()  # 10 steps an epoch, 40 steps
+monitor.knn_images=128 model.projection=16 objective.warmup_epochs=1 engine.threads=1""".split()  # 10 steps an epoch
 
 
 def same(first: Any, second: Any, where: str = "") -> list[str]:

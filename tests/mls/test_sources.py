@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mls.config import DataConfig, ScenesConfig
-from mls.data.sources import Names, build_source, locate
+from mls.data.listing import Names, locate
+from mls.data.sources import build_source
 from mls.data.tar import IndexingBar, TarSource, load_index
 from mls.errors import DataError
 

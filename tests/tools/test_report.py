@@ -22,9 +22,11 @@ import mls
 from mls.config import Config
 from mls.engine import Run
 from mls.errors import Stopped, UserError
-from mls.tools.report import BOTTOM, LEFT, RIGHT, TOP, Card, chart, picture, report
+from mls.tools.charts import BOTTOM, LEFT, RIGHT, TOP, chart
+from mls.tools.report import Card, picture, report
 
-SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2 objective.warmup_epochs=0
+SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2
+objective.warmup_epochs=0
 engine.threads=1 monitor.knn_images=128 monitor.log_every=2 monitor.health_every=4""".split()
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

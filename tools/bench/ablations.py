@@ -54,6 +54,7 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
     "weight": tuple(Cell(f"λ {weight}", (f"objective.weight={weight}",)) for weight in (0.1, 0.3, 0.5, 0.7, 1.0)),
 }
 SHORT = ("data.scenes.count=1536", "data.scenes.test_count=500", "optim.epochs=2", "dictionary.size=1024")
+SHORT += ("objective.warmup_epochs=0",)
 
 
 def ablations(
