@@ -19,6 +19,7 @@ settings.load_profile("mls")
 
 TINY = """data.scenes.count=256 data.scenes.test_count=64 data.batch_size=16 dictionary.size=64 objective.k=5
 optim.epochs=3 engine.checkpoint_every=5 monitor.log_every=2 monitor.health_every=8 monitor.knn_images=128
+monitor.knn_every_epochs=1
 model.projection=16 objective.warmup_epochs=0 engine.threads=1""".split()
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
@@ -66,6 +65,3 @@ class Views:
     images: list[Float[Tensor, "batch 3 size size"]]
     boxes: list[Float[Tensor, "batch 4"]]
     ids: Int64[Tensor, "batch"]
-
-    def to(self, device: torch.device) -> Views:
-        return Views([x.to(device) for x in self.images], [b.to(device) for b in self.boxes], self.ids.to(device))

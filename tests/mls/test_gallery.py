@@ -26,7 +26,7 @@ from mls.gallery import CELL, FRAME, MARGIN, GalleryRow, draw, gallery, meaning,
 from mls.models import build_pair
 
 SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2
-objective.warmup_epochs=0
+objective.warmup_epochs=0 monitor.knn_every_epochs=1
 engine.threads=1 monitor.knn_images=128 run.name=run""".split()
 Train = Callable[..., Run]
 

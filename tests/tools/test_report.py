@@ -26,7 +26,7 @@ from mls.tools.charts import BOTTOM, LEFT, RIGHT, TOP, chart
 from mls.tools.report import Card, picture, report
 
 SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2
-objective.warmup_epochs=0
+objective.warmup_epochs=0 monitor.knn_every_epochs=1
 engine.threads=1 monitor.knn_images=128 monitor.log_every=2 monitor.health_every=4""".split()
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
