@@ -127,6 +127,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         torch._foreach_copy_(self.buffers_before, self.buffers)
         logging = self.step % self.config.monitor.log_every == 0
+        self.method.measuring = logging
 
         outputs: list[StepOutput] = []
         for number, batch in enumerate(micro_batches):

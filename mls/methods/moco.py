@@ -23,6 +23,7 @@ class MoCo(Method):
         super().__init__()
         self.config = config
         self.pair = pair
+        self.measuring = True  # also work out what only the log wants; the trainer sets it from the step
         self.image_labels = image_labels  # controls and monitoring only; no method learns from them
         self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group)
         if self.key_norm.mode == "sync":

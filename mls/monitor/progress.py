@@ -70,7 +70,7 @@ def for_people(values: Mapping[str, float]) -> dict[str, str]:
     """
     numbers = {short: f"{values[name]:.3f}" for name, short in NAMES.items() if name in values}
     for loss in ("info_nce", "multi_label"):
-        if loss in numbers:
+        if loss in numbers and f"chance/{loss}" in values:
             numbers[loss] += f" (chance {values['chance/' + loss]:.2f})"
     if "labels/overlap" in values:
         numbers["overlap"] += f" (chance {values['labels/overlap_chance']:.2f})"

@@ -1,7 +1,5 @@
 """Methods against plain formulas in float64, and against the contract: forward moves nothing, after_step moves once."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -244,4 +242,3 @@ def test_supervised_control_learns_from_the_labels() -> None:
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5 * first.item()
-    assert replace(views).ids.tolist() == views.ids.tolist()
