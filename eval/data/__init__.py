@@ -1,0 +1,127 @@
+"""Labelled data sets of published layouts, for downstream work: `build(name)` gives train and test images with what is
+known of their labels. One file a data set or family; whatever a layout needs (lists, json, crops) is settled there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Int8, Int64, UInt8
+from torch import Tensor
+
+from mls.data import Source
+from mls.data.crops import decode
+from mls.errors import DataError, unknown_name
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """One split: images, and for each class whether it is present (+1), absent (-1) or not annotated (0)."""
+
+    images: Source  # what it says of labels is not used
+    truth: Int8[Tensor, "images classes"]
+    class_names: Sequence[str]
+    rows: Int64[Tensor, "images"] | None = None  # an image of `images` for each row; None: row i is image i
+    boxes: Int64[Tensor, "images 4"] | None = None  # x0 y0 x1 y1 in pixels: a row is a part of its image
+    observed: Int8[Tensor, "images classes"] | None = None  # labels already drawn, where the files bring them
+
+    def __len__(self) -> int:
+        return len(self.truth)
+
+    def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
+        image = row if self.rows is None else int(self.rows[row])
+        pixels = decode(self.images.read(image))
+        if self.boxes is None:
+            return pixels
+        height, width = pixels.shape[1:]
+        x0, y0, x1, y1 = self.boxes[row].tolist()
+        x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+        return pixels[:, y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+
+    def describe(self, row: int) -> str:
+        return self.images.describe(row if self.rows is None else int(self.rows[row]))
+
+    def part(self, rows: Int64[Tensor, "rows"]) -> LabelledImages:
+        """Some rows, in this order."""
+        pick = lambda values: None if values is None else values[rows]
+        images = rows if self.rows is None else self.rows[rows]
+        return LabelledImages(
+            self.images, self.truth[rows], self.class_names, images, pick(self.boxes), pick(self.observed)
+        )
+
+
+@dataclass(frozen=True)
+class DataSet:
+    name: str
+    train: LabelledImages
+    test: LabelledImages
+    val: LabelledImages | None = None  # the published one; without it a protocol holds out a part of train
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one published data set lies on disk."""
+
+    read: Callable[[Path], DataSet]
+    folder: str  # under $MLS_DATA
+    download: str  # what to download and where to put it: completes "FILE is missing: "
+    sizes: dict[str, int] = field(default_factory=dict)  # published counts: classes, train, test, val
+
+
+LAYOUTS: dict[str, Layout] = {}
+
+
+def register(name: str, layout: Layout) -> None:
+    LAYOUTS[name] = layout
+
+
+def names() -> list[str]:
+    return sorted(LAYOUTS)
+
+
+def build(name: str, root: str | Path | None = None, check_sizes: bool = True) -> DataSet:
+    """The data set `name` from `root` (default: its folder under $MLS_DATA). Another number of images or classes than
+    published is an error, unless `check_sizes` is False."""
+    if name not in LAYOUTS:
+        raise unknown_name("data set", name, LAYOUTS, DataError)
+    layout = LAYOUTS[name]
+    folder = Path(root).expanduser() if root else Path(os.environ.get("MLS_DATA") or ".") / layout.folder
+    if layout.folder and not folder.is_dir():
+        raise DataError(f"{folder} is missing: {layout.download}, or set data.root")
+    try:
+        data = layout.read(folder)
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename or error} is missing: {layout.download}") from None
+    if check_sizes:
+        _check_sizes(data, layout, folder)
+    return data
+
+
+def _check_sizes(data: DataSet, layout: Layout, folder: Path) -> None:
+    found = {"classes": len(data.train.class_names), "train": len(data.train), "test": len(data.test)}
+    found["val"] = 0 if data.val is None else len(data.val)
+    for what, count in layout.sizes.items():
+        if found[what] != count:
+            raise DataError(
+                f"{folder} has {found[what]} {what if what == 'classes' else what + ' images'} where the published "
+                f"{data.name} has {count}: complete it, or say data.check_sizes=false for a part of it"
+            )
+
+
+def presence(truth: Tensor) -> Int8[Tensor, "images classes"]:
+    """{0, 1} as annotation files give it to {-1, +1}.
+
+    >>> presence(torch.tensor([[0, 1]]))
+    tensor([[-1,  1]], dtype=torch.int8)
+    """
+    return torch.where(truth > 0, 1, -1).to(torch.int8)
+
+
+# After `register`, which these files use.
+from mls.eval.data import cub, formatted, nus, openimages, scenes, vaw, vispr, voc_coco, wider  # noqa: E402
+
+__all__ = ["DataSet", "LabelledImages", "Layout", "build", "names", "presence", "register"]
+__all__ += ["cub", "formatted", "nus", "openimages", "scenes", "vaw", "vispr", "voc_coco", "wider"]

@@ -1,0 +1,105 @@
+"""VOC 2012 and COCO 2014 as the papers on weak multi-labels use them: the official train images, tested on the official
+val images. Pretraining reads these layouts with mls/data/annotated.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mls.data.annotated import VOC_CLASSES
+from mls.data.listing import show
+from mls.errors import DataError
+from mls.eval.data import DataSet, LabelledImages, Layout, presence, register
+from mls.eval.data.formatted import is_formatted, listed_images, read_formatted
+
+
+def read_voc2012(folder: Path) -> DataSet:
+    """`ImageSets/Main/{class}_{train,val}.txt` and `JPEGImages`, in VOC2012 or in the VOCdevkit around it. Images are
+    sorted by name. A class of which an image has difficult objects only (label 0) counts as absent."""
+    year = folder / "VOC2012" if (folder / "VOC2012").is_dir() else folder
+    if is_formatted(folder):
+        images = [year / "JPEGImages", folder / "VOCdevkit" / "VOC2012" / "JPEGImages"]
+        return read_formatted("voc2012", folder, images, VOC_CLASSES)
+    return DataSet("voc2012", _voc_split(year, "train"), _voc_split(year, "val"))
+
+
+def _voc_split(year: Path, phase: str) -> LabelledImages:
+    files = [year / "ImageSets" / "Main" / f"{name}_{phase}.txt" for name in VOC_CLASSES]
+    lists = [_class_list(file) for file in files]
+    stems = sorted(lists[0])
+    for file, present in zip(files, lists, strict=True):
+        if present.keys() != lists[0].keys():
+            raise DataError(f"{show(file)} lists other images than {show(files[0])}: unpack the VOC 2012 archive again")
+    paths = [stem + b".jpg" for stem in stems]
+    truth = torch.tensor([[present[stem] for present in lists] for stem in stems])
+    return LabelledImages(
+        listed_images(f"voc2012 {phase}", [year / "JPEGImages"], paths, files[0]), presence(truth), VOC_CLASSES
+    )
+
+
+def _class_list(file: Path) -> dict[bytes, bool]:
+    rows = [line.split() for line in file.read_bytes().splitlines() if line.strip()]
+    if any(len(row) != 2 or row[1] not in (b"1", b"0", b"-1") for row in rows):
+        raise DataError(
+            f"{show(file)} has a line that is not an image name and 1, 0 or -1: unpack the VOC 2012 archive again"
+        )
+    return {stem: label == b"1" for stem, label in rows}
+
+
+def read_coco2014(folder: Path) -> DataSet:
+    """`annotations/instances_{train,val}2014.json`, `train2014`, `val2014`. Only images with an annotation count. They
+    are sorted by id *as text*, as the papers' code does: labels that are drawn row by row depend on the order."""
+    if is_formatted(folder):
+        return read_formatted("coco2014", folder, [folder])
+    train, test = _coco_split(folder, "train"), _coco_split(folder, "val")
+    if train.class_names != test.class_names:
+        raise DataError(f"the two instances files in {show(folder)} have different categories: download them again")
+    return DataSet("coco2014", train, test)
+
+
+def _coco_split(folder: Path, phase: str) -> LabelledImages:
+    file = folder / "annotations" / f"instances_{phase}2014.json"
+    try:
+        content = json.loads(file.read_bytes())
+        names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
+        files = {entry["id"]: entry["file_name"] for entry in content["images"]}
+        pairs = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]
+        ids = sorted({image for image, _ in pairs}, key=str)
+        row = {image: i for i, image in enumerate(ids)}
+        column = {category: j for j, category in enumerate(sorted(names))}
+        places = np.array([(row[image], column[category]) for image, category in pairs], np.int64).reshape(-1, 2)
+        paths = [os.fsencode(f"{phase}2014/{files[image]}") for image in ids]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{show(file)} is not a COCO instances file ({type(error).__name__}: {error}): download it again"
+        ) from None
+    truth = torch.full((len(ids), len(names)), -1, dtype=torch.int8)
+    truth[tuple(torch.from_numpy(places).T)] = 1
+    images = listed_images(f"coco2014 {phase}", [folder], paths, file)
+    return LabelledImages(images, truth, [names[category] for category in sorted(names)])
+
+
+register(
+    "voc2012",
+    Layout(
+        read_voc2012,
+        "VOCdevkit",
+        "download VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack its "
+        "VOCdevkit into $MLS_DATA",
+        {"classes": 20, "train": 5717, "test": 5823},
+    ),
+)
+register(
+    "coco2014",
+    Layout(
+        read_coco2014,
+        "coco2014",
+        "download train2014.zip, val2014.zip and annotations_trainval2014.zip from cocodataset.org and unpack them "
+        "into $MLS_DATA/coco2014",
+        {"classes": 80, "train": 82081, "test": 40137},
+    ),
+)
