@@ -1,14 +1,15 @@
 """How a configuration comes about: a recipe (YAML, `base:` starts from another one), then `key=value` overrides.
-Keeps track of where every value came from. Mistakes are one sentence with the nearest valid name."""
+Keeps track of where every value came from. Mistakes are one sentence with the nearest valid name. A pretraining recipe
+becomes a Config; `Kind` says the same of the other YAML files that ship with mls (the protocols of eval/)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -17,12 +18,28 @@ from omegaconf.errors import OmegaConfBaseException
 from mls.config import Config, check, flatten
 from mls.errors import ConfigError, unknown_name
 
+Schema = TypeVar("Schema")
+
 
 @dataclass(frozen=True)
-class Resolved:
+class Kind(Generic[Schema]):
+    """One kind of YAML file: what it becomes, where those that ship with mls lie, what people call it."""
+
+    schema: type[Schema]
+    folder: str
+    word: str
+    check: Callable[[Schema], None]
+    keys: str  # completes an error: how to list the keys
+
+
+RECIPE = Kind(Config, "pretrain", "recipe", check, "`mls config` lists the keys")
+
+
+@dataclass(frozen=True)
+class Resolved(Generic[Schema]):
     """A configuration and, for every key, where its value came from: "default", "FILE:LINE" or "override"."""
 
-    config: Config
+    config: Schema
     origins: dict[str, str]
 
 
@@ -35,11 +52,18 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     return resolve(recipe, overrides).config
 
 
-def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Resolved:
+def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Resolved[Config]:
     path = find_recipe(recipe)
-    values, origins = _read(path)
+    values, origins = read_yaml(path, RECIPE)
     values.setdefault("run", {}).setdefault("recipe", path.stem)
-    node = _merge(OmegaConf.structured(Config), values, path.name)
+    return build(RECIPE, values, origins, overrides, path.name)
+
+
+def build(
+    kind: Kind[Schema], values: dict[str, Any], origins: dict[str, str], overrides: Sequence[str], where: str
+) -> Resolved[Schema]:
+    """The values of a file, then the overrides, checked."""
+    node = _merge(OmegaConf.structured(kind.schema), values, where)
     for override in overrides:
         key, separator, _ = override.partition("=")
         if not separator or not key:
@@ -50,18 +74,18 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Resolved:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"'{override}' cannot be read as key=value: {reason}") from None
         change = cast(dict[str, Any], OmegaConf.to_container(dotted))
-        _check_keys(change, "the command line")
+        _check_keys(change, "the command line", kind)
         node = _merge(node, change, override)
         origins[key] = "override"
     config = OmegaConf.to_object(node)
-    assert isinstance(config, Config)
-    check(config)
+    assert isinstance(config, kind.schema)
+    kind.check(config)
     return Resolved(config, {key: _origin(key, origins) for key, _ in flatten(config)})
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """The inverse of `to_dict`."""
-    _check_keys(values, "the stored configuration")
+    _check_keys(values, "the stored configuration", RECIPE)
     config = OmegaConf.to_object(_merge(OmegaConf.structured(Config), values, "the stored configuration"))
     assert isinstance(config, Config)
     check(config)
@@ -70,27 +94,37 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def recipes() -> list[str]:
     """The names of the pretraining recipes that ship with mls."""
-    folder = files("mls.configs") / "pretrain"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return shipped("pretrain")
+
+
+def shipped(folder: str) -> list[str]:
+    """The names of the YAML files in a folder of configs/."""
+    found = files("mls.configs").joinpath(*folder.split("/"))
+    return sorted(item.name.removesuffix(".yaml") for item in found.iterdir() if item.name.endswith(".yaml"))
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    path = Path(recipe).expanduser()
+    return find(recipe, RECIPE.folder, RECIPE.word)
+
+
+def find(name: str | Path, folder: str, word: str) -> Path:
+    """The YAML file a user means: a path, or the name of one that ships with mls."""
+    path, known = Path(name).expanduser(), shipped(folder)
+    advice = f"give a YAML file or a {word}'s name ({', '.join(known)})"
     if path.is_file():
         return path
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder: give a YAML file or a recipe's name ({', '.join(recipes())})")
-    shipped = Path(str(files("mls.configs") / "pretrain" / f"{path.stem}.yaml"))
-    # A path with folders that is not there is a typing mistake, unless it is the recipe's own place in the checkout.
-    if shipped.is_file() and path.parent in (Path("."), Path("configs/pretrain")):
-        return shipped
+        raise ConfigError(f"{path} is a folder: {advice}")
+    # A path with folders that is not there is a typing mistake, unless it is the file's own place in the checkout.
+    if path.stem in known and path.parent in (Path("."), Path("configs", folder)):
+        return Path(str(files("mls.configs").joinpath(*folder.split("/"), f"{path.stem}.yaml")))
     if path.suffix in (".yaml", ".yml"):
-        raise ConfigError(f"there is no file {path}: give a YAML file or a recipe's name ({', '.join(recipes())})")
-    raise unknown_name("recipe", str(recipe), recipes())
+        raise ConfigError(f"there is no file {path}: {advice}")
+    raise unknown_name(word, str(name), known)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of a recipe and the line of every key; `base: NAME` starts from another recipe."""
+def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a file and the line of every key."""
     text = path.read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text) or {}
@@ -99,13 +133,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold sections such as `data:` and `optim:`")
-    origins = {key: f"{path.name}:{line}" for key, line in _lines(node)}
+    return values, {key: f"{path.name}:{line}" for key, line in _lines(node)}
+
+
+def read_yaml(path: Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The same for a file of this kind, its keys checked; `base: NAME` starts from another one."""
+    values, origins = load_yaml(path)
     base = values.pop("base", None)
     origins.pop("base", None)
-    _check_keys(values, path.name)
+    _check_keys(values, path.name, kind)
     if base is not None:
         beside = path.parent / f"{base}.yaml"
-        base_values, base_origins = _read(beside if beside.is_file() else find_recipe(base))
+        found = beside if beside.is_file() else find(base, kind.folder, kind.word)
+        base_values, base_origins = read_yaml(found, kind)
         values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(base_values, values)))
         origins = base_origins | origins
     return values, origins
@@ -126,9 +166,9 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
     return inside[-1] if inside else "default"
 
 
-def _check_keys(values: Mapping[Any, Any], where: str) -> None:
+def _check_keys(values: Mapping[Any, Any], where: str, kind: Kind[Any]) -> None:
     """One sentence with the nearest valid name for a key that does not exist."""
-    known = [key for key, _ in flatten(Config())]
+    known = [key for key, _ in flatten(kind.schema())]
     sections = {key.rpartition(".")[0] for key in known}
 
     def walk(node: Mapping[Any, Any], prefix: str) -> None:
@@ -137,7 +177,7 @@ def _check_keys(values: Mapping[Any, Any], where: str) -> None:
             if key in known:
                 continue
             if key not in sections:
-                raise ConfigError(f"unknown key '{key}' in {where}{_nearest(key, known, sections)}")
+                raise ConfigError(f"unknown key '{key}' in {where}{_nearest(key, known, sections, kind)}")
             if isinstance(value, Mapping):
                 walk(value, f"{key}.")
             elif value is not None:
@@ -146,7 +186,7 @@ def _check_keys(values: Mapping[Any, Any], where: str) -> None:
     walk(values, "")
 
 
-def _nearest(key: str, known: Sequence[str], sections: set[str]) -> str:
+def _nearest(key: str, known: Sequence[str], sections: set[str], kind: Kind[Any]) -> str:
     leaf = key.rpartition(".")[2]
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     near = same_leaf or get_close_matches(key, [*known, *sorted(sections)], n=1, cutoff=0.6)
@@ -154,7 +194,7 @@ def _nearest(key: str, known: Sequence[str], sections: set[str]) -> str:
         section = key.partition(".")[0]
         near = [name for name in known if get_close_matches(leaf, [name.rpartition(".")[2]], cutoff=0.7)]
         near = [name for name in near if name.startswith(f"{section}.")] or near
-    return f": did you mean '{near[0]}'?" if near else ": `mls config` lists the keys"
+    return f": did you mean '{near[0]}'?" if near else f": {kind.keys}"
 
 
 def _merge(node: Any, values: Mapping[str, Any], where: str) -> Any:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -59,9 +60,10 @@ def steps_per_epoch(source: Source, config: Config) -> int:
     return count
 
 
-def workers_for(config: Config) -> int:
-    if config.data.workers is not None:
-        return config.data.workers
+def worker_count(wanted: int | None) -> int:
+    """As many as wanted; without a wish the cores this process may use, at most 8."""
+    if wanted is not None:
+        return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores)
 
@@ -78,13 +80,13 @@ class Loader:
         last: int,
         on_worker_start: Callable[[int], None] | None = None,
     ) -> None:
-        workers = workers_for(config)
+        workers = worker_count(config.data.workers)
         self.waited = 0.0
         self.batches = DataLoader(
-            _Telling(CropDataset(source, config.augment, config.run.seed)),
+            Telling(CropDataset(source, config.augment, config.run.seed)),
             batch_sampler=StepSampler(source, config, process, first, last),
             num_workers=workers,
-            collate_fn=_as_it_is,  # type: ignore[arg-type] (CropDataset makes whole batches)
+            collate_fn=as_it_is,  # type: ignore[arg-type] (CropDataset makes whole batches)
             pin_memory=process.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=4 if workers else None,
@@ -106,19 +108,24 @@ class Loader:
             yield batch
 
 
-class _Telling(Dataset[Batch | UserError]):
+class WholeBatches(Protocol):
+    def __getitems__(self, indices: list[tuple[int, int]]) -> Batch: ...
+
+
+class Telling(Dataset[Batch | UserError]):
     """Hands over a user's error in the place of the batch: raised in a worker, its one sentence would arrive wrapped in
     the worker's traceback."""
 
-    def __init__(self, crops: CropDataset) -> None:
-        self.crops = crops
+    def __init__(self, images: WholeBatches) -> None:
+        self.images = images
 
     def __getitems__(self, indices: list[tuple[int, int]]) -> Batch | UserError:
         try:
-            return self.crops.__getitems__(indices)
+            return self.images.__getitems__(indices)
         except UserError as error:
             return error
 
 
-def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+def as_it_is(batch: Batch | UserError) -> Batch | UserError:
+    """Collates what is a whole batch already."""
     return batch
