@@ -3,10 +3,31 @@ last lines here is all it takes to add one. Every loss serves both ends: labels 
 
 What a loss does with the labels 0 (unknown) and -1 (known negative):
 
-    name                0                    -1
-    an (bce)            negative             negative
-    bce_pos             not used             not used
-    softmax             negative             negative
+    name                0                               -1
+    an (bce)            negative                        negative
+    bce_pos             not used                        not used
+    softmax             negative                        negative
+    iu                  not used                        negative
+    wan                 negative of weight 1/(C-1)      the same
+    dw                  negative of weight alpha        the same
+    an_ls               negative, smoothed              the same
+    n_ls                negative, smoothed              negative
+    epr                 only in the expected count      negative, and in the expected count
+    role                estimated, in the count         negative, estimated from a sure start, in the count
+    pairwise_rank       negative                        negative
+    ent_min             its entropy is minimised        negative
+    em                  its entropy is maximised        negative
+    em_apl              as em; its soft label, if any   negative
+    focal               negative                        negative
+    asl                 negative                        negative
+    ll_r                negative, large losses dropped  negative
+    ll_ct               negative, large losses flipped  negative
+    ll_cp               as ll_ct                        negative
+    two_way             negative (unless ignore_unknown) negative
+    hml                 negative                        negative
+    symmetric_ce        negative                        negative
+
+docs/losses.md tells which to choose.
 """
 
 import inspect
@@ -25,15 +46,16 @@ REDUCTIONS = ("mean", "sum", "none")
 
 class Loss(nn.Module):
     """What all losses share. An element-wise loss defines `entries`, its formula for each (sample, class); another
-    kind says `elementwise = False` and defines `forward`."""
+    kind says `elementwise = False` and defines `forward`. Each parameter is kept in an attribute of its name."""
 
     takes: Takes = "logits"  # the caller applies its temperature to logits, never to cosines
     elementwise: bool = True  # reduction="none" gives the matrix [batch, classes]
+    needs_index: bool = False  # `forward` needs the samples' row numbers, and `observe` all their labels
+    lr_multiplier: float = 1.0  # what the loss learns takes this many times the network's learning rate
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ConfigError(f"a loss cannot use temperature {temperature:g}: give a number above 0")
+        require(temperature > 0, "temperature", temperature, "a number above 0")
         if reduction not in REDUCTIONS:
             raise unknown_name("reduction", reduction, REDUCTIONS)
         self.temperature = temperature
@@ -51,6 +73,16 @@ class Loss(nn.Module):
             return entries
         return entries.mean() if self.reduction == "mean" else entries.sum()
 
+    def predict(self, outputs: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+        """Probabilities, each class by itself, as the loss trained them."""
+        return torch.sigmoid(self.scaled(outputs))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, counted from 1, for losses that have a schedule."""
+
+    def observe(self, labels: Num[Tensor, "samples classes"]) -> None:
+        """Called once with the labels of all training samples, before the optimizer is built."""
+
     def entries(
         self,
         logits: Float[Tensor, "batch classes"],
@@ -65,17 +97,25 @@ class Loss(nn.Module):
         return at_least_fp32(logits) / self.temperature
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, reduction={self.reduction}"
+        options = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        shown = {name: f"{value.item():g}" if isinstance(value, Tensor) else value for name, value in options.items()}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def require(right: bool, option: str, value: object, wanted: str) -> None:
+    """Refuse a value that a loss cannot work with."""
+    if not right:
+        raise ConfigError(f"a loss cannot use {option} {value}: give {wanted}")
 
 
 def at_least_fp32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-_LOSSES: dict[str, type[nn.Module]] = {}
+_LOSSES: dict[str, type[Loss]] = {}
 _ALIASES: dict[str, str] = {}
 
-LossClass = TypeVar("LossClass", bound=type[nn.Module])
+LossClass = TypeVar("LossClass", bound=type[Loss])
 
 
 def register(name: str, aliases: Sequence[str] = ()) -> Callable[[LossClass], LossClass]:
@@ -97,7 +137,7 @@ def names() -> list[str]:
     return sorted(_LOSSES)
 
 
-def build(name: str, **options: Any) -> nn.Module:
+def build(name: str, **options: Any) -> Loss:
     """
     >>> build("an", temperature=0.2)
     AssumedNegative(temperature=0.2, reduction=mean)
@@ -124,7 +164,36 @@ def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 # After `register`, which these files use.
-from mls.losses import assumed_negative, contrastive  # noqa: E402
+from mls.losses import (  # noqa: E402
+    assumed_negative,
+    asymmetric,
+    contrastive,
+    entropy,
+    hyperspherical,
+    large_loss,
+    ranking,
+    robust,
+    role,
+    two_way,
+)
 from mls.losses.contrastive import info_nce  # noqa: E402
 
-__all__ = ["Loss", "assumed_negative", "at_least_fp32", "build", "contrastive", "info_nce", "names", "register"]
+__all__ = [
+    "Loss",
+    "assumed_negative",
+    "asymmetric",
+    "at_least_fp32",
+    "build",
+    "contrastive",
+    "entropy",
+    "hyperspherical",
+    "info_nce",
+    "large_loss",
+    "names",
+    "ranking",
+    "register",
+    "require",
+    "robust",
+    "role",
+    "two_way",
+]

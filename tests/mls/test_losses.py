@@ -186,7 +186,7 @@ def test_whole_numbers_serve_where_yaml_leaves_out_the_point() -> None:
 
 def test_two_losses_cannot_share_a_name() -> None:
     with pytest.raises(ValueError, match="two losses are called 'bce'"):
-        losses.register("bce")(torch.nn.Module)
+        losses.register("bce")(losses.Loss)
 
 
 # ---------------------------------------------------------------------------------------------------- InfoNCE
