@@ -99,8 +99,7 @@ def recipes() -> list[str]:
 
 def shipped(folder: str) -> list[str]:
     """The names of the YAML files in a folder of configs/."""
-    found = files("mls.configs").joinpath(*folder.split("/"))
-    return sorted(item.name.removesuffix(".yaml") for item in found.iterdir() if item.name.endswith(".yaml"))
+    return sorted(file.stem for file in Path(str(files("mls.configs")), folder).glob("*.yaml"))
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -117,7 +116,7 @@ def find(name: str | Path, folder: str, word: str) -> Path:
         raise ConfigError(f"{path} is a folder: {advice}")
     # A path with folders that is not there is a typing mistake, unless it is the file's own place in the checkout.
     if path.stem in known and path.parent in (Path("."), Path("configs", folder)):
-        return Path(str(files("mls.configs").joinpath(*folder.split("/"), f"{path.stem}.yaml")))
+        return Path(str(files("mls.configs")), folder, f"{path.stem}.yaml")
     if path.suffix in (".yaml", ".yml"):
         raise ConfigError(f"there is no file {path}: {advice}")
     raise unknown_name(word, str(name), known)

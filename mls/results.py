@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,13 @@ class Results:
         self.path = Path(path)
 
     def add(self, **row: Any) -> None:
+        self.add_all([row])
+
+    def add_all(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows that belong together, in one write."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({**row, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}) + "\n"
+        now = time.strftime("%Y-%m-%dT%H:%M:%S")
+        line = "".join(json.dumps({**row, "time": now}) + "\n" for row in rows)
         try:
             with open(self.path, "ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)

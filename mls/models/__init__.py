@@ -18,7 +18,7 @@ from mls.models.heads import projection_head
 from mls.models.momentum import Encoder, EncoderPair, Precision
 from mls.streams import derive
 
-__all__ = ["Encoder", "EncoderPair", "build_pair", "load_backbone", "save_backbone"]
+__all__ = ["Encoder", "EncoderPair", "build_pair", "card", "load_backbone", "save_backbone", "weights_file"]
 
 
 def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") -> EncoderPair:
@@ -47,7 +47,7 @@ def save_backbone(folder: Path, backbone: Backbone, card: dict[str, Any], augmen
     from safetensors.torch import save
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    card = {
+    facts = {
         **card,
         "feature_dim": backbone.feature_dim,
         "input_size": augment.size,
@@ -55,7 +55,7 @@ def save_backbone(folder: Path, backbone: Backbone, card: dict[str, Any], augmen
         "std": list(augment.std),
     }
     write_atomically(folder / "backbone.safetensors", save(state))
-    write_atomically(folder / "backbone.json", json.dumps(card, indent=2).encode())
+    write_atomically(folder / "backbone.json", json.dumps(facts, indent=2).encode())
 
 
 def load_backbone(weights: str | Path) -> Backbone:
@@ -65,12 +65,8 @@ def load_backbone(weights: str | Path) -> Backbone:
     >>> load_backbone("resnet_tiny").feature_dim
     128
     """
-    path = Path(weights).expanduser()
-    if path.is_dir():
-        path = path / "backbone.safetensors"
-        if not path.is_file():
-            raise CheckpointError(f"{path.parent} holds no backbone.safetensors: it is not a run, or saved nothing yet")
-    if not path.is_file():
+    path = weights_file(weights)
+    if path is None:
         name = str(weights)
         if name in backbones.names() or name.startswith("timm:"):
             return backbones.build(name).eval()
@@ -78,13 +74,30 @@ def load_backbone(weights: str | Path) -> Backbone:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    card = path.with_suffix(".json")
-    if not card.is_file():
-        raise CheckpointError(f"{card} is missing: it says which architecture {path.name} belongs to")
     try:
-        facts = json.loads(card.read_text())
-        backbone = backbones.build(facts["architecture"])
+        backbone = backbones.build(card(path)["architecture"])
         backbone.load_state_dict(load_file(path))
-    except (SafetensorError, json.JSONDecodeError, KeyError, RuntimeError) as error:
+    except (SafetensorError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     return backbone.eval()
+
+
+def weights_file(weights: str | Path) -> Path | None:
+    """The file behind a run folder or a path; None for a name."""
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        path = path / "backbone.safetensors"
+        if not path.is_file():
+            raise CheckpointError(f"{path.parent} holds no backbone.safetensors: it is not a run, or saved nothing yet")
+    return path if path.is_file() else None
+
+
+def card(file: Path) -> dict[str, Any]:
+    """What `save_backbone` wrote beside the weights: architecture, input size, mean, std and where they come from."""
+    path = file.with_suffix(".json")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing: it says which architecture {file.name} belongs to")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
