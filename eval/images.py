@@ -1,0 +1,118 @@
+"""Labelled images to batches: read, cut to size in the worker, finish on the device. Training crops are a pure function
+of (seed, epoch, row); test images are never augmented."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mls.config import AugmentConfig
+from mls.data import Batch
+from mls.data.augment import Augment, normalise
+from mls.data.crops import CROP_DRAWS, UnreadableImage, centre, crop_box, cut
+from mls.data.loader import Telling, as_it_is, worker_count
+from mls.errors import DataError, UserError
+from mls.eval.data import LabelledImages
+from mls.eval.protocol import DataConfig, Multilabel
+from mls.streams import derive, generator, uniforms
+
+# AlexNet's principal components of the colours of ImageNet (Krizhevsky et al. 2012), as published in fb.resnet.torch.
+COMPONENTS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+VARIANCES = (0.2175, 0.0188, 0.0045)
+
+
+class Pixels:
+    """Whole batches of uint8 images. An index is (epoch, row); epoch 0 means: as the test sees it."""
+
+    def __init__(self, images: LabelledImages, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
+        self.images, self.data, self.augment, self.seed = images, data, augment, seed
+
+    def __getitems__(self, indices: list[tuple[int, int]]) -> Batch:
+        epoch, rows, size = indices[0][0], np.array([row for _, row in indices], np.int64), self.augment.size
+        draws = uniforms(derive(self.seed, "supervised crop", epoch), rows, CROP_DRAWS)
+        pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+        for place, row in enumerate(rows.tolist()):
+            pixels[place] = self._to_size(self._read(row), epoch, draws[place].tolist())
+        return Batch([pixels], [torch.zeros(len(rows), 4)], torch.from_numpy(rows), epoch)
+
+    def _read(self, row: int) -> UInt8[Tensor, "3 height width"]:
+        try:
+            return self.images.pixels(row)
+        except (UnreadableImage, OSError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(
+                f"{self.images.describe(row)} cannot be read ({reason}): a benchmark needs all of its images, "
+                "so download this one again"
+            ) from None
+
+    def _to_size(self, image: Tensor, epoch: int, draws: Sequence[float]) -> UInt8[Tensor, "3 size size"]:
+        size, (height, width) = self.augment.size, image.shape[1:]
+        if epoch and self.data.train_crop == "random":
+            return cut(image, crop_box(height, width, self.augment.scale, self.augment.ratio, draws), size)
+        if not epoch and self.data.test_crop == "centre":
+            return _centre(image, size, self.data.test_resize)
+        return cut(image, (0, 0, height, width), size)
+
+
+def _centre(image: UInt8[Tensor, "3 height width"], size: int, resize: float) -> UInt8[Tensor, "3 size size"]:
+    """The middle square of the image whose short side is `resize` times `size`: Resize(256), CenterCrop(224)."""
+    if resize <= 1:
+        return centre(image, size)
+    height, width = image.shape[1:]
+    side = min(min(height, width), max(1, round(min(height, width) / resize)))
+    return cut(image, ((height - side) // 2, (width - side) // 2, side, side), size)
+
+
+class Batches:
+    """The batches of one data set on one device."""
+
+    def __init__(self, images: LabelledImages, protocol: Multilabel, seed: int, device: torch.device) -> None:
+        self.pixels = Pixels(images, protocol.data, protocol.augment, seed)
+        self.protocol, self.seed, self.device = protocol, seed, device
+        self.finish = Augment(protocol.augment, seed, device)
+        self.workers = worker_count(protocol.data.workers)
+        if images.images.name == "scenes":
+            self.workers = 0  # they are in memory: handing them over would cost more than cutting them
+
+    def training(self, epoch: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, views) of one epoch in its order, after `done` batches; the last batch may be smaller."""
+        order = torch.randperm(len(self.pixels.images), generator=generator(self.seed, "order", epoch))
+        for batch in self._load(epoch, order.split(self.protocol.training.batch_size)[done:]):
+            yield batch.ids, self._lit(self.finish(batch).images[0], batch, epoch)
+
+    def plain(self, rows: Tensor | None = None, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, images) without augmentation, in order."""
+        rows = torch.arange(len(self.pixels.images)) if rows is None else rows
+        for batch in self._load(0, rows.split(size)):
+            yield batch.ids, normalise(batch.crops[0], self.protocol.augment, self.device)
+
+    def _load(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Batch]:
+        indices = [[(epoch, int(row)) for row in rows] for rows in batches]
+        loader = DataLoader(
+            Telling(self.pixels),
+            batch_sampler=indices,
+            num_workers=min(self.workers, len(indices)),
+            collate_fn=as_it_is,  # type: ignore[arg-type] (Pixels makes whole batches)
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # its own, so that the global stream stays untouched
+        )
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+    def _lit(self, views: Float[Tensor, "batch 3 size size"], batch: Batch, epoch: int) -> Tensor:
+        deviation = self.protocol.training.lighting
+        if not deviation:
+            return views
+        bell = [
+            torch.randn(3, generator=generator(self.seed, "lighting", epoch, int(row))) for row in batch.ids.tolist()
+        ]
+        shift = deviation * torch.stack(bell) * torch.tensor(VARIANCES) @ torch.tensor(COMPONENTS).T
+        shift = shift / torch.tensor(self.protocol.augment.std)  # the views are standardised already
+        return views + shift.to(views.device)[..., None, None]

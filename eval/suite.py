@@ -1,0 +1,140 @@
+"""Suites: the tables of the papers as YAML (configs/eval/suites/). Rows are methods, columns are protocols; every cell
+is run over seeds, and stands beside the paper's number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mls.errors import ConfigError, DataError, unknown_name
+from mls.eval import cells
+from mls.eval.protocol import Multilabel, load_protocol
+from mls.recipes import Kind, build, find, read_yaml, shipped
+
+
+@dataclass(frozen=True)
+class Column:
+    name: str = ""
+    protocol: str = ""
+    metric: str = "map"
+    set: list[str] = field(default_factory=list)  # overrides
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str = ""
+    set: list[str] = field(default_factory=list)
+    weights: str | None = None  # default: the protocol's
+    paper: list[float | None] = field(default_factory=list)  # one a column, in per cent
+
+
+@dataclass(frozen=True)
+class Suite:
+    title: str = ""
+    source: str = ""  # of the paper's numbers
+    columns: list[Column] = field(default_factory=list)
+    tiny: list[Column] = field(default_factory=list)  # the same on the embedded scenes
+    rows: list[Row] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Cell:
+    row: Row
+    column: Column
+    protocol: Multilabel
+    weights: str
+    seed: int
+
+
+@dataclass
+class Table:
+    """What a suite found: for each row and column the values of its seeds, in per cent."""
+
+    suite: Suite
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    values: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)  # column to why it could not be run
+
+
+def check(suite: Suite) -> None:
+    for row in suite.rows:
+        if row.paper and len(row.paper) != len(suite.columns):
+            raise ConfigError(
+                f"row '{row.name}' of the suite has {len(row.paper)} paper numbers for {len(suite.columns)} columns: "
+                "give one for each, null where there is none"
+            )
+
+
+SUITE = Kind(Suite, "eval/suites", "suite", check, "columns, rows and tiny hold lists")
+
+
+def suites() -> list[str]:
+    """The names of the suites that ship with mls."""
+    return shipped(SUITE.folder)
+
+
+def load_suite(name: str | Path) -> Suite:
+    """
+    >>> [row.name for row in load_suite("paper_spml").rows][:2]
+    ['BCE, all labels', 'BCE, 1 positive and all negatives']
+    """
+    path = find(name, SUITE.folder, SUITE.word)
+    values, origins = read_yaml(path, SUITE)
+    return build(SUITE, values, origins, (), path.name).config
+
+
+def run(
+    suite: Suite,
+    root: Path,
+    weights: Sequence[str] = (),
+    tiny: bool = False,
+    seeds: int | None = None,
+    only: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> Table:
+    """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
+    columns = suite.tiny if tiny else suite.columns
+    rows = chosen_rows(suite, weights, tiny, only)
+    table = Table(suite, columns, rows)
+    for column in columns:
+        for row in rows:
+            try:
+                planned = plan(row, column, seeds, overrides)
+                found = [cells.run(c.protocol, c.weights, c.seed, root, keep=False) for c in planned]
+            except DataError as error:
+                table.missing[column.name] = str(error)
+                say(f"{column.name}: left out. {error}")
+                break
+            if found and column.metric not in found[0]:
+                raise unknown_name(f"metric of column {column.name}", column.metric, found[0])
+            table.values[row.name, column.name] = [100 * values[column.metric] for values in found]
+    return table
+
+
+def plan(row: Row, column: Column, seeds: int | None, overrides: Sequence[str]) -> list[Cell]:
+    protocol = load_protocol(column.protocol, [*column.set, *row.set, *overrides])
+    used = row.weights or protocol.model.weights
+    return [Cell(row, column, protocol, used, seed) for seed in range(seeds or protocol.seeds)]
+
+
+def chosen_rows(suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence[str]) -> list[Row]:
+    """The suite's rows; with weights given, each method once for each of them in the place of the paper's networks."""
+    for name in only:
+        if name not in [row.name for row in suite.rows]:
+            raise unknown_name("row of the suite", name, [row.name for row in suite.rows])
+    rows = [row for row in suite.rows if not only or row.name in only]
+    if not weights and not tiny:
+        return rows
+    # The paper's numbers belong to its own networks.
+    methods = list({tuple(row.set): row for row in reversed(rows)}.values())[::-1]
+    if not weights:
+        return [replace(row, weights=None, paper=row.paper) for row in methods]
+    several = len(weights) > 1
+    return [
+        replace(row, name=f"{row.name} · {Path(one).name}" if several else row.name, weights=one)
+        for one in weights
+        for row in methods
+    ]

@@ -1,0 +1,300 @@
+"""The one supervised loop: a classifier, a loss, and labels that may change while it learns (LL-Cp writes positives,
+asymmetric pseudo-labelling adds soft negatives). Which labels it is given is decided elsewhere (regimes.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int8
+from torch import Tensor, nn
+
+from mls import losses
+from mls.distributed import start
+from mls.engine.checkpoint import Checkpoints
+from mls.engine.preempt import StopFlag
+from mls.engine.schedule import cosine
+from mls.errors import ConfigError, DivergedError, Stopped
+from mls.eval.classifier import Classifier
+from mls.eval.data import LabelledImages
+from mls.eval.images import Batches
+from mls.eval.protocol import Multilabel
+from mls.losses import Loss
+from mls.models.momentum import HALF
+from mls.monitor.progress import TrainingProgress
+from mls.streams import derive, generator
+
+SAVE_EVERY = 300.0  # seconds; the end of every epoch is saved as well
+
+
+class Training:
+    """Trains `classifier` in place. With a folder its state is kept there, and the same arguments go on from it."""
+
+    def __init__(
+        self,
+        protocol: Multilabel,
+        classifier: Classifier,
+        train: LabelledImages,
+        observed: Int8[Tensor, "images classes"],
+        validate: Callable[[Training], dict[str, float]],
+        seed: int,
+        folder: Path | None = None,
+    ) -> None:
+        self.protocol, self.seed, self.validate = protocol, seed, validate
+        self.device = start(protocol.training.device).device
+        self.classifier = classifier.to(self.device)
+        self.loss = build_loss(protocol).to(self.device)
+        self.observed = observed.clone()  # LL-Cp changes it
+        self.pseudo = torch.full(observed.shape, torch.nan)  # soft labels; NaN where there is none
+        self.unannotated = (observed == 0).sum(0)  # of each class, before anything was pseudo-labelled
+        self.loss.observe(self.observed)
+        self.loss.to(self.device)
+        self.optimizer = self.build_optimizer()
+        precision = protocol.training.precision
+        self.reduced = HALF.get("bf16" if precision == "auto" and self.device.type == "cuda" else precision)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.reduced is torch.float16)
+        self.batches = Batches(train, protocol, seed, self.device)
+        self.steps_per_epoch = -(-len(train) // protocol.training.batch_size)
+        self.total = protocol.training.epochs * self.steps_per_epoch
+
+        self.step = 0  # steps taken end to end
+        self.summed = torch.zeros((), dtype=torch.float64)  # loss of this epoch's steps
+        self.initialised = protocol.training.linear_epochs == 0
+        self.history: list[dict[str, float]] = []  # one entry an epoch
+        self.best: dict[str, Tensor] | None = None  # the classifier's weights at the best epoch, with the loss' own
+        self.ended = ""  # why it stopped before its last epoch
+        self.checkpoints = None if folder is None else Checkpoints(folder / "state", keep_last=1)
+        self.restore()
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def train(
+        self, title: str = "", quiet: bool = False, after_epoch: Callable[[Training], None] | None = None
+    ) -> None:
+        self.title = title
+        with contextlib.ExitStack() as stack:
+            self.stop = stack.enter_context(StopFlag())
+            self.progress = stack.enter_context(TrainingProgress(self.total, self.step, title, not quiet))
+            if self.step:
+                self.progress.say(f"{title} goes on after step {self.step} of {self.total}")
+            if not self.initialised:
+                self.linear_init()
+            while self.step < self.total and not self.ended:
+                self.train_epoch(self.step // self.steps_per_epoch + 1)
+                if after_epoch is not None:
+                    after_epoch(self)
+        if self.protocol.training.select == "best" and self.best is not None:
+            self.load_weights(self.best)
+
+    def train_epoch(self, epoch: int) -> None:
+        self.loss.set_epoch(epoch)
+        saved = time.monotonic()
+        for rows, views in self.batches.training(epoch, self.step % self.steps_per_epoch):
+            self.step += 1
+            self.summed = self.summed.to(self.device) + self.train_step(rows, views)
+            self.progress.step(self.step)
+            self.progress.update(self.step, epoch, {})
+            if self.stop.exit_code:
+                self.save()
+                raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", self.stop.exit_code)
+            if time.monotonic() - saved > SAVE_EVERY and self.step % self.steps_per_epoch:
+                self.save()
+                saved = time.monotonic()
+        mean = float(self.summed) / self.steps_per_epoch
+        self.summed = torch.zeros((), dtype=torch.float64)
+        if not math.isfinite(mean):
+            raise DivergedError(f"the loss is {mean} in epoch {epoch}: lower training.lr")
+        self.add_pseudo_labels(epoch)
+        found = self.validate(self)
+        self.judge({"epoch": float(epoch), "loss": mean} | found)
+        self.save()
+        metric = self.protocol.metric
+        validated = f"  {metric} {100 * found[metric]:.2f} on the validation part" if found else ""
+        epochs = self.protocol.training.epochs
+        self.progress.say(f"{self.title}  epoch {epoch}/{epochs}  loss {mean:.4g}{validated}")
+
+    def train_step(self, rows: Tensor, views: Tensor) -> Tensor:
+        if self.protocol.training.schedule == "cosine":
+            self.set_lr(cosine(self.step, self.total))
+        torch.manual_seed(derive(self.seed, "dropout", self.step))
+        self.classifier.train()
+        with torch.autocast(self.device.type, dtype=self.reduced, enabled=self.reduced is not None):
+            outputs = self.classifier(views)
+        loss = self.loss_of(outputs, rows)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss + self.weight_penalty()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        flipped = getattr(self.loss, "flipped", None)
+        if flipped is not None:  # LL-Cp: what it corrected stays corrected
+            self.observed[rows] = self.observed[rows].masked_fill(flipped.cpu(), 1)
+        return loss.detach()
+
+    def loss_of(self, outputs: Float[Tensor, "batch classes"], rows: Tensor) -> Float[Tensor, ""]:
+        labels, pseudo = self.observed[rows].to(self.device), self.pseudo[rows].to(self.device)
+        return self.loss(outputs.float(), labels, pseudo, rows.to(self.device))
+
+    def linear_init(self) -> None:
+        """LinearInit: the last layer alone, on features of the images as they are. A schedule stays at its start."""
+        training = self.protocol.training
+        self.progress.say(f"{self.title}: features of {len(self.observed)} images, then the last layer alone")
+        features = self.features()
+        parameters = [*self.classifier.head.parameters(), *self.loss.parameters()]
+        optimizer = torch.optim.Adam(parameters, lr=training.linear_lr)
+        for epoch in range(1, training.linear_epochs + 1):
+            order = torch.randperm(len(features), generator=generator(self.seed, "linear order", epoch))
+            for rows in order.split(training.linear_batch_size):
+                loss = self.loss_of(self.classifier.head(features[rows].to(self.device)), rows)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            if self.stop.exit_code:  # minutes at most: the next start repeats it
+                raise Stopped("a signal came during LinearInit, which starts anew", self.stop.exit_code)
+        self.initialised = True
+        self.save()
+
+    # ------------------------------------------------------------------------------------------------ what it knows
+
+    @torch.no_grad()
+    def features(self) -> Float[Tensor, "images dim"]:
+        """Of all training images, without augmentation."""
+        self.classifier.eval()
+        return torch.cat([self.classifier.features(images).float().cpu() for _, images in self.batches.plain()])
+
+    @torch.no_grad()
+    def scores(self, images: LabelledImages | None = None) -> Float[Tensor, "images classes"]:
+        """Probabilities of the training images, or of others, without augmentation."""
+        self.classifier.eval()
+        batches = self.batches if images is None else Batches(images, self.protocol, self.seed, self.device)
+        found = []
+        for _, views in batches.plain():
+            with torch.autocast(self.device.type, dtype=self.reduced, enabled=self.reduced is not None):
+                outputs = self.classifier(views)
+            found.append(self.loss.predict(outputs.float()).cpu())
+        return torch.cat(found)
+
+    def add_pseudo_labels(self, epoch: int) -> None:
+        """Asymmetric pseudo-labelling (https://arxiv.org/abs/2203.16219): after an epoch, each class' lowest scores
+        among the labels that are still unknown become soft negatives, for good. The last round would train nothing."""
+        training = self.protocol.training
+        rounds = training.epochs - training.pseudo_from
+        if training.loss != "em_apl" or not training.pseudo_from <= epoch < training.epochs:
+            return
+        scores = self.scores()
+        unknown = (self.observed == 0) & self.pseudo.isnan()
+        for column, count in enumerate((training.pseudo_share * self.unannotated / rounds).int().tolist()):
+            candidates = unknown[:, column].nonzero()[:, 0]
+            lowest = scores[candidates, column].argsort(stable=True)[:count]
+            self.pseudo[candidates[lowest], column] = scores[candidates[lowest], column]
+
+    def judge(self, entry: dict[str, float]) -> None:
+        """Keep the best epoch's weights, and say whether it is time to stop."""
+        training, metric = self.protocol.training, self.protocol.metric
+        self.history.append(entry)
+        if metric not in entry:
+            return
+        values = [past[metric] for past in self.history]
+        if entry[metric] > max(values[:-1], default=float("-inf")):
+            self.best = {name: tensor.detach().cpu().clone() for name, tensor in self.weights().items()}
+        since = len(values) - 1 - values.index(max(values))
+        if training.patience is not None and since > training.patience:
+            self.ended = f"stopped after epoch {len(values)}: no new best {metric} for {since}"
+        if training.drop is not None and values[-1] < max(values) - training.drop / 100:
+            self.ended = f"stopped after epoch {len(values)}: {metric} fell by more than {training.drop:g} points"
+
+    def selection(self) -> str:
+        """How the tested weights were chosen: stands beside every result."""
+        epochs, metric = len(self.history), self.protocol.metric
+        if self.protocol.training.select == "last" or self.best is None:
+            return f"last of {epochs} epochs"
+        best = 1 + max(range(epochs), key=lambda i: self.history[i][metric])
+        ended = f", {self.ended}" if self.ended else ""
+        return f"epoch {best} of {epochs}, best {metric} on the validation part{ended}"
+
+    # ------------------------------------------------------------------------------------------------ one step's parts
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        training = self.protocol.training
+        own, head = list(self.loss.parameters()), list(self.classifier.head.parameters())
+        known = {id(parameter) for parameter in [*own, *head]}
+        body = [p for p in self.classifier.parameters() if id(p) not in known and p.requires_grad]
+        own_share = self.loss.lr_multiplier if training.loss_lr is None else training.loss_lr
+        groups: list[dict[str, Any]] = [
+            {"params": body, "share": 1.0},
+            {"params": head, "share": training.head_lr},
+            {"params": own, "share": own_share, "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        common = {"lr": training.lr, "weight_decay": training.weight_decay}
+        if training.optimizer == "adam":
+            optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, **common)
+        else:
+            optimizer = torch.optim.SGD(groups, **common, momentum=training.momentum, nesterov=training.nesterov)
+        for group in optimizer.param_groups:
+            group["lr"] = training.lr * group["share"]
+        return optimizer
+
+    def set_lr(self, share: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.protocol.training.lr * group["share"] * share
+
+    def weight_penalty(self) -> Tensor | float:
+        """L1R and L2R: over the weights of all layers, not over biases and normalisation."""
+        training = self.protocol.training
+        if training.weight_penalty == "none":
+            return 0.0
+        weights = [p.float() for p in self.classifier.parameters() if p.ndim > 1]
+        size = (lambda w: w.abs().sum()) if training.weight_penalty == "l1" else (lambda w: w.square().sum())
+        return training.penalty * torch.stack([size(weight) for weight in weights]).sum()
+
+    # ------------------------------------------------------------------------------------------------ state
+
+    def weights(self) -> dict[str, Tensor]:
+        """The classifier and what its loss learnt (a cosine classifier predicts with the loss' scale and margin)."""
+        parts: Iterable[tuple[str, nn.Module]] = (("classifier", self.classifier), ("loss", self.loss))
+        return {f"{part}.{name}": tensor for part, module in parts for name, tensor in module.state_dict().items()}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        for part, module in (("classifier.", self.classifier), ("loss.", self.loss)):
+            found = {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
+            module.load_state_dict(found)
+
+    def save(self) -> None:
+        if self.checkpoints is None:
+            return
+        state = {
+            "step": self.step,
+            "summed": self.summed.cpu(),
+            "initialised": self.initialised,
+            "weights": {name: tensor.detach().cpu() for name, tensor in self.weights().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "observed": self.observed,
+            "pseudo": self.pseudo,
+            "history": self.history,
+            "best": self.best,
+            "ended": self.ended,
+        }
+        self.checkpoints.save(self.step, state)
+
+    def restore(self) -> None:
+        state = None if self.checkpoints is None else self.checkpoints.newest(lambda text: None)
+        if state is None:
+            return
+        self.load_weights(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for name in ("step", "summed", "initialised", "observed", "pseudo", "history", "best", "ended"):
+            setattr(self, name, state[name])
+
+
+def build_loss(protocol: Multilabel) -> Loss:
+    loss = losses.build(protocol.training.loss, **protocol.loss_options())
+    if loss.reduction == "none":
+        raise ConfigError("training.options.reduction=none gives no number to train with: use mean or sum")
+    return loss

@@ -1,0 +1,129 @@
+"""Protocols and suites that ship with mls, and what a suite does: run, resume, leave out what has no data."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mls.errors import ConfigError, DataError
+from mls.eval import cells, load_protocol, load_suite, protocols, suites
+from mls.eval import suite as suites_module
+from mls.eval.suite import chosen_rows, plan
+from mls.results import Results
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
+FEW = ["data.scenes.count=80", "data.scenes.test_count=32", "training.epochs=2", "training.pseudo_from=1"]
+
+
+@pytest.mark.parametrize("name", protocols())
+def test_every_protocol_loads_and_names_a_known_data_set(name: str) -> None:
+    from mls import losses
+    from mls.eval import data
+
+    protocol = load_protocol(name)
+    assert protocol.data.name in data.names()
+    losses.build(protocol.training.loss, **protocol.loss_options())
+    for loss, options in protocol.options_of.items():
+        losses.build(loss, **options)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_opens_with_purpose_command_cost_and_number(path: Path) -> None:
+    comment = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    command = "mls eval suite" if path.parent.name == "suites" else "mls eval run"
+    assert f"{command} {path.stem}" in " ".join(comment)
+    assert any(line.startswith("# Cost:") for line in comment)
+    assert any(line.startswith("# Expected:") for line in comment)
+
+
+@pytest.mark.parametrize("name", suites())
+def test_every_cell_of_a_suite_is_a_protocol_that_loads(name: str) -> None:
+    suite = load_suite(name)
+    assert len({row.name for row in suite.rows}) == len(suite.rows)
+    for column in [*suite.columns, *suite.tiny]:
+        for row in suite.rows:
+            assert plan(row, column, None, ())
+
+
+def test_paper_numbers_are_those_of_the_papers_tables() -> None:
+    rows = {row.name: row.paper for row in load_suite("paper_spml").rows}
+    assert rows["AN"] == [85.89, 64.92, 42.27, 18.31]
+    assert rows["EM + APL"] == [89.19, 70.87, 47.59, 21.84]
+    rows = {row.name: row.paper for row in load_suite("paper_partial").rows}
+    assert rows["LL-R"] == [89.2, 71.0, 47.4, 19.5, 89.4, 71.9, 49.1, 21.5]
+    rows = {row.name: row.paper for row in load_suite("paper_two_way").rows}
+    assert rows["Two-way, ResNet50"] == [74.11, 86.66, 51.89, 85.64, 56.42, 78.81, 72.28, 85.43]
+    assert rows["ASL, RegNetY32gf"] == [76.70, 88.29, 51.03, 86.15, 57.88, 79.03, 71.11, 85.00]
+
+
+def test_options_of_a_data_set_reach_the_loss() -> None:
+    assert load_protocol("spml_voc2012", ["training.loss=em_apl"]).loss_options() == {"alpha": 0.2, "beta": 0.02}
+    assert load_protocol("ll_cub", ["training.loss=em"]).loss_options() == {"alpha": 0.01}
+    own = load_protocol("spml_cub", ["training.loss=em", "training.options.alpha=0.5"])
+    assert own.loss_options() == {"alpha": 0.5}
+
+
+def test_a_suite_runs_stores_every_number_and_does_not_run_it_again(tmp_path: Path) -> None:
+    suite = load_suite("paper_spml")
+    table = suites_module.run(suite, tmp_path, tiny=True, seeds=2, only=["AN", "EM + APL"], overrides=FEW)
+    assert {name: len(values) for (name, _), values in table.values.items()} == {"AN": 2, "EM + APL": 2}
+    stored = Results(tmp_path / "results.jsonl").rows(metric="scenes/map")
+    assert [row["seed"] for row in stored] == [0, 1, 0, 1]
+    assert stored[0]["selection"].startswith("epoch ")
+    assert stored[0]["weights_hash"] and stored[0]["versions"]["torch"] == torch.__version__
+    before = (tmp_path / "results.jsonl").read_bytes()
+    again = suites_module.run(suite, tmp_path, tiny=True, seeds=2, only=["AN", "EM + APL"], overrides=FEW)
+    assert again.values == table.values
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+    assert not list((tmp_path / "eval").iterdir())  # a suite keeps numbers, not networks
+
+
+def test_a_cell_of_which_not_every_number_was_written_is_measured_again(tmp_path: Path) -> None:
+    protocol = load_protocol("spml_scenes", FEW)
+    values = cells.run(protocol, seed=3, root=tmp_path, quiet=True)
+    store = tmp_path / "results.jsonl"
+    torn = store.read_text()[:-30]
+    store.write_text(torn)
+    assert cells.run(protocol, seed=3, root=tmp_path, quiet=True) == values
+    assert len(Results(store).rows(metric="scenes/map")) == 2
+
+
+def test_a_column_without_its_data_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLS_DATA", str(tmp_path))
+    said: list[str] = []
+    table = suites_module.run(load_suite("paper_spml"), tmp_path, seeds=1, only=["AN"], say=said.append)
+    assert table.values == {}
+    assert set(table.missing) == {"VOC", "COCO", "NUS", "CUB"}
+    assert "VOCdevkit" in table.missing["VOC"] and "data.root" in said[0]
+
+
+def test_given_weights_stand_in_the_place_of_the_papers_networks() -> None:
+    rows = chosen_rows(load_suite("paper_two_way"), ["runs/a", "runs/b"], tiny=False, only=())
+    assert [row.weights for row in rows[:2]] == ["runs/a", "runs/a"]
+    assert len(rows) == 2 * 9  # five losses and four single ways, each once for each of the weights
+    assert len({row.name for row in rows}) == len(rows)
+
+
+def test_a_trained_classifier_is_found_again(tmp_path: Path) -> None:
+    protocol = load_protocol("spml_scenes", [*FEW, "training.loss=hml"])
+    first = cells.trained(protocol, None, 0, tmp_path)
+    again = cells.trained(protocol, None, 0, tmp_path)
+    assert again is not first
+    assert torch.equal(again.scores(), first.scores())
+
+
+def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'paper_spml'"):
+        load_suite("paper_smpl")
+    with pytest.raises(ConfigError, match="unknown row of the suite 'EMM'"):
+        suites_module.run(load_suite("paper_spml"), tmp_path, tiny=True, only=["EMM"])
+    (tmp_path / "mine.yaml").write_text("task: multilable\n")
+    with pytest.raises(ConfigError, match="did you mean 'multilabel'"):
+        load_protocol(tmp_path / "mine.yaml")
+    (tmp_path / "suite.yaml").write_text(
+        "columns: [{name: a, protocol: spml_scenes}]\nrows: [{name: b, paper: [1, 2]}]\n"
+    )
+    with pytest.raises(ConfigError, match="2 paper numbers for 1 columns"):
+        load_suite(tmp_path / "suite.yaml")
+    with pytest.raises(DataError, match="nothere"):
+        cells.run(load_protocol("spml_voc2012", [f"data.root={tmp_path / 'nothere'}"]), "random", root=tmp_path)

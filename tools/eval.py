@@ -1,0 +1,133 @@
+"""`mls eval`: run a protocol, or a whole table of a paper."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mls.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mls.eval.suite import Table
+
+app = typer.Typer(help="Downstream evaluation: one protocol, or a paper's table.", no_args_is_help=True)
+
+WEIGHTS = "A run, a .safetensors file, torchvision:resnet50, scratch:NAME, or random; default: the protocol's own."
+
+
+@app.command("run")
+def run(
+    arguments: Annotated[list[str], typer.Argument(metavar="PROTOCOL KEY=VALUE", help="See `mls eval list`.")],
+    weights: Annotated[str | None, typer.Option(help=WEIGHTS)] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[Path | None, typer.Option(help="Holds results.jsonl and eval/; default: $MLS_RUNS.")] = None,
+) -> None:
+    """Run one protocol and store its numbers. The same call goes on where it was stopped, or prints what is stored.
+
+    Examples:
+
+        mls eval run spml_scenes training.loss=em
+
+        mls eval run spml_voc2012 training.loss=ll_r --weights torchvision:resnet50 data.root=/data/VOCdevkit
+
+        mls eval run spml_scenes --weights runs/mls_scenes_tiny-… data.labels=full
+    """
+    from mls.eval import cells, load_protocol
+    from mls.results import Results
+    from mls.tools.studies import markdown_table
+
+    name, *overrides = arguments
+    protocol = load_protocol(name, overrides)
+    root = out or cells.runs_root()
+    wanted = weights or protocol.model.weights
+    values = cells.run(protocol, wanted, seed, root)
+    rows = [[f"{protocol.data.name}/{metric}", f"{100 * value:.2f}"] for metric, value in values.items()]
+    print(markdown_table(["metric, in per cent", "test"], rows))
+    stored = Results(root / "results.jsonl").find(run=cells.cell_name(protocol, wanted, seed))
+    assert stored is not None
+    print(f"\n{stored['selection']}, weights {stored['weights']}\n{root / 'results.jsonl'}: stored as {stored['run']}")
+
+
+@app.command("suite")
+def suite(
+    arguments: Annotated[list[str], typer.Argument(metavar="NAME KEY=VALUE", help="See `mls eval list`.")],
+    weights: Annotated[list[str] | None, typer.Option(help=f"{WEIGHTS} May be repeated.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="The same methods on the embedded scenes: minutes.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Default: as the protocol says.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this row. May be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Holds results.jsonl and the table; default: $MLS_RUNS.")] = None,
+) -> None:
+    """Run a paper's table and print it with our numbers beside. Finished cells are not run again.
+
+    Examples:
+
+        mls eval suite paper_spml --tiny
+
+        mls eval suite paper_two_way --weights torchvision:resnet50 data.workers=8
+
+        mls eval suite paper_spml --only "EM" --only "AN" --seeds 1 training.epochs=2 --tiny
+    """
+    from mls.eval.cells import runs_root
+    from mls.eval.suite import load_suite
+    from mls.eval.suite import run as run_suite
+
+    name, *overrides = arguments
+    root = out or runs_root()
+    loaded = load_suite(name)
+    say = lambda text: typer.echo(text, err=True)
+    table = run_suite(loaded, root, weights or (), tiny, seeds, only or (), overrides, say)
+    text = as_text(table, tiny, name)
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / f"{Path(name).stem}{'-tiny' * tiny}.md"
+    path.write_text(text)
+    print(text)
+    print(f"{path}; every number with its seed and epoch: {root / 'results.jsonl'}")
+    if len(table.missing) == len(table.columns):
+        raise ConfigError("no column could be run: see the lines above, or try --tiny, which needs no data")
+
+
+def as_text(table: Table, tiny: bool, name: str) -> str:
+    """Our columns, then the paper's. A blank cell was not run, or the paper has no number for it."""
+    from mls.tools.studies import markdown_table, spread
+
+    papers = table.suite.columns
+    header = ["", *(f"{column.name}" for column in table.columns), *(f"paper: {column.name}" for column in papers)]
+    lines = []
+    for row in table.rows:
+        ours = [spread(table.values.get((row.name, column.name), [])) for column in table.columns]
+        paper = ["" if value is None else f"{value:g}" for value in row.paper or [None] * len(papers)]
+        lines.append([row.name, *ours, *paper])
+    counts = {len(values) for values in table.values.values()}
+    seeds = f"mean ± std over {max(counts)} seeds" if counts and max(counts) > 1 else "one seed"
+    notes = [f"{table.suite.title}, in per cent, {seeds}. The paper's numbers: {table.suite.source}."]
+    if tiny:
+        notes.append("Our columns are the embedded scenes: the papers' columns are other data and another network.")
+    notes += [f"{column}: left out. {why}" for column, why in table.missing.items()]
+    return f"{markdown_table(header, lines)}\n\n" + "\n".join(notes) + "\n"
+
+
+@app.command("list")
+def list_(
+    name: Annotated[str | None, typer.Argument(help="A protocol: prints its keys and values.")] = None,
+) -> None:
+    """List protocols, suites, data sets, losses; with a protocol's name, its keys and their values.
+
+    Examples:
+
+        mls eval list
+
+        mls eval list spml_voc2012
+    """
+    if name is not None:
+        from mls.eval.protocol import load_protocol, to_yaml
+
+        print(to_yaml(load_protocol(name)), end="")
+        return
+    from mls import losses
+    from mls.eval import data, protocols, suites
+
+    lists = {"protocols": protocols(), "suites": suites(), "data sets": data.names(), "losses": losses.names()}
+    for title, names in lists.items():
+        print(f"{title}:\n" + "".join(f"  {one}\n" for one in names))
