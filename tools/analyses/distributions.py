@@ -1,0 +1,213 @@
+"""The distributions that the paper on entropy maximisation (https://arxiv.org/abs/2203.16219) shows: `scores` of what
+is not annotated, `losscurve` of what is, `classwise` gains. Its gradients and its loss landscape are in regimes.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Float64, Int8
+from torch import Tensor
+
+from mls.errors import DataError
+from mls.tools.analyses import Finding, Study
+from mls.tools.analyses.regimes import COLOURS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from mls.eval.training import Training
+
+POSITIVE, NEGATIVE = "#0072B2", "#E69F00"
+WHOLE = ("training.patience=null", "training.drop=null")  # curves over the epochs: none ends early
+MOST_BARS = 30  # classes drawn from each end of the order
+BINS = 25
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The labels of the training images, by what is true and what training sees. Unknown truth is none of them."""
+
+    annotated: Bool[Tensor, "images classes"]  # present, and training sees it
+    missed: Bool[Tensor, "images classes"]  # present, but not annotated: AN's false negatives
+    absent: Bool[Tensor, "images classes"]
+    absent_unseen: Bool[Tensor, "images classes"]  # absent and not annotated
+
+
+def kinds(truth: Int8[Tensor, "images classes"], observed: Int8[Tensor, "images classes"]) -> Kinds:
+    """
+    >>> found = kinds(torch.tensor([[1, 1, -1]], dtype=torch.int8), torch.tensor([[1, 0, 0]], dtype=torch.int8))
+    >>> found.missed.tolist()
+    [[False, True, False]]
+    """
+    unseen = observed == 0
+    found = Kinds(observed > 0, (truth > 0) & unseen, truth < 0, (truth < 0) & unseen)
+    if not found.missed.any() or not found.absent_unseen.any():
+        raise DataError(
+            "this analysis is about labels that training does not see, and it sees all positives or all negatives: "
+            "use data.labels=single_positive"
+        )
+    return found
+
+
+def training_kinds(study: Study) -> Kinds:
+    from mls.eval.multilabel import prepare
+
+    prepared = prepare(study.load("an").data)
+    return kinds(prepared.train.truth, prepared.observed)
+
+
+# ---------------------------------------------------------------------------------------------------------- analyses
+
+
+def scores(study: Study) -> Finding:
+    from scipy.stats import wasserstein_distance
+
+    from mls.eval.multilabel import prepare
+
+    kind = training_kinds(study)
+    column = int((kind.missed.sum(0) * kind.absent_unseen.any(0)).argmax())
+    name = prepare(study.load("an").data).train.class_names[column]
+    figure, grid = panels(rows=2, columns=3)
+    rows, numbers = [], {}
+    for i, loss in enumerate(("an", "em", "em_apl")):
+        found = study.trained(loss, *apl_in_time(study, loss)).scores()
+        one, distances = slice(column, column + 1), []
+        for part, axes, title in ((one, grid[0][i], f"class “{name}”"), (slice(None), grid[1][i], "all classes")):
+            positives = found[:, part][kind.missed[:, part]].numpy()
+            negatives = found[:, part][kind.absent_unseen[:, part]].numpy()
+            distances.append(wasserstein_distance(positives, negatives))
+            _histogram(axes, positives, negatives)
+            axes.set_title(f"{loss}, {title}: distance {distances[-1]:.3f}", fontsize=10)
+        means = [float(found[mask].mean()) for mask in (kind.missed, kind.absent_unseen)]
+        rows.append([loss, *(f"{value:.3f}" for value in (*distances, *means))])
+        numbers |= {f"{loss}/class": distances[0], f"{loss}/all": distances[1]}
+    for row in grid:
+        row[0].set_ylabel("share of labels (%)")
+    for axes in grid[1]:
+        axes.set_xlabel("predicted probability")
+    grid[0][0].legend(frameon=False, fontsize=9)
+    figure.suptitle("Can the model tell unannotated positives from unannotated negatives? (training images)")
+    header = ["loss", f"distance, class {name}", "distance, all", "mean of positives", "mean of negatives"]
+    says = (
+        "Wasserstein distance between the probabilities of unannotated positives and unannotated negatives: the "
+        f"larger, the better both are told apart. Class {name} has the most unannotated positives. The paper finds "
+        "larger distances with EM than with AN."
+    )
+    return Finding(figure, header, rows, says, numbers)
+
+
+def losscurve(study: Study) -> Finding:
+    kind = training_kinds(study)
+    curves: dict[str, list[float]] = {"an": [], "em": []}
+    for loss, curve in curves.items():
+        study.watched(lambda now, curve=curve: curve.append(annotated_loss(now, kind.annotated)), loss, *WHOLE)
+    figure, [[axes]] = panels(rows=1, columns=1, width=6.4, height=4)
+    for loss, curve in curves.items():
+        epochs = range(1, len(curve) + 1)
+        axes.plot(epochs, curve, color=COLOURS[loss], marker="o", markersize=4, label=loss)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="epoch", ylabel="mean −log p of annotated labels", title="Loss of the annotated (positive) labels")
+    axes.legend(frameon=False)
+    rows = [
+        [str(epoch), *(f"{value:.3f}" for value in values)]
+        for epoch, values in enumerate(zip(*curves.values(), strict=True), 1)
+    ]
+    says = (
+        "The loss of the annotated labels after each epoch, on the training images without augmentation. The paper's "
+        "EM learns from annotated labels first, so its curve lies below AN's."
+    )
+    numbers = {f"{loss}/epoch{i}": value for loss, curve in curves.items() for i, value in enumerate(curve, 1)}
+    return Finding(figure, ["epoch", *curves], rows, says, numbers)
+
+
+def classwise(study: Study) -> Finding:
+    from mls.eval.multilabel import prepare
+
+    test = prepare(study.load("an").data).test
+    precision = {loss: class_precision(study, loss) for loss in ("an", "em", "em_apl")}
+    met = (test.truth > 0).any(0).nonzero()[:, 0]  # a class without positives has no average precision
+    gains = {loss: precision[loss] - precision["an"] for loss in ("em", "em_apl")}
+    order = met[gains["em_apl"][met].argsort(descending=True, stable=True)].tolist()
+    drawn = order if len(order) <= 2 * MOST_BARS else [*order[:MOST_BARS], *order[-MOST_BARS:]]
+    figure, [[axes]] = panels(rows=1, columns=1, width=6.4, height=1.4 + 0.32 * len(drawn))
+    for loss, shift in (("em", -0.2), ("em_apl", 0.2)):
+        places = [place + shift for place in range(len(drawn))]
+        axes.barh(places, gains[loss][drawn].tolist(), 0.38, color=COLOURS[loss], label=loss)
+    axes.set_yticks(range(len(drawn)), [test.class_names[column] for column in drawn])
+    axes.set_ylim(len(drawn) - 0.4, -0.6)  # the largest gain on top
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.grid(False, axis="y")
+    title = "Gain of each class over AN"
+    axes.set_title(title if drawn == order else f"{title}: the {MOST_BARS} largest and the {MOST_BARS} smallest")
+    axes.set(xlabel="average precision over AN's (points)", ylabel="class")
+    axes.legend(frameon=False)
+    columns = [precision["an"], precision["em"], precision["em_apl"], gains["em"], gains["em_apl"]]
+    rows = [
+        [test.class_names[column], *(f"{value[column]:.1f}" for value in columns[:3])]
+        + [f"{value[column]:+.1f}" for value in columns[3:]]
+        for column in order
+    ]
+    better = {loss: sum(bool(gains[loss][column] > 0) for column in order) for loss in gains}
+    says = (
+        f"Average precision of each class on the test images, in per cent. EM is above AN in {better['em']} of "
+        f"{len(order)} classes, EM with APL in {better['em_apl']}."
+    )
+    numbers = {f"{loss}/{test.class_names[column]}": float(gains[loss][column]) for loss in gains for column in order}
+    return Finding(figure, ["class", "an", "em", "em_apl", "em − an", "em_apl − an"], rows, says, numbers)
+
+
+# ------------------------------------------------------------------------------------------------------------- parts
+
+
+def apl_in_time(study: Study, loss: str) -> list[str]:
+    """em_apl needs an epoch after its first pseudo-labels: a short training has them earlier than the protocol says."""
+    training = study.load("an").training
+    return [f"training.pseudo_from={min(training.pseudo_from, training.epochs - 1)}"] if loss == "em_apl" else []
+
+
+def annotated_loss(training: Training, annotated: Bool[Tensor, "images classes"]) -> float:
+    """Mean −log p of the annotated positives."""
+    probabilities = training.scores()[annotated].double()
+    return float(F.binary_cross_entropy(probabilities, torch.ones_like(probabilities)))
+
+
+def class_precision(study: Study, loss: str) -> Float64[Tensor, "classes"]:
+    """The test's average precision of each class, in per cent."""
+    from mls.eval.multilabel import prepare
+    from mls.metrics import average_precision
+
+    training = study.trained(loss, *apl_in_time(study, loss))
+    test = prepare(training.protocol.data).test
+    return 100 * average_precision(training.scores(test), test.truth, known=test.truth != 0)
+
+
+def _histogram(axes: Axes, positives: Float[Tensor, "some"], negatives: Float[Tensor, "others"]) -> None:
+    edges = [i / BINS for i in range(BINS + 1)]
+    for values, colour, label in ((negatives, NEGATIVE, "negatives"), (positives, POSITIVE, "positives")):
+        share = [100 / len(values)] * len(values)
+        axes.hist(values, edges, weights=share, color=colour, alpha=0.3)
+        label = f"unannotated {label}"
+        axes.hist(values, edges, weights=share, color=colour, histtype="step", linewidth=1.5, label=label)
+
+
+def panels(
+    rows: int, columns: int, width: float = 10.5, height: float = 6, shared: bool = True
+) -> tuple[Figure, list[list[Axes]]]:
+    """An empty figure of so many inches; its panels are on the same scales where `shared`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=shared, sharey=shared, squeeze=False)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+    return figure, grid.tolist()
+
+
+ANALYSES = {"scores": scores, "losscurve": losscurve, "classwise": classwise}

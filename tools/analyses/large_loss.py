@@ -1,0 +1,322 @@
+"""What the paper on large losses (https://arxiv.org/abs/2206.03740) shows: `memorisation` of wrong negatives, `cam`
+(class activation maps and the pointing game), `evolution` of an image's labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from mls.errors import DataError
+from mls.tools.analyses import Finding, Study
+from mls.tools.analyses.distributions import POSITIVE, WHOLE, panels, training_kinds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from mls.eval.data import LabelledImages
+    from mls.eval.training import Training
+
+# Table 1 of the paper: per cent of true positives, true negatives and false negatives, on VOC 2012 and on COCO 2014.
+# VOC's false negatives add up to 96.0 there.
+PAPER_PHASES = ((88.3, 90.7, 23.8, 64.0, 82.6, 17.3), (11.7, 9.3, 72.2, 36.0, 17.4, 82.7))
+PAPER_POINTING = {"an": (78.9, 46.4), "ll_r": (83.7, 54.0), "ll_ct": (83.7, 54.1)}  # VOC 2012, COCO 2014
+KINDS = {"TP": "true positives", "TN": "true negatives", "FN": "false negatives (unannotated positives)"}
+GIVEN, WRONG = "#333333", "#D55E00"
+KIND_COLOURS = {"TP": POSITIVE, "TN": "#777777", "FN": WRONG}
+SHOWN = 6  # images in a picture
+
+
+# ------------------------------------------------------------------------------------------------------ memorisation
+
+
+@dataclass
+class Peaks:
+    """For every label, the epoch in which its loss was highest so far."""
+
+    highest: Float[Tensor, "images classes"]
+    epoch: Int64[Tensor, "images classes"]
+    means: list[list[float]] = field(default_factory=list)  # of each epoch and kind of label
+
+    @classmethod
+    def none(cls, shape: torch.Size) -> Peaks:
+        return cls(torch.full(shape, -torch.inf), torch.zeros(shape, dtype=torch.int64))
+
+    def add(self, losses: Float[Tensor, "images classes"], masks: list[Bool[Tensor, "images classes"]]) -> None:
+        higher = losses > self.highest  # of equal epochs the first
+        self.means.append([float(losses[mask].mean()) for mask in masks])
+        self.highest[higher] = losses[higher]
+        self.epoch[higher] = len(self.means)
+
+    def shares(self, mask: Bool[Tensor, "images classes"]) -> list[float]:
+        """Per cent of these labels whose loss was highest in each epoch."""
+        counts = self.epoch[mask].bincount(minlength=len(self.means) + 1)[1:]
+        return (100 * counts / counts.sum()).tolist()
+
+
+def memorisation(study: Study) -> Finding:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    kind = training_kinds(study)
+    masks = [kind.annotated, kind.absent, kind.missed]
+    peaks = Peaks.none(kind.absent.shape)
+
+    def look(now: Training) -> None:
+        given = (now.observed > 0).float()
+        peaks.add(F.binary_cross_entropy(now.scores(), given, reduction="none"), masks)
+
+    study.watched(look, "an", *WHOLE)
+    shares = dict(zip(KINDS, (peaks.shares(mask) for mask in masks), strict=True))
+    phases = [[share[0] for share in shares.values()], [sum(share[1:]) for share in shares.values()]]
+    rows = [
+        [name, *(f"{value:.1f}" for value in (*here, *paper))]
+        for name, here, paper in zip(("epoch 1 (warm-up)", "later (regular)"), phases, PAPER_PHASES, strict=True)
+    ]
+    figure, [[left, right]] = panels(rows=1, columns=2, height=4, shared=False)
+    epochs = range(1, len(peaks.means) + 1)
+    for i, (short, name) in enumerate(KINDS.items()):
+        means = [epoch[i] for epoch in peaks.means]
+        left.plot(epochs, means, color=KIND_COLOURS[short], marker="o", markersize=4, label=name)
+        places = [epoch + 0.27 * (i - 1) for epoch in epochs]
+        right.bar(places, shares[short], 0.25, color=KIND_COLOURS[short], label=name)
+    left.set(ylabel="mean loss after the epoch", title="Mean loss of each kind of label", yscale="log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_locator(NullLocator())
+    right.set(ylabel="labels of the kind (%)", title="Epoch of a label's highest loss")
+    for axes in (left, right):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.legend(frameon=False, fontsize=9)
+    figure.suptitle("Training with AN: when is each kind of label learnt?")
+    header = ["highest loss in", *KINDS, *(f"paper, {data} {short}" for data in ("VOC", "COCO") for short in KINDS)]
+    says = (
+        "Per cent of the true positives, true negatives and false negatives of the training images, by when their loss "
+        "under AN was highest; losses are taken after each epoch, without augmentation. The paper finds most false "
+        "negatives in the regular phase: clean labels are learnt first, wrong ones memorised later. Its false "
+        "negatives on VOC add up to 96.0, not to 100."
+    )
+    numbers = {f"{short}/warmup": share[0] for short, share in shares.items()}
+    return Finding(figure, header, rows, says, numbers)
+
+
+# --------------------------------------------------------------------------------------------------------------- cam
+
+
+@dataclass(frozen=True)
+class Target:
+    """A class that is present in an image, and where: x0 y0 x1 y1 as shares of the image."""
+
+    row: int
+    column: int
+    boxes: Float[Tensor, "boxes 4"]
+
+
+def cam(study: Study) -> Finding:
+    from mls.eval.multilabel import prepare
+
+    protocol = study.load("an")
+    test, size = prepare(protocol.data).test, protocol.augment.size
+    targets = targets_of(test)
+    chance = 100 * sum(float(covered(target.boxes, size).float().mean()) for target in targets) / len(targets)
+    rows, numbers, maps = [["a random place", f"{chance:.1f}", "", ""]], {"chance": chance}, []
+    shown = targets[:: -(-len(targets) // SHOWN)]
+    titles = ["image and boxes"]
+    for loss, paper in PAPER_POINTING.items():
+        found = activation_maps(study.trained(loss), test)
+        maps.append([found[target.row, target.column] for target in shown])
+        numbers[loss] = pointing_game(found, targets)
+        titles.append(f"{loss}: {numbers[loss]:.1f} % hits")
+        rows.append([loss, *(f"{value:.1f}" for value in (numbers[loss], *paper))])
+    figure = _draw_maps(test, shown, titles, maps)
+    says = (
+        f"The pointing game: per cent of {len(targets)} (test image, present class) whose class activation map has its "
+        "maximum inside a box of the class. The paper finds AN behind its methods."
+    )
+    return Finding(figure, ["loss", "pointing game", "paper, VOC", "paper, COCO"], rows, says, numbers)
+
+
+def targets_of(images: LabelledImages) -> list[Target]:
+    """Every (image, present class), in order."""
+    from mls.data.scenes import ScenesSource
+
+    source = images.images
+    if not isinstance(source, ScenesSource):
+        raise DataError(
+            f"cam needs boxes, which {source.name} does not bring to its test images: use --protocol spml_scenes"
+        )
+    found = []
+    for row in range(len(images)):
+        boxes, classes = source.boxes(row if images.rows is None else int(images.rows[row]))
+        for column in classes.unique().tolist():
+            found.append(Target(row, column, boxes[classes == column]))
+    return found
+
+
+def covered(boxes: Float[Tensor, "boxes 4"], size: int) -> Bool[Tensor, "size size"]:
+    """The cells of a grid over the image whose centres lie in a box.
+
+    >>> covered(torch.tensor([[0.5, 0.0, 1.0, 0.5]]), size=2)
+    tensor([[False,  True],
+            [False, False]])
+    """
+    centres = (torch.arange(size) + 0.5) / size
+    x0, y0, x1, y1 = boxes.T[..., None]
+    across, down = (x0 <= centres) & (centres < x1), (y0 <= centres) & (centres < y1)  # [boxes, size]
+    return (down[:, :, None] & across[:, None, :]).any(0)
+
+
+@torch.no_grad()
+def activation_maps(training: Training, images: LabelledImages) -> Float[Tensor, "images classes size size"]:
+    """The map of every class, as coarse as the network makes it."""
+    from mls.eval.classifier import last_map
+    from mls.eval.images import Batches
+
+    classifier = training.classifier.eval()
+    # The whole image, whatever crop the test takes: boxes are shares of the whole image.
+    data = replace(training.protocol.data, test_crop="squash")
+    batches = Batches(images, replace(training.protocol, data=data), training.seed, training.device)
+    features = (last_map(classifier.backbone, views) for _, views in batches.plain())
+    return torch.cat([torch.einsum("cd,ndhw->nchw", classifier.head.weight, found).cpu() for found in features])
+
+
+def pointing_game(maps: Float[Tensor, "images classes size size"], targets: list[Target]) -> float:
+    """Per cent of the targets in whose boxes the maximum of their map lies."""
+    hits = [hit(maps[target.row, target.column], target.boxes) for target in targets]
+    return 100 * sum(hits) / len(hits)
+
+
+def hit(activation: Float[Tensor, "size size"], boxes: Float[Tensor, "boxes 4"]) -> bool:
+    """Is the maximum in a box? That of a map scaled up bilinearly is the centre of its highest cell; taken from the
+    pixels, it would slip to the corner of the flat rim that scaling up gives to an outer cell.
+
+    >>> hit(torch.tensor([[0.1, 0.9], [0.2, 0.3]]), torch.tensor([[0.5, 0.0, 1.0, 0.5]]))
+    True
+    """
+    return bool(covered(boxes, len(activation)).flatten()[activation.argmax()])
+
+
+def _draw_maps(
+    images: LabelledImages, targets: list[Target], titles: list[str], maps: list[list[Float[Tensor, "size size"]]]
+) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(2 * len(titles), 0.8 + 2 * len(targets)), layout="constrained")
+    grid = figure.subplots(len(targets), len(titles), squeeze=False)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=11)
+    for i, (target, line) in enumerate(zip(targets, grid, strict=True)):
+        line[0].set_ylabel(f"class “{images.class_names[target.column]}”", fontsize=11)
+        for axes, found in zip(line, [None, *maps], strict=True):
+            axes.set(xticks=[], yticks=[])
+            axes.imshow(images.pixels(target.row).permute(1, 2, 0).numpy(), extent=(0, 1, 1, 0))
+            for x0, y0, x1, y1 in target.boxes.tolist():
+                axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="white", linewidth=1.5))
+            if found is not None:
+                _draw_activation(axes, found[i], target.boxes)
+    figure.suptitle("Class activation maps, bright is high; ○ the maximum is in a box of the class, × it is not")
+    return figure
+
+
+def _draw_activation(axes: Axes, activation: Float[Tensor, "size size"], boxes: Float[Tensor, "boxes 4"]) -> None:
+    size = len(activation)
+    axes.imshow(activation.numpy(), cmap="inferno", alpha=0.6, extent=(0, 1, 1, 0), interpolation="bilinear")
+    y, x = divmod(int(activation.argmax()), size)
+    marker, place = "o" if hit(activation, boxes) else "x", ((x + 0.5) / size, (y + 0.5) / size)
+    axes.plot(*place, marker, color="white", markersize=9, markeredgewidth=2, fillstyle="none")
+
+
+# --------------------------------------------------------------------------------------------------------- evolution
+
+
+def evolution(study: Study) -> Finding:
+    from mls.eval.multilabel import prepare
+
+    kind = training_kinds(study)
+    train = prepare(study.load("ll_cp").data).train
+    states = [kind.annotated]  # what is treated as positive: as given, then after each epoch
+    study.watched(lambda now: states.append(now.observed > 0), "ll_cp", *WHOLE)
+    rows, numbers = [], {}
+    for epoch, after in enumerate(states[1:], 1):
+        added, new = after & ~states[0], after & ~states[epoch - 1]
+        precision, recall = quality(added & (train.truth != 0), kind.missed)
+        counts = [str(epoch), str(int(new.sum())), str(int(added.sum()))]
+        rows.append([*counts, "" if math.isnan(precision) else f"{precision:.1f}", f"{recall:.1f}"])
+        numbers |= {f"precision/epoch{epoch}": precision, f"recall/epoch{epoch}": recall}
+    changes = (states[-1] & ~states[0]).sum(1)
+    shown = changes.argsort(descending=True, stable=True)[:SHOWN].tolist()
+    header = ["epoch", "made positive", "in all", "precision (%)", "recall (%)"]
+    says = (
+        "What LL-Cp made positive, for good, in each epoch: which share of it is true, and which share of the "
+        "unannotated positives it found. Drawn are the training images with the most changes. The first epoch is plain "
+        "AN and changes nothing."
+    )
+    return Finding(_draw_histories(train, states, shown), header, rows, says, numbers)
+
+
+def quality(added: Bool[Tensor, "images classes"], missed: Bool[Tensor, "images classes"]) -> tuple[float, float]:
+    """Precision (NaN where nothing was added) and recall, in per cent, of labels made positive; `missed` should be.
+
+    >>> quality(torch.tensor([[True, True, False, False]]), torch.tensor([[True, False, False, True]]))
+    (50.0, 50.0)
+    """
+    right = float((added & missed).sum())
+    return 100 * right / (float(added.sum()) or math.nan), 100 * right / float(missed.sum())
+
+
+def _draw_histories(images: LabelledImages, states: list[Bool[Tensor, "images classes"]], shown: list[int]) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(3.5 + 0.45 * len(states), 1.2 + 1.5 * len(shown)), layout="constrained")
+    grid = figure.subplots(len(shown), 2, squeeze=False, width_ratios=[1.3, 0.45 * len(states)])
+    for row, (left, right) in zip(shown, grid, strict=True):
+        left.imshow(images.pixels(row).permute(1, 2, 0).numpy())
+        left.set_axis_off()
+        _draw_history(right, [state[row] for state in states], images.truth[row] > 0, images.class_names)
+    right.set_xlabel("after epoch")
+    handles = [
+        Line2D([], [], marker="s", linestyle="", markersize=9, color=colour, label=label, markerfacecolor=face)
+        for label, colour, face in (
+            ("annotated", GIVEN, GIVEN),
+            ("added, right", POSITIVE, POSITIVE),
+            ("added, not in the truth", WRONG, WRONG),
+            ("truth", GIVEN, "none"),
+        )
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    figure.suptitle("Labels that LL-Cp treats as positive: given → … → final, beside the truth")
+    return figure
+
+
+def _draw_history(
+    axes: Axes, states: list[Bool[Tensor, "classes"]], truth: Bool[Tensor, "classes"], names: Sequence[str]
+) -> None:
+    columns = (states[-1] | truth).nonzero()[:, 0].tolist()
+    for place, column in enumerate(columns):
+        for epoch, state in enumerate(states):
+            if state[column]:
+                colour = GIVEN if states[0][column] else POSITIVE if truth[column] else WRONG
+                axes.plot(epoch, place, "s", color=colour, markersize=11)
+        if truth[column]:
+            axes.plot(len(states), place, "s", color=GIVEN, markersize=11, fillstyle="none", markeredgewidth=1.5)
+    epochs = [str(epoch) for epoch in range(1, len(states))]
+    axes.set_xticks(range(len(states) + 1), ["given", *epochs, "truth"])
+    axes.set_yticks(range(len(columns)), [names[column] for column in columns])
+    axes.set_xlim(-0.6, len(states) + 0.6)
+    axes.set_ylim(len(columns) - 0.4, -0.6)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.grid(axis="y", alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+ANALYSES = {"memorisation": memorisation, "cam": cam, "evolution": evolution}

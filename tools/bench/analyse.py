@@ -1,0 +1,66 @@
+"""`mls bench analyse NAME`: the analyses of the papers on noisy multi-labels, each one picture and one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+NAMES = (
+    *("gradients", "proportion", "landscape"),  # regimes.py, landscape.py
+    *("correlation", "margins", "top5"),  # hyperspherical.py
+    *("scores", "losscurve", "classwise"),  # distributions.py
+    *("memorisation", "cam", "evolution"),  # large_loss.py
+)
+QUICK = ("data.scenes.count=600", "data.scenes.test_count=200", "training.epochs=3")
+
+
+def analyse(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME KEY=VALUE", help=f"One of {', '.join(NAMES)}, or all.")
+    ] = None,
+    protocol: Annotated[str, typer.Option(help="A multi-label protocol: `mls eval list`.")] = "spml_scenes",
+    weights: Annotated[str | None, typer.Option(help="A run, a file or a name; default: the protocol's.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look on few embedded scenes.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Default: $MLS_RUNS/analyses.")] = None,
+) -> None:
+    """Draw one of the papers' analyses: a picture (NAME.png) and a table (NAME.md).
+
+    gradients: of the losses over the logit (EM). landscape: how flat the minimum is (EM). proportion: mAP over the
+    share of labels (EM). correlation: of the label embeddings (HML). margins: fixed and adaptive, and the gradients
+    they give (HML). top5: predictions, right, wrong or unannotated (HML). scores: of unannotated positives and
+    negatives (EM). losscurve: of the annotated labels (EM). classwise: gain of each class (EM). memorisation: the
+    epoch of the highest loss (LL). cam: class activation maps and the pointing game (LL). evolution: how an image's
+    labels change over the epochs (LL).
+
+    Examples:
+
+        mls bench analyse gradients
+
+        mls bench analyse all --quick
+
+        mls bench analyse scores --protocol spml_voc2012 data.workers=8
+    """
+    from mls.errors import ConfigError, unknown_name
+    from mls.eval.cells import runs_root
+    from mls.tools.analyses import Study, analyses
+    from mls.tools.studies import markdown_table
+
+    name, *overrides = arguments or ["all"]
+    if "=" in name:
+        raise ConfigError(f"name the analysis before the overrides: `mls bench analyse gradients {name}`")
+    known = analyses()
+    if name not in (*known, "all"):
+        raise unknown_name("analysis", name, [*known, "all"])
+    folder = out or runs_root() / "analyses"
+    folder.mkdir(parents=True, exist_ok=True)
+    short = QUICK if quick else ()
+    study = Study(protocol, [*short, *overrides], weights, seed, folder)
+    for one in known if name == "all" else [name]:
+        finding = known[one](study)
+        finding.figure.savefig(folder / f"{one}.png", dpi=150, bbox_inches="tight")
+        text = f"{markdown_table(finding.header, finding.rows)}\n\n{finding.says}\n"
+        (folder / f"{one}.md").write_text(text)
+        print(f"{text}\n{folder / one}.png\n")
