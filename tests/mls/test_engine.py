@@ -34,11 +34,12 @@ def test_ten_steps_give_the_stored_losses(tiny: list[str]) -> None:
     run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, *TEN_STEPS]), quiet=True)
     stored = json.loads(GOLDEN.read_text())
     losses = [row["loss"] for row in run.metrics() if "loss" in row]
-    assert losses == pytest.approx(stored, rel=1e-3)  # other processors sum in another order
+    assert losses == pytest.approx(stored, rel=1e-3)  # other processors sum in another order: see TEN_STEPS
     assert len(losses) == 10
 
 
-TEN_STEPS = ["data.batch_size=32", "data.scenes.count=160", "optim.epochs=2", "monitor.log_every=1"]
+# At the recipe's own rate the last bit of a weight grows to 3 % of the tenth loss, at this one to 0.002 %.
+TEN_STEPS = ["data.batch_size=32", "data.scenes.count=160", "optim.epochs=2", "monitor.log_every=1", "optim.lr=0.001"]
 
 
 def test_a_run_folder_holds_what_the_design_says(tiny: list[str]) -> None:
