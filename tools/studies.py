@@ -52,14 +52,16 @@ def scene_type_alone(config: Config) -> dict[str, float]:
 
 
 def label_overlap(run: Run) -> dict[str, float]:
-    """Pseudo-label overlap and its chance level, mean over the last tenth of the log."""
+    """Pseudo-label overlap, its chance level, and precision, mean over the last tenth of the log."""
     rows: list[dict[str, Any]] = [row for row in run.metrics() if row.get("labels/overlap") is not None]
     rows = rows[-max(1, len(rows) // 10) :]
     if not rows:
         return {}
+    mean = lambda key: sum(row[key] for row in rows) / len(rows)
     return {
-        "overlap": sum(row["labels/overlap"] for row in rows) / len(rows),
-        "chance": sum(row["labels/overlap_chance"] for row in rows) / len(rows),
+        "overlap": mean("labels/overlap"),
+        "chance": mean("labels/overlap_chance"),
+        "precision": mean("labels/precision"),
     }
 
 

@@ -24,7 +24,7 @@ def build(config: Config, method: nn.Module) -> torch.optim.Optimizer:
     """Parameters of a method's `loss` get no weight decay and `loss.lr_multiplier` times the rate."""
     optim, lr = config.optim, scaled_lr(config)
     loss = getattr(method, "loss", None)
-    own = list(loss.parameters()) if loss is not None else []
+    own = [p for p in loss.parameters() if p.requires_grad] if loss is not None else []
     network = [p for p in method.parameters() if p.requires_grad and not any(p is mine for mine in own)]
     weights = [p for p in network if p.ndim > 1 or optim.decay_norm_and_bias]
     rest = [p for p in network if not (p.ndim > 1 or optim.decay_norm_and_bias)]

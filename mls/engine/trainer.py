@@ -30,6 +30,7 @@ from mls.errors import ConfigError, DataError, DivergedError, Stopped
 from mls.files import write_atomically
 from mls.methods.base import StepOutput, gradient_norms
 from mls.models import build_pair, save_backbone
+from mls.models.momentum import Precision
 from mls.monitor.health import health
 from mls.monitor.knn import OnlineKnn
 from mls.monitor.labels import label_quality
@@ -41,15 +42,20 @@ from mls.recipes import from_dict
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
 
 
+def precision_on(device: torch.device, config: Config) -> Precision:
+    precision = config.engine.precision
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("engine.precision=fp16 needs a GPU: use engine.precision=bf16 or fp32 on a CPU")
+    if precision == "auto":  # bf16 is four times slower than fp32 on a CPU without matrix units for it
+        return "bf16" if device.type == "cuda" else "fp32"
+    return precision
+
+
 class Trainer:
     def __init__(self, config: Config, run: Run, process: Process, quiet: bool = False) -> None:
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
-        precision = config.engine.precision
-        if precision == "auto":  # bf16 is four times slower than fp32 on a CPU without matrix units for it
-            precision = "bf16" if process.device.type == "cuda" else "fp32"
-        if precision == "fp16" and process.device.type == "cpu":
-            raise ConfigError("engine.precision=fp16 needs a GPU: use engine.precision=bf16 or fp32 on a CPU")
+        precision = precision_on(process.device, config)
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
         self.precision = precision
         self.source = build_source(config.data)
@@ -122,8 +128,7 @@ class Trainer:
         self.step += 1
         epoch = epoch_of(self.step, self.steps_per_epoch)
         optim.set_lr(self.optimizer, self.lr(self.step))
-        if isinstance(self.method, methods.MLS):
-            self.method.warming_up = self.step <= self.config.objective.warmup_epochs * self.steps_per_epoch
+        self.method.set_progress(self.step, epoch, self.steps_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
         torch._foreach_copy_(self.buffers_before, self.buffers)
         logging = self.step % self.config.monitor.log_every == 0

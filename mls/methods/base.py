@@ -43,6 +43,9 @@ class Method(nn.Module):
     def forward(self, views: Views) -> StepOutput:
         raise NotImplementedError
 
+    def set_progress(self, step: int, epoch: int, steps_per_epoch: int) -> None:
+        """Called before each step; both count from 1. What it sets depends on nothing else, so a resume needs none."""
+
     def after_step(self, outputs: list[StepOutput]) -> None:
         """Called once after the optimizer's step, with the output of each micro-batch."""
         raise NotImplementedError
