@@ -108,6 +108,38 @@ def as_text(table: Table, tiny: bool, name: str) -> str:
     return f"{markdown_table(header, lines)}\n\n" + "\n".join(notes) + "\n"
 
 
+@app.command("check")
+def check(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME", help="Data sets; default: all.")] = None,
+) -> None:
+    """Say which data sets are there under $MLS_DATA, with their sizes, and what is missing of the others.
+
+    Examples:
+
+        mls eval check
+
+        MLS_DATA=/data mls eval check voc2012 coco2014
+    """
+    import os
+
+    from mls.errors import DataError, unknown_name
+    from mls.eval import data
+
+    for name in names or []:
+        if name not in data.names():
+            raise unknown_name("data set", name, data.names(), DataError)
+    print(f"looking under $MLS_DATA = {os.environ.get('MLS_DATA') or 'nothing, so here'}")
+    for name in names or data.names():
+        try:
+            found = data.build(name)
+        except DataError as error:
+            print(f"  no   {name}: {error}")
+            continue
+        parts = {"train": found.train, "val": found.val, "test": found.test}
+        sizes = ", ".join(f"{len(part)} {split}" for split, part in parts.items() if part is not None)
+        print(f"  yes  {name}: {len(found.train.class_names)} classes, {sizes}")
+
+
 @app.command("list")
 def list_(
     name: Annotated[str | None, typer.Argument(help="A protocol: prints its keys and values.")] = None,

@@ -48,3 +48,11 @@ def test_a_mistyped_protocol_is_answered_with_the_nearest(mls_command: Command) 
     done = mls_command("eval", "run", "spml_scene")
     assert done.returncode == 2
     assert "did you mean 'spml_scenes'" in done.stderr
+
+
+def test_check_says_what_is_there_and_what_is_missing(mls_command: Command, tmp_path: Path) -> None:
+    done = mls_command("eval", "check", "scenes", "vaw", MLS_DATA=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "  yes  scenes: 10 classes, 6000 train, 2000 test\n" in done.stdout
+    assert f"  no   vaw: {tmp_path / 'vaw'} is missing" in done.stdout
+    assert mls_command("eval", "check", "scene").returncode == 2
