@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import mls
+from mls.errors import ConfigError
 from mls.eval import multilabel
 from mls.eval.protocol import Multilabel, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
@@ -59,6 +60,7 @@ def run(
         "cell": key,
         "run": name,
         "selection": outcome.selection,
+        "validation": outcome.training.best_value(),
         "duration": round(outcome.seconds, 1),
         "versions": {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
@@ -70,6 +72,14 @@ def run(
     )
     shutil.rmtree(folder / "state" if keep else folder, ignore_errors=True)
     return outcome.values
+
+
+def validated(protocol: Multilabel, weights: str, seed: int, root: Path) -> float:
+    """The best value of the protocol's metric on the validation part, of a finished cell."""
+    row = Results(root / "results.jsonl").find(cell=cell_key(protocol, weights, seed))
+    if row is None or row["validation"] is None:
+        raise ConfigError(f"{protocol.recipe} has no validation part to choose on: raise data.validation above 0")
+    return float(row["validation"])
 
 
 def trained(protocol: Multilabel, weights: str | None, seed: int, root: Path) -> Training:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from mls.errors import ConfigError, DataError, unknown_name
 from mls.eval import cells
@@ -19,6 +21,7 @@ class Column:
     protocol: str = ""
     metric: str = "map"
     set: list[str] = field(default_factory=list)  # overrides
+    choose: dict[str, list[Any]] = field(default_factory=dict)  # values of a key, tried on the validation part
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Table:
     columns: Sequence[Column]
     rows: Sequence[Row]
     values: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    chosen: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # what `choose` came to, as overrides
     missing: dict[str, str] = field(default_factory=dict)  # column to why it could not be run
 
 
@@ -98,11 +102,18 @@ def run(
     """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
     columns = suite.tiny if tiny else suite.columns
     rows = chosen_rows(suite, weights, tiny, only)
-    table = Table(suite, columns, rows)
+    table, said = Table(suite, columns, rows), set()
+
+    def say_once(text: str) -> None:
+        if text not in said:  # columns may share their runs
+            said.add(text)
+            say(text)
+
     for column in columns:
         for row in rows:
             try:
-                planned = plan(row, column, seeds, overrides)
+                chosen = choose(row, column, root, overrides, say_once)
+                planned = plan(row, column, seeds, [*chosen, *overrides])
                 found = [cells.run(c.protocol, c.weights, c.seed, root, keep=False) for c in planned]
             except DataError as error:
                 table.missing[column.name] = str(error)
@@ -111,7 +122,28 @@ def run(
             if found and column.metric not in found[0]:
                 raise unknown_name(f"metric of column {column.name}", column.metric, found[0])
             table.values[row.name, column.name] = [100 * values[column.metric] for values in found]
+            table.chosen[row.name, column.name] = chosen
     return table
+
+
+def choose(row: Row, column: Column, root: Path, overrides: Sequence[str], say: Callable[[str], None]) -> list[str]:
+    """The values of `column.choose` that are best on the validation part with the first seed, as the papers choose a
+    rate or a share for each method and data set. The test is not looked at."""
+    keys = [key for key in column.choose if not any(one.startswith(f"{key}=") for one in [*row.set, *overrides])]
+    candidates = [
+        [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
+        for values in product(*(column.choose[key] for key in keys))
+    ]
+    if len(candidates) == 1:
+        return candidates[0]
+    validated = {}
+    for number, candidate in enumerate(candidates):
+        (cell,) = plan(row, column, 1, [*candidate, *overrides])
+        cells.run(cell.protocol, cell.weights, cell.seed, root, keep=False)
+        validated[number] = cells.validated(cell.protocol, cell.weights, cell.seed, root)
+    best = candidates[max(validated, key=lambda number: validated[number])]
+    say(f"{row.name}, {column.protocol}: {', '.join(best)} is the best on the validation part")
+    return best
 
 
 def plan(row: Row, column: Column, seeds: int | None, overrides: Sequence[str]) -> list[Cell]:

@@ -207,6 +207,10 @@ class Training:
         if training.drop is not None and values[-1] < max(values) - training.drop / 100:
             self.ended = f"stopped after epoch {len(values)}: {metric} fell by more than {training.drop:g} points"
 
+    def best_value(self) -> float | None:
+        """The best value of the protocol's metric on the validation part, if there is one."""
+        return max((past[self.protocol.metric] for past in self.history if self.protocol.metric in past), default=None)
+
     def selection(self) -> str:
         """How the tested weights were chosen: stands beside every result."""
         epochs, metric = len(self.history), self.protocol.metric

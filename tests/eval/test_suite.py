@@ -1,5 +1,6 @@
 """Protocols and suites that ship with mls, and what a suite does: run, resume, leave out what has no data."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 
 from mls.errors import ConfigError, DataError
 from mls.eval import cells, load_protocol, load_suite, protocols, suites
-from mls.eval import suite as suites_module
-from mls.eval.suite import chosen_rows, plan
+from mls.eval import suite as suite_module
+from mls.eval.suite import choose, chosen_rows, plan
 from mls.results import Results
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
@@ -65,17 +66,39 @@ def test_options_of_a_data_set_reach_the_loss() -> None:
 
 def test_a_suite_runs_stores_every_number_and_does_not_run_it_again(tmp_path: Path) -> None:
     suite = load_suite("paper_spml")
-    table = suites_module.run(suite, tmp_path, tiny=True, seeds=2, only=["AN", "EM + APL"], overrides=FEW)
+    table = suite_module.run(suite, tmp_path, tiny=True, seeds=2, only=["AN", "EM + APL"], overrides=FEW)
     assert {name: len(values) for (name, _), values in table.values.items()} == {"AN": 2, "EM + APL": 2}
     stored = Results(tmp_path / "results.jsonl").rows(metric="scenes/map")
-    assert [row["seed"] for row in stored] == [0, 1, 0, 1]
+    assert [row["seed"] for row in stored] == [0, 0, 1] * 2  # two values of the weight decay were tried with seed 0
     assert stored[0]["selection"].startswith("epoch ")
     assert stored[0]["weights_hash"] and stored[0]["versions"]["torch"] == torch.__version__
     before = (tmp_path / "results.jsonl").read_bytes()
-    again = suites_module.run(suite, tmp_path, tiny=True, seeds=2, only=["AN", "EM + APL"], overrides=FEW)
+    again = suite_module.run(suite, tmp_path, tiny=True, seeds=2, only=["AN", "EM + APL"], overrides=FEW)
     assert again.values == table.values
     assert (tmp_path / "results.jsonl").read_bytes() == before
     assert not list((tmp_path / "eval").iterdir())  # a suite keeps numbers, not networks
+
+
+def test_a_value_is_chosen_on_the_validation_part_and_never_on_the_test(tmp_path: Path) -> None:
+    suite, said = load_suite("paper_spml"), []
+    column = replace(suite.tiny[0], choose={"training.epochs": [1, 3], "training.lr": [3.0e-3, 0.0001]})
+    few = [change for change in FEW if "epochs" not in change]
+    found = choose(suite.rows[2], column, tmp_path, few, said.append)
+    rows = Results(tmp_path / "results.jsonl").rows(metric="scenes/map")
+    assert len(rows) == 4
+    best = max(rows, key=lambda row: row["validation"])
+    protocol = load_protocol("spml_scenes", [*few, *found])
+    assert cells.cell_key(protocol, "random", 0) == best["cell"]
+    assert "best on the validation part" in said[0]
+    told = choose(suite.rows[2], column, tmp_path, [*few, "training.epochs=1", "training.lr=0.01"], said.append)
+    assert told == [] and len(said) == 1  # what the user sets is not tried
+
+
+def test_choosing_needs_a_validation_part(tmp_path: Path) -> None:
+    suite = load_suite("paper_spml")
+    with pytest.raises(ConfigError, match="no validation part to choose on"):
+        overrides = [*FEW, "data.validation=0", "training.select=last"]
+        suite_module.run(suite, tmp_path, tiny=True, seeds=1, only=["AN"], overrides=overrides)
 
 
 def test_a_cell_of_which_not_every_number_was_written_is_measured_again(tmp_path: Path) -> None:
@@ -91,7 +114,7 @@ def test_a_cell_of_which_not_every_number_was_written_is_measured_again(tmp_path
 def test_a_column_without_its_data_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLS_DATA", str(tmp_path))
     said: list[str] = []
-    table = suites_module.run(load_suite("paper_spml"), tmp_path, seeds=1, only=["AN"], say=said.append)
+    table = suite_module.run(load_suite("paper_spml"), tmp_path, seeds=1, only=["AN"], say=said.append)
     assert table.values == {}
     assert set(table.missing) == {"VOC", "COCO", "NUS", "CUB"}
     assert "VOCdevkit" in table.missing["VOC"] and "data.root" in said[0]
@@ -116,7 +139,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'paper_spml'"):
         load_suite("paper_smpl")
     with pytest.raises(ConfigError, match="unknown row of the suite 'EMM'"):
-        suites_module.run(load_suite("paper_spml"), tmp_path, tiny=True, only=["EMM"])
+        suite_module.run(load_suite("paper_spml"), tmp_path, tiny=True, only=["EMM"])
     (tmp_path / "mine.yaml").write_text("task: multilable\n")
     with pytest.raises(ConfigError, match="did you mean 'multilabel'"):
         load_protocol(tmp_path / "mine.yaml")
