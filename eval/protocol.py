@@ -46,7 +46,7 @@ class TrainingConfig:
     options: dict[str, Any] = field(default_factory=dict)  # of the loss; beside those in `options_of`
     epochs: int = 10
     batch_size: int = 16
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: float = 1e-5
     head_lr: float = 1.0  # times lr, for the classifier's last layer
     loss_lr: float | None = None  # times lr, for what the loss learns (HML, ROLE); default: the loss' own

@@ -21,13 +21,13 @@ class Column:
     protocol: str = ""
     metric: str = "map"
     set: list[str] = field(default_factory=list)  # overrides
-    choose: dict[str, list[Any]] = field(default_factory=dict)  # values of a key, tried on the validation part
 
 
 @dataclass(frozen=True)
 class Row:
     name: str = ""
     set: list[str] = field(default_factory=list)
+    choose: dict[str, list[Any]] = field(default_factory=dict)  # values of a key, tried on the validation part
     weights: str | None = None  # default: the protocol's
     paper: list[float | None] = field(default_factory=list)  # one a column, in per cent
 
@@ -112,7 +112,7 @@ def run(
     for column in columns:
         for row in rows:
             try:
-                chosen = choose(row, column, root, overrides, say_once)
+                chosen = [] if tiny else choose(row, column, root, overrides, say_once)
                 planned = plan(row, column, seeds, [*chosen, *overrides])
                 found = [cells.run(c.protocol, c.weights, c.seed, root, keep=False) for c in planned]
             except DataError as error:
@@ -127,12 +127,12 @@ def run(
 
 
 def choose(row: Row, column: Column, root: Path, overrides: Sequence[str], say: Callable[[str], None]) -> list[str]:
-    """The values of `column.choose` that are best on the validation part with the first seed, as the papers choose a
-    rate or a share for each method and data set. The test is not looked at."""
-    keys = [key for key in column.choose if not any(one.startswith(f"{key}=") for one in [*row.set, *overrides])]
+    """The values of `row.choose` that are best on the validation part with the first seed, as the papers choose a rate
+    or a share for each method and data set. The test is not looked at. Tiny columns say their options themselves."""
+    keys = [key for key in row.choose if not any(one.startswith(f"{key}=") for one in [*row.set, *overrides])]
     candidates = [
         [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
-        for values in product(*(column.choose[key] for key in keys))
+        for values in product(*(row.choose[key] for key in keys))
     ]
     if len(candidates) == 1:
         return candidates[0]

@@ -235,10 +235,13 @@ class Training:
         ]
         groups = [group for group in groups if group["params"]]
         common = {"lr": training.lr, "weight_decay": training.weight_decay}
-        if training.optimizer == "adam":
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(groups, **common)
+        if training.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(
+                groups, **common, momentum=training.momentum, nesterov=training.nesterov
+            )
         else:
-            optimizer = torch.optim.SGD(groups, **common, momentum=training.momentum, nesterov=training.nesterov)
+            kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+            optimizer = kind(groups, **common)
         for group in optimizer.param_groups:
             group["lr"] = training.lr * group["share"]
         return optimizer

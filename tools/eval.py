@@ -104,9 +104,9 @@ def as_text(table: Table, tiny: bool, name: str) -> str:
     notes = [f"{table.suite.title}, in per cent, {seeds}. The paper's numbers: {table.suite.source}."]
     if tiny:
         notes.append("Our columns are the embedded scenes: the papers' columns are other data and another network.")
-    tried = {key: values for column in table.columns for key, values in column.choose.items()}
-    for key, values in tried.items():
-        notes.append(f"{key} is the best of {', '.join(map(str, values))} on the validation part, for each row.")
+    for (row, column), chosen in table.chosen.items():
+        if chosen:
+            notes.append(f"{row}, {column}: {', '.join(chosen)}, best on the validation part.")
     notes += [f"{column}: left out. {why}" for column, why in table.missing.items()]
     return f"{markdown_table(header, lines)}\n\n" + "\n".join(notes) + "\n"
 
