@@ -16,6 +16,8 @@ from mls.data.crops import CropDataset
 from mls.distributed import Process
 from mls.errors import ConfigError, DataError, UserError
 
+PREFETCH = 4  # batches that a worker makes ahead
+
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Hands out this process' (epoch, id) lists, one a micro-batch, from a step on to the end of training."""
@@ -67,7 +69,11 @@ def workers_for(config: Config) -> int:
 
 
 class Loader:
-    """Iterates over micro-batches; `waited` is the time since it was last read that the training stood waiting."""
+    """Iterates over micro-batches; `waited` is the time since it was last read that the training stood waiting.
+
+    A batch from a worker holds its crops until the micro-batches of one more step were asked for; then they are
+    overwritten. A worker is at most PREFETCH batches ahead of the one that was handed over last.
+    """
 
     def __init__(
         self,
@@ -81,13 +87,13 @@ class Loader:
         workers = workers_for(config)
         self.waited = 0.0
         self.batches = DataLoader(
-            _Telling(CropDataset(source, config.augment, config.run.seed)),
+            _Telling(CropDataset(source, config.augment, config.run.seed, PREFETCH + config.engine.accumulate)),
             batch_sampler=StepSampler(source, config, process, first, last),
             num_workers=workers,
             collate_fn=_as_it_is,  # type: ignore[arg-type] (CropDataset makes whole batches)
             pin_memory=process.device.type == "cuda",
             persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=on_worker_start if workers else None,
             generator=torch.Generator(),  # its own, so that the global stream stays untouched
         )
