@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -15,6 +16,8 @@ from mls.data import Batch, Source
 from mls.data.crops import CropDataset
 from mls.distributed import Process
 from mls.errors import ConfigError, DataError, UserError
+
+Result = TypeVar("Result")
 
 PREFETCH = 4  # batches that a worker makes ahead
 
@@ -112,6 +115,25 @@ class Loader:
             yield batch
 
 
+def in_workers(
+    dataset: Dataset[Result | UserError], workers: int, on_worker_start: Callable[[int], None] | None = None
+) -> Iterator[Result]:
+    """The items of a data set, in order, made by worker processes. An error of the user is an item that is raised here:
+    raised in a worker, its one sentence would arrive wrapped in the worker's traceback."""
+    start = on_worker_start if workers else None
+    for item in DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        worker_init_fn=start,
+        generator=torch.Generator(),
+    ):
+        if isinstance(item, UserError):
+            raise item
+        yield item
+
+
 class _Telling(Dataset[Batch | UserError]):
     """Hands over a user's error in the place of the batch: raised in a worker, its one sentence would arrive wrapped in
     the worker's traceback."""
@@ -126,5 +148,5 @@ class _Telling(Dataset[Batch | UserError]):
             return error
 
 
-def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
-    return batch
+def _as_it_is(item: Result) -> Result:
+    return item
