@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -103,9 +102,7 @@ def pack(
     for image, reason in left_out[:SHOWN]:
         print(f"left out {image}: {reason}", file=sys.stderr)
     if left_out:
-        print(
-            f"{len(left_out)} images cannot be read and were left out, all in {dst / 'manifest.json'}", file=sys.stderr
-        )
+        print(f"{len(left_out)} images cannot be read: left out, listed in {dst / 'manifest.json'}", file=sys.stderr)
 
 
 def _source(src: str, kind: str, annotations: str | None) -> Source:
@@ -116,7 +113,9 @@ def _source(src: str, kind: str, annotations: str | None) -> Source:
 
 
 def _workers(wanted: int | None) -> int:
-    return wanted if wanted is not None else len(os.sched_getaffinity(0))
+    from mls.data.loader import cores
+
+    return cores() if wanted is None else wanted
 
 
 def _show(name: str, report: Report) -> None:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mls.config import Config
 from mls.data import Batch, Source
 from mls.data.crops import CropDataset
+from mls.data.listing import FileSource
 from mls.distributed import Process
 from mls.errors import ConfigError, DataError, UserError
 
@@ -64,11 +65,23 @@ def steps_per_epoch(source: Source, config: Config) -> int:
     return count
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def workers_for(config: Config) -> int:
-    if config.data.workers is not None:
-        return config.data.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
+    return min(8, cores()) if config.data.workers is None else config.data.workers
+
+
+def remedy(source: Source, config: Config) -> str:
+    """What costs least against waiting for data: more workers while there are cores, then smaller files."""
+    workers, share = workers_for(config), max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if workers < share:
+        return f"set data.workers={share} (now {workers}; this process has {share} cores)"
+    if isinstance(source, FileSource):
+        return f"pack the images, `mls data pack {config.data.root} NEW_FOLDER --short-side 320`, and train on that"
+    return "give each process more cores; `mls bench input` says how many images a core can prepare"
 
 
 class Loader:
