@@ -44,6 +44,7 @@ class CropDataset(Dataset[Batch]):
         self.source, self.seed, self.ratio, self.buffers = source, seed, augment.ratio, buffers
         self.sizes = [augment.size] * 2 + [augment.small_size] * augment.small_crops
         self.scales = [augment.scale] * 2 + [augment.small_scale] * augment.small_crops
+        self.spare = SPARE
         self.ring: deque[list[Tensor]] = deque()
 
     def __len__(self) -> int:
@@ -104,7 +105,9 @@ class CropDataset(Dataset[Batch]):
             crop_box(height, width, scale, self.ratio, numbers)
             for scale, numbers in zip(self.scales, draws.tolist(), strict=True)
         ]
-        factor = image.factor(min(min(box[2:]) / size for box, size in zip(boxes, self.sizes, strict=True)) / SPARE)
+        factor = image.factor(
+            min(min(box[2:]) / size for box, size in zip(boxes, self.sizes, strict=True)) / self.spare
+        )
         boxes = [reduced(box, factor) for box in boxes]
         pixels = image.pixels(factor)
         for box, place in zip(boxes, out, strict=True):

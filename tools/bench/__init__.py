@@ -2,12 +2,8 @@
 
 import typer
 
-from mls.tools.bench import ablations
+from mls.tools.bench import ablations, input
 
 app = typer.Typer(help="Studies and measurements, each one command.", no_args_is_help=True)
 app.command("ablations")(ablations.ablations)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `mls bench NAME` a group while it has one command."""
+app.command("input")(input.bench)
