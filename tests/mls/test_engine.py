@@ -151,9 +151,9 @@ def test_waiting_for_data_is_answered_with_one_hint(
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(8):  # a large PNG has to be decoded whole
-        Image.new("RGB", (2000, 2000), (i, 2 * i, 99)).save(folder / f"{i}.png", compress_level=1)
+        Image.new("RGB", (1000, 1000), (i, 2 * i, 99)).save(folder / f"{i}.png", compress_level=1)
     settings = [*tiny, "data.source=folder", f"data.root={folder}", "data.workers=0", "data.batch_size=4"]
-    mls.pretrain(mls.load_config("mls_scenes_tiny", [*settings, "optim.epochs=4", "monitor.log_every=1"]))
+    mls.pretrain(mls.load_config("mls_scenes_tiny", [*settings, "optim.epochs=2", "monitor.log_every=1"]))
     said = re.sub(r"\s+", " ", capsys.readouterr().err)
     assert len(re.findall(r"\d+% of the time goes into waiting for data: set data\.workers=\d+", said)) == hints
 
