@@ -12,10 +12,15 @@ from typing import BinaryIO
 
 from mls.errors import UserError
 
+# What to do about a full disk while a checkpoint is written; other files bring their own words.
+CHECKPOINTS_FULL = "free some, or lower engine.keep_last; what was saved before is whole, and "
+CHECKPOINTS_FULL += "`mls pretrain --resume` goes on from there"
+
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open `path` for writing; it appears, whole, when the block ends without an error."""
+def atomic_file(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[BinaryIO]:
+    """Open `path` for writing; it appears, whole, when the block ends without an error. `disk_full` says what to do
+    where there is no space left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -28,7 +33,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         reason = _os_error(error)
         if reason is not None:
-            raise UserError(_sentence(path, reason)) from error
+            raise UserError(_sentence(path, reason, disk_full)) from error
         raise
 
 
@@ -60,10 +65,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
     return error
 
 
-def _sentence(path: Path, error: OSError) -> str:
+def _sentence(path: Path, error: OSError, disk_full: str) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return f"cannot write {path}: {error.strerror or error}"
-    return (
-        f"no disk space left for {path}: free some, or lower engine.keep_last; "
-        "what was saved before is whole, and `mls pretrain --resume` goes on from there"
-    )
+    return f"no disk space left for {path}: {disk_full}"

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
-from mls.tools import bench, config, demo, eval, pretrain, report, scenes
+from mls.tools import bench, config, data, demo, eval, pretrain, report, scenes
 
 app = typer.Typer(
     name="mls",
@@ -24,6 +24,7 @@ COMMANDS = {"demo": demo.demo, "pretrain": pretrain.pretrain, "config": config.s
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(scenes.app, name="scenes")
+app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
 app.add_typer(bench.app, name="bench")
 

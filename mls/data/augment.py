@@ -47,12 +47,20 @@ class Parameters:
 
 
 class Augment:
-    """Finishes the views of a batch. `draw` with the same arguments tells afterwards what was done, flips too."""
+    """Finishes the views of a batch. `draw` with the same arguments tells afterwards what was done, flips too.
+
+    All is computed in float32; `dtype` is what the views are handed over in.
+    """
 
     def __init__(
-        self, config: AugmentConfig, seed: int, device: torch.device | str, channels_last: bool = True
+        self,
+        config: AugmentConfig,
+        seed: int,
+        device: torch.device | str,
+        channels_last: bool = True,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.config, self.seed, self.device = config, seed, torch.device(device)
+        self.config, self.seed, self.device, self.dtype = config, seed, torch.device(device), dtype
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
     @torch.no_grad()
@@ -67,7 +75,7 @@ class Augment:
     def _finish(
         self, crops: UInt8[Tensor, "batch 3 size size"], parameters: Parameters
     ) -> Float[Tensor, "batch 3 size size"]:
-        views = torch.empty(crops.shape, device=self.device, memory_format=self.layout)
+        views = torch.empty(crops.shape, dtype=self.dtype, device=self.device, memory_format=self.layout)
         part = max(1, CACHE // crops[0].numel()) if self.device.type == "cpu" else len(crops)
         for start in range(0, len(crops), part):
             rows = slice(start, start + part)

@@ -1,51 +1,51 @@
-"""In the worker: decode an image once, cut its crops and keep their boxes. Pixels stay uint8 and are not flipped or
-coloured here (augment.py). A crop is a pure function of (seed, epoch, image id, view number)."""
+"""In the worker: choose the crops of an image, decode it once at the scale they need, cut them, keep their boxes.
+Pixels stay uint8 and are not flipped or coloured here (augment.py); how files are decoded is in decode.py. A crop is a
+pure function of (seed, epoch, image id, view number)."""
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float64, UInt8
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torch.nn.functional import interpolate
-from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
+from torch.utils.data import Dataset, get_worker_info
 
 from mls.config import AugmentConfig
 from mls.data import Batch, Source
+from mls.data.decode import Encoded, UnreadableImage, decode
 from mls.errors import DataError
 from mls.streams import derive, uniforms
 
-# Named, because Pillow would also open formats that start other programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+__all__ = ["CropDataset", "UnreadableImage", "centre", "crop_box", "cut", "decode", "shares"]
+
 CROP_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 CROP_DRAWS = 2 + 2 * CROP_ATTEMPTS  # place, then area and ratio of each attempt
 REPLACEMENTS = 20  # images tried in the place of one that cannot be read
+SPARE = 1.5  # an image is decoded smaller only as far as every crop still has this many times its target's pixels
 
 Box = tuple[int, int, int, int]  # top, left, height, width
-
-
-class UnreadableImage(Exception):
-    """Bytes that give no image. The message is the reason; the caller knows where the bytes came from."""
+Shares = tuple[float, float, float, float]  # x0 y0 x1 y1 as shares of the image's width and height
 
 
 class CropDataset(Dataset[Batch]):
     """Whole batches of crops. An index is (epoch, id); a batch sampler hands over all indices of one batch together.
 
-    An image that cannot be read is replaced by another one, and noted in `Batch.unreadable`.
+    An image that cannot be read is replaced by another one, and noted in `Batch.unreadable`. In a worker process the
+    crops are written into `buffers` sets of shared memory in turn, so a batch's crops are overwritten when the same
+    worker makes its `buffers`-th batch after it; 0 means that every batch has its own.
     """
 
-    def __init__(self, source: Source, augment: AugmentConfig, seed: int) -> None:
-        self.source, self.seed, self.ratio = source, seed, augment.ratio
+    def __init__(self, source: Source, augment: AugmentConfig, seed: int, buffers: int = 0) -> None:
+        self.source, self.seed, self.ratio, self.buffers = source, seed, augment.ratio, buffers
         self.sizes = [augment.size] * 2 + [augment.small_size] * augment.small_crops
         self.scales = [augment.scale] * 2 + [augment.small_scale] * augment.small_crops
+        self.spare = SPARE
+        self.ring: deque[list[Tensor]] = deque()
 
     def __len__(self) -> int:
         return len(self.source)
@@ -56,30 +56,39 @@ class CropDataset(Dataset[Batch]):
             raise ValueError("the indices of one batch must share their epoch")
         ids = np.array([index for _, index in indices], dtype=np.int64)
         draws = self._draws(epoch, ids)
-        crops = [torch.empty(len(ids), 3, size, size, dtype=torch.uint8) for size in self.sizes]
+        crops = self._room(len(ids))
         boxes = np.empty((len(self.sizes), len(ids), 4), dtype=np.float32)
         unreadable: list[tuple[int, str]] = []
         for row, wanted in enumerate(ids.tolist()):
-            index, image = self._read(epoch, wanted, unreadable)
-            if index != wanted:
-                ids[row] = index
-                draws[:, row] = self._draws(epoch, ids[row : row + 1])[:, 0]
-            height, width = image.shape[1:]
-            for view, size in enumerate(self.sizes):
-                box = crop_box(height, width, self.scales[view], self.ratio, draws[view, row].tolist())
-                crops[view][row] = cut(image, box, size)
-                boxes[view, row] = shares(box, height, width)
+            out = [view[row : row + 1] for view in crops]
+            ids[row], boxes[:, row] = self._cut(epoch, wanted, draws[:, row], out, unreadable)
         return Batch(crops, [torch.from_numpy(view) for view in boxes], torch.from_numpy(ids), epoch, unreadable)
 
     def _draws(self, epoch: int, ids: NDArray[np.int64]) -> Float64[np.ndarray, "views batch draws"]:
         seeds = [derive(self.seed, "crop", epoch, view) for view in range(len(self.sizes))]
         return np.stack([uniforms(seed, ids, CROP_DRAWS) for seed in seeds])
 
-    def _read(self, epoch: int, wanted: int, unreadable: list[tuple[int, str]]) -> tuple[int, Tensor]:
-        """The wanted image or the first readable replacement, with its id."""
+    def _room(self, count: int) -> list[UInt8[Tensor, "batch 3 size size"]]:
+        """Where a batch's crops go. Fresh memory for each costs a worker a tenth of its time in page faults, and a copy
+        into shared memory comes on top."""
+        if len(self.ring) >= self.buffers > 0 and len(self.ring[0][0]) == count:
+            self.ring.rotate(-1)
+            return self.ring[-1]
+        crops = [torch.empty(count, 3, size, size, dtype=torch.uint8) for size in self.sizes]
+        if self.buffers and get_worker_info() is not None:
+            self.ring.append([view.share_memory_() for view in crops])
+            return self.ring[-1]
+        return crops
+
+    def _cut(
+        self, epoch: int, wanted: int, draws: NDArray[np.float64], out: list[Tensor], unreadable: list[tuple[int, str]]
+    ) -> tuple[int, list[Shares]]:
+        """Fills `out` with the crops of the wanted image or of the first readable replacement; its id and boxes."""
         for index in self._candidates(epoch, wanted):
+            if index != wanted:
+                draws = self._draws(epoch, np.array([index]))[:, 0]
             try:
-                return index, decode(self.source.read(index))
+                return index, self._cut_from(Encoded(self.source.read(index)), draws, out)
             except (UnreadableImage, OSError) as error:
                 reason = getattr(error, "strerror", None) or str(error)  # an OSError's text repeats the path
                 note = (index, f"{self.source.describe(index)}: {reason}")
@@ -90,52 +99,25 @@ class CropDataset(Dataset[Batch]):
             f"(last: {unreadable[-1][1]}): check that data.root holds whole image files you may read"
         )
 
+    def _cut_from(self, image: Encoded, draws: NDArray[np.float64], out: list[Tensor]) -> list[Shares]:
+        height, width = image.height, image.width
+        boxes = [
+            crop_box(height, width, scale, self.ratio, numbers)
+            for scale, numbers in zip(self.scales, draws.tolist(), strict=True)
+        ]
+        factor = image.factor(
+            min(min(box[2:]) / size for box, size in zip(boxes, self.sizes, strict=True)) / self.spare
+        )
+        boxes = [reduced(box, factor) for box in boxes]
+        pixels = image.pixels(factor)
+        for box, place in zip(boxes, out, strict=True):
+            cut_into(place, pixels, box)
+        return [shares(box, height / factor, width / factor) for box in boxes]
+
     def _candidates(self, epoch: int, wanted: int) -> Iterator[int]:
         yield wanted
         draws = uniforms(derive(self.seed, "replacement", epoch), np.array([wanted]), REPLACEMENTS)[0]
         yield from (draws * len(self.source)).astype(np.int64).tolist()
-
-
-def decode(data: bytes | UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 height width"]:
-    """RGB pixels, upright by the EXIF orientation; the first frame of an animation; transparency is dropped.
-
-    Raises UnreadableImage for anything that is no whole image, or so large that decoding it would eat the memory.
-    """
-    if isinstance(data, Tensor):
-        return data
-    if not data:
-        raise UnreadableImage("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd metadata, and torchvision's about its move to torchcodec
-            # Reads the header only: refuses what is too large before memory is spent, and says who can decode it.
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                return _decode(image, data)
-    except UnreadableImage:
-        raise
-    except UnidentifiedImageError:
-        raise UnreadableImage(f"not an image of a known format ({', '.join(FORMATS)})") from None
-    except Exception as error:  # there is no end to what decoders raise at broken files
-        text = str(error).strip().split("\n")[0]
-        raise UnreadableImage(text or type(error).__name__) from error
-
-
-def _decode(image: Image.Image, data: bytes) -> UInt8[Tensor, "3 height width"]:
-    if image.format in ("JPEG", "MPO", "PNG") and image.mode in ("L", "LA", "RGB", "RGBA"):
-        try:  # half of Pillow's time for a JPEG
-            pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, True)
-        except RuntimeError:
-            pass  # Pillow reads some files with small faults; what is really broken it refuses too
-        else:
-            if pixels.dtype == torch.uint8:  # 16-bit colour comes as uint16
-                return pixels
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
-        grey = np.asarray(image).clip(0, 65535) >> 8
-        return torch.from_numpy(grey.astype(np.uint8)).repeat(3, 1, 1)
-    if image.mode in ("I", "F"):
-        raise UnreadableImage(f"32-bit pixels (mode {image.mode}) have no known range")
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def crop_box(
@@ -161,7 +143,17 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def shares(box: Box, height: int, width: int) -> tuple[float, float, float, float]:
+def reduced(box: Box, factor: int) -> Box:
+    """The box in an image `factor` times smaller, its edges moved to that image's pixels.
+
+    >>> reduced((5, 8, 448, 449), 4)
+    (1, 2, 112, 112)
+    """
+    top, left, h, w = box
+    return top // factor, left // factor, (top + h) // factor - top // factor, (left + w) // factor - left // factor
+
+
+def shares(box: Box, height: float, width: float) -> Shares:
     """The box as x0 y0 x1 y1 in shares of the image's width and height."""
     top, left, h, w = box
     return left / width, top / height, (left + w) / width, (top + h) / height
@@ -169,11 +161,18 @@ def shares(box: Box, height: int, width: int) -> tuple[float, float, float, floa
 
 def cut(image: UInt8[Tensor, "3 height width"], box: Box, size: int) -> UInt8[Tensor, "3 size size"]:
     """The box of the image, scaled to size × size (bilinear, antialiased)."""
+    out = torch.empty(1, 3, size, size, dtype=torch.uint8)
+    cut_into(out, image, box)
+    return out[0]
+
+
+def cut_into(out: UInt8[Tensor, "1 3 size size"], image: UInt8[Tensor, "3 height width"], box: Box) -> None:
     top, left, h, w = box
-    crop = image[:, top : top + h, left : left + w]
-    if (h, w) == (size, size):
-        return crop
-    return interpolate(crop[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    crop = image[None, :, top : top + h, left : left + w]
+    if crop.shape == out.shape:
+        out.copy_(crop)
+    else:  # `interpolate` has no `out`, and a crop more to copy is a fiftieth of an image's time
+        torch.ops.aten._upsample_bilinear2d_aa.out(crop, list(out.shape[2:]), False, None, None, out=out)
 
 
 def centre(image: UInt8[Tensor, "3 height width"], size: int) -> UInt8[Tensor, "3 size size"]:

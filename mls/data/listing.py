@@ -81,16 +81,16 @@ class FileSource:
         self.name, self.class_names = name, class_names
         self._root = os.fsencode(root)
         self._paths = Names.of(paths[:limit])
-        self._pairs = pairs
+        self.pairs = pairs
 
     def __len__(self) -> int:
         return len(self._paths)
 
     @cached_property
     def labels(self) -> Float[Tensor, "images classes"] | None:
-        if self.class_names is None or self._pairs is None:
+        if self.class_names is None or self.pairs is None:
             return None
-        return multi_hot(self._pairs, len(self), len(self.class_names))
+        return multi_hot(self.pairs, len(self), len(self.class_names))
 
     def path(self, index: int) -> bytes:
         return os.path.join(self._root, self._paths[index])

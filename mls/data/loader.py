@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -14,8 +14,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mls.config import Config
 from mls.data import Batch, Source
 from mls.data.crops import CropDataset
+from mls.data.listing import FileSource
 from mls.distributed import Process
 from mls.errors import ConfigError, DataError, UserError
+
+Result = TypeVar("Result")
+
+PREFETCH = 4  # batches that a worker makes ahead
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -60,16 +65,33 @@ def steps_per_epoch(source: Source, config: Config) -> int:
     return count
 
 
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def worker_count(wanted: int | None) -> int:
     """As many as wanted; without a wish the cores this process may use, at most 8."""
-    if wanted is not None:
-        return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
+    return min(8, cores()) if wanted is None else wanted
+
+
+def remedy(source: Source, config: Config) -> str:
+    """What costs least against waiting for data: more workers while there are cores, then smaller files."""
+    workers = worker_count(config.data.workers)
+    share = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if workers < share:
+        return f"set data.workers={share} (now {workers}; this process has {share} cores)"
+    if isinstance(source, FileSource):
+        return f"pack the images, `mls data pack {config.data.root} NEW_FOLDER --short-side 320`, and train on that"
+    return "give each process more cores; `mls bench input` says how many images a core can prepare"
 
 
 class Loader:
-    """Iterates over micro-batches; `waited` is the time since it was last read that the training stood waiting."""
+    """Iterates over micro-batches; `waited` is the time since it was last read that the training stood waiting.
+
+    A batch from a worker holds its crops until the micro-batches of one more step were asked for; then they are
+    overwritten. A worker is at most PREFETCH batches ahead of the one that was handed over last.
+    """
 
     def __init__(
         self,
@@ -83,13 +105,13 @@ class Loader:
         workers = worker_count(config.data.workers)
         self.waited = 0.0
         self.batches = DataLoader(
-            Telling(CropDataset(source, config.augment, config.run.seed)),
+            Telling(CropDataset(source, config.augment, config.run.seed, PREFETCH + config.engine.accumulate)),
             batch_sampler=StepSampler(source, config, process, first, last),
             num_workers=workers,
             collate_fn=as_it_is,  # type: ignore[arg-type] (CropDataset makes whole batches)
             pin_memory=process.device.type == "cuda",
             persistent_workers=workers > 0,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=on_worker_start if workers else None,
             generator=torch.Generator(),  # its own, so that the global stream stays untouched
         )
@@ -106,6 +128,25 @@ class Loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+def in_workers(
+    dataset: Dataset[Result | UserError], workers: int, on_worker_start: Callable[[int], None] | None = None
+) -> Iterator[Result]:
+    """The items of a data set, in order, made by worker processes. An error of the user is an item that is raised here:
+    raised in a worker, its one sentence would arrive wrapped in the worker's traceback."""
+    start = on_worker_start if workers else None
+    for item in DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=as_it_is,
+        worker_init_fn=start,
+        generator=torch.Generator(),
+    ):
+        if isinstance(item, UserError):
+            raise item
+        yield item
 
 
 class WholeBatches(Protocol):
@@ -126,6 +167,6 @@ class Telling(Dataset[Batch | UserError]):
             return error
 
 
-def as_it_is(batch: Batch | UserError) -> Batch | UserError:
-    """Collates what is a whole batch already."""
-    return batch
+def as_it_is(item: Result) -> Result:
+    """Collates what is whole already."""
+    return item

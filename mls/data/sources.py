@@ -50,7 +50,7 @@ def detect(config: DataConfig) -> str:
     if config.root is None and annotations.endswith(".txt"):
         return "list"
     text = root_text(config)
-    if text.endswith(".tar"):
+    if text.endswith(".tar") or "://" in text:
         return "tar"
     root = locate(text)
     if annotations.endswith(".txt") or root.suffix.lower() == ".txt":
@@ -70,7 +70,12 @@ def _tar(config: DataConfig) -> TarSource:
     from mls.data.tar import TarSource, expand_braces
 
     text = root_text(config)
-    shards = [locate(name) for name in expand_braces(text)]
+    if "://" in text:
+        from mls.data.remote import bring
+
+        shards = bring(expand_braces(text))
+    else:
+        shards = [locate(name) for name in expand_braces(text)]
     if len(shards) == 1 and shards[0].is_dir():
         shards = sorted(shards[0].glob("*.tar"))
     if not shards:

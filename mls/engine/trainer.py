@@ -18,7 +18,7 @@ from mls import distributed, methods
 from mls.config import Config, to_dict
 from mls.data import Batch
 from mls.data.augment import Augment
-from mls.data.loader import Loader, steps_per_epoch
+from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
 from mls.distributed import Process
 from mls.engine import optim
@@ -30,7 +30,7 @@ from mls.errors import ConfigError, DataError, DivergedError, Stopped
 from mls.files import write_atomically
 from mls.methods.base import StepOutput, gradient_norms
 from mls.models import build_pair, save_backbone
-from mls.models.momentum import Precision
+from mls.models.momentum import HALF, Precision
 from mls.monitor.health import health
 from mls.monitor.knn import OnlineKnn
 from mls.monitor.labels import label_quality
@@ -39,6 +39,7 @@ from mls.monitor.progress import TrainingProgress, for_people
 from mls.monitor.window import Window
 from mls.recipes import from_dict
 
+MUCH_WAITING = 0.2  # share of the time spent waiting for data that is worth a hint
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
 
 
@@ -73,7 +74,9 @@ class Trainer:
         self.method.dictionary.to(process.device)
         self.optimizer = optim.build(config, self.method)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
-        self.augment = Augment(config.augment, config.run.seed, process.device, config.engine.channels_last)
+        # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
+        half = HALF.get(precision, torch.float32)
+        self.augment = Augment(config.augment, config.run.seed, process.device, config.engine.channels_last, half)
         if config.engine.compile:
             pair.query.compile()
             pair.key.compile()
@@ -112,6 +115,7 @@ class Trainer:
             )
             batches = iter(loader)
             self.window.restart_clock()
+            self.hint_from = self.step + self.config.monitor.log_every + 1  # workers need a moment to start
             while self.step < last:
                 micro_batches = [next(batches) for _ in range(self.config.engine.accumulate)]
                 self.window.waited += loader.waited
@@ -173,6 +177,10 @@ class Trainer:
                 values |= health(self.method.dictionary.rows())
             if epoch_ends and self.knn is not None and epoch % monitor.knn_every_epochs == 0:
                 values |= self.knn(self.method.pair.query.backbone, self.process.device)
+            if values.get("data_wait", 0.0) > MUCH_WAITING and step >= self.hint_from:
+                self.hint_from = math.inf
+                share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
+                self.progress.say(f"{share}: {remedy(self.source, self.config)}")
             if values:
                 self.log.write(step, epoch, values)
                 self.progress.update(step, epoch, for_people(values))

@@ -151,6 +151,15 @@ def test_large_views_do_not_depend_on_how_the_batch_is_split() -> None:
         assert torch.equal(part.images[0], whole[rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_views_in_half_precision_are_the_rounded_ones(dtype: torch.dtype) -> None:
+    whole = Augment(CONFIG, 0, "cpu")(batch(list(range(64))))
+    half = Augment(CONFIG, 0, "cpu", dtype=dtype)(batch(list(range(64))))
+    for precise, rounded in zip(whole.images, half.images, strict=True):
+        assert torch.equal(rounded, precise.to(dtype))
+        assert rounded.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_parameters_have_mocos_distribution() -> None:
     parameters = draw(CONFIG, 0, 1, np.arange(20_000), 0)
     for name, probability in (("jitter", 0.8), ("grey", 0.2), ("blur", 0.5), ("flip", 0.5)):

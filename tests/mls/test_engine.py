@@ -1,6 +1,7 @@
 """The engine on real small data: what it writes, what it refuses, what it skips."""
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -136,6 +137,26 @@ def test_mistakes_with_data_are_one_sentence(tmp_path: Path, tiny: list[str]) ->
     assert list((tmp_path / "runs").iterdir()) == []  # a mistake leaves no run folder behind
     with pytest.raises(UserError, match=r"is not a run folder \(it has no config.yaml\)"):
         mls.resume(tmp_path / "few")
+
+
+@pytest.mark.parametrize(("much", "hints"), [(0.2, 1), (1.0, 0)])
+def test_waiting_for_data_is_answered_with_one_hint(
+    tiny: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    much: float,
+    hints: int,
+) -> None:
+    monkeypatch.setattr("mls.engine.trainer.MUCH_WAITING", much)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(8):  # a large PNG has to be decoded whole
+        Image.new("RGB", (1000, 1000), (i, 2 * i, 99)).save(folder / f"{i}.png", compress_level=1)
+    settings = [*tiny, "data.source=folder", f"data.root={folder}", "data.workers=0", "data.batch_size=4"]
+    mls.pretrain(mls.load_config("mls_scenes_tiny", [*settings, "optim.epochs=2", "monitor.log_every=1"]))
+    said = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert len(re.findall(r"\d+% of the time goes into waiting for data: set data\.workers=\d+", said)) == hints
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")

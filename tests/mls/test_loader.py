@@ -1,5 +1,6 @@
 """Which images make up which step, and how a mistake in the data reaches the user from a worker."""
 
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from sklearn.datasets import load_sample_image
 
 from mls.config import AugmentConfig, Config, DataConfig, EngineConfig
+from mls.data import Batch
 from mls.data.listing import FileSource
-from mls.data.loader import Loader, StepSampler, steps_per_epoch
+from mls.data.loader import Loader, StepSampler, remedy, steps_per_epoch
 from mls.data.sources import build_source
 from mls.distributed import Process
 from mls.errors import ConfigError, DataError
@@ -103,3 +107,53 @@ def test_a_mistake_in_the_data_is_the_same_one_sentence_from_a_worker(tmp_path: 
     assert sentence.endswith("check that data.root holds whole image files you may read")
     assert "\n" not in sentence
     assert "worker" not in sentence
+
+
+def photographs(root: Path, count: int = 12) -> DataConfig:
+    """Large enough for scaled decoding; one cannot be read."""
+    photo = Image.fromarray(load_sample_image("china.jpg"))
+    for i in range(count):
+        photo.crop((4 * i, 0, 400 + 4 * i, 300)).save(root / f"{i:02}.jpg")
+    (root / "05.jpg").write_bytes(b"no image")
+    return DataConfig(root=str(root), batch_size=4, workers=0)
+
+
+def same(first: Batch, second: Batch) -> bool:
+    pairs = zip([*first.crops, *first.boxes, first.ids], [*second.crops, *second.boxes, second.ids], strict=True)
+    return all(torch.equal(a, b) for a, b in pairs) and first.epoch == second.epoch
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")  # on a small machine
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_crops_are_the_same_for_any_number_of_workers_and_after_a_resume(
+    tmp_path: Path, workers: int, accumulate: int
+) -> None:
+    """Each batch is compared when the step that it belongs to would use it: later its memory is another one's."""
+    data, engine = photographs(tmp_path), EngineConfig(accumulate=accumulate)
+    config = Config(data=data, augment=AugmentConfig(size=48), engine=engine)
+    source, last = build_source(data), 9
+    alone = list(Loader(source, config, ALONE, 1, last))
+    for first in (1, 5):
+        loader = iter(Loader(source, replace(config, data=replace(data, workers=workers)), ALONE, first, last))
+        for step in range(first, last + 1):
+            micro_batches = [next(loader) for _ in range(accumulate)]
+            time.sleep(0.02)  # long enough for a worker to be as far ahead as it may be
+            expected = alone[(step - 1) * accumulate : step * accumulate]
+            assert all(map(same, micro_batches, expected))
+        assert next(loader, None) is None
+
+
+def test_the_remedy_for_waiting_is_workers_first_and_packing_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = photographs(tmp_path)
+    source = build_source(data)
+    monkeypatch.setattr("mls.data.loader.cores", lambda: 6)
+    assert remedy(source, Config(data=data)) == "set data.workers=6 (now 0; this process has 6 cores)"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert "set data.workers=2 (now 1;" in remedy(source, Config(data=replace(data, workers=1)))
+    busy = Config(data=replace(data, workers=2))
+    assert remedy(source, busy).startswith(f"pack the images, `mls data pack {tmp_path} NEW_FOLDER")
+    scenes = build_source(DataConfig(source="scenes", limit=4))
+    assert "mls bench input" in remedy(scenes, busy)

@@ -29,6 +29,8 @@ MISTAKES = {  # command: the sentence that it brings
     "pretrain mls_scenes_tin": r"unknown recipe 'mls_scenes_tin': did you mean 'mls_scenes_tiny'\? .*",
     "pretrain mls_folder_r50": r"no images were named: set data\.root=FOLDER .*",
     "report nowhere": r"nowhere is not a run folder .*: give the folder that a run printed",
+    "data check nowhere": r"data\.root .*nowhere does not exist: .*",
+    "data pack . packed --source folders": r"unknown data\.source 'folders': did you mean 'folder'\? .*",
     "scenes export --layout cocoo --out scenes": r"unknown layout 'cocoo': did you mean 'coco'\? .*",
 }
 

@@ -1,0 +1,141 @@
+"""What is odd about the files of a source, and what the loader does with each: what `mls data check` finds. Nothing is
+changed; the decoding itself is in decode.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from jaxtyping import UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mls.data import Source
+from mls.data.decode import MPO, Encoded, UnreadableImage
+from mls.data.loader import in_workers
+
+REPLACED = "another image takes its place, and the run lists it in unreadable.txt"
+KINDS = {  # what may be odd: what the loader does
+    "empty": REPLACED,
+    "no image": REPLACED,
+    "truncated": REPLACED,
+    "too large": f"refused before memory is spent; {REPLACED}",
+    "unreadable": REPLACED,
+    "large": "decoded, at the cost of much memory: `mls data pack --short-side` makes it small",
+    "CMYK": "converted to RGB by Pillow",
+    "16-bit": "the upper 8 bits are kept",
+    "palette": "its colours are looked up",
+    "transparent": "transparency is dropped",
+    "animated": "the first frame is used",
+    "rotated": "turned upright by its EXIF orientation",
+    "other suffix": "decoded as what it is, whatever its name says",
+}
+UNREADABLE = ("empty", "no image", "truncated", "too large", "unreadable")
+LARGE = 50_000_000  # pixels: 150 MB in memory, in every worker
+CHUNK = 64  # images a worker looks at before it reports
+SUFFIXES = {"JPEG": ("jpg", "jpeg"), MPO: ("jpg", "jpeg"), "TIFF": ("tif", "tiff"), "PPM": ("ppm", "pgm", "pbm")}
+
+Progress = Callable[[int, int], None]  # images done, images in all
+
+
+@dataclass
+class Report:
+    """For every kind the (image, detail) pairs that it was found in."""
+
+    images: int
+    found: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    @property
+    def unreadable(self) -> int:
+        return sum(len(self.found.get(kind, ())) for kind in UNREADABLE)
+
+
+def check(
+    source: Source,
+    workers: int = 0,
+    progress: Progress = lambda done, total: None,
+    on_worker_start: Callable[[int], None] | None = None,
+) -> Report:
+    """Decodes every image once."""
+    report = Report(len(source))
+    done = 0
+    for findings in in_workers(_Chunks(source), workers, on_worker_start):
+        for kind, image, detail in findings:
+            report.found.setdefault(kind, []).append((image, detail))
+        done = min(done + CHUNK, len(source))
+        progress(done, len(source))
+    return report
+
+
+class _Chunks(Dataset[list[tuple[str, str, str]]]):
+    """An item is what was found in CHUNK images: (kind, image, detail)."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // CHUNK)
+
+    def __getitem__(self, chunk: int) -> list[tuple[str, str, str]]:
+        found = []
+        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.source))):
+            name = self.source.describe(i)
+            try:
+                oddities = inspect(self.source.read(i), name)
+            except OSError as error:
+                oddities = [("unreadable", error.strerror or str(error))]
+            found += [(kind, name, detail) for kind, detail in oddities]
+        return found
+
+
+def inspect(data: bytes | UInt8[Tensor, "3 height width"], name: str) -> list[tuple[str, str]]:
+    """The kinds of oddity of one image, each with a detail.
+
+    >>> inspect(b"", "a.jpg")
+    [('empty', 'the file is empty')]
+    """
+    if isinstance(data, Tensor):
+        return []
+    try:
+        image = Encoded(data)
+        found = _of_header(image, name)
+        image.pixels()
+    except UnreadableImage as error:
+        return [(_why(str(error)), str(error))]
+    return found
+
+
+def _of_header(image: Encoded, name: str) -> list[tuple[str, str]]:
+    header, size = image.header, f"{image.width} × {image.height}"
+    kind, mode = header.format or "", header.mode
+    suffix = os.path.splitext(name)[1].lower().removeprefix(".")
+    odd = {
+        "large": size if image.width * image.height > LARGE else "",
+        "CMYK": mode if mode in ("CMYK", "YCCK", "LAB", "YCbCr") else "",
+        "16-bit": mode if mode.startswith("I") or _is_deep_colour(image) else "",
+        "palette": mode if mode in ("P", "PA") else "",
+        "transparent": mode if mode in ("LA", "RGBA", "PA") or "transparency" in header.info else "",
+        "animated": f"{frames} frames" if kind != MPO and (frames := getattr(header, "n_frames", 1)) > 1 else "",
+        "rotated": f"orientation {image.orientation}" if image.orientation != 1 else "",
+        "other suffix": f"it is a {kind}" if suffix not in SUFFIXES.get(kind, (kind.lower(),)) else "",
+    }
+    return [(kind, detail) for kind, detail in odd.items() if detail]
+
+
+def _is_deep_colour(image: Encoded) -> bool:
+    """A PNG with 16 bits a channel, which Pillow opens as plain RGB: the byte after the size says so."""
+    return image.header.format == "PNG" and isinstance(image.data, bytes) and image.data[24] == 16
+
+
+def _why(reason: str) -> str:
+    text = reason.lower()
+    for kind, words in {
+        "empty": ("is empty",),
+        "no image": ("not an image",),
+        "too large": ("exceeds limit", "decompression bomb"),
+        "truncated": ("truncated", "premature end", "unexpected end", "eof"),
+    }.items():
+        if any(word in text for word in words):
+            return kind
+    return "unreadable"

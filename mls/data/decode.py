@@ -1,0 +1,117 @@
+"""From the bytes of an image file to its pixels: the header first, then as many pixels as are needed. torchvision
+decodes what it can, Pillow the rest. Which crops are cut from the pixels is crops.py's business."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+# Named, because Pillow would also open formats that start other programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+FACTORS = (8, 4, 2)  # by which a JPEG can be decoded smaller: its blocks are 8 × 8, and others have no fast code
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 lie on their side
+MPO = "MPO"  # what Pillow calls a JPEG with more pictures behind the first
+
+
+class UnreadableImage(Exception):
+    """Bytes that give no image. The message is the reason; the caller knows where the bytes came from."""
+
+
+class Encoded:
+    """An image of which only the header was read: its size (upright) is known before any pixel.
+
+    Raises UnreadableImage for what is no image, or so large that decoding it would eat the memory. `pixels` raises it
+    for what is not whole.
+    """
+
+    def __init__(self, data: bytes | UInt8[Tensor, "3 height width"]) -> None:
+        self.data = data
+        if isinstance(data, Tensor):
+            self.height, self.width = data.shape[1:]
+            return
+        if not data:
+            raise UnreadableImage("the file is empty")
+        with _reasons():
+            self.header = Image.open(io.BytesIO(data), formats=FORMATS)
+            self.orientation = self.header.getexif().get(ORIENTATION, 1)
+        self.width, self.height = self.header.size[:: -1 if self.orientation in (5, 6, 7, 8) else 1]
+
+    def factor(self, most: float) -> int:
+        """The largest of 8, 4, 2 and 1 that is at most `most` and that `pixels` can decode at."""
+        if isinstance(self.data, Tensor) or self.header.format not in ("JPEG", MPO):
+            return 1
+        if self.header.mode not in ("L", "RGB"):
+            return 1
+        for factor in FACTORS:
+            # A turned image may begin with its last column, which is only a part of a pixel if it does not divide.
+            whole = self.orientation == 1 or not (self.height % factor or self.width % factor)
+            if factor <= most and whole:
+                return factor
+        return 1
+
+    def pixels(self, factor: int = 1) -> UInt8[Tensor, "3 _ _"]:
+        """RGB, upright by the EXIF orientation; the first frame of an animation; transparency is dropped.
+
+        With a factor a pixel is the mean of factor × factor of them, made while decoding: what lies over the last
+        whole one is kept as a part of a pixel.
+        """
+        if isinstance(self.data, Tensor):
+            return self.data
+        with _reasons():
+            if factor > 1:
+                self.header.draft(self.header.mode, (self.header.width // factor, self.header.height // factor))
+            elif (pixels := self._by_torchvision(self.data)) is not None:
+                return pixels
+            return _by_pillow(self.header)
+
+    def _by_torchvision(self, data: bytes) -> UInt8[Tensor, "3 height width"] | None:
+        """In three quarters of Pillow's time; None for what only Pillow can read."""
+        if self.header.format not in ("JPEG", MPO, "PNG") or self.header.mode not in ("L", "LA", "RGB", "RGBA"):
+            return None
+        try:
+            pixels = decode_image(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB, True)
+        except RuntimeError:
+            return None  # Pillow reads some files with small faults; what is really broken it refuses too
+        # 16-bit colour comes as uint16; of a damaged EXIF block the two may read another orientation.
+        fits = pixels.dtype == torch.uint8 and pixels.shape[1:] == (self.height, self.width)
+        return pixels if fits else None
+
+
+def decode(data: bytes | UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 height width"]:
+    """All pixels of an image file, as `Encoded.pixels` gives them."""
+    return Encoded(data).pixels()
+
+
+def _by_pillow(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
+        grey = np.asarray(image).clip(0, 65535) >> 8
+        return torch.from_numpy(grey.astype(np.uint8)).repeat(3, 1, 1)
+    if image.mode in ("I", "F"):
+        raise UnreadableImage(f"32-bit pixels (mode {image.mode}) have no known range")
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """Whatever a decoder raises becomes an UnreadableImage; its warnings about odd metadata are not heard."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # also torch's, that bytes cannot be written to: nobody does
+            yield
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImage(f"not an image of a known format ({', '.join(FORMATS)})") from None
+    except Exception as error:  # there is no end to what decoders raise at broken files
+        text = str(error).strip().split("\n")[0]
+        raise UnreadableImage(text or type(error).__name__) from error

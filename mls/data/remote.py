@@ -1,0 +1,189 @@
+"""Shards behind a URL (http, https, s3 and whatever else fsspec knows) brought whole into a local folder, once for all
+processes of a machine. What is read from them then is tar.py's business."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from mls.data.listing import printable, show
+from mls.data.tar import MANIFEST
+from mls.data.tarindex import IndexingBar
+from mls.errors import DataError, unknown_name
+from mls.files import sha256, write_atomically
+
+TRIES = 5
+FIRST_PAUSE = 1.0  # seconds before the second try; doubled before each further one
+PATIENCE = 30.0  # seconds without a byte before a try counts as failed
+PACKAGES = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
+REFUSED = (401, 403, 404, 410)  # HTTP's ways to say that another try will not help
+
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """The server answered, and the answer is no."""
+
+
+def bring(urls: list[str]) -> list[Path]:
+    """Local copies of the shards, in their order.
+
+    A copy that is there is used without asking the server, unless a manifest of `mls data pack` lies beside the shards
+    and gives another checksum.
+    """
+    files = _file_system(urls[0])
+    bar = IndexingBar(text="downloading shards")
+    paths = []
+    checksums: dict[Path, dict[str, str]] = {}
+    try:
+        for number, url in enumerate(urls):
+            name = urlsplit(url).path.rpartition("/")[2]
+            if not name.endswith(".tar"):
+                raise DataError(f"{_show(url)} does not end in .tar: name the shards, as in URL/shard-{{000..012}}.tar")
+            folder = _folder(url)
+            if folder not in checksums:
+                checksums[folder] = _checksums(files, url, folder)
+            paths.append(_copy(files, url, folder / name, checksums[folder].get(name)))
+            bar.report(number + 1, len(urls))
+    finally:
+        bar.close()
+    return paths
+
+
+def _file_system(url: str) -> Any:
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    try:
+        if protocol not in ("http", "https"):
+            return fsspec.filesystem(protocol)
+        from aiohttp import ClientTimeout
+
+        limits = ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
+        return fsspec.filesystem(protocol, client_kwargs={"timeout": limits})
+    except ImportError:
+        package = PACKAGES.get(protocol, f"fsspec[{protocol}]")
+        raise DataError(
+            f'data.root {_show(url)} needs a package that is not installed: pip install "{package}"'
+        ) from None
+    except ValueError:
+        raise unknown_name("protocol", protocol, fsspec.available_protocols(), DataError) from None
+
+
+def _folder(url: str) -> Path:
+    """One local folder for each remote one: shards keep their names, and their index lies beside them."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    cache = Path(os.environ.get("MLS_CACHE") or os.path.join(home, "mls", "shards"))
+    folder = cache / hashlib.blake2b(_show(url).rpartition("/")[0].encode(), digest_size=8).hexdigest()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot keep shards in {show(cache)} ({error.strerror}): set MLS_CACHE to a folder") from None
+    return folder
+
+
+def _checksums(files: Any, url: str, folder: Path) -> dict[str, str]:
+    """By shard name, from the manifest beside the shards or the one that was seen last; nothing where there is none."""
+    kept = folder / MANIFEST
+    try:
+        found = _insist(files.cat_file, url.partition("?")[0].rpartition("/")[0] + "/" + MANIFEST, tries=2)
+        checksums = _by_name(found)
+        write_atomically(kept, found)
+        return checksums
+    except Refused:
+        return {}
+    except DataError as error:
+        log.warning("%s; going on with what is in %s", error, show(folder))
+        return _by_name(kept.read_bytes()) if kept.is_file() else {}
+
+
+def _by_name(manifest: bytes) -> dict[str, str]:
+    try:
+        return {str(name): str(record["sha256"]) for name, record in json.loads(manifest)["shards"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}  # another program's manifest.json
+
+
+def _copy(files: Any, url: str, path: Path, checksum: str | None) -> Path:
+    """The local copy; made by one process while the others wait."""
+    note = path.with_name(f".{path.name}.sha256")
+    with _alone(path.with_name(f".{path.name}.lock")):
+        if path.is_file() and note.is_file() and checksum in (None, note.read_text()):
+            return path
+        part = path.with_name(f".{path.name}.part")
+        try:
+            digest = _insist(lambda url: _download(files, url, part, checksum), url)
+            os.replace(part, path)
+            write_atomically(note, digest.encode())
+        except Refused as error:
+            raise DataError(f"{_show(url)} cannot be had ({error}): check the address and your permission") from None
+        finally:
+            part.unlink(missing_ok=True)
+    return path
+
+
+def _download(files: Any, url: str, part: Path, checksum: str | None) -> str:
+    files.get_file(url, str(part))
+    expected, size = files.info(url).get("size"), part.stat().st_size
+    if expected is not None and size != expected:
+        raise ConnectionError(f"{size} of {expected} bytes came")
+    digest = sha256(part)
+    if checksum not in (None, digest):
+        raise ConnectionError("the checksum is not that of the manifest")
+    return digest
+
+
+def _insist(ask: Callable[[str], Result], url: str, tries: int = TRIES) -> Result:
+    """Asks again, after longer and longer pauses, until there is an answer."""
+    for number in range(1, tries + 1):
+        try:
+            return ask(url)
+        except Exception as error:  # every protocol has its own
+            if isinstance(error, (FileNotFoundError, PermissionError)) or getattr(error, "status", 0) in REFUSED:
+                raise Refused(_reason(error, url)) from error
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DataError(
+                    f"no disk space left for a copy of {_show(url)}: free some, or set MLS_CACHE to another folder"
+                ) from None
+            reason = _reason(error, url)
+        if number < tries:
+            pause = FIRST_PAUSE * 2 ** (number - 1)
+            log.warning("%s did not come (%s): trying again in %g seconds", _show(url), reason, pause)
+            time.sleep(pause)
+    raise DataError(f"{_show(url)} did not come in {tries} tries (last: {reason}): check the server and start again")
+
+
+def _reason(error: Exception, url: str) -> str:
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and status:
+        return f"HTTP {status}"
+    if isinstance(error, FileNotFoundError):
+        return "not found"
+    text = str(error).replace(url, _show(url)).strip().split("\n")[0]
+    return text or type(error).__name__
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """The system lets go of the lock when a process dies, however it dies."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _show(url: str) -> str:
+    """The address without passwords and signatures."""
+    parts = urlsplit(url)
+    address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return printable(os.fsencode(address))

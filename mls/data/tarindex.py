@@ -1,0 +1,217 @@
+"""The index of tar shards: one pass over the headers gives (offset, size, classes) of every image, kept in a file.
+What is done with it is in tar.py."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Int64
+
+from mls.data.listing import Names, is_image, show
+from mls.errors import DataError, UserError
+from mls.files import atomic_file
+
+LARGEST_LABEL = 1 << 16  # a greater number is an identifier, not a class
+LARGEST_JSON = 1 << 20  # bytes
+INDEX_VERSION = 2
+BLOCK = 512  # tar's unit
+
+Progress = Callable[[int, int], None]  # bytes passed, bytes in all
+
+
+@dataclass
+class Part:
+    """The index of one shard, valid for a file of this size and time."""
+
+    stamp: list[int]  # size, modification time in ns
+    table: Int64[np.ndarray, "images 3"]  # offset, size, number of classes (-1: not known)
+    classes: Int64[np.ndarray, "labels"]  # those of all images, one after the other
+    names: Names
+    damage: str = ""
+
+
+def load_index(shards: Sequence[Path], progress: Progress | None = None) -> list[Part]:
+    """The index of every shard: from a cache file where that is still true, else from the shard's headers."""
+    files = _index_files(shards)
+    stamps = [_stamp(shard) for shard in shards]
+    parts = {
+        i: part for file in files for i, part in enumerate(_load(file)) if i < len(stamps) and part.stamp == stamps[i]
+    }
+    stale = [i for i in range(len(shards)) if i not in parts]
+    total, done = sum(stamps[i][0] for i in stale), 0
+    bar = IndexingBar()
+    report = progress or bar.report
+    try:
+        for i in stale:
+            parts[i] = scan(shards[i], stamps[i], lambda place, before=done: report(before + place, total))
+            done += stamps[i][0]
+            report(done, total)
+    finally:
+        bar.close()
+    complete = [parts[i] for i in range(len(shards))]
+    if stale:
+        _save(files, complete)
+    return complete
+
+
+def scan(shard: Path, stamp: list[int], progress: Callable[[int], None] = lambda place: None) -> Part:
+    """One pass over a shard's headers; of the contents only labels are read. What was cut off stays out."""
+    images: dict[bytes, tuple[bytes, int, int]] = {}
+    classes: dict[bytes, list[int] | None] = {}
+    damage = ""
+    try:
+        with open(shard, "rb") as file:
+            for number, member in enumerate(_members(file)):
+                name = member.name.encode("utf-8", "surrogateescape")
+                folder, _, base = name.rpartition(b"/")
+                stem, _, suffix = base.partition(b".")
+                key = folder + b"/" + stem
+                if stem and is_image(base):
+                    plain = key in images and b"." not in suffix and b"." in _suffix(images[key][0])
+                    if key not in images or plain:  # x.jpg is the image of x, x.mask.png only if nothing else is
+                        images[key] = (name, member.offset_data, member.size)
+                elif suffix in (b"cls", b"json") and stem and member.size <= LARGEST_JSON:
+                    classes.setdefault(key, _classes(read_at(file.fileno(), member.offset_data, member.size), suffix))
+                if number % 256 == 0:
+                    progress(member.offset)
+    except (tarfile.TarError, ValueError) as error:
+        damage = str(error)
+    except OSError as error:
+        raise DataError(f"cannot read {show(shard)} ({error.strerror}): make it readable, or leave it out") from None
+    whole = {key: image for key, image in images.items() if image[1] + image[2] <= stamp[0]}
+    if damage and not whole:
+        raise DataError(f"{show(shard)} is not a readable tar ({damage}): write it again, without compression")
+    known = [classes.get(key) for key in whole]
+    counts = [-1 if some is None else len(some) for some in known]
+    rows = [(offset, size, count) for (_, offset, size), count in zip(whole.values(), counts, strict=True)]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    flat = np.array([j for some in known for j in some or ()], dtype=np.int64)
+    return Part(stamp, table, flat, Names.of([image[0] for image in whole.values()]), damage)
+
+
+def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """The plain files of a tar. Raises TarError where it is damaged, which tarfile itself passes over at times."""
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
+        while (member := tar.next()) is not None:
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue] -- tarfile would keep every header
+            if member.isreg() and not member.issparse():
+                yield member
+        file.seek(tar.offset)
+    if file.read(BLOCK) != bytes(BLOCK):
+        raise tarfile.ReadError("the closing block is missing")
+
+
+def _suffix(name: bytes) -> bytes:
+    return name.rpartition(b"/")[2].partition(b".")[2]
+
+
+def _classes(content: bytes, suffix: bytes) -> list[int] | None:
+    """The class if the content is one plain number, or the numbers that a .json lists as `classes`. Another name's list
+    is not taken: nobody can tell class numbers from a row of zeros and ones.
+
+    >>> _classes(b"3", b"cls"), _classes(b'{"classes": [0, 4]}', b"json"), _classes(b'{"label": [0, 1]}', b"json")
+    ([3], [0, 4], None)
+    """
+    try:
+        value = json.loads(content)
+    except ValueError:
+        return None
+    listed = None
+    if suffix == b"json" and isinstance(value, dict):
+        listed, value = value.get("classes"), value.get("label", value.get("labels"))
+    values = listed if isinstance(listed, list) else [value]
+    return values if all(type(j) is int and 0 <= j < LARGEST_LABEL for j in values) else None
+
+
+def _stamp(shard: Path) -> list[int]:
+    status = shard.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _index_files(shards: Sequence[Path]) -> list[Path]:
+    """Where the index may lie: beside the shards, so that all who use them share it, else in the user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    full = [os.path.abspath(shard) for shard in shards]
+    near = [os.path.relpath(shard, shards[0].parent) for shard in shards]
+    return [shards[0].parent / f".mls-index-{_digest(near)}.npz", Path(home, "mls", f"index-{_digest(full)}.npz")]
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.blake2b(b"\0".join(map(os.fsencode, names)), digest_size=8).hexdigest()
+
+
+def _save(files: Sequence[Path], parts: list[Part]) -> None:
+    """Into the first place that can be written; without one the index is made anew each time."""
+    head = [{"stamp": part.stamp, "images": len(part.names), "damage": part.damage} for part in parts]
+    names = Names.join([part.names for part in parts])
+    table = np.concatenate([part.table for part in parts])
+    classes = np.concatenate([part.classes for part in parts])
+    content = np.frombuffer(json.dumps({"version": INDEX_VERSION, "shards": head}).encode(), dtype=np.uint8)
+    for file in files:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(file) as opened:
+                np.savez(opened, head=content, table=table, classes=classes, text=names.text, starts=names.starts)
+            return
+        except (OSError, UserError):
+            continue
+
+
+def _load(file: Path) -> list[Part]:
+    """What a cache file says, or nothing if there is none or it makes no sense."""
+    try:
+        with open(file, "rb") as opened, np.load(opened) as content:
+            head = json.loads(content["head"].tobytes())
+            table, classes, names = content["table"], content["classes"], Names(content["text"], content["starts"])
+        ends = np.cumsum([0, *(shard["images"] for shard in head["shards"])]).tolist()
+        if head["version"] != INDEX_VERSION or len(table) != ends[-1] or len(names) != ends[-1]:
+            return []
+        labels = np.concatenate([[0], table[:, 2].clip(0).cumsum()])  # where an image's classes begin
+        if len(classes) != labels[-1]:
+            return []
+        return [
+            Part(shard["stamp"], table[a:b], classes[labels[a] : labels[b]], names.part(a, b), shard["damage"])
+            for shard, a, b in zip(head["shards"], ends, ends[1:], strict=False)
+        ]
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return []
+
+
+class IndexingBar:
+    """A progress bar that appears only if the work takes longer than a moment."""
+
+    def __init__(self, after: float = 2.0, text: str = "indexing tar shards") -> None:  # seconds
+        self._begin, self._text = time.monotonic() + after, text
+        self._bar: Any = None
+
+    def report(self, done: int, total: int) -> None:
+        if self._bar is None and time.monotonic() > self._begin:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True))
+            self._bar.add_task(self._text)
+            self._bar.start()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def read_at(descriptor: int, offset: int, size: int) -> bytes:
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
+        data += more  # one call gives at most 2 GiB, and on a network disk often less than asked
+    return data

@@ -1,0 +1,38 @@
+"""The measuring command itself; what it measures is no test's business, since it depends on the machine."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mls.tools.bench.input import psnr_of_scaled_decoding, write_photographs
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_the_yardstick_and_ours_are_measured_on_the_same_files(mls_command: Command) -> None:
+    done = mls_command("bench", "input", "--count", "4", "--rounds", "1", "--no-step", COLUMNS="120")
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"│ (\S.*?) +│ +([\d.]+)", done.stdout))
+    assert {"MoCo's pipeline", "ours", "ours, packed with --short-side 320", "decoding alone"} <= set(rows)
+    assert {"reading and headers", "decoding", "cutting two crops", "1/2", "1/4", "1/8", "Pillow"} <= set(rows)
+    assert "4 images, 640 × 480, quality 90" in done.stdout
+    own = re.search(r"MoCo's pipeline +│ \d+ +│ ([\d.]+)", done.stdout)
+    assert own and own[1] == "1.00"
+
+
+def test_the_photographs_are_real_and_of_the_stated_size(tmp_path: Path) -> None:
+    folder = write_photographs(tmp_path / "photographs", 6, (640, 480))
+    images = [Image.open(file) for file in sorted(folder.iterdir())]
+    assert [image.size for image in images] == [(640, 480)] * 6
+    assert len({image.tobytes() for image in images}) == 6
+    assert all(len(image.getcolors(1 << 20) or []) > 5_000 for image in images)
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_more_pixels_to_spare_bring_crops_nearer_to_full_decoding(factor: int) -> None:
+    mean = [sum(psnr_of_scaled_decoding(factor, spare, tries=8)) / 16 for spare in (1.0, 1.5, 3.0)]
+    assert mean == sorted(mean) and mean[2] > mean[0] + 5

@@ -1,0 +1,168 @@
+"""`mls bench input`: how many images a worker's core prepares, beside MoCo's pipeline and decoding alone. What the
+device still does to the crops is measured too. Photographs come from scikit-learn unless a folder is named."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mls.data import Source
+
+QUALITY = 90
+FACTORS = (2, 4, 8)
+SIDE = 320  # of the packed images
+LARGE = (2560, 1920)  # a camera's photograph, where decoding at a smaller scale matters
+Rounds = list[dict[str, float]]  # seconds an image, by row
+
+
+def bench(
+    images: Annotated[Path | None, typer.Option(help="A folder of your own images instead of the photographs.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images.")] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Every row is measured once a round; medians are printed.")] = 7,
+    step: Annotated[bool, typer.Option(help="Also time a ResNet-50 step and the augmentation before it.")] = True,
+) -> None:
+    """Measure the input pipeline in one worker process, all rows on the same files in turns.
+
+    Times are the processor time of one thread, so that other work on the machine counts less. MoCo's collation is left
+    out, ours is not.
+
+    Examples:
+
+        mls bench input
+
+        mls bench input --images /data/coco/train2017 --count 200
+    """
+    from itertools import islice
+
+    from mls.config import DataConfig
+    from mls.data.loader import in_workers
+    from mls.data.pack import Packing, pack
+    from mls.data.sources import build_source
+    from mls.tools.bench.rows import Race
+
+    with TemporaryDirectory() as folder:
+        root = images or write_photographs(Path(folder, "photographs"), count, (640, 480))
+        large = write_photographs(Path(folder, "large"), max(2, count // 32), LARGE)
+        files = build_source(DataConfig(root=str(root), limit=count))
+        pack(files, Path(folder, "packed"), Packing(short_side=SIDE))
+        packed = build_source(DataConfig(root=str(Path(folder, "packed"))))
+        race = Race(files, packed, build_source(DataConfig(root=str(large))), rounds + 1)
+        measured = list(islice(in_workers(race, 1), 1, None))  # the first round warms caches up
+        _show(files, measured, "640 × 480, quality 90" if images is None else str(images))
+    _show_quality()
+    if step:
+        _show_device()
+
+
+def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> Path:
+    """JPEG files of scikit-learn's two photographs at their own density of detail: windows of the mirrored plane."""
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    width, height = size
+    for i in range(count):
+        photo = load_sample_image(("china.jpg", "flower.jpg")[i % 2])
+        photo = photo[:, :: draw.choice([-1, 1])]
+        top, left = (int(draw.integers(0, side)) for side in photo.shape[:2])
+        plane = np.pad(photo, ((0, top + height), (0, left + width), (0, 0)), mode="symmetric")
+        window = Image.fromarray(plane[top : top + height, left : left + width])
+        window.save(folder / f"{i:05d}.jpg", quality=QUALITY)
+    return folder
+
+
+def psnr_of_scaled_decoding(factor: int, spare: float, tries: int = 40) -> list[float]:
+    """How near crops from a reduced image are to those from the whole one, in decibels, with `spare` × as many pixels
+    as the target before the last scaling."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from sklearn.datasets import load_sample_image
+
+    from mls.data.crops import cut, reduced
+    from mls.data.decode import Encoded
+
+    draw, found = np.random.default_rng(factor), []
+    for name in ("china.jpg", "flower.jpg"):
+        stream = io.BytesIO()
+        Image.fromarray(load_sample_image(name)).save(stream, "JPEG", quality=QUALITY)
+        whole, small = (Encoded(stream.getvalue()).pixels(by) for by in (1, factor))
+        height, width = whole.shape[1:]
+        for _ in range(tries):
+            side = int(draw.integers(height // 2, height + 1)) // factor * factor
+            top, left = (int(draw.integers(0, room - side + 1)) // factor * factor for room in (height, width))
+            box, size = (top, left, side, side), int(side / factor / spare)
+            difference = cut(whole, box, size).double() - cut(small, reduced(box, factor), size)
+            found.append(float(10 * torch.log10(255**2 / difference.square().mean().clamp_min(1e-9))))
+    return found
+
+
+def _show(files: Source, rounds: Rounds, what: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mls.tools.bench import rows as r
+
+    def ratio(row: str, to: str) -> float:
+        """How many times as long the first row takes."""
+        return statistics.median(seconds[row] / seconds[to] for seconds in rounds)
+
+    table = Table("one core", "images/s", "× MoCo's", "of decoding alone", title=f"{len(files)} images, {what}")
+    for row in (r.MOCO, r.OURS, r.PACKED, r.DECODE):
+        share = f"{ratio(r.DECODE, row):.0%}" if row in (r.OURS, r.DECODE) else ""
+        rate = 1 / statistics.median(seconds[row] for seconds in rounds)
+        table.add_row(row, f"{rate:.0f}", f"{ratio(r.MOCO, row):.2f}", share)
+    read, decode, cut = (ratio(row, r.OURS) for row in (r.READ, r.DECODE, r.CUT))
+    parts = Table("part", "of the time", title="What bounds ours")
+    for row, share in ((r.READ, read), ("decoding", decode - read), (r.CUT, cut), ("the rest", 1 - decode - cut)):
+        parts.add_row(row, f"{share:.0%}")
+    others = Table("decoder", "time, ours = 1", title="Decoding with others, the same files")
+    for row in (r.PILLOW, r.HALF, r.SIMPLE):
+        others.add_row(row, f"{ratio(row, r.DECODE):.2f}" if row in rounds[0] else "not installed")
+    large = Table("photographs of {} × {}".format(*LARGE), "time, ours = 1", title="Decoding at the crops' scale")
+    for name, row in r.LARGE.items():
+        large.add_row(name, f"{ratio(row, r.LARGE[r.SCALED]):.2f}")
+    for shown in (table, parts, others, large):
+        Console(highlight=False).print(shown)
+
+
+def _show_quality() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mls.data.crops import SPARE
+
+    table = Table(
+        "decoded at", "mean PSNR", "least", title=f"Crops from reduced images, {SPARE} × their target's pixels to spare"
+    )
+    for factor in FACTORS:
+        found = psnr_of_scaled_decoding(factor, SPARE)
+        table.add_row(f"1/{factor}", f"{statistics.mean(found):.1f} dB", f"{min(found):.1f} dB")
+    Console(highlight=False).print(table)
+
+
+def _show_device() -> None:
+    """Per image of two views: augmentation, and a ResNet-50 that runs forward and backward on one and forward on the
+    other, as MoCo does."""
+    import torch
+
+    from mls.tools.bench import rows
+
+    torch.set_num_threads(1)
+    for name, batch in (("cpu", 4), ("cuda", 128)):
+        if name == "cuda" and not torch.cuda.is_available():
+            print("on a GPU: not measured, there is none")
+            continue
+        augmentation, step = rows.device_seconds(name, batch)
+        print(
+            f"on the device {name}: augmentation {1e3 * augmentation / batch:.2f} ms an image (two views), "
+            f"ResNet-50 step {1e3 * step / batch:.2f} ms an image, share {augmentation / step:.1%}"
+        )

@@ -1,0 +1,176 @@
+"""What `mls bench input` times: MoCo's pipeline, ours and its parts, other decoders, the device's share. What is made
+of the times is in input.py."""
+
+from __future__ import annotations
+
+import io
+import math
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import models, transforms
+
+from mls.config import AugmentConfig
+from mls.data import Batch, Source
+from mls.data.augment import Augment
+from mls.data.crops import CROP_DRAWS, CropDataset, crop_box, cut_into
+from mls.data.decode import Encoded
+from mls.streams import uniforms
+
+MOCO, OURS, PACKED, DECODE = "MoCo's pipeline", "ours", "ours, packed with --short-side 320", "decoding alone"
+READ, CUT = "reading and headers", "cutting two crops"
+PILLOW, HALF, SIMPLE = "Pillow", "Pillow, at 1/2 (draft)", "simplejpeg"
+SCALED, WHOLE = "ours", "ours, decoding all pixels"
+LARGE = {SCALED: "large, scaled", WHOLE: "large, whole"}  # the rows of the large photographs
+BATCH = 32
+DECODED = 16  # images held as pixels to cut from
+
+Row = tuple[Callable[[], None], int]  # prepares all images once; how many they are
+
+
+class MocoPipeline:
+    """Two views as MoCo-v2's published code makes them: Pillow, and the whole augmentation in the worker."""
+
+    def __init__(self) -> None:
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(224, scale=(0.2, 1.0)),
+                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                transforms.RandomGrayscale(p=0.2),
+                transforms.RandomApply([_blur], p=0.5),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+            ]
+        )
+
+    def __call__(self, data: bytes) -> list[Tensor]:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        return [self.transform(image), self.transform(image)]
+
+
+def _blur(image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
+
+
+class Race(Dataset[dict[str, float]]):
+    """An item is one round: the seconds an image that each row takes, in the worker process that reads the item."""
+
+    def __init__(self, files: Source, packed: Source, large: Source, rounds: int) -> None:
+        self.files, self.packed, self.large, self.rounds = files, packed, large, rounds
+        self.rows: dict[str, Row] = {}
+
+    def __len__(self) -> int:
+        return self.rounds
+
+    def __getitem__(self, item: int) -> dict[str, float]:
+        self.rows = self.rows or self._rows()
+        order = list(self.rows.items())
+        random.Random(item).shuffle(order)
+        return {name: _seconds(work) / count for name, (work, count) in order}
+
+    def _rows(self) -> dict[str, Row]:
+        read, count = self.files.read, len(self.files)
+
+        def each(work: Callable[[int], Any]) -> Row:
+            def all_of_them() -> None:
+                for i in range(count):
+                    work(i)
+
+            return all_of_them, count
+
+        moco = MocoPipeline()
+        rows = {
+            MOCO: each(lambda i: moco(read(i))),
+            OURS: _batches(self.files),
+            PACKED: _batches(self.packed),
+            DECODE: each(lambda i: Encoded(read(i)).pixels()),
+            READ: each(lambda i: Encoded(read(i))),
+            CUT: each(_cutter([Encoded(read(i)).pixels() for i in range(min(DECODED, count))])),
+            PILLOW: each(lambda i: np.asarray(Image.open(io.BytesIO(read(i))).convert("RGB"))),
+            HALF: each(lambda i: _at_half(read(i))),
+            LARGE[SCALED]: _batches(self.large),
+            LARGE[WHOLE]: _batches(self.large, spare=math.inf),
+        }
+        try:
+            import simplejpeg
+        except ImportError:
+            return rows
+        if all(read(i).startswith(b"\xff\xd8") for i in range(count)):
+            rows[SIMPLE] = each(lambda i: simplejpeg.decode_jpeg(read(i)))
+        return rows
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    """Processor time of this thread."""
+    start = time.thread_time()
+    work()
+    return time.thread_time() - start
+
+
+def _batches(source: Source, spare: float | None = None) -> Row:
+    """The dataset as a training's worker has it, shared memory included."""
+    dataset = CropDataset(source, AugmentConfig(), seed=0, buffers=2)
+    dataset.spare = dataset.spare if spare is None else spare
+    parts = [range(start, min(start + BATCH, len(source))) for start in range(0, len(source), BATCH)]
+
+    def all_of_them() -> None:
+        for part in parts:
+            dataset.__getitems__([(1, i) for i in part])
+
+    return all_of_them, len(source)
+
+
+def _cutter(images: list[Tensor]) -> Callable[[int], None]:
+    config, out = AugmentConfig(), torch.empty(1, 3, 224, 224, dtype=torch.uint8)
+    draws = uniforms(0, np.arange(1000), CROP_DRAWS)
+
+    def two(i: int) -> None:
+        image = images[i % len(images)]
+        for draw in draws[[2 * i % 1000, (2 * i + 1) % 1000]].tolist():
+            cut_into(out, image, crop_box(image.shape[1], image.shape[2], config.scale, config.ratio, draw))
+
+    return two
+
+
+def _at_half(data: bytes) -> np.ndarray:
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (image.width // 2, image.height // 2))
+    return np.asarray(image.convert("RGB"))
+
+
+def device_seconds(device: str, batch: int, rounds: int = 3) -> tuple[float, float]:
+    """Of the augmentation of a batch (two views), and of a ResNet-50 that runs forward and backward on one view and
+    forward on the other, as MoCo does. Medians, in turns."""
+    half = torch.bfloat16 if device == "cuda" else torch.float32
+    augment = Augment(AugmentConfig(), 0, device, dtype=half)
+    crops = [torch.randint(0, 256, (batch, 3, 224, 224), dtype=torch.uint8) for _ in range(2)]
+    made = Batch(crops, [torch.zeros(batch, 4)] * 2, torch.arange(batch), epoch=1)
+    model = models.resnet50(num_classes=256).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def step() -> None:
+        query, key = views
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda"):
+            loss = model(query).square().mean()
+            with torch.no_grad():
+                model(key)
+        loss.backward()
+
+    views = augment(made).images
+    times: dict[str, list[float]] = {"augment": [], "step": []}
+    for number in range(rounds + 1):
+        for name, work in (("augment", lambda: augment(made)), ("step", step)):
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return float(np.median(times["augment"])), float(np.median(times["step"]))

@@ -1,0 +1,164 @@
+"""`mls data`: look for what is odd in a set of images, or pack it into few files that load faster."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mls.data import Source
+    from mls.data.check import Report
+
+PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
+SHOWN = 3  # examples of a kind in the table
+
+app = typer.Typer(help="Check a set of images, or pack it so that it loads faster.", no_args_is_help=True)
+
+Kind = Annotated[str, typer.Option("--source", help="folder, list, coco, voc or tar; auto finds out.")]
+Annotations = Annotated[str | None, typer.Option(help="COCO json, VOC split or list, as data.annotations.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; default: the cores that may be used.")]
+
+
+@app.command()
+def check(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="What data.root can be.")],
+    workers: Workers = None,
+    source: Kind = "auto",
+    annotations: Annotations = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Every finding, for programs.")] = False,
+) -> None:
+    """Decode every image once and say what is odd, and what the loader does with it. Nothing is changed.
+
+    Exit code 0 if every image can be read, else 2.
+
+    Examples:
+
+        mls data check /data/images
+
+        mls data check /data/coco --source coco --json > findings.json
+    """
+    from mls.data.check import check
+    from mls.engine.preempt import leave_signals_to_the_parent
+    from mls.errors import DataError
+
+    images = _source(src, source, annotations)
+    with _progress("checking", len(images)) as advance:
+        report = check(images, _workers(workers), advance, leave_signals_to_the_parent)
+    if as_json:
+        print(json.dumps({"images": report.images, "unreadable": report.unreadable, "found": report.found}, indent=1))
+    else:
+        _show(images.name, report)
+    if report.unreadable:
+        raise DataError(f"{report.unreadable} of {report.images} images cannot be read: repair or remove them")
+
+
+@app.command()
+def pack(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="What data.root can be.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or that of a pack to go on with.")],
+    short_side: Annotated[
+        int | None, typer.Option(min=1, help="Scale larger images down to this many pixels; else keep the files.")
+    ] = None,
+    quality: Annotated[int, typer.Option(min=1, max=100, help="JPEG quality of what is scaled.")] = 90,
+    per_shard: Annotated[int, typer.Option(min=1, help="Images in a shard.")] = 2000,
+    workers: Workers = None,
+    source: Kind = "auto",
+    annotations: Annotations = None,
+) -> None:
+    """Pack images into tar shards (WebDataset's layout), labels beside them.
+
+    Interrupted at any moment, the same command goes on: finished shards are kept if their checksum is right.
+
+    Examples:
+
+        mls data pack /data/images /data/packed --short-side 320
+
+        mls pretrain mls_folder_r50 data.root=/data/packed
+    """
+    from mls.data.pack import Packing, pack
+    from mls.engine.preempt import leave_signals_to_the_parent
+
+    images, dst = _source(src, source, annotations), dst.expanduser()
+    with _progress("packing", len(images)) as advance:
+        made = pack(
+            images,
+            dst,
+            Packing(short_side, quality, per_shard),
+            _workers(workers),
+            advance,
+            leave_signals_to_the_parent,
+        )
+    shards = made["shards"].values()
+    size = sum(shard["bytes"] for shard in shards) / 2**20
+    print(f"{sum(shard['images'] for shard in shards)} images in {len(shards)} shards, {size:.0f} MiB: {dst}")
+    left_out = [note for shard in shards for note in shard["left_out"]]
+    for image, reason in left_out[:SHOWN]:
+        print(f"left out {image}: {reason}", file=sys.stderr)
+    if left_out:
+        print(f"{len(left_out)} images cannot be read: left out, listed in {dst / 'manifest.json'}", file=sys.stderr)
+
+
+def _source(src: str, kind: str, annotations: str | None) -> Source:
+    from mls.config import DataConfig
+    from mls.data.sources import build_source
+
+    return build_source(DataConfig(source=kind, root=src, annotations=annotations))  # type: ignore[arg-type]
+
+
+def _workers(wanted: int | None) -> int:
+    from mls.data.loader import cores
+
+    return cores() if wanted is None else wanted
+
+
+def _show(name: str, report: Report) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from mls.data.check import KINDS
+
+    console = Console(highlight=False)
+    if not report.found:
+        console.print(f"{report.images} images of {name}: nothing odd", markup=False, soft_wrap=True)
+        return
+    table = Table("kind", "images", "what the loader does", "for example", title=escape(name))
+    for kind, meaning in KINDS.items():
+        if found := report.found.get(kind):
+            examples = "\n".join(f"{Path(image).name} ({detail})" for image, detail in found[:SHOWN])
+            table.add_row(kind, str(len(found)), meaning, escape(examples))
+    console.print(table)
+
+
+@contextmanager
+def _progress(text: str, total: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line every few seconds elsewhere; on stderr, so that stdout holds the result alone."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = Console(stderr=True, highlight=False)
+    bar = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console)
+    task = bar.add_task(text, total=total)
+    printed = time.monotonic()
+
+    def advance(done: int, total: int) -> None:
+        nonlocal printed
+        if console.is_terminal and not bar.live.is_started:
+            bar.start()  # not before the worker processes have started: they would inherit its thread's locks
+        bar.update(task, completed=done)
+        if not console.is_terminal and time.monotonic() - printed > PLAIN_EVERY:
+            printed = time.monotonic()
+            console.print(f"{text}: {done} of {total} images", markup=False)
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:
+            bar.stop()
