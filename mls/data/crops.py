@@ -45,7 +45,7 @@ class CropDataset(Dataset[Batch]):
         self.sizes = [augment.size] * 2 + [augment.small_size] * augment.small_crops
         self.scales = [augment.scale] * 2 + [augment.small_scale] * augment.small_crops
         self.spare = SPARE
-        self.ring: deque[list[Tensor]] = deque()
+        self.ring: deque[list[Tensor]] = deque(maxlen=buffers)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -129,7 +129,7 @@ def _classes(content: bytes, suffix: bytes) -> list[int] | None:
     listed = None
     if suffix == b"json" and isinstance(value, dict):
         listed, value = value.get("classes"), value.get("label", value.get("labels"))
-    values = listed if isinstance(listed, list) else [value]
+    values: list[Any] = listed if isinstance(listed, list) else [value]
     return values if all(type(j) is int and 0 <= j < LARGEST_LABEL for j in values) else None
 
 

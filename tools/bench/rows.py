@@ -51,9 +51,10 @@ class MocoPipeline:
             ]
         )
 
-    def __call__(self, data: bytes) -> list[Tensor]:
+    def __call__(self, data: bytes) -> None:
         image = Image.open(io.BytesIO(data)).convert("RGB")
-        return [self.transform(image), self.transform(image)]
+        for _ in range(2):
+            self.transform(image)
 
 
 def _blur(image: Image.Image) -> Image.Image:
@@ -77,7 +78,12 @@ class Race(Dataset[dict[str, float]]):
         return {name: _seconds(work) / count for name, (work, count) in order}
 
     def _rows(self) -> dict[str, Row]:
-        read, count = self.files.read, len(self.files)
+        count = len(self.files)
+
+        def read(i: int) -> bytes:
+            data = self.files.read(i)
+            assert isinstance(data, bytes)
+            return data
 
         def each(work: Callable[[int], Any]) -> Row:
             def all_of_them() -> None:
