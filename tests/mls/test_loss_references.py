@@ -275,6 +275,16 @@ def test_gradient_equals_finite_differences_of_the_plain_loop(name: str, options
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
+STOPPED = {"asl": {"detach_weight": False}, "hml": {"adaptive": False}}  # parts carry no gradient, unless told so
+
+
+@pytest.mark.parametrize("name", [name for name in losses.names() if name != "role"])  # half of role is stopped
+def test_loss_passes_gradcheck(name: str) -> None:
+    logits, labels, pseudo = random_batch(7)
+    loss = made(name, labels, epoch=3, **STOPPED.get(name, {}))
+    assert torch.autograd.gradcheck(lambda x: loss(x, labels, pseudo), taken(loss, logits).requires_grad_())
+
+
 def value_and_gradients(loss: losses.Loss, x: Tensor, labels: Tensor, pseudo: Tensor | None) -> list[Tensor]:
     """With respect to logits or cosines, and to what the loss learns."""
     x = x.detach().requires_grad_()
