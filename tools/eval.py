@@ -92,17 +92,21 @@ def as_text(table: Table, tiny: bool, name: str) -> str:
     """Our columns, then the paper's. A blank cell was not run, or the paper has no number for it."""
     from mls.tools.studies import markdown_table, spread
 
-    papers = table.suite.columns
+    numbers = [row.paper or [None] * len(table.suite.columns) for row in table.rows]
+    told = [place for place, _ in enumerate(table.suite.columns) if any(row[place] is not None for row in numbers)]
+    papers = [table.suite.columns[place] for place in told]
     header = ["", *(f"{column.name}" for column in table.columns), *(f"paper: {column.name}" for column in papers)]
     lines = []
-    for row in table.rows:
+    for row, known in zip(table.rows, numbers, strict=True):
         ours = [spread(table.values.get((row.name, column.name), [])) for column in table.columns]
-        paper = ["" if value is None else f"{value:g}" for value in row.paper or [None] * len(papers)]
+        paper = ["" if known[place] is None else f"{known[place]:g}" for place in told]
         lines.append([row.name, *ours, *paper])
     counts = {len(values) for values in table.values.values()}
     seeds = f"mean ± std over {max(counts)} seeds" if counts and max(counts) > 1 else "one seed"
-    notes = [f"{table.suite.title}, in per cent, {seeds}. The paper's numbers: {table.suite.source}."]
-    if tiny:
+    notes = [f"{table.suite.title}, in per cent, {seeds}."]
+    if papers:
+        notes[0] += f" The paper's numbers: {table.suite.source}."
+    if tiny and papers:
         notes.append("Our columns are the embedded scenes: the papers' columns are other data and another network.")
     for (row, column), chosen in table.chosen.items():
         if chosen:
