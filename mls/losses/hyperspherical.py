@@ -41,6 +41,8 @@ class HypersphericalMargin(Loss):
     takes = "cosines"
     elementwise = False
     lr_multiplier = 1e-5
+    scale: Tensor
+    margin: Tensor
 
     def __init__(self, scale: float = 20.0, margin: float = 0.3, learn: bool = True, adaptive: bool = True) -> None:
         super().__init__()

@@ -101,6 +101,8 @@ def scores(study: Study) -> Finding:
 
 
 def losscurve(study: Study) -> Finding:
+    from matplotlib.ticker import MaxNLocator
+
     kind = training_kinds(study)
     curves: dict[str, list[float]] = {"an": [], "em": []}
     for loss, curve in curves.items():
@@ -110,7 +112,7 @@ def losscurve(study: Study) -> Finding:
         epochs = range(1, len(curve) + 1)
         axes.plot(epochs, curve, color=COLOURS[loss], marker="o", markersize=4, label=loss)
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="epoch", ylabel="mean −log p of annotated labels", title="Loss of the annotated (positive) labels")
     axes.legend(frameon=False)
     rows = [

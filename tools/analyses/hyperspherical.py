@@ -276,10 +276,10 @@ def _sheet(test: LabelledImages, scores: dict[str, Tensor], rows: Int64[Tensor, 
 
 def _bars(axes: Axes, title: str, scores: Tensor, truth: Tensor, names: Sequence[str]) -> None:
     values, columns = scores.topk(min(BEST, len(scores)))
-    looks = [MARKS[int(truth[column])] for column in columns]
+    looks = [MARKS[int(truth[column])] for column in columns.tolist()]
     bars = axes.barh(range(len(values)), values.tolist(), color=[colour for _, colour, _ in looks])
     axes.bar_label(bars, [f"{value:.2f} {mark}" for value, (mark, _, _) in zip(values, looks, strict=True)], padding=2)
-    axes.set_yticks(range(len(values)), [names[column] for column in columns])
+    axes.set_yticks(range(len(values)), [str(names[column]) for column in columns.tolist()])
     axes.set(xlim=(0, 1.3), xticks=[0, 0.5, 1], title=title)
     axes.set_xlabel("probability", fontsize=9)
     axes.tick_params(labelsize=9)

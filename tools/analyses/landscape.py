@@ -90,7 +90,7 @@ def moved_loss(classifier: nn.Module, batches: Iterable[Batch], moves: Iterable[
 
     from mls import losses
 
-    weights = dict(classifier.named_parameters())
+    weights: dict[str, Tensor] = dict(classifier.named_parameters())
     for step, direction in moves:
         weights = {name: weight + step * direction[name] for name, weight in weights.items()}
     bce, total, count = losses.build("iu", reduction="sum"), 0.0, 0

@@ -310,7 +310,7 @@ def _draw_history(
             axes.plot(len(states), place, "s", color=GIVEN, markersize=11, fillstyle="none", markeredgewidth=1.5)
     epochs = [str(epoch) for epoch in range(1, len(states))]
     axes.set_xticks(range(len(states) + 1), ["given", *epochs, "truth"])
-    axes.set_yticks(range(len(columns)), [names[column] for column in columns])
+    axes.set_yticks(range(len(columns)), [str(names[column]) for column in columns])
     axes.set_xlim(-0.6, len(states) + 0.6)
     axes.set_ylim(len(columns) - 0.4, -0.6)
     axes.tick_params(length=0)

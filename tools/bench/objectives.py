@@ -140,7 +140,7 @@ def relative_times(configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[
         torch.set_num_threads(base.engine.threads)
     # One network and one dictionary for all: only what the losses do differs.
     layout = torch.channels_last if base.engine.channels_last else torch.contiguous_format
-    pair = build_pair(base.model, base.run.seed, precision_on(device, base)).to(device, memory_format=layout)
+    pair = build_pair(base.model, base.run.seed, precision_on(device, base)).to(device).to(memory_format=layout)
     trained = {name: methods.build(config, pair).to(device) for name, config in configs.items()}
     views = _random_batch(base, trained[PAPER], device)
     optimizers = {}
