@@ -5,7 +5,8 @@ import http.server
 import io
 import json
 import logging
-import multiprocessing
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -173,15 +174,19 @@ def test_a_slow_server_is_waited_for(server: Server, monkeypatch: pytest.MonkeyP
     assert len(source(f"{server.url}/shard-{{0..1}}.tar")) == 6
 
 
-def _fetch(url: str) -> bytes:
-    return source(url).read(2)
+FETCH = """
+import sys
+from mls.config import DataConfig
+from mls.data.sources import build_source
+sys.stdout.buffer.write(build_source(DataConfig(root=sys.argv[1])).read(2))
+"""
 
 
 def test_processes_that_want_the_same_shard_load_it_once(server: Server) -> None:
     server.pause = 0.3
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        read = pool.map(_fetch, [f"{server.url}/shard-0.tar"] * 2, chunksize=1)
-    assert read == [picture(2)] * 2
+    command = [sys.executable, "-c", FETCH, f"{server.url}/shard-0.tar"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    assert [process.communicate(timeout=300)[0] for process in both] == [picture(2)] * 2
     assert server.asked.count("shard-0.tar") == 1
 
 
