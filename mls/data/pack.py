@@ -69,7 +69,7 @@ def pack(
             continue
         done += len(_ids(number, packing, len(source)))
         progress(done, len(source))
-    for leftover in out.glob(".shard-*.tmp"):  # of a process that was killed
+    for leftover in out.glob(".*.tmp"):  # of a process that was killed
         leftover.unlink()
     missing = [number for number, name in enumerate(names) if name not in manifest["shards"]]
     for number, record in zip(
