@@ -25,7 +25,7 @@ from mls.eval.data import LabelledImages
 from mls.eval.images import Batches
 from mls.eval.protocol import Multilabel
 from mls.losses import Loss
-from mls.models.momentum import HALF
+from mls.models.momentum import HALF, precision_on
 from mls.monitor.progress import TrainingProgress
 from mls.streams import derive, generator
 
@@ -56,7 +56,7 @@ class Training:
         self.loss.to(self.device)
         self.optimizer = self.build_optimizer()
         precision = protocol.training.precision
-        self.reduced = HALF.get("bf16" if precision == "auto" and self.device.type == "cuda" else precision)
+        self.reduced = HALF.get(precision_on(self.device, precision, "training.precision"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.reduced is torch.float16)
         self.batches = Batches(train, protocol, seed, self.device)
         self.steps_per_epoch = -(-len(train) // protocol.training.batch_size)

@@ -26,11 +26,11 @@ from mls.engine.checkpoint import Checkpoints
 from mls.engine.preempt import StopFlag, leave_signals_to_the_parent
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
-from mls.errors import ConfigError, DataError, DivergedError, Stopped
+from mls.errors import DataError, DivergedError, Stopped
 from mls.files import write_atomically
 from mls.methods.base import StepOutput, gradient_norms
 from mls.models import build_pair, save_backbone
-from mls.models.momentum import HALF, Precision
+from mls.models.momentum import HALF, precision_on
 from mls.monitor.health import health
 from mls.monitor.knn import OnlineKnn
 from mls.monitor.labels import label_quality
@@ -43,20 +43,11 @@ MUCH_WAITING = 0.2  # share of the time spent waiting for data that is worth a h
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
 
 
-def precision_on(device: torch.device, config: Config) -> Precision:
-    precision = config.engine.precision
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("engine.precision=fp16 needs a GPU: use engine.precision=bf16 or fp32 on a CPU")
-    if precision == "auto":  # bf16 is four times slower than fp32 on a CPU without matrix units for it
-        return "bf16" if device.type == "cuda" else "fp32"
-    return precision
-
-
 class Trainer:
     def __init__(self, config: Config, run: Run, process: Process, quiet: bool = False) -> None:
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
-        precision = precision_on(process.device, config)
+        precision = precision_on(process.device, config.engine.precision)
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
         self.precision = precision
         self.source = build_source(config.data)

@@ -7,10 +7,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mls.errors import ConfigError
 from mls.models.backbones import Backbone
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Wanted = Literal["auto", "fp32", "bf16", "fp16"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def precision_on(device: torch.device, wanted: Wanted, key: str = "engine.precision") -> Precision:
+    if wanted == "fp16" and device.type == "cpu":
+        raise ConfigError(f"{key}=fp16 needs a GPU: use {key}=bf16 or fp32 on a CPU")
+    if wanted == "auto":  # bf16 is four times slower than fp32 on a CPU without matrix units for it
+        return "bf16" if device.type == "cuda" else "fp32"
+    return wanted
 
 
 class Encoder(nn.Module):

@@ -131,8 +131,8 @@ def relative_times(configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[
 
     from mls import distributed, methods
     from mls.engine import optim
-    from mls.engine.trainer import precision_on
     from mls.models import build_pair
+    from mls.models.momentum import precision_on
 
     base = configs[PAPER]
     device = distributed.start(base.engine.device).device
@@ -140,7 +140,11 @@ def relative_times(configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[
         torch.set_num_threads(base.engine.threads)
     # One network and one dictionary for all: only what the losses do differs.
     layout = torch.channels_last if base.engine.channels_last else torch.contiguous_format
-    pair = build_pair(base.model, base.run.seed, precision_on(device, base)).to(device).to(memory_format=layout)
+    pair = (
+        build_pair(base.model, base.run.seed, precision_on(device, base.engine.precision))
+        .to(device)
+        .to(memory_format=layout)
+    )
     trained = {name: methods.build(config, pair).to(device) for name, config in configs.items()}
     views = _random_batch(base, trained[PAPER], device)
     optimizers = {}
