@@ -12,13 +12,14 @@ from torch import nn
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError, unknown_name
 from mls.files import write_atomically
-from mls.models import backbones
+from mls.models import backbones, pretrained
 from mls.models.backbones import Backbone
 from mls.models.heads import projection_head
 from mls.models.momentum import Encoder, EncoderPair, Precision
 from mls.streams import derive
 
 __all__ = ["Encoder", "EncoderPair", "build_pair", "card", "load_backbone", "save_backbone", "weights_file"]
+PREFIXES = ("random", "scratch", "timm", "torchvision")
 
 
 def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") -> EncoderPair:
@@ -59,18 +60,37 @@ def save_backbone(folder: Path, backbone: Backbone, card: dict[str, Any], augmen
 
 
 def load_backbone(weights: str | Path) -> Backbone:
-    """A backbone, in evaluation mode, with `.feature_dim`: from a run folder, a `.safetensors` file with its `.json`
-    beside it, or, randomly initialised, by name (`resnet50`, `resnet_tiny`, `timm:NAME`).
+    """A backbone, in evaluation mode, with `.feature_dim`. `weights` says which, and where its weights come from:
+
+    a run folder, a .safetensors file      what pretraining saved (a `.json` lies beside)
+    NAME, random:NAME, timm:NAME           a backbone of mls (resnet50, resnet_tiny) or timm, randomly initialised
+    scratch:NAME                           a classification network of torchvision, randomly initialised
+    torchvision:NAME, torchvision:NAME@SET the same with torchvision's published weights: its best set, or this one
 
     >>> load_backbone("resnet_tiny").feature_dim
     128
     """
     path = weights_file(weights)
-    if path is None:
-        name = str(weights)
-        if name in backbones.names() or name.startswith("timm:"):
-            return backbones.build(name).eval()
+    return (_by_name(str(weights)) if path is None else _from_file(path)).eval()
+
+
+def _by_name(name: str) -> Backbone:
+    prefix, _, rest = name.partition(":")
+    if name in backbones.names() or prefix == "timm":
+        return backbones.build(name)
+    if not rest:
         raise unknown_name("weights (a run folder, a .safetensors file or a backbone)", name, backbones.names())
+    if prefix not in PREFIXES:
+        raise unknown_name(f"kind of weights in {name}", prefix, PREFIXES)
+    if prefix == "random":
+        return backbones.build(rest)
+    if prefix == "scratch":
+        return pretrained.build(rest, None)
+    network, _, published = rest.partition("@")
+    return pretrained.build(network, published or "DEFAULT")
+
+
+def _from_file(path: Path) -> Backbone:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -79,7 +99,7 @@ def load_backbone(weights: str | Path) -> Backbone:
         backbone.load_state_dict(load_file(path))
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    return backbone.eval()
+    return backbone
 
 
 def weights_file(weights: str | Path) -> Path | None:

@@ -80,7 +80,7 @@ def test_an_interrupted_extraction_goes_on_from_its_last_whole_block() -> None:
     assert again.starts == [2 * BLOCK]
 
 
-@pytest.mark.parametrize("damaged_row, goes_on_from", [(0, 0), (BLOCK + 3, BLOCK), (COUNT - 1, 3 * BLOCK)])
+@pytest.mark.parametrize(("damaged_row", "goes_on_from"), [(0, 0), (BLOCK + 3, BLOCK), (COUNT - 1, 3 * BLOCK)])
 def test_a_damaged_file_is_noticed_and_completed(damaged_row: int, goes_on_from: int) -> None:
     whole = keep(Counting())
     path = whole.folder / "features.npy"
