@@ -14,8 +14,8 @@ import torch
 
 import mls
 from mls.errors import ConfigError
-from mls.eval import multilabel
-from mls.eval.protocol import Multilabel, fingerprint, load_protocol, to_yaml
+from mls.eval import supervised
+from mls.eval.protocol import Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
 from mls.files import sha256, write_atomically
 from mls.models import weights_file
@@ -23,7 +23,7 @@ from mls.results import Results
 
 
 def run(
-    protocol: Multilabel | str | Path,
+    protocol: Supervised | str | Path,
     weights: str | Path | None = None,
     seed: int = 0,
     root: Path | None = None,
@@ -36,7 +36,7 @@ def run(
     (default $MLS_RUNS, else ./runs) holds results.jsonl, and under eval/ a folder for each cell; `keep=False` deletes
     the folder when its numbers are stored.
     """
-    asked: Multilabel = load_protocol(protocol) if isinstance(protocol, str | Path) else protocol
+    asked: Supervised = load_protocol(protocol) if isinstance(protocol, str | Path) else protocol
     wanted = str(weights) if weights is not None else asked.model.weights
     root = root or runs_root()
     store, key = Results(root / "results.jsonl"), cell_key(asked, wanted, seed)
@@ -48,7 +48,7 @@ def run(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "protocol.yaml", to_yaml(asked).encode())
     title = f"{asked.recipe}, {asked.training.loss}, seed {seed}"
-    outcome = multilabel.run(asked, wanted, seed, folder, title=title, quiet=quiet)
+    outcome = supervised.run(asked, wanted, seed, folder, title=title, quiet=quiet)
     row: dict[str, Any] = {
         "protocol": asked.recipe,
         "task": asked.task,
@@ -74,7 +74,7 @@ def run(
     return outcome.values
 
 
-def validated(protocol: Multilabel, weights: str, seed: int, root: Path) -> float:
+def validated(protocol: Supervised, weights: str, seed: int, root: Path) -> float:
     """The best value of the protocol's metric on the validation part, of a finished cell."""
     row = Results(root / "results.jsonl").find(cell=cell_key(protocol, weights, seed))
     if row is None or row["validation"] is None:
@@ -82,7 +82,7 @@ def validated(protocol: Multilabel, weights: str, seed: int, root: Path) -> floa
     return float(row["validation"])
 
 
-def trained(protocol: Multilabel, weights: str | None, seed: int, root: Path) -> Training:
+def trained(protocol: Supervised, weights: str | None, seed: int, root: Path) -> Training:
     """The classifier of a cell with its data and what it knows: run now, or read from the cell's folder."""
     wanted = weights if weights is not None else protocol.model.weights
     file = root / "eval" / cell_name(protocol, wanted, seed) / "classifier.safetensors"
@@ -90,7 +90,7 @@ def trained(protocol: Multilabel, weights: str | None, seed: int, root: Path) ->
         run(protocol, wanted, seed, root)
     from safetensors.torch import load_file
 
-    training = multilabel.prepare_training(protocol, wanted, seed, None)
+    training = supervised.prepare_training(protocol, wanted, seed, None)
     training.load_weights(load_file(file))
     return training
 
@@ -103,7 +103,7 @@ def save_classifier(training: Training, folder: Path) -> None:
     write_atomically(folder / "classifier.safetensors", save(weights))
 
 
-def cell_name(protocol: Multilabel, weights: str, seed: int) -> str:
+def cell_name(protocol: Supervised, weights: str, seed: int) -> str:
     return f"{protocol.recipe}-{protocol.training.loss}-seed{seed}-{cell_key(protocol, weights, seed)}"
 
 
@@ -115,7 +115,7 @@ def finished(store: Results, key: str) -> dict[str, float]:
     return found if rows and len(found) == rows[-1]["metrics"] else {}
 
 
-def cell_key(protocol: Multilabel, weights: str, seed: int) -> str:
+def cell_key(protocol: Supervised, weights: str, seed: int) -> str:
     text = f"{fingerprint(protocol)}/{weights_hash(weights)}/{seed}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

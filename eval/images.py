@@ -18,7 +18,7 @@ from mls.data.crops import CROP_DRAWS, UnreadableImage, centre, crop_box, cut
 from mls.data.loader import Telling, as_it_is, worker_count
 from mls.errors import DataError, UserError
 from mls.eval.data import LabelledImages
-from mls.eval.protocol import DataConfig, Multilabel
+from mls.eval.protocol import DataConfig, Supervised
 from mls.streams import derive, generator, uniforms
 
 # AlexNet's principal components of the colours of ImageNet (Krizhevsky et al. 2012), as published in fb.resnet.torch.
@@ -71,7 +71,7 @@ def _centre(image: UInt8[Tensor, "3 height width"], size: int, resize: float) ->
 class Batches:
     """The batches of one data set on one device."""
 
-    def __init__(self, images: LabelledImages, protocol: Multilabel, seed: int, device: torch.device) -> None:
+    def __init__(self, images: LabelledImages, protocol: Supervised, seed: int, device: torch.device) -> None:
         self.pixels = Pixels(images, protocol.data, protocol.augment, seed)
         self.protocol, self.seed, self.device = protocol, seed, device
         self.finish = Augment(protocol.augment, seed, device)

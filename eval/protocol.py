@@ -21,17 +21,22 @@ class DataConfig:
     name: str = "scenes"  # mls.eval.data.names()
     root: str | None = None  # default: the data set's folder under $MLS_DATA
     check_sizes: bool = True  # refuse another number of images than published
+    seed: int = 1200  # of the split and of labels that are drawn: the weak-label papers' number
+    validation: float = 0.2  # share of train held out to choose on, where no split is published for it
+    shots: int | None = None  # train on so many images a class; the run's seed is the draw
+    test_crop: Literal["squash", "centre"] = "squash"  # the whole image scaled to a square, or its middle square
+    test_resize: float = 1.0  # centre: the short side is scaled to this many times augment.size before the crop
+    workers: int | None = None  # default: the cores this process may use, at most 8
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+
+
+@dataclass(frozen=True)
+class TrainingData(DataConfig):
     labels: Literal["full", "one_positive_all_negatives", "single_positive", "partial_positives", "partial_labels"] = (
         "full"  # what the training sees of the truth (eval/regimes.py)
     )
     proportion: float = 0.5  # of the partial regimes
-    seed: int = 1200  # of the labels that are drawn and of the split: the papers' number
-    validation: float = 0.2  # share of train held out to choose the model, where no split is published for it
-    train_crop: Literal["squash", "random"] = "squash"  # the whole image scaled to a square, or a random resized crop
-    test_crop: Literal["squash", "centre"] = "squash"
-    test_resize: float = 1.0  # centre: the short side is scaled to this many times augment.size before the crop
-    workers: int | None = None  # default: the cores this process may use, at most 8
-    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+    train_crop: Literal["squash", "random"] = "squash"  # squash, or a random resized crop
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,27 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    loss: str = "an"
+    loss: str = "an"  # softmax: cross-entropy, where every image has one label
     options: dict[str, Any] = field(default_factory=dict)  # of the loss; beside those in `options_of`
     epochs: int = 10
     batch_size: int = 16
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: float = 1e-5
     head_lr: float = 1.0  # times lr, for the classifier's last layer
+    layer_decay: float = 1.0  # times lr, once for every stage between a layer and the head
     loss_lr: float | None = None  # times lr, for what the loss learns (HML, ROLE); default: the loss' own
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0.0
     weight_penalty: Literal["none", "l1", "l2"] = "none"  # the L1R and L2R baselines
     penalty: float = 1e-5  # its strength
-    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate, step by step
+    schedule: Literal["constant", "cosine", "steps"] = "constant"  # of the learning rate, step by step
+    steps: list[int] = field(default_factory=list)  # the epochs after which `steps` divides it by ten
+    warmup_epochs: float = 0.0  # the rate rises from nothing
+    train: Literal["all", "head"] = "all"  # head: the backbone stays as it is (MoCo's linear evaluation)
+    batch_norm: Literal["train", "frozen"] = "train"  # frozen: statistics and affine parameters stay the pretrained
+    mixup: float = 0.0  # alpha of https://arxiv.org/abs/1710.09412
+    rand_augment: int = 0  # operations an image, at magnitude 9, of https://arxiv.org/abs/1909.13719
     linear_epochs: int = 0  # LinearInit: this long on frozen features first, then end to end
     linear_lr: float = 1e-3
     linear_batch_size: int = 16
@@ -69,20 +81,22 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
+# Plain images; a recipe adds what its paper adds.
+def plain(size: int) -> AugmentConfig:
+    return AugmentConfig(size=size, jitter=0.0, grey=0.0, blur=0.0, scale=(0.08, 1.0))
+
+
 @dataclass(frozen=True)
-class Multilabel:
-    """`task: multilabel`: train a multi-label classifier from weak labels, test it on full ones."""
+class Supervised:
+    """`task: multilabel` and `task: finetune`: train a classifier, from weak labels or from full ones, and test it."""
 
     task: str = "multilabel"
     recipe: str = "custom"  # filled in from the file's name
-    metric: str = "map"  # chooses the epoch; eval/multilabel.py lists what is measured
+    metric: str = "map"  # chooses the epoch; eval/supervised.py lists what is measured
     groups: int = 0  # also the metric of this many groups of classes, from rare to frequent in the training labels
     seeds: int = 3  # runs of a suite
-    data: DataConfig = field(default_factory=DataConfig)
-    # Plain images; a recipe adds what its paper adds.
-    augment: AugmentConfig = field(
-        default_factory=lambda: AugmentConfig(size=448, jitter=0.0, grey=0.0, blur=0.0, scale=(0.08, 1.0))
-    )
+    data: TrainingData = field(default_factory=TrainingData)
+    augment: AugmentConfig = field(default_factory=lambda: plain(448))
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     options_of: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each loss on this data set
@@ -91,35 +105,107 @@ class Multilabel:
         return {**self.options_of.get(self.training.loss, {}), **self.training.options}
 
 
-def check(protocol: Multilabel) -> None:
+@dataclass(frozen=True)
+class FrozenData(DataConfig):
+    validation: float = 0.2  # only linear and svm choose anything
+    test_crop: Literal["squash", "centre"] = "centre"
+    test_resize: float = 256 / 224
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    passes: int = 0  # augmented passes over the training images, beside the plain one
+    batch_size: int = 64
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Of `task: linear`, `knn` and `svm`; each reads what is its own."""
+
+    solver: Literal["lbfgs", "sgd"] = "lbfgs"  # linear: fitted to convergence, or SGD as in MoCo's linear evaluation
+    l2: list[float] = field(default_factory=lambda: [10.0**n for n in range(-7, 1)])  # lbfgs: penalties to try
+    lr: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0, 30.0])  # sgd: learning rates to try
+    weight_decay: list[float] = field(default_factory=lambda: [0.0, 1e-5, 1e-4])  # sgd: weight decays to try
+    epochs: int = 100
+    batch_size: int = 256
+    schedule: Literal["cosine", "steps"] = "cosine"  # steps: a tenth after 60 and 80 per cent, as in MoCo
+    k: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100, 200])  # knn: neighbours to try
+    temperature: float = 0.07  # knn: of the votes
+    costs: list[float] = field(default_factory=lambda: [2.0**n for n in range(-19, -3)])  # svm: C to try
+    folds: int = 3  # svm: of the cross-validation that chooses C for each class
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """`task: linear`, `knn` and `svm`: what frozen features know."""
+
+    task: str = "linear"
+    recipe: str = "custom"
+    metric: str = "top1"  # chooses the setting, on a part of the training images; map where images have many labels
+    seeds: int = 1
+    data: FrozenData = field(default_factory=FrozenData)
+    augment: AugmentConfig = field(default_factory=lambda: plain(224))  # only features.passes augments
+    model: ModelConfig = field(default_factory=ModelConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+
+AnyProtocol = Supervised | Frozen
+
+
+def check(protocol: AnyProtocol) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    training, data = protocol.training, protocol.data
-    for key, value in {
-        "training.epochs": training.epochs,
-        "training.batch_size": training.batch_size,
-        "training.lr": training.lr,
-        "training.linear_batch_size": training.linear_batch_size,
-        "augment.size": protocol.augment.size,
-        "seeds": protocol.seeds,
-    }.items():
+    data = protocol.data
+    greater = {"augment.size": protocol.augment.size, "seeds": protocol.seeds, "data.shots": data.shots or 1}
+    shares = {"data.validation": data.validation}
+    if isinstance(protocol, Supervised):
+        training = protocol.training
+        for key in ("epochs", "batch_size", "lr", "linear_batch_size", "layer_decay"):
+            greater[f"training.{key}"] = getattr(training, key)
+        shares |= {"data.proportion": protocol.data.proportion, "training.pseudo_share": training.pseudo_share}
+        shares["training.layer_decay"] = training.layer_decay
+    else:
+        greater |= {f"probe.{key}": getattr(protocol.probe, key) for key in ("epochs", "batch_size", "temperature")}
+        for key in ("l2", "lr", "weight_decay", "k", "costs"):
+            values = getattr(protocol.probe, key)
+            if not values or not all(value > 0 or (key == "weight_decay" and value == 0) for value in values):
+                raise ConfigError(f"probe.{key} is {values}: give a list of values above 0 to try")
+        if protocol.probe.folds < 2:
+            raise ConfigError(f"probe.folds is {protocol.probe.folds}: cross-validation needs 2 or more")
+    for key, value in greater.items():
         if not value > 0:
             raise ConfigError(f"{key} is {value}: it must be greater than 0")
-    for key, share in {
-        "data.proportion": data.proportion,
-        "data.validation": data.validation,
-        "training.pseudo_share": training.pseudo_share,
-    }.items():
+    for key, share in shares.items():
         if not 0 <= share <= 1:
             raise ConfigError(f"{key} is {share}: it must lie between 0 and 1")
+    if isinstance(protocol, Supervised):
+        _check_training(protocol.training)
+
+
+def _check_training(training: TrainingConfig) -> None:
     if training.loss == "em_apl" and not 1 <= training.pseudo_from < training.epochs:
         raise ConfigError(
             f"training.pseudo_from is {training.pseudo_from} of {training.epochs} epochs: pseudo-labels need an epoch "
             "before them and one after, so choose a number from 1 to training.epochs - 1"
         )
+    if training.schedule == "steps" and not training.steps:
+        raise ConfigError("training.schedule=steps needs to know when: set training.steps, for example [60,80]")
+    if training.train == "head" and training.linear_epochs:
+        raise ConfigError("training.train=head trains the last layer alone anyway: set training.linear_epochs=0")
+
+
+def _kind(schema: type[Any]) -> Kind[Any]:
+    return Kind(schema, "eval", "protocol", check, "`mls eval list NAME` lists the keys")
 
 
 TASKS: dict[str, Kind[Any]] = {
-    "multilabel": Kind(Multilabel, "eval", "protocol", check, "`mls eval list NAME` lists the keys"),
+    "multilabel": _kind(Supervised),
+    "finetune": _kind(Supervised),
+    "linear": _kind(Frozen),
+    "knn": _kind(Frozen),
+    "svm": _kind(Frozen),
 }
 
 
@@ -128,7 +214,7 @@ def protocols() -> list[str]:
     return shipped("eval")
 
 
-def load_protocol(name: str | Path, overrides: Sequence[str] = ()) -> Multilabel:
+def load_protocol(name: str | Path, overrides: Sequence[str] = ()) -> Any:
     """The protocol of a YAML file, or of one that ships with mls, and `key=value` overrides.
 
     >>> load_protocol("spml_scenes", ["training.loss=em"]).training.loss
@@ -146,7 +232,7 @@ def load_protocol(name: str | Path, overrides: Sequence[str] = ()) -> Multilabel
     return build(TASKS[task], values, origins, overrides, path.name).config
 
 
-def to_yaml(protocol: Multilabel) -> str:
+def to_yaml(protocol: AnyProtocol) -> str:
     return yaml.safe_dump(_plain(asdict(protocol)), sort_keys=False, allow_unicode=True)
 
 
@@ -156,17 +242,18 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def fingerprint(protocol: Multilabel) -> str:
+def fingerprint(protocol: AnyProtocol) -> str:
     """Tells two protocols apart; where the data lies and how it is loaded does not count."""
     values = _plain(asdict(protocol))
     for key in ("root", "workers", "check_sizes"):
         values["data"].pop(key)
     # Options of other losses, and what only suites use, change nothing in a run.
-    values["options_of"] = protocol.loss_options()
-    values["training"].pop("options")
-    if protocol.training.loss != "em_apl":
-        values["training"].pop("pseudo_from")
-        values["training"].pop("pseudo_share")
+    if isinstance(protocol, Supervised):
+        values["options_of"] = protocol.loss_options()
+        values["training"].pop("options")
+        if protocol.training.loss != "em_apl":
+            values["training"].pop("pseudo_from")
+            values["training"].pop("pseudo_share")
     values.pop("seeds")
     values["model"].pop("weights")
     return hashlib.sha256(yaml.safe_dump(values, sort_keys=True).encode()).hexdigest()[:12]

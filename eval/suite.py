@@ -11,7 +11,7 @@ from typing import Any
 
 from mls.errors import ConfigError, DataError, unknown_name
 from mls.eval import cells
-from mls.eval.protocol import Multilabel, load_protocol
+from mls.eval.protocol import Supervised, load_protocol
 from mls.recipes import Kind, build, find, read_yaml, shipped
 
 
@@ -45,7 +45,7 @@ class Suite:
 class Cell:
     row: Row
     column: Column
-    protocol: Multilabel
+    protocol: Supervised
     weights: str
     seed: int
 

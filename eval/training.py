@@ -23,7 +23,7 @@ from mls.errors import ConfigError, DivergedError, Stopped
 from mls.eval.classifier import Classifier
 from mls.eval.data import LabelledImages
 from mls.eval.images import Batches
-from mls.eval.protocol import Multilabel
+from mls.eval.protocol import Supervised
 from mls.losses import Loss
 from mls.models.momentum import HALF, precision_on
 from mls.monitor.progress import TrainingProgress
@@ -37,7 +37,7 @@ class Training:
 
     def __init__(
         self,
-        protocol: Multilabel,
+        protocol: Supervised,
         classifier: Classifier,
         train: LabelledImages,
         observed: Int8[Tensor, "images classes"],
@@ -300,7 +300,7 @@ class Training:
             setattr(self, name, state[name])
 
 
-def build_loss(protocol: Multilabel) -> Loss:
+def build_loss(protocol: Supervised) -> Loss:
     loss = losses.build(protocol.training.loss, **protocol.loss_options())
     if loss.reduction == "none":
         raise ConfigError("training.options.reduction=none gives no number to train with: use mean or sum")

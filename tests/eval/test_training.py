@@ -12,14 +12,14 @@ import torch
 
 from mls.errors import ConfigError, Stopped
 from mls.eval import load_protocol
-from mls.eval.multilabel import metrics, prepare, prepare_training, run
-from mls.eval.protocol import Multilabel, fingerprint
+from mls.eval.protocol import Supervised, fingerprint
+from mls.eval.supervised import metrics, prepare, prepare_training, run
 from mls.eval.training import Training
 
 SMALL = ["data.scenes.count=80", "data.scenes.test_count=32", "training.epochs=4", "training.batch_size=16"]
 
 
-def protocol(*overrides: str) -> Multilabel:
+def protocol(*overrides: str) -> Supervised:
     return load_protocol("spml_scenes", [*SMALL, *overrides])
 
 

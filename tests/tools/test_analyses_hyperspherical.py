@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mls.eval.multilabel import prepare
+from mls.eval.supervised import prepare
 from mls.tools.analyses import Study
 from mls.tools.analyses.hyperspherical import (
     ANALYSES,

@@ -12,7 +12,7 @@ from mls.data.listing import FileSource
 from mls.data.scenes import ScenesSource
 from mls.errors import DataError
 from mls.eval.data import LabelledImages
-from mls.eval.multilabel import prepare
+from mls.eval.supervised import prepare
 from mls.tools.analyses import Finding, Study, large_loss
 from mls.tools.analyses.distributions import training_kinds
 from mls.tools.analyses.large_loss import Peaks, Target, activation_maps, covered, hit, pointing_game, targets_of

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mls import losses
-from mls.eval import multilabel
+from mls.eval import supervised
 from mls.eval.classifier import build_classifier
 from mls.tools.analyses import Study
 from mls.tools.analyses.landscape import filter_normalised, landscape, moved_loss
@@ -92,7 +92,7 @@ def test_landscape_is_centred_on_the_loss_of_the_trained_classifier(tmp_path: Pa
     assert [row[0] for row in finding.rows] == ["an", "em"]
     for loss in ("an", "em"):
         training = small.trained(loss)
-        images = multilabel.prepare(training.protocol.data).test
+        images = supervised.prepare(training.protocol.data).test
         expected = F.binary_cross_entropy(training.scores(images), (images.truth > 0).float())
         assert finding.numbers[f"{loss}/at_0"] == pytest.approx(float(expected), rel=1e-4)
         assert finding.numbers[f"{loss}/at_1"] > finding.numbers[f"{loss}/at_0"]
@@ -106,7 +106,7 @@ def test_proportion_trains_each_loss_on_each_share(tmp_path: Path) -> None:
     assert finding.header == ["loss", *(f"{100 * share:g} %" for share in SHARES)]
     assert len(list((tmp_path / "eval").iterdir())) == len(RIVALS) * len(SHARES)
     one = small.trained("ll_r", "data.labels=partial_positives", "data.proportion=0.3")
-    assert finding.numbers["ll_r/0.3"] == pytest.approx(100 * multilabel.test(one)["map"])
+    assert finding.numbers["ll_r/0.3"] == pytest.approx(100 * supervised.test(one)["map"])
 
 
 def test_an_override_of_the_proportion_leaves_that_one(tmp_path: Path) -> None:

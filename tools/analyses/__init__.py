@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mls.eval.protocol import Multilabel
+    from mls.eval.protocol import Supervised
     from mls.eval.training import Training
 
 
@@ -25,7 +25,7 @@ class Study:
     seed: int
     root: Path  # trained classifiers are kept here, and found again
 
-    def load(self, loss: str, *overrides: str) -> Multilabel:
+    def load(self, loss: str, *overrides: str) -> Supervised:
         from mls.eval import load_protocol
 
         return load_protocol(self.protocol, [f"training.loss={loss}", *overrides, *self.overrides])
@@ -38,12 +38,12 @@ class Study:
 
     def watched(self, after_epoch: Callable[[Training], None], loss: str, *overrides: str) -> Training:
         """The same, trained from the start, with a look at it after every epoch."""
-        from mls.eval import multilabel
+        from mls.eval import supervised
 
         protocol = self.load(loss, *overrides)
         weights = self.weights or protocol.model.weights
         title = f"{protocol.recipe}, {loss}, watched"
-        return multilabel.run(protocol, weights, self.seed, None, after_epoch, title).training
+        return supervised.run(protocol, weights, self.seed, None, after_epoch, title).training
 
 
 @dataclass(frozen=True)

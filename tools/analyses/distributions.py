@@ -54,7 +54,7 @@ def kinds(truth: Int8[Tensor, "images classes"], observed: Int8[Tensor, "images 
 
 
 def training_kinds(study: Study) -> Kinds:
-    from mls.eval.multilabel import prepare
+    from mls.eval.supervised import prepare
 
     prepared = prepare(study.load("an").data)
     return kinds(prepared.train.truth, prepared.observed)
@@ -66,7 +66,7 @@ def training_kinds(study: Study) -> Kinds:
 def scores(study: Study) -> Finding:
     from scipy.stats import wasserstein_distance
 
-    from mls.eval.multilabel import prepare
+    from mls.eval.supervised import prepare
 
     kind = training_kinds(study)
     column = int((kind.missed.sum(0) * kind.absent_unseen.any(0)).argmax())
@@ -128,7 +128,7 @@ def losscurve(study: Study) -> Finding:
 
 
 def classwise(study: Study) -> Finding:
-    from mls.eval.multilabel import prepare
+    from mls.eval.supervised import prepare
 
     test = prepare(study.load("an").data).test
     precision = {loss: class_precision(study, loss) for loss in ("an", "em", "em_apl")}
@@ -180,7 +180,7 @@ def annotated_loss(training: Training, annotated: Bool[Tensor, "images classes"]
 
 def class_precision(study: Study, loss: str) -> Float64[Tensor, "classes"]:
     """The test's average precision of each class, in per cent."""
-    from mls.eval.multilabel import prepare
+    from mls.eval.supervised import prepare
     from mls.metrics import average_precision
 
     training = study.trained(loss, *apl_in_time(study, loss))

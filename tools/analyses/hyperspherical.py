@@ -29,7 +29,7 @@ MOST_NAMES = 40  # of classes beside a heat map; more cannot be read
 
 def correlation(study: Study) -> Finding:
     """Which labels the classifier puts near each other, beside which labels do occur together."""
-    from mls.eval.multilabel import prepare
+    from mls.eval.supervised import prepare
 
     training = study.trained("hml")
     train = prepare(training.protocol.data).train
@@ -122,7 +122,7 @@ GRADIENTS = {  # whose, and how it is drawn
 
 def margins(study: Study) -> Finding:
     """mAP with fixed margins and with the adaptive one, and what gradient a margin gives to whom."""
-    from mls.eval.multilabel import prepare, test
+    from mls.eval.supervised import prepare, test
 
     metric, found = study.load("hml").metric, {}
     for margin in FIXED:
@@ -205,7 +205,7 @@ MARKS = {1: ("✓", "#009E73", "right"), -1: ("✗", "#D55E00", "wrong"), 0: ("?
 
 def top5(study: Study) -> Finding:
     """The most probable classes of test images under AN (BCE) and HML, where the two differ most."""
-    from mls.eval.multilabel import prepare
+    from mls.eval.supervised import prepare
 
     test = prepare(study.load("an").data).test
     scores = {loss: study.trained(loss).scores(test) for loss in ("an", "hml")}

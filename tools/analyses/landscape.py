@@ -59,7 +59,7 @@ def landscape(study: Study) -> Finding:
 def fully_labelled(training: Training) -> list[Batch]:
     """A fixed part of the test images, with all that is known of their labels."""
     from mls.eval.images import Batches
-    from mls.eval.multilabel import prepare
+    from mls.eval.supervised import prepare
 
     test = prepare(training.protocol.data).test
     # Spread over the whole: many data sets list their images class by class.

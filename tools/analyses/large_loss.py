@@ -120,7 +120,7 @@ class Target:
 
 
 def cam(study: Study) -> Finding:
-    from mls.eval.multilabel import prepare
+    from mls.eval.supervised import prepare
 
     protocol = study.load("an")
     test, size = prepare(protocol.data).test, protocol.augment.size
@@ -238,7 +238,7 @@ def _draw_activation(axes: Axes, activation: Float[Tensor, "size size"], boxes: 
 
 
 def evolution(study: Study) -> Finding:
-    from mls.eval.multilabel import prepare
+    from mls.eval.supervised import prepare
 
     kind = training_kinds(study)
     train = prepare(study.load("ll_cp").data).train

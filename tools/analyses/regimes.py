@@ -149,7 +149,7 @@ RIVALS = ("an", "ll_r", "em", "em_apl")
 
 def proportion(study: Study) -> Finding:
     """Test mAP over the share of labels that is annotated: one training for each loss and share."""
-    from mls.eval.multilabel import test
+    from mls.eval.supervised import test
 
     # Overrides count more than what is set here, so one of data.proportion leaves a single share.
     protocols = [study.load("an", *_regime(share)) for share in SHARES]

@@ -1,5 +1,5 @@
-"""`task: multilabel`: a classifier trained from weak labels and tested on full ones. The loop is in training.py, the
-labels it sees in regimes.py."""
+"""`task: multilabel` and `task: finetune`: a classifier trained from weak labels or from all, and tested once. The loop
+is in training.py, the labels it sees in regimes.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mls.errors import ConfigError
 from mls.eval import data as data_sets
 from mls.eval.classifier import build_classifier
 from mls.eval.data import LabelledImages, scenes
-from mls.eval.protocol import DataConfig, Multilabel
+from mls.eval.protocol import DataConfig, Supervised
 from mls.eval.regimes import observe, split
 from mls.eval.training import Training, build_loss
 from mls.metrics import (
@@ -67,7 +67,7 @@ def prepare(data: DataConfig) -> Prepared:
 
 
 def run(
-    protocol: Multilabel,
+    protocol: Supervised,
     weights: str,
     seed: int,
     folder: Path | None,
@@ -82,7 +82,7 @@ def run(
     return Outcome(test(training), training.selection(), time.monotonic() - began, training)
 
 
-def prepare_training(protocol: Multilabel, weights: str, seed: int, folder: Path | None) -> Training:
+def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path | None) -> Training:
     """The classifier with its data, not trained yet (or as far as the folder knows)."""
     prepared = prepare(protocol.data)
     if protocol.training.select == "best" and prepared.val is None:
@@ -94,7 +94,7 @@ def prepare_training(protocol: Multilabel, weights: str, seed: int, folder: Path
     return Training(protocol, classifier, prepared.train, prepared.observed, validate, seed, folder)
 
 
-def with_statistics_of(weights: str, protocol: Multilabel) -> Multilabel:
+def with_statistics_of(weights: str, protocol: Supervised) -> Supervised:
     """Images are standardised as they were when the weights were pretrained."""
     file = weights_file(weights) if ":" not in weights else None
     if file is None:
