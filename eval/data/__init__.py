@@ -19,10 +19,18 @@ from mls.errors import DataError, unknown_name
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """One split: images, and for each class whether it is present (+1), absent (-1) or not annotated (0)."""
+    """One split: images, and for each class whether it is present (+1), absent (-1) or not annotated (0). Where every
+    image has just one class, `truth` is the number of that class: of ImageNet a matrix would take 1.3 GB.
+
+    >>> from mls.config import ScenesConfig
+    >>> from mls.data.scenes import ScenesSource
+    >>> images = LabelledImages(ScenesSource(ScenesConfig(count=3)), torch.tensor([0, 1, 1]), ["indoors", "outdoors"])
+    >>> images.single_label, images.part(torch.tensor([2, 0])).truth
+    (True, tensor([1, 0]))
+    """
 
     images: Source  # what it says of labels is not used
-    truth: Int8[Tensor, "images classes"]
+    truth: Int8[Tensor, "images classes"] | Int64[Tensor, "images"]
     class_names: Sequence[str]
     rows: Int64[Tensor, "images"] | None = None  # an image of `images` for each row; None: row i is image i
     boxes: Int64[Tensor, "images 4"] | None = None  # x0 y0 x1 y1 in pixels: a row is a part of its image
@@ -30,6 +38,10 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.truth)
+
+    @property
+    def single_label(self) -> bool:
+        return self.truth.ndim == 1
 
     def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
         image = row if self.rows is None else int(self.rows[row])
@@ -95,6 +107,9 @@ def build(name: str, root: str | Path | None = None, check_sizes: bool = True) -
         data = layout.read(folder)
     except FileNotFoundError as error:
         raise DataError(f"{error.filename or error} is missing: {layout.download}") from None
+    except OSError as error:
+        reason = f"{error.filename or folder} cannot be read ({error.strerror or error})"
+        raise DataError(f"{reason}: make it readable, or {layout.download}") from None
     if check_sizes:
         _check_sizes(data, layout, folder)
     return data
@@ -121,7 +136,25 @@ def presence(truth: Tensor) -> Int8[Tensor, "images classes"]:
 
 
 # After `register`, which these files use.
-from mls.eval.data import cub, formatted, nus, openimages, scenes, vaw, vispr, voc_coco, wider  # noqa: E402
+from mls.eval.data import (  # noqa: E402
+    by_torchvision,
+    cifar,
+    class_folders,
+    cub,
+    flowers,
+    formatted,
+    imagenet,
+    indoor67,
+    nus,
+    openimages,
+    pets,
+    scenes,
+    vaw,
+    vispr,
+    voc_coco,
+    wider,
+)
 
 __all__ = ["DataSet", "LabelledImages", "Layout", "build", "names", "presence", "register"]
+__all__ += ["by_torchvision", "cifar", "class_folders", "flowers", "imagenet", "indoor67", "pets"]
 __all__ += ["cub", "formatted", "nus", "openimages", "scenes", "vaw", "vispr", "voc_coco", "wider"]

@@ -1,10 +1,11 @@
-"""VOC 2012 and COCO 2014 as the papers on weak multi-labels use them: the official train images, tested on the official
-val images. Pretraining reads these layouts with mls/data/annotated.py."""
+"""VOC 2012 and COCO 2014 as the papers on weak multi-labels use them (the official train images, tested on the official
+val images), and VOC 2007 as classification does. Pretraining reads these layouts with mls/data/annotated.py."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from mls.data.listing import show
 from mls.errors import DataError
 from mls.eval.data import DataSet, LabelledImages, Layout, presence, register
 from mls.eval.data.formatted import is_formatted, listed_images, read_formatted
+from mls.eval.data.one_class import every_image
+
+AGAIN = "unpack the VOC archives again"
 
 
 def read_voc2012(folder: Path) -> DataSet:
@@ -24,30 +28,38 @@ def read_voc2012(folder: Path) -> DataSet:
     if is_formatted(folder):
         images = [year / "JPEGImages", folder / "VOCdevkit" / "VOC2012" / "JPEGImages"]
         return read_formatted("voc2012", folder, images, VOC_CLASSES)
-    return DataSet("voc2012", _voc_split(year, "train"), _voc_split(year, "val"))
+    train, test = (_voc_split("voc2012", year, phase) for phase in ("train", "val"))
+    return DataSet("voc2012", replace(train, truth=presence(train.truth)), replace(test, truth=presence(test.truth)))
 
 
-def _voc_split(year: Path, phase: str) -> LabelledImages:
-    files = [year / "ImageSets" / "Main" / f"{name}_{phase}.txt" for name in VOC_CLASSES]
+def read_voc2007(folder: Path) -> DataSet:
+    """`ImageSets/Main/{class}_{trainval,test}.txt` and `JPEGImages`, in VOC2007 or in the VOCdevkit around it. A class
+    of which an image has difficult objects only (label 0) is not annotated: as in the devkit, metrics leave it out."""
+    year = folder / "VOC2007" if (folder / "VOC2007").is_dir() else folder
+    return DataSet("voc07", _voc_split("voc07", year, "trainval"), _voc_split("voc07", year, "test"))
+
+
+def _voc_split(name: str, year: Path, phase: str) -> LabelledImages:
+    """Images sorted by name, with the labels 1, 0 and -1 of the lists."""
+    files = [year / "ImageSets" / "Main" / f"{one}_{phase}.txt" for one in VOC_CLASSES]
     lists = [_class_list(file) for file in files]
     stems = sorted(lists[0])
     for file, present in zip(files, lists, strict=True):
         if present.keys() != lists[0].keys():
-            raise DataError(f"{show(file)} lists other images than {show(files[0])}: unpack the VOC 2012 archive again")
+            raise DataError(f"{show(file)} lists other images than {show(files[0])}: {AGAIN}")
     paths = [stem + b".jpg" for stem in stems]
-    truth = torch.tensor([[present[stem] for present in lists] for stem in stems])
-    return LabelledImages(
-        listed_images(f"voc2012 {phase}", [year / "JPEGImages"], paths, files[0]), presence(truth), VOC_CLASSES
-    )
+    truth = torch.tensor([[present[stem] for present in lists] for stem in stems], dtype=torch.int8)
+    return LabelledImages(every_image(f"{name} {phase}", year / "JPEGImages", paths, files[0]), truth, VOC_CLASSES)
 
 
-def _class_list(file: Path) -> dict[bytes, bool]:
+def _class_list(file: Path) -> dict[bytes, int]:
     rows = [line.split() for line in file.read_bytes().splitlines() if line.strip()]
     if any(len(row) != 2 or row[1] not in (b"1", b"0", b"-1") for row in rows):
-        raise DataError(
-            f"{show(file)} has a line that is not an image name and 1, 0 or -1: unpack the VOC 2012 archive again"
-        )
-    return {stem: label == b"1" for stem, label in rows}
+        raise DataError(f"{show(file)} has a line that is not an image name and 1, 0 or -1: {AGAIN}")
+    labels = {stem: int(label) for stem, label in rows}
+    if len(labels) != len(rows):
+        raise DataError(f"{show(file)} names an image twice: {AGAIN}")
+    return labels
 
 
 def read_coco2014(folder: Path) -> DataSet:
@@ -91,6 +103,16 @@ register(
         "download VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack its "
         "VOCdevkit into $MLS_DATA",
         {"classes": 20, "train": 5717, "test": 5823},
+    ),
+)
+register(
+    "voc07",
+    Layout(
+        read_voc2007,
+        "VOCdevkit",
+        "download VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar from "
+        "host.robots.ox.ac.uk/pascal/VOC/voc2007 and unpack their VOCdevkit into $MLS_DATA",
+        {"classes": 20, "train": 5011, "test": 4952},
     ),
 )
 register(

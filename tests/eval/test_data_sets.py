@@ -354,7 +354,7 @@ BROKEN = [
         "1 a.jpg\n3 b.jpg\n",
         "line 2 of .*images.txt does not give something",
     ),
-    ("cub_attributes", "CUB_200_2011/train_test_split.txt", "1 0\n", "splits 1 images where images.txt has 3"),
+    ("cub_attributes", "CUB_200_2011/train_test_split.txt", "1 0\n", "is about 1 images where images.txt has 3"),
 ]
 
 
