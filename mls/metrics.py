@@ -176,5 +176,33 @@ def top1(scores: Float[Tensor, "items classes"], targets: Num[Tensor, "items *cl
     >>> top1(torch.tensor([[0.9, 0.2], [0.4, 0.1]]), torch.tensor([0, 1]))
     0.5
     """
-    truth = targets if targets.ndim == 1 else targets.argmax(dim=1)
-    return (scores.argmax(dim=1) == truth).double().mean().item()
+    return topk(scores, targets, k=1)
+
+
+@torch.no_grad()
+def topk(scores: Float[Tensor, "items classes"], targets: Num[Tensor, "items *classes"], k: int) -> float:
+    """The share of items whose class is among the k best-scored ones (all of them where there are fewer).
+
+    >>> topk(torch.tensor([[0.9, 0.2, 0.0], [0.4, 0.1, 0.2]]), torch.tensor([0, 1]), k=2)
+    0.5
+    """
+    best = scores.topk(min(k, scores.shape[1]), dim=1).indices
+    return (best == _class_numbers(targets)[:, None]).any(dim=1).double().mean().item()
+
+
+@torch.no_grad()
+def top1_by_class(scores: Float[Tensor, "items classes"], targets: Num[Tensor, "items *classes"]) -> float:
+    """The mean over classes of the share of a class' items that are right; classes without items are left out.
+
+    >>> top1_by_class(torch.tensor([[0.9, 0.2], [0.8, 0.3], [0.4, 0.1]]), torch.tensor([0, 0, 1]))
+    0.5
+    """
+    truth = _class_numbers(targets)
+    right = (scores.argmax(dim=1) == truth).double()
+    counts = torch.bincount(truth, minlength=scores.shape[1])
+    hits = torch.zeros(len(counts), dtype=torch.float64, device=right.device).index_add_(0, truth, right)
+    return (hits[counts > 0] / counts[counts > 0]).mean().item()
+
+
+def _class_numbers(targets: Num[Tensor, "items *classes"]) -> Int64[Tensor, "items"]:
+    return targets if targets.ndim == 1 else targets.argmax(dim=1)

@@ -1,0 +1,151 @@
+"""The linear support vector machines of the literature on VOC 2007 (Goyal et al. 2019,
+https://arxiv.org/abs/1905.01235): one a class, cost by cross-validation. Equal to scikit-learn's LinearSVC."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int8, Shaped
+from torch import Tensor
+
+from mls.errors import DataError
+from mls.metrics import average_precision
+from mls.probe.labels import Labels, read_labels
+from mls.probe.linear import Progress, quiet
+from mls.probe.objectives import SquaredHinge
+from mls.probe.solve import Axes, Design, minimise, plain, principal_axes
+
+COSTS = (*(10.0**power for power in range(-7, 3)), *(2.0**-power for power in range(4, 20)))  # the paper's
+POSITIVE_WEIGHT = 2.0
+COLUMNS = 2048  # weight vectors that are fitted together
+TOLERANCE = 1e-6  # of the loss: rankings of a fold's few images are touchy
+
+
+@dataclass(frozen=True)
+class Svm:
+    """`F.normalize(test_features) @ weight + bias` are its scores."""
+
+    scores: Float[Tensor, "test classes"]
+    weight: Float[Tensor, "dim classes"]
+    bias: Float[Tensor, "classes"]
+    cost: Float64[Tensor, "classes"]  # that was chosen for each class
+    tried: Float64[Tensor, "costs classes"]  # average precision of each cost, mean over the folds
+    average_precision: Float64[Tensor, "classes"] | None  # on the test images, where their labels were given
+    value: float | None  # mean average precision, or accuracy where every image has one class
+
+
+@torch.no_grad()
+def svm_probe(
+    train_features: Float[Tensor, "train dim"],
+    train_labels: Shaped[Tensor, "train ..."],
+    test_features: Float[Tensor, "test dim"],
+    test_labels: Shaped[Tensor, "test ..."] | None = None,
+    costs: Sequence[float] = COSTS,
+    folds: int = 3,
+    multilabel: bool | None = None,
+    progress: Progress = quiet,
+) -> Svm:
+    """One machine a class on L2-normalised features: squared hinge, positives weigh twice, the bias is penalised as a
+    weight is. The cost of each class has the best average precision over stratified folds of consecutive images.
+    `progress` is told of (classes done, classes).
+
+    Entries that are not annotated are left out of their class. Single labels make one class against the rest.
+    Memory: a normalised fp32 copy of the features, and that of `mls.probe.solve` for 2,048 columns.
+    """
+    labels = read_labels(train_labels, multilabel)
+    signs = _signs(labels)
+    where = {"device": train_features.device}
+    fold_of = torch.from_numpy(np.stack([_folds(sign, folds) for sign in signs.cpu().numpy()])).to(**where)
+    signs = signs.to(**where)
+    design = plain(_prepared(train_features))
+    axes, grid = principal_axes(design), torch.tensor(list(costs), dtype=torch.float64, **where)
+    weights, tried, chosen = [], [], []
+    at_once = max(1, COLUMNS // (len(grid) * folds))
+    for start in range(0, labels.classes, at_once):
+        some, halves = signs[start : start + at_once], fold_of[start : start + at_once]
+        tried.append(_cross_validated(design, axes, some, halves, grid, folds))
+        chosen.append(grid[tried[-1].argmax(dim=0)])
+        rows = torch.arange(len(some), **where)
+        weights.append(fit_svm(design, axes, some, halves, rows, torch.full_like(rows, -1), chosen[-1]))
+        progress(min(start + at_once, labels.classes), labels.classes)
+    weight = torch.cat(weights).T
+    scores = _prepared(test_features).to(weight) @ weight
+    precision = value = None
+    if test_labels is not None:
+        truth = read_labels(test_labels, not labels.single)
+        signed = _signs(truth, labels.classes).T
+        precision = average_precision(scores, signed.to(scores.device), (signed != 0).to(scores.device))
+        value = truth.measure(scores)
+    return Svm(scores, weight[:-1], weight[-1], torch.cat(chosen), torch.cat(tried, dim=1), precision, value)
+
+
+def fit_svm(
+    design: Design,
+    axes: Axes,
+    signs: Int8[Tensor, "classes images"],
+    fold_of: Int8[Tensor, "classes images"],
+    row: Shaped[Tensor, "columns"],
+    fold: Shaped[Tensor, "columns"],
+    cost: Float64[Tensor, "columns"],
+    tolerance: float = TOLERANCE,
+) -> Float[Tensor, "columns dim"]:
+    """Each column is the machine of class `row` without the images of `fold`: the minimum of
+    |weight|^2 / 2 + cost * sum of weighted squared hinges, divided here by cost and images."""
+    hinge = SquaredHinge(signs, fold_of, POSITIVE_WEIGHT, row, fold, 1 / (2 * cost * len(design)))
+    return minimise(design, hinge, axes, tolerance).weight[:, 0]
+
+
+def _cross_validated(
+    design: Design, axes: Axes, signs: Tensor, fold_of: Tensor, costs: Tensor, folds: int
+) -> Float64[Tensor, "costs classes"]:
+    shape = len(costs), folds, len(signs)
+    where = {"device": signs.device}
+    row = torch.arange(shape[2], **where).expand(shape).flatten()
+    fold = torch.arange(folds, **where)[:, None].expand(shape).flatten()
+    weight = fit_svm(design, axes, signs, fold_of, row, fold, costs[:, None, None].expand(shape).flatten())
+    scores = torch.cat([x @ weight.T for x, _ in design.parts(8192)])
+    # Fold by fold, since targets and their mask are as large as the scores.
+    found = torch.zeros(shape[0], shape[2], dtype=torch.float64, **where)
+    for number, columns in enumerate(scores.view(-1, *shape).unbind(dim=2)):
+        held = ((fold_of == number) & (signs != 0)).T
+        targets = signs.T[:, None].expand(columns.shape)
+        found += average_precision(columns, targets, held[:, None].expand(columns.shape)) / folds
+    return found
+
+
+def _signs(labels: Labels, classes: int | None = None) -> Int8[Tensor, "classes images"]:
+    """+1, -1, and 0 where it is not known."""
+    if labels.numbers is not None:
+        positive = labels.numbers == torch.arange(classes or labels.classes, device=labels.numbers.device)[:, None]
+    else:
+        positive = labels.matrix.T
+    signs = 2 * positive.to(torch.int8) - 1
+    return signs if labels.known is None else signs * labels.known.T
+
+
+def _folds(signs: np.ndarray, folds: int) -> np.ndarray:
+    """The fold of each image of one class; -1 where the class is not known."""
+    from sklearn.model_selection import StratifiedKFold
+
+    known = np.flatnonzero(signs)
+    fold_of = np.full(len(signs), -1, dtype=np.int8)
+    if len(np.unique(signs[known])) < 2 or len(known) < 2 * folds:
+        raise DataError(
+            f"a class has no positives, no negatives or fewer than {2 * folds} annotated images: its machine cannot be "
+            "cross-validated, leave the class out"
+        )
+    with warnings.catch_warnings():  # a class with fewer positives than folds: folds without one count 0 for all costs
+        warnings.simplefilter("ignore", UserWarning)
+        for number, (_, held) in enumerate(StratifiedKFold(folds).split(known, signs[known])):
+            fold_of[known[held]] = number
+    return fold_of
+
+
+def _prepared(features: Tensor) -> Float[Tensor, "images dim_and_one"]:
+    x = features.detach() if features.dtype == torch.float64 else features.detach().float()
+    return F.pad(F.normalize(x, dim=1), (0, 1), value=1.0)
