@@ -14,10 +14,13 @@ _HOME = {
     "Run": "mls.engine",
     "load_backbone": "mls.models",
 }
+_PARTS = ("eval", "losses", "matching")  # modules that people reach through `mls.`
 __all__ = ["Run", "__version__", "load_backbone", "load_config", "pretrain", "resume"]
 
 
 def __getattr__(name: str) -> object:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _PARTS:
+        return importlib.import_module(f"mls.{name}")
     raise AttributeError(f"module 'mls' has no attribute '{name}'")

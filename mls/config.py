@@ -3,7 +3,6 @@ Defaults are the paper's where it states one. How recipes and overrides become a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import yaml
 
 from mls.errors import ConfigError
+from mls.files import runs_folder
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class MonitorConfig:
     log_every: int = 20  # steps
     health_every: int = 200  # steps: collapse measures of the dictionary
     knn_every_epochs: int = 1  # when the source has labels; 0: never
-    knn_images: int = 2000  # images embedded for the online kNN, train and held out together
+    linear_every_epochs: int = 10  # the linear probe, the same
+    knn_images: int = 2000  # images embedded for both, train and held out together
     tensorboard: bool = False
     wandb: str | None = None  # project name
 
@@ -249,4 +250,4 @@ def _plain(value: Any) -> Any:
 
 
 def runs_root(config: Config) -> Path:
-    return Path(config.run.root or os.environ.get("MLS_RUNS") or "runs").expanduser()
+    return Path(config.run.root).expanduser() if config.run.root else runs_folder()

@@ -24,7 +24,7 @@ from mls.data import Source
 from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, centre, decode
 from mls.data.loader import in_workers
-from mls.errors import DataError, UserError
+from mls.errors import DataError, Stopped, UserError
 from mls.files import alone, cache_folder, telling_disk_errors, write_atomically
 from mls.monitor.progress import counting
 
@@ -121,6 +121,8 @@ def kept(
     Rows are appended in blocks, each with its hash: a killed process loses at most one block, and a file that was
     damaged since is noticed and completed. A second process that asks for the same features waits for the first.
     """
+    from mls.engine.preempt import StopFlag  # the engine's monitor embeds images: at the top it would be a circle
+
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder("features") / key
     folder.mkdir(exist_ok=True)
@@ -128,13 +130,19 @@ def kept(
         dim, blocks = _whole_blocks(folder, count)
         if len(blocks) * BLOCK < count:
             start = len(blocks) * BLOCK
-            with counting(title, count, not quiet, start) as progress, closing(compute(start)) as batches:
+            with (
+                StopFlag() as stop,
+                counting(title, count, not quiet, start) as progress,
+                closing(compute(start)) as batches,
+            ):
                 for block in _in_blocks(batches):
                     dim, start = block.shape[1], start + len(block)
                     blocks.append(_append(folder, block, len(blocks), count))
                     index = {"facts": dict(facts), "dim": dim, "blocks": blocks}
                     write_atomically(folder / "features.json", json.dumps(index).encode())
                     progress(start)
+                    if stop.exit_code:
+                        raise Stopped(f"a signal came: {start} of {count} rows of features are kept", stop.exit_code)
     # Mode c: whoever writes to the tensor, which torch cannot forbid, changes a copy of the page.
     rows = np.memmap(folder / "features.npy", "<f4", "c", len(_header(count, dim)), (count, dim))
     return Kept(torch.from_numpy(rows), folder, hashlib.sha256("".join(blocks).encode()).hexdigest())

@@ -69,6 +69,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def runs_folder() -> Path:
+    """Where runs and results go: $MLS_RUNS, else ./runs."""
+    return Path(os.environ.get("MLS_RUNS") or "runs").expanduser()
+
+
 def cache_folder(kind: str) -> Path:
     """Where what can be made again is kept: $MLS_CACHE/KIND, by default in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

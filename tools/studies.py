@@ -67,6 +67,7 @@ def label_overlap(run: Run) -> dict[str, float]:
 
 def finish_cell(store: Results, name: str, recipe: str, overrides: Sequence[str], train: bool = True) -> dict[str, Any]:
     """The numbers of one cell of a study: from the store if finished, else trained (or gone on with) and probed."""
+    from mls import engine
     from mls.config import to_yaml
     from mls.recipes import load_config
 
@@ -78,22 +79,12 @@ def finish_cell(store: Results, name: str, recipe: str, overrides: Sequence[str]
         return dict(known)
     typer.echo(f"— {name}, seed {seed}", err=True)
     if train:
-        run = finish_run(load_config(recipe, [*overrides, f"run.name={slug(name)}-seed{seed}-{key}"]))
+        run = engine.finish(load_config(recipe, [*overrides, f"run.name={slug(name)}-seed{seed}-{key}"]))
         values: dict[str, Any] = {"run": run.name} | _measure(run)
     else:
         values = _measure_untrained(config)
     store.add(cell=name, config=key, seed=seed, **values)
     return values
-
-
-def finish_run(config: Config) -> Run:
-    """The finished run of a configuration: trained now, gone on with, or found finished in its folder."""
-    from mls import engine
-    from mls.config import runs_root
-
-    assert config.run.name is not None
-    folder = runs_root(config) / config.run.name
-    return engine.run(folder) if (folder / "config.yaml").is_file() else engine.pretrain(config)
 
 
 def _measure(run: Run) -> dict[str, float]:

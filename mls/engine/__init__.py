@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from mls import distributed
-from mls.config import Config, to_yaml
+from mls.config import Config, runs_root, to_yaml
 from mls.engine.run import Run
 from mls.engine.trainer import Trainer
 from mls.errors import UserError
 from mls.files import write_atomically
 from mls.recipes import load_config
 
-__all__ = ["Run", "Trainer", "pretrain", "resume", "run"]
+__all__ = ["Run", "Trainer", "finish", "pretrain", "resume", "run"]
 
 
 def pretrain(config: Config, quiet: bool = False) -> Run:
@@ -59,6 +59,13 @@ def run(folder: str | Path, quiet: bool = False) -> Run:
     process = distributed.start(config.engine.device)
     Trainer(config, this, process, quiet=quiet).train()
     return this
+
+
+def finish(config: Config, quiet: bool = False) -> Run:
+    """The finished run of a configuration with a name: trained now, gone on with, or found finished in its folder."""
+    assert config.run.name is not None
+    folder = runs_root(config) / config.run.name
+    return run(folder, quiet) if (folder / "config.yaml").is_file() else pretrain(config, quiet)
 
 
 def _on_main(action: Callable[[], Any], process: distributed.Process) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mls.config import Config, differences, runs_root, to_yaml
 from mls.errors import CheckpointError, UserError
-from mls.files import write_atomically
+from mls.files import runs_folder, write_atomically
 from mls.monitor.log import read_metrics
 from mls.recipes import load_config
 
@@ -67,7 +67,7 @@ class Run:
     def open(cls, path: str | Path) -> Run:
         """The run at this path, or of this name under $MLS_RUNS. A run may be called like a folder that is here."""
         given = Path(path).expanduser()
-        places = (given, Path(os.environ.get("MLS_RUNS") or "runs").expanduser() / given)
+        places = (given, runs_folder() / given)
         for place in places:
             if (place / "config.yaml").is_file():
                 return cls(place)

@@ -1,6 +1,7 @@
 """Schedules as pure functions of the step (counted from 1): nothing to save, nothing to reset on resume."""
 
 import math
+from collections.abc import Sequence
 
 
 def cosine(step: int, total: int, warmup: int = 0, final: float = 0.0) -> float:
@@ -13,6 +14,17 @@ def cosine(step: int, total: int, warmup: int = 0, final: float = 0.0) -> float:
         return step / warmup
     progress = (step - 1 - warmup) / max(1, total - warmup)
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def stepwise(step: int, falls: Sequence[int], warmup: int = 0) -> float:
+    """The same for a rate that falls to a tenth after each of the steps in `falls`; without any it is constant.
+
+    >>> [stepwise(step, falls=[3, 4], warmup=2) for step in (1, 2, 3, 4, 5)]
+    [0.5, 1.0, 1.0, 0.1, 0.01]
+    """
+    if step <= warmup:
+        return step / warmup
+    return 10.0 ** -sum(step > fall for fall in falls)
 
 
 def epoch_of(step: int, steps_per_epoch: int) -> int:

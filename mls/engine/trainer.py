@@ -32,9 +32,9 @@ from mls.methods.base import StepOutput, gradient_norms
 from mls.models import build_pair, save_backbone
 from mls.models.momentum import HALF, precision_on
 from mls.monitor.health import health
-from mls.monitor.knn import OnlineKnn
 from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
+from mls.monitor.online import OnlineProbes
 from mls.monitor.progress import TrainingProgress, for_people
 from mls.monitor.window import Window
 from mls.recipes import from_dict
@@ -98,7 +98,7 @@ class Trainer:
                 TrainingProgress(self.total, self.step, self.run.name, show=self.process.main and not self.quiet)
             )
             self.open_log(stack)
-            self.knn = OnlineKnn.build(self.config, self.source) if self.process.main else None
+            self.probes = OnlineProbes.build(self.config, self.source) if self.process.main else None
             self.introduce()
             last = min(self.total, self.config.engine.max_steps or self.total)
             loader = Loader(
@@ -166,8 +166,8 @@ class Trainer:
         if self.process.main:
             if step % monitor.health_every == 0 and len(self.method.dictionary):
                 values |= health(self.method.dictionary.rows())
-            if epoch_ends and self.knn is not None and epoch % monitor.knn_every_epochs == 0:
-                values |= self.knn(self.method.pair.query.backbone, self.process.device)
+            if epoch_ends and self.probes is not None:
+                values |= self.probes(self.method.pair.query.backbone, epoch, self.process.device)
             if values.get("data_wait", 0.0) > MUCH_WAITING and step >= self.hint_from:
                 self.hint_from = math.inf
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"

@@ -60,7 +60,8 @@ def save_backbone(folder: Path, backbone: Backbone, card: dict[str, Any], augmen
 
 
 def load_backbone(weights: str | Path) -> Backbone:
-    """A backbone, in evaluation mode, with `.feature_dim`. `weights` says which, and where its weights come from:
+    """A backbone, in evaluation mode, with `.feature_dim`; one from a file also with `.card`, what the file beside it
+    says of its input and origin. `weights` says which, and where its weights come from:
 
     a run folder, a .safetensors file      what pretraining saved (a `.json` lies beside)
     NAME, random:NAME, timm:NAME           a backbone of mls (resnet50, resnet_tiny) or timm, randomly initialised
@@ -95,8 +96,10 @@ def _from_file(path: Path) -> Backbone:
     from safetensors.torch import load_file
 
     try:
-        backbone = backbones.build(card(path)["architecture"])
+        facts = card(path)
+        backbone = backbones.build(facts["architecture"])
         backbone.load_state_dict(load_file(path))
+        backbone.card = facts
     except (SafetensorError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     return backbone

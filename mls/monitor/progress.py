@@ -62,6 +62,7 @@ class TrainingProgress:
 
 NAMES = {"loss/info_nce": "info_nce", "loss/multi_label": "multi_label", "dictionary/fill": "dictionary"}
 NAMES |= {"labels/overlap": "overlap", "knn/map": "kNN mAP", "knn/top1": "kNN top-1"}
+NAMES |= {"linear/map": "linear mAP", "linear/top1": "linear top-1"}
 
 
 def for_people(values: Mapping[str, float]) -> dict[str, str]:
@@ -83,26 +84,26 @@ def for_people(values: Mapping[str, float]) -> dict[str, str]:
 
 
 @contextmanager
-def counting(text: str, total: int, show: bool = True, start: int = 0) -> Iterator[Callable[[int], None]]:
-    """Gives a function that takes how many are done: a bar on a terminal, a line every few seconds elsewhere; on
-    stderr, and only where the work takes longer than a moment."""
+def counting(text: str, total: int, show: bool = True, start: int = 0) -> Iterator[Callable[..., None]]:
+    """Gives a function that takes how many are done (and of how many, where that was not known before): a bar on a
+    terminal, a line every few seconds elsewhere; on stderr, and only where the work takes longer than a moment."""
     console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
     columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()]
     bar = Progress(*columns, console=console, transient=True)
     task = bar.add_task(text, total=total, completed=start)
     began = printed = time.monotonic()
 
-    def advance(done: int) -> None:
+    def advance(done: int, of: int = total) -> None:
         nonlocal printed
         now = time.monotonic()
         # Not before worker processes have started either: they would inherit the lock of the bar's thread.
         if show and console.is_terminal and not bar.live.is_started and now - began > MOMENT:
             bar.start()
-        bar.update(task, completed=done)
+        bar.update(task, completed=done, total=of)
         if show and not console.is_terminal and now - printed > PLAIN_EVERY:
             printed = now
-            left = (now - began) / max(1, done - start) * (total - done)
-            console.print(f"{text}: {done} of {total}, eta {duration(left)}", markup=False)
+            left = (now - began) / max(1, done - start) * (of - done)
+            console.print(f"{text}: {done} of {of}, eta {duration(left)}", markup=False)
 
     try:
         yield advance

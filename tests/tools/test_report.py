@@ -31,7 +31,7 @@ engine.threads=1 monitor.knn_images=128 monitor.log_every=2 monitor.health_every
 VOID = {"meta", "link", "img", "br", "hr", "input"}
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHARTS = ["InfoNCE loss", "Multi-label loss", "Cosine similarity", "Gradient of each part", "Gradient norm"]
-CHARTS += ["Pseudo-label overlap", "Pseudo-label precision", "Online kNN", "Spread of a coordinate"]
+CHARTS += ["Pseudo-label overlap", "Pseudo-label precision", "Online probes", "Spread of a coordinate"]
 CHARTS += ["Mean cosine of two rows", "Effective rank", "Learning rate", "Dictionary fill", "Speed", "Data wait"]
 
 

@@ -44,7 +44,7 @@ def analyse(
         mls bench analyse scores --protocol spml_voc2012 data.workers=8
     """
     from mls.errors import ConfigError, unknown_name
-    from mls.eval.cells import runs_root
+    from mls.files import runs_folder
     from mls.tools.analyses import Study, analyses
     from mls.tools.studies import markdown_table
 
@@ -54,7 +54,7 @@ def analyse(
     known = analyses()
     if name not in (*known, "all"):
         raise unknown_name("analysis", name, [*known, "all"])
-    folder = out or runs_root() / "analyses"
+    folder = out or runs_folder() / "analyses"
     folder.mkdir(parents=True, exist_ok=True)
     short = QUICK if quick else ()
     study = Study(protocol, [*short, *overrides], weights, seed, folder)
