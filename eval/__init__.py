@@ -4,13 +4,16 @@ names are fetched when first used."""
 import importlib
 
 _HOME = {
+    "extract": "mls.eval.extraction",
+    "knn": "mls.probe",
+    "linear_probe": "mls.probe",
     "load_protocol": "mls.eval.protocol",
     "protocols": "mls.eval.protocol",
     "run": "mls.eval.cells",
     "suites": "mls.eval.suite",
     "load_suite": "mls.eval.suite",
 }
-__all__ = ["load_protocol", "load_suite", "protocols", "run", "suites"]
+__all__ = ["extract", "knn", "linear_probe", "load_protocol", "load_suite", "protocols", "run", "suites"]
 
 
 def __getattr__(name: str) -> object:

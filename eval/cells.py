@@ -4,26 +4,39 @@ one goes on from its folder."""
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import mls
+from mls import engine
+from mls.config import to_yaml as config_to_yaml
 from mls.errors import ConfigError
-from mls.eval import supervised
-from mls.eval.protocol import Supervised, fingerprint, load_protocol, to_yaml
+from mls.eval import frozen, supervised
+from mls.eval.outcome import Outcome
+from mls.eval.protocol import AnyProtocol, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
-from mls.files import sha256, write_atomically
+from mls.files import runs_folder, sha256, write_atomically
 from mls.models import weights_file
+from mls.recipes import load_config
 from mls.results import Results
+
+RUNNERS: dict[str, Callable[..., Outcome]] = {
+    "multilabel": supervised.run,
+    "finetune": supervised.run,
+    "linear": frozen.run,
+    "knn": frozen.run,
+    "svm": frozen.run,
+}
 
 
 def run(
-    protocol: Supervised | str | Path,
+    protocol: AnyProtocol | str | Path,
     weights: str | Path | None = None,
     seed: int = 0,
     root: Path | None = None,
@@ -32,41 +45,43 @@ def run(
 ) -> dict[str, float]:
     """The metrics of one protocol, weights and seed, as shares; from the store where they are there already.
 
-    `weights`: a run, a file, a name such as torchvision:resnet50, or "random"; default: the protocol's own. `root`
+    `weights`: a run, a file, a name such as torchvision:resnet50, "random", or "pretrain:RECIPE KEY=VALUE ...", which
+    is the run of that recipe with this seed, trained first where it is not there; default: the protocol's own. `root`
     (default $MLS_RUNS, else ./runs) holds results.jsonl, and under eval/ a folder for each cell; `keep=False` deletes
     the folder when its numbers are stored.
     """
-    asked: Supervised = load_protocol(protocol) if isinstance(protocol, str | Path) else protocol
+    asked: AnyProtocol = load_protocol(protocol) if isinstance(protocol, str | Path) else protocol
+    root = root or runs_folder()
     wanted = str(weights) if weights is not None else asked.model.weights
-    root = root or runs_root()
-    store, key = Results(root / "results.jsonl"), cell_key(asked, wanted, seed)
-    name = cell_name(asked, wanted, seed)
+    used = pretrained(wanted, seed, root, quiet)
+    store, key = Results(root / "results.jsonl"), cell_key(asked, used, seed)
+    name = cell_name(asked, used, seed)
     folder = root / "eval" / name
     known = finished(store, key)
-    if known and (not keep or (folder / "classifier.safetensors").is_file()):
+    if known and (not keep or (folder / "classifier.safetensors").is_file() or asked.task == "knn"):
         return known
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "protocol.yaml", to_yaml(asked).encode())
-    title = f"{asked.recipe}, {asked.training.loss}, seed {seed}"
-    outcome = supervised.run(asked, wanted, seed, folder, title=title, quiet=quiet)
+    outcome = RUNNERS[asked.task](asked, used, seed, folder, title=title(asked, wanted, seed), quiet=quiet)
     row: dict[str, Any] = {
         "protocol": asked.recipe,
         "task": asked.task,
         "dataset": asked.data.name,
-        "loss": asked.training.loss,
+        **({"loss": asked.training.loss} if isinstance(asked, Supervised) else {}),
         "seed": seed,
+        "settings": fingerprint(asked),
         "weights": wanted,
-        "weights_hash": weights_hash(wanted),
+        "weights_hash": weights_hash(used),
         "cell": key,
         "run": name,
         "selection": outcome.selection,
-        "validation": outcome.training.best_value(),
+        "validation": outcome.validation,
         "duration": round(outcome.seconds, 1),
         "versions": {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "metrics": len(outcome.values),
     }
-    row["metrics"] = len(outcome.values)
-    if keep:
-        save_classifier(outcome.training, folder)
+    if keep and outcome.weights:
+        save_classifier(outcome.weights, folder)
     store.add_all(
         [{"metric": f"{asked.data.name}/{name}", "value": value, **row} for name, value in outcome.values.items()]
     )
@@ -74,7 +89,27 @@ def run(
     return outcome.values
 
 
-def validated(protocol: Supervised, weights: str, seed: int, root: Path) -> float:
+def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
+    """The finished run behind `pretrain:RECIPE KEY=VALUE ...`; other weights as they are."""
+    if not weights.startswith("pretrain:"):
+        return weights
+    recipe, *overrides = weights.removeprefix("pretrain:").split()
+    overrides.append(f"run.seed={seed}")
+    key = hashlib.sha256(config_to_yaml(load_config(recipe, overrides)).encode()).hexdigest()[:8]
+    name = f"{Path(recipe).stem}-seed{seed}-{key}"
+    return str(engine.finish(load_config(recipe, [*overrides, f"run.name={name}", f"run.root={root}"]), quiet).path)
+
+
+def title(protocol: AnyProtocol, weights: str, seed: int) -> str:
+    return f"{protocol.recipe}, {method(protocol) or weights}, seed {seed}"
+
+
+def method(protocol: AnyProtocol) -> str:
+    """What a protocol of the weak-label family compares."""
+    return protocol.training.loss if isinstance(protocol, Supervised) and protocol.task == "multilabel" else ""
+
+
+def validated(protocol: AnyProtocol, weights: str, seed: int, root: Path) -> float:
     """The best value of the protocol's metric on the validation part, of a finished cell."""
     row = Results(root / "results.jsonl").find(cell=cell_key(protocol, weights, seed))
     if row is None or row["validation"] is None:
@@ -95,16 +130,16 @@ def trained(protocol: Supervised, weights: str | None, seed: int, root: Path) ->
     return training
 
 
-def save_classifier(training: Training, folder: Path) -> None:
-    """The weights that were tested."""
+def save_classifier(weights: dict[str, Tensor], folder: Path) -> None:
+    """What was tested: all of a classifier, or the linear layer alone where the features were frozen."""
     from safetensors.torch import save
 
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in training.weights().items()}
     write_atomically(folder / "classifier.safetensors", save(weights))
 
 
-def cell_name(protocol: Supervised, weights: str, seed: int) -> str:
-    return f"{protocol.recipe}-{protocol.training.loss}-seed{seed}-{cell_key(protocol, weights, seed)}"
+def cell_name(protocol: AnyProtocol, weights: str, seed: int) -> str:
+    parts = [protocol.recipe, method(protocol), f"seed{seed}", cell_key(protocol, weights, seed)]
+    return "-".join(part for part in parts if part)
 
 
 def finished(store: Results, key: str) -> dict[str, float]:
@@ -115,7 +150,7 @@ def finished(store: Results, key: str) -> dict[str, float]:
     return found if rows and len(found) == rows[-1]["metrics"] else {}
 
 
-def cell_key(protocol: Supervised, weights: str, seed: int) -> str:
+def cell_key(protocol: AnyProtocol, weights: str, seed: int) -> str:
     text = f"{fingerprint(protocol)}/{weights_hash(weights)}/{seed}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -124,7 +159,3 @@ def weights_hash(weights: str) -> str:
     """Of the file behind the weights; of the name where there is none."""
     path = weights_file(weights) if ":" not in weights else None
     return (hashlib.sha256(weights.encode()).hexdigest() if path is None else sha256(path))[:16]
-
-
-def runs_root() -> Path:
-    return Path(os.environ.get("MLS_RUNS") or "runs").expanduser()

@@ -3,7 +3,7 @@ training.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,19 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.frozen: list[nn.Module] = []
+
+    def freeze(self, modules: Iterable[nn.Module]) -> None:
+        """From now on these parts stay as they are: no gradients, and evaluation mode even while the rest trains."""
+        self.frozen = list(modules)
+        for module in self.frozen:
+            module.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         return self.head(self.features(images))

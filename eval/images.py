@@ -3,11 +3,11 @@ of (seed, epoch, row); test images are never augmented."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,9 +16,11 @@ from mls.data import Batch
 from mls.data.augment import Augment, normalise
 from mls.data.crops import CROP_DRAWS, UnreadableImage, centre, crop_box, cut
 from mls.data.loader import Telling, as_it_is, worker_count
+from mls.data.scenes import ScenesSource
 from mls.errors import DataError, UserError
 from mls.eval.data import LabelledImages
-from mls.eval.protocol import DataConfig, Supervised
+from mls.eval.data.cifar import PixelSource
+from mls.eval.protocol import AnyProtocol, DataConfig, Supervised
 from mls.streams import derive, generator, uniforms
 
 # AlexNet's principal components of the colours of ImageNet (Krizhevsky et al. 2012), as published in fb.resnet.torch.
@@ -29,8 +31,11 @@ VARIANCES = (0.2175, 0.0188, 0.0045)
 class Pixels:
     """Whole batches of uint8 images. An index is (epoch, row); epoch 0 means: as the test sees it."""
 
-    def __init__(self, images: LabelledImages, data: DataConfig, augment: AugmentConfig, seed: int) -> None:
+    def __init__(
+        self, images: LabelledImages, data: DataConfig, augment: AugmentConfig, seed: int, operations: int = 0
+    ) -> None:
         self.images, self.data, self.augment, self.seed = images, data, augment, seed
+        self.rand_augment = rand_augment(operations) if operations else None
 
     def __getitems__(self, indices: list[tuple[int, int]]) -> Batch:
         epoch, rows, size = indices[0][0], np.array([row for _, row in indices], np.int64), self.augment.size
@@ -38,6 +43,8 @@ class Pixels:
         pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
         for place, row in enumerate(rows.tolist()):
             pixels[place] = self._to_size(self._read(row), epoch, draws[place].tolist())
+            if epoch and self.rand_augment is not None:
+                pixels[place] = self._changed(pixels[place], epoch, row)
         return Batch([pixels], [torch.zeros(len(rows), 4)], torch.from_numpy(rows), epoch)
 
     def _read(self, row: int) -> UInt8[Tensor, "3 height width"]:
@@ -58,6 +65,31 @@ class Pixels:
             return _centre(image, size, self.data.test_resize)
         return cut(image, (0, 0, height, width), size)
 
+    def _changed(self, crop: UInt8[Tensor, "3 size size"], epoch: int, row: int) -> UInt8[Tensor, "3 size size"]:
+        assert self.rand_augment is not None
+        with torch.random.fork_rng(devices=[]):
+            # Of the CPU alone: torch.manual_seed would change a GPU's stream too.
+            torch.default_generator.manual_seed(derive(self.seed, "rand augment", epoch, row))
+            return self.rand_augment(crop)
+
+
+def rand_augment(operations: int) -> Callable[[Tensor], Tensor]:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import RandAugment
+
+    return RandAugment(operations, magnitude=9, interpolation=InterpolationMode.BILINEAR)
+
+
+def mixing(alpha: float, count: int, seed: int) -> tuple[float, Int64[Tensor, "count"]]:
+    """Of mixup (https://arxiv.org/abs/1710.09412): the share that a batch's images keep, and each one's partner.
+
+    >>> share, partners = mixing(0.2, 3, seed=0)
+    >>> 0 <= share <= 1, partners.sort().values.tolist()
+    (True, [0, 1, 2])
+    """
+    draws = np.random.default_rng(seed)
+    return float(draws.beta(alpha, alpha)), torch.from_numpy(draws.permutation(count))
+
 
 def _centre(image: UInt8[Tensor, "3 height width"], size: int, resize: float) -> UInt8[Tensor, "3 size size"]:
     """The middle square of the image whose short side is `resize` times `size`: Resize(256), CenterCrop(224)."""
@@ -71,12 +103,13 @@ def _centre(image: UInt8[Tensor, "3 height width"], size: int, resize: float) ->
 class Batches:
     """The batches of one data set on one device."""
 
-    def __init__(self, images: LabelledImages, protocol: Supervised, seed: int, device: torch.device) -> None:
-        self.pixels = Pixels(images, protocol.data, protocol.augment, seed)
+    def __init__(self, images: LabelledImages, protocol: AnyProtocol, seed: int, device: torch.device) -> None:
+        operations = protocol.training.rand_augment if isinstance(protocol, Supervised) else 0
+        self.pixels = Pixels(images, protocol.data, protocol.augment, seed, operations)
         self.protocol, self.seed, self.device = protocol, seed, device
         self.finish = Augment(protocol.augment, seed, device)
         self.workers = worker_count(protocol.data.workers)
-        if images.images.name == "scenes":
+        if isinstance(images.images, ScenesSource | PixelSource):
             self.workers = 0  # they are in memory: handing them over would cost more than cutting them
 
     def training(self, epoch: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -87,9 +120,15 @@ class Batches:
 
     def plain(self, rows: Tensor | None = None, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows, images) without augmentation, in order."""
-        rows = torch.arange(len(self.pixels.images)) if rows is None else rows
-        for batch in self._load(0, rows.split(size)):
-            yield batch.ids, normalise(batch.crops[0], self.protocol.augment, self.device)
+        yield from self.frozen(0, torch.arange(len(self.pixels.images)) if rows is None else rows, size)
+
+    def frozen(self, number: int, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(rows, images) in the order given: pass 0 without augmentation, each other with its own."""
+        for batch in self._load(number, rows.split(size)):
+            if number:
+                yield batch.ids, self.finish(batch).images[0]
+            else:
+                yield batch.ids, normalise(batch.crops[0], self.protocol.augment, self.device)
 
     def _load(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Batch]:
         indices = [[(epoch, int(row)) for row in rows] for rows in batches]

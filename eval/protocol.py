@@ -110,6 +110,7 @@ class FrozenData(DataConfig):
     validation: float = 0.2  # only linear and svm choose anything
     test_crop: Literal["squash", "centre"] = "centre"
     test_resize: float = 256 / 224
+    train_crop: Literal["squash", "random"] = "random"  # of the augmented passes
 
 
 @dataclass(frozen=True)
@@ -190,8 +191,20 @@ def _check_training(training: TrainingConfig) -> None:
             f"training.pseudo_from is {training.pseudo_from} of {training.epochs} epochs: pseudo-labels need an epoch "
             "before them and one after, so choose a number from 1 to training.epochs - 1"
         )
-    if training.schedule == "steps" and not training.steps:
-        raise ConfigError("training.schedule=steps needs to know when: set training.steps, for example [60,80]")
+    for key in ("mixup", "rand_augment", "warmup_epochs", "linear_epochs"):
+        if getattr(training, key) < 0:
+            raise ConfigError(f"training.{key} is {getattr(training, key)}: 0 is off, it cannot be less")
+    if training.warmup_epochs >= training.epochs:
+        raise ConfigError(
+            f"training.warmup_epochs is {training.warmup_epochs:g} of {training.epochs} epochs: make it shorter"
+        )
+    if training.schedule == "steps" and not any(0 < epoch < training.epochs for epoch in training.steps):
+        raise ConfigError(
+            f"training.schedule=steps with training.steps={training.steps} never lowers the rate in "
+            f"{training.epochs} epochs: set training.steps, for example [60,80] of 100"
+        )
+    if training.nesterov and training.optimizer == "sgd" and training.momentum == 0:
+        raise ConfigError("training.nesterov=true needs a momentum: raise training.momentum above 0")
     if training.train == "head" and training.linear_epochs:
         raise ConfigError("training.train=head trains the last layer alone anyway: set training.linear_epochs=0")
 

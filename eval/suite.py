@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mls.errors import ConfigError, DataError, unknown_name
+from mls.errors import CheckpointError, ConfigError, DataError, unknown_name
 from mls.eval import cells
-from mls.eval.protocol import Supervised, load_protocol
+from mls.eval.protocol import AnyProtocol, load_protocol
+from mls.models import card, weights_file
 from mls.recipes import Kind, build, find, read_yaml, shipped
 
 
@@ -28,7 +29,9 @@ class Row:
     name: str = ""
     set: list[str] = field(default_factory=list)
     choose: dict[str, list[Any]] = field(default_factory=dict)  # values of a key, tried on the validation part
-    weights: str | None = None  # default: the protocol's
+    weights: str | None = None  # default: the protocol's; where backbones are compared: none, the paper's numbers alone
+    tiny: str | None = None  # where backbones are compared: the weights of --tiny
+    method: str = ""  # where backbones are compared: the run's, so that a run of the user finds the paper's numbers
     paper: list[float | None] = field(default_factory=list)  # one a column, in per cent
 
 
@@ -36,6 +39,7 @@ class Row:
 class Suite:
     title: str = ""
     source: str = ""  # of the paper's numbers
+    compares: Literal["methods", "backbones"] = "methods"  # what --weights adds: other networks for all rows, or rows
     columns: list[Column] = field(default_factory=list)
     tiny: list[Column] = field(default_factory=list)  # the same on the embedded scenes
     rows: list[Row] = field(default_factory=list)
@@ -45,7 +49,7 @@ class Suite:
 class Cell:
     row: Row
     column: Column
-    protocol: Supervised
+    protocol: AnyProtocol
     weights: str
     seed: int
 
@@ -60,6 +64,7 @@ class Table:
     values: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     chosen: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # what `choose` came to, as overrides
     missing: dict[str, str] = field(default_factory=dict)  # column to why it could not be run
+    absent: dict[str, str] = field(default_factory=dict)  # row to why its weights cannot be had
 
 
 def check(suite: Suite) -> None:
@@ -111,6 +116,8 @@ def run(
 
     for column in columns:
         for row in rows:
+            if row.name in table.absent or (suite.compares == "backbones" and row.weights is None):
+                continue
             try:
                 chosen = [] if tiny else choose(row, column, root, overrides, say_once)
                 planned = plan(row, column, seeds, [*chosen, *overrides])
@@ -119,9 +126,14 @@ def run(
                 table.missing[column.name] = str(error)
                 say(f"{column.name}: left out. {error}")
                 break
+            except CheckpointError as error:
+                table.absent[row.name] = str(error)
+                say(f"{row.name}: left out. {error}")
+                continue
             if found and column.metric not in found[0]:
                 raise unknown_name(f"metric of column {column.name}", column.metric, found[0])
-            table.values[row.name, column.name] = [100 * values[column.metric] for values in found]
+            values = [100 * values[column.metric] for values in found]
+            table.values.setdefault((row.name, column.name), []).extend(values)
             table.chosen[row.name, column.name] = chosen
     return table
 
@@ -153,14 +165,17 @@ def plan(row: Row, column: Column, seeds: int | None, overrides: Sequence[str]) 
 
 
 def chosen_rows(suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence[str]) -> list[Row]:
-    """The suite's rows; with weights given, each method once for each of them in the place of the paper's networks."""
+    """The suite's rows and what `--weights` makes of them."""
     for name in only:
         if name not in [row.name for row in suite.rows]:
             raise unknown_name("row of the suite", name, [row.name for row in suite.rows])
     rows = [row for row in suite.rows if not only or row.name in only]
+    if suite.compares == "backbones":
+        rows = [replace(row, weights=row.tiny) for row in rows if row.tiny] if tiny else rows
+        return [*rows, *(given(one, suite) for one in weights)]
     if not weights and not tiny:
         return rows
-    # The paper's numbers belong to its own networks.
+    # Each method once, for each of the weights in the place of the paper's networks, whose numbers these are.
     methods = list({tuple(row.set): row for row in reversed(rows)}.values())[::-1]
     if not weights:
         return [replace(row, weights=None, paper=row.paper) for row in methods]
@@ -170,3 +185,23 @@ def chosen_rows(suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence
         for one in weights
         for row in methods
     ]
+
+
+def given(weights: str, suite: Suite) -> Row:
+    """The row of `--weights WEIGHTS` or `--weights LABEL=WEIGHTS`; several with one label are runs of one row."""
+    label, separator, rest = weights.partition("=")
+    if not separator or Path(weights).expanduser().exists() or ":" in label:
+        label, rest = Path(weights).name, weights
+    file = weights_file(rest) if ":" not in rest and rest != "random" else None
+    method = "" if file is None else str(card(file).get("method", ""))
+    return Row(name=f"ours: {label}", weights=rest, method=method or label)
+
+
+def like(row: Row, suite: Suite) -> Row | None:
+    """The row of the paper that a given one is compared with: the same method, or the same name."""
+    of_paper = [other for other in suite.rows if other.paper]
+    label = row.name.removeprefix("ours: ")
+    for other in of_paper:
+        if other.name in (row.name, label) or (other.method and other.method == row.method):
+            return other
+    return None

@@ -8,27 +8,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from jaxtyping import Float, Int8, Int64
+from jaxtyping import Int8, Int64
 from torch import Tensor
 
 from mls.errors import ConfigError
-from mls.eval import data as data_sets
 from mls.eval.classifier import build_classifier
-from mls.eval.data import LabelledImages, scenes
-from mls.eval.protocol import DataConfig, Supervised
+from mls.eval.data import LabelledImages
+from mls.eval.outcome import Outcome, metrics
+from mls.eval.protocol import AnyProtocol, Supervised, TrainingData
 from mls.eval.regimes import observe, split
+from mls.eval.splits import load
 from mls.eval.training import Training, build_loss
-from mls.metrics import (
-    average_precision,
-    f1,
-    frequency_groups,
-    grouped,
-    mean_average_precision,
-    mean_average_precision_by_sample,
-)
 from mls.models import card, weights_file
+from mls.probe import few_shot
+
+Protocol = TypeVar("Protocol", bound=AnyProtocol)
+Truth = Int8[Tensor, "images classes"] | Int64[Tensor, "images"]  # the second where every image has one label
 
 
 @dataclass(frozen=True)
@@ -36,33 +34,35 @@ class Prepared:
     """A data set under one label regime."""
 
     train: LabelledImages
-    observed: Int8[Tensor, "images classes"]  # what training sees of train.truth
+    observed: Truth  # what training sees of train.truth
     val: LabelledImages | None  # fully labelled: chooses the epoch
     test: LabelledImages
 
 
-@dataclass(frozen=True)
-class Outcome:
-    values: dict[str, float]  # metrics on the test images, as shares
-    selection: str
-    seconds: float
+@dataclass(frozen=True, kw_only=True)
+class Trained(Outcome):
     training: Training
 
 
 @lru_cache(maxsize=1)  # the cells of a suite share it
-def prepare(data: DataConfig) -> Prepared:
-    """Labels are drawn on all training images, then a part is held out: the order of the published code."""
-    if data.name == "scenes":
-        found = scenes.read(Path(), data.scenes)
-    else:
-        found = data_sets.build(data.name, data.root, data.check_sizes)
+def prepare(data: TrainingData, draw: int = 0) -> Prepared:
+    """Labels are drawn on all training images, then a part is held out: the order of the published code. `draw` counts
+    where few images a class are drawn."""
+    found = load(data)
     train, val = found.train, found.val
     drawn = train.observed
-    if drawn is None or data.labels != "single_positive":
+    if train.single_label:
+        if data.labels != "full":
+            raise ConfigError(f"data.labels={data.labels} needs images with many labels: {data.name}'s have one each")
+        drawn = train.truth
+    elif drawn is None or data.labels != "single_positive":
         drawn = observe(train.truth, data.labels, data.proportion, data.seed)
     if val is None and data.validation:
         kept, held_out = split(len(train), data.validation, data.seed)
         train, val, drawn = found.train.part(kept), found.train.part(held_out), drawn[kept]
+    if data.shots:
+        rows = few_shot(train.truth, data.shots, draw, multilabel=not train.single_label)
+        train, drawn = train.part(rows), drawn[rows]
     return Prepared(train, drawn, val, found.test)
 
 
@@ -74,17 +74,19 @@ def run(
     after_epoch: Callable[[Training], None] | None = None,
     title: str = "",
     quiet: bool = False,
-) -> Outcome:
+) -> Trained:
     """Train, choose the epoch, test once. With a folder the same call goes on where it was stopped."""
     began = time.monotonic()
     training = prepare_training(protocol, weights, seed, folder)
     training.train(title or protocol.recipe, quiet, after_epoch)
-    return Outcome(test(training), training.selection(), time.monotonic() - began, training)
+    values, seconds = test(training), time.monotonic() - began
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in training.weights().items()}
+    return Trained(values, training.selection(), training.best_value(), seconds, kept, training=training)
 
 
 def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path | None) -> Training:
     """The classifier with its data, not trained yet (or as far as the folder knows)."""
-    prepared = prepare(protocol.data)
+    prepared = prepare(protocol.data, seed if protocol.data.shots else 0)
     if protocol.training.select == "best" and prepared.val is None:
         raise ConfigError("training.select=best has no validation part to choose on: raise data.validation above 0")
     protocol = with_statistics_of(weights, protocol)
@@ -94,7 +96,7 @@ def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path
     return Training(protocol, classifier, prepared.train, prepared.observed, validate, seed, folder)
 
 
-def with_statistics_of(weights: str, protocol: Supervised) -> Supervised:
+def with_statistics_of(weights: str, protocol: Protocol) -> Protocol:
     """Images are standardised as they were when the weights were pretrained."""
     file = weights_file(weights) if ":" not in weights else None
     if file is None:
@@ -106,49 +108,19 @@ def with_statistics_of(weights: str, protocol: Supervised) -> Supervised:
 
 def validate(training: Training) -> dict[str, float]:
     """What is measured after every epoch."""
-    val = prepare(training.protocol.data).val
+    val = _prepared(training).val
     return {} if val is None else _measure(training, val)
 
 
 def test(training: Training) -> dict[str, float]:
-    return _measure(training, prepare(training.protocol.data).test)
+    return _measure(training, _prepared(training).test)
+
+
+def _prepared(training: Training) -> Prepared:
+    return prepare(training.protocol.data, training.seed if training.protocol.data.shots else 0)
 
 
 def _measure(training: Training, images: LabelledImages) -> dict[str, float]:
-    protocol = training.protocol
-    counts = (prepare(protocol.data).observed > 0).sum(0)
-    return metrics(training.scores(images), images.truth, protocol.groups, counts)
-
-
-def metrics(
-    scores: Float[Tensor, "images classes"],
-    truth: Int8[Tensor, "images classes"],
-    groups: int = 0,
-    counts: Int64[Tensor, "classes"] | None = None,
-) -> dict[str, float]:
-    """All on annotated entries only.
-
-    map: mean over all classes, one without positives counts 0 (the SPML and LL papers). map_class: such classes are
-    left out (Two-way's mAP@class, OpenImages). map_sample: classes ranked within each image. f1: mean over classes at
-    probability 0.5. map_g1 ...: groups of classes from rare to frequent.
-
-    >>> scores, truth = torch.tensor([[0.9, 0.1], [0.2, 0.3]]), torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
-    >>> found = metrics(scores, truth)
-    >>> found["map"], found["map_class"], found["map_sample"]
-    (0.5, 1.0, 1.0)
-    """
-    known = truth != 0
-    mask = None if bool(known.all()) else known
-    per_class = average_precision(scores, truth, known=mask)
-    values = {
-        "map": mean_average_precision(scores, truth, skip_empty=False, known=mask),
-        "map_class": mean_average_precision(scores, truth, known=mask),
-        "map_sample": mean_average_precision_by_sample(scores, truth, known=mask),
-        "f1": f1(scores, truth, known=mask),
-    }
-    if groups:
-        assert counts is not None
-        met = (truth > 0).any(0)
-        means = grouped(per_class.where(met, torch.nan), frequency_groups(counts, groups), groups)
-        values |= {f"map_g{number}": mean for number, mean in enumerate(means, start=1)}
-    return values
+    groups, observed = training.protocol.groups, _prepared(training).observed
+    counts = (observed > 0).sum(0) if observed.ndim == 2 else torch.bincount(observed)
+    return metrics(training.scores(images), images.truth, groups, counts)

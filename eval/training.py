@@ -8,21 +8,21 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float, Int8
+import torch.nn.functional as F
+from jaxtyping import Float, Int8, Int64
 from torch import Tensor, nn
 
 from mls import losses
 from mls.distributed import start
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.preempt import StopFlag
-from mls.engine.schedule import cosine
 from mls.errors import ConfigError, DivergedError, Stopped
 from mls.eval.classifier import Classifier
-from mls.eval.data import LabelledImages
-from mls.eval.images import Batches
+from mls.eval.data import LabelledImages, presence
+from mls.eval.images import Batches, mixing
+from mls.eval.optimizer import build, frozen_parts, set_lr, weight_penalty
 from mls.eval.protocol import Supervised
 from mls.losses import Loss
 from mls.models.momentum import HALF, precision_on
@@ -40,7 +40,7 @@ class Training:
         protocol: Supervised,
         classifier: Classifier,
         train: LabelledImages,
-        observed: Int8[Tensor, "images classes"],
+        observed: Int8[Tensor, "images classes"] | Int64[Tensor, "images"],  # the second: each image's one class
         validate: Callable[[Training], dict[str, float]],
         seed: int,
         folder: Path | None = None,
@@ -49,12 +49,17 @@ class Training:
         self.device = start(protocol.training.device).device
         self.classifier = classifier.to(self.device)
         self.loss = build_loss(protocol).to(self.device)
+        self.single_label, self.classes = observed.ndim == 1, len(train.class_names)
+        refuse_impossible(protocol, self.loss, self.single_label)
         self.observed = observed.clone()  # LL-Cp changes it
-        self.pseudo = torch.full(observed.shape, torch.nan)  # soft labels; NaN where there is none
-        self.unannotated = (observed == 0).sum(0)  # of each class, before anything was pseudo-labelled
-        self.loss.observe(self.observed)
-        self.loss.to(self.device)
-        self.optimizer = self.build_optimizer()
+        self.pseudo: Tensor | None = None
+        if protocol.training.loss == "em_apl":
+            self.pseudo = torch.full(observed.shape, torch.nan)  # soft labels; NaN where there is none
+        if not self.single_label:
+            self.loss.observe(self.observed)
+            self.loss.to(self.device)
+        classifier.freeze(frozen_parts(protocol.training, classifier))
+        self.optimizer = build(protocol.training, classifier, self.loss)
         precision = protocol.training.precision
         self.reduced = HALF.get(precision_on(self.device, precision, "training.precision"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.reduced is torch.float16)
@@ -119,15 +124,21 @@ class Training:
         self.progress.say(f"{self.title}  epoch {epoch}/{epochs}  loss {mean:.4g}{validated}")
 
     def train_step(self, rows: Tensor, views: Tensor) -> Tensor:
-        if self.protocol.training.schedule == "cosine":
-            self.set_lr(cosine(self.step, self.total))
+        training = self.protocol.training
+        set_lr(self.optimizer, training, self.step, self.steps_per_epoch)
+        share, partners = 1.0, rows
+        if training.mixup:
+            share, order = mixing(training.mixup, len(rows), derive(self.seed, "mixup", self.step))
+            views, partners = views[order.to(self.device)].lerp(views, share), rows[order]
         torch.manual_seed(derive(self.seed, "dropout", self.step))
         self.classifier.train()
         with torch.autocast(self.device.type, dtype=self.reduced, enabled=self.reduced is not None):
             outputs = self.classifier(views)
         loss = self.loss_of(outputs, rows)
+        if training.mixup:
+            loss = share * loss + (1 - share) * self.loss_of(outputs, partners)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss + self.weight_penalty()).backward()
+        self.scaler.scale(loss + weight_penalty(training, self.classifier)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         flipped = getattr(self.loss, "flipped", None)
@@ -136,8 +147,13 @@ class Training:
         return loss.detach()
 
     def loss_of(self, outputs: Float[Tensor, "batch classes"], rows: Tensor) -> Float[Tensor, ""]:
-        labels, pseudo = self.observed[rows].to(self.device), self.pseudo[rows].to(self.device)
-        return self.loss(outputs.float(), labels, pseudo, rows.to(self.device))
+        pseudo = None if self.pseudo is None else self.pseudo[rows].to(self.device)
+        return self.loss(outputs.float(), self.labels_of(rows), pseudo, rows.to(self.device))
+
+    def labels_of(self, rows: Tensor) -> Int8[Tensor, "batch classes"]:
+        """A class number becomes a row of labels only here: those of all ImageNet would take 1.3 GB."""
+        observed = self.observed[rows].to(self.device)
+        return presence(F.one_hot(observed, self.classes)) if self.single_label else observed
 
     def linear_init(self) -> None:
         """LinearInit: the last layer alone, on features of the images as they are. A schedule stays at its start."""
@@ -168,14 +184,16 @@ class Training:
 
     @torch.no_grad()
     def scores(self, images: LabelledImages | None = None) -> Float[Tensor, "images classes"]:
-        """Probabilities of the training images, or of others, without augmentation."""
+        """Probabilities of the training images, or of others, without augmentation. Where each image has one class,
+        the outputs as they are: their probabilities round to 1, and would tie."""
         self.classifier.eval()
         batches = self.batches if images is None else Batches(images, self.protocol, self.seed, self.device)
         found = []
         for _, views in batches.plain():
             with torch.autocast(self.device.type, dtype=self.reduced, enabled=self.reduced is not None):
                 outputs = self.classifier(views)
-            found.append(self.loss.predict(outputs.float()).cpu())
+            outputs = outputs.float()
+            found.append((outputs if self.single_label else self.loss.predict(outputs)).cpu())
         return torch.cat(found)
 
     def add_pseudo_labels(self, epoch: int) -> None:
@@ -183,11 +201,12 @@ class Training:
         among the labels that are still unknown become soft negatives, for good. The last round would train nothing."""
         training = self.protocol.training
         rounds = training.epochs - training.pseudo_from
-        if training.loss != "em_apl" or not training.pseudo_from <= epoch < training.epochs:
+        if self.pseudo is None or not training.pseudo_from <= epoch < training.epochs:
             return
         scores = self.scores()
-        unknown = (self.observed == 0) & self.pseudo.isnan()
-        for column, count in enumerate((training.pseudo_share * self.unannotated / rounds).int().tolist()):
+        unannotated = self.observed == 0
+        unknown = unannotated & self.pseudo.isnan()
+        for column, count in enumerate((training.pseudo_share * unannotated.sum(0) / rounds).int().tolist()):
             candidates = unknown[:, column].nonzero()[:, 0]
             lowest = scores[candidates, column].argsort(stable=True)[:count]
             self.pseudo[candidates[lowest], column] = scores[candidates[lowest], column]
@@ -219,45 +238,6 @@ class Training:
         best = 1 + max(range(epochs), key=lambda i: self.history[i][metric])
         ended = f", {self.ended}" if self.ended else ""
         return f"epoch {best} of {epochs}, best {metric} on the validation part{ended}"
-
-    # ------------------------------------------------------------------------------------------------ one step's parts
-
-    def build_optimizer(self) -> torch.optim.Optimizer:
-        training = self.protocol.training
-        own, head = list(self.loss.parameters()), list(self.classifier.head.parameters())
-        known = {id(parameter) for parameter in [*own, *head]}
-        body = [p for p in self.classifier.parameters() if id(p) not in known and p.requires_grad]
-        own_share = self.loss.lr_multiplier if training.loss_lr is None else training.loss_lr
-        groups: list[dict[str, Any]] = [
-            {"params": body, "share": 1.0},
-            {"params": head, "share": training.head_lr},
-            {"params": own, "share": own_share, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        common = {"lr": training.lr, "weight_decay": training.weight_decay}
-        if training.optimizer == "sgd":
-            optimizer: torch.optim.Optimizer = torch.optim.SGD(
-                groups, **common, momentum=training.momentum, nesterov=training.nesterov
-            )
-        else:
-            kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-            optimizer = kind(groups, **common)
-        for group in optimizer.param_groups:
-            group["lr"] = training.lr * group["share"]
-        return optimizer
-
-    def set_lr(self, share: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.protocol.training.lr * group["share"] * share
-
-    def weight_penalty(self) -> Tensor | float:
-        """L1R and L2R: over the weights of all layers, not over biases and normalisation."""
-        training = self.protocol.training
-        if training.weight_penalty == "none":
-            return 0.0
-        weights = [p.float() for p in self.classifier.parameters() if p.ndim > 1]
-        size = (lambda w: w.abs().sum()) if training.weight_penalty == "l1" else (lambda w: w.square().sum())
-        return training.penalty * torch.stack([size(weight) for weight in weights]).sum()
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -298,6 +278,22 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         for name in ("step", "summed", "initialised", "observed", "pseudo", "history", "best", "ended"):
             setattr(self, name, state[name])
+
+
+def refuse_impossible(protocol: Supervised, loss: Loss, single_label: bool) -> None:
+    training = protocol.training
+    if not (loss.needs_index or hasattr(loss, "flipped") or training.loss == "em_apl"):
+        return
+    if single_label:
+        raise ConfigError(
+            f"training.loss={training.loss} completes labels that are partly unknown, but each image of "
+            f"{protocol.data.name} has just one class, which is known: use training.loss=softmax"
+        )
+    if training.mixup:
+        raise ConfigError(
+            f"training.loss={training.loss} learns labels of each single image, which a mixture of two does not have: "
+            "set training.mixup=0"
+        )
 
 
 def build_loss(protocol: Supervised) -> Loss:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mls.errors import ConfigError
 
-if TYPE_CHECKING:
-    from mls.eval.suite import Table
-
 app = typer.Typer(help="Downstream evaluation: one protocol, or a paper's table.", no_args_is_help=True)
 
 WEIGHTS = "A run, a .safetensors file, torchvision:resnet50, scratch:NAME, or random; default: the protocol's own."
+ROWS = "As for `mls eval run`, or LABEL=WEIGHTS. May be repeated; several with one LABEL are runs of one row."
 
 
 @app.command("run")
@@ -32,15 +30,18 @@ def run(
 
         mls eval run spml_voc2012 training.loss=ll_r --weights torchvision:resnet50 data.root=/data/VOCdevkit
 
-        mls eval run spml_scenes --weights runs/mls_scenes_tiny-… data.labels=full
+        mls eval run linear data.name=cub200 --weights runs/mls_coco_r50-…
+
+        mls eval run knn data.name=folder data.root=/data/birds --weights torchvision:resnet50
     """
     from mls.eval import cells, load_protocol
+    from mls.files import runs_folder
     from mls.results import Results
     from mls.tools.studies import markdown_table
 
     name, *overrides = arguments
     protocol = load_protocol(name, overrides)
-    root = out or cells.runs_root()
+    root = out or runs_folder()
     wanted = weights or protocol.model.weights
     values = cells.run(protocol, wanted, seed, root)
     rows = [[f"{protocol.data.name}/{metric}", f"{100 * value:.2f}"] for metric, value in values.items()]
@@ -53,7 +54,7 @@ def run(
 @app.command("suite")
 def suite(
     arguments: Annotated[list[str], typer.Argument(metavar="NAME KEY=VALUE", help="See `mls eval list`.")],
-    weights: Annotated[list[str] | None, typer.Option(help=f"{WEIGHTS} May be repeated.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help=ROWS)] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="The same methods on the embedded scenes: minutes.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Default: as the protocol says.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this row. May be repeated.")] = None,
@@ -68,13 +69,16 @@ def suite(
         mls eval suite paper_two_way --weights torchvision:resnet50 data.workers=8
 
         mls eval suite paper_spml --only "EM" --only "AN" --seeds 1 training.epochs=2 --tiny
+
+        mls eval suite paper_classification --weights MLS=runs/a --weights MLS=runs/b --weights MoCo-v2=runs/c
     """
-    from mls.eval.cells import runs_root
     from mls.eval.suite import load_suite
     from mls.eval.suite import run as run_suite
+    from mls.files import runs_folder
+    from mls.tools.tables import as_text
 
     name, *overrides = arguments
-    root = out or runs_root()
+    root = out or runs_folder()
     loaded = load_suite(name)
     say = lambda text: typer.echo(text, err=True)
     table = run_suite(loaded, root, weights or (), tiny, seeds, only or (), overrides, say)
@@ -86,33 +90,6 @@ def suite(
     print(f"{path}; every number with its seed and epoch: {root / 'results.jsonl'}")
     if len(table.missing) == len(table.columns):
         raise ConfigError("no column could be run: see the lines above, or try --tiny, which needs no data")
-
-
-def as_text(table: Table, tiny: bool, name: str) -> str:
-    """Our columns, then the paper's. A blank cell was not run, or the paper has no number for it."""
-    from mls.tools.studies import markdown_table, spread
-
-    numbers = [row.paper or [None] * len(table.suite.columns) for row in table.rows]
-    told = [place for place, _ in enumerate(table.suite.columns) if any(row[place] is not None for row in numbers)]
-    papers = [table.suite.columns[place] for place in told]
-    header = ["", *(f"{column.name}" for column in table.columns), *(f"paper: {column.name}" for column in papers)]
-    lines = []
-    for row, known in zip(table.rows, numbers, strict=True):
-        ours = [spread(table.values.get((row.name, column.name), [])) for column in table.columns]
-        paper = ["" if known[place] is None else f"{known[place]:g}" for place in told]
-        lines.append([row.name, *ours, *paper])
-    counts = {len(values) for values in table.values.values()}
-    seeds = f"mean ± std over {max(counts)} seeds" if counts and max(counts) > 1 else "one seed"
-    notes = [f"{table.suite.title}, in per cent, {seeds}."]
-    if papers:
-        notes[0] += f" The paper's numbers: {table.suite.source}."
-    if tiny and papers:
-        notes.append("Our columns are the embedded scenes: the papers' columns are other data and another network.")
-    for (row, column), chosen in table.chosen.items():
-        if chosen:
-            notes.append(f"{row}, {column}: {', '.join(chosen)}, best on the validation part.")
-    notes += [f"{column}: left out. {why}" for column, why in table.missing.items()]
-    return f"{markdown_table(header, lines)}\n\n" + "\n".join(notes) + "\n"
 
 
 @app.command("check")

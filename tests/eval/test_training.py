@@ -12,6 +12,7 @@ import torch
 
 from mls.errors import ConfigError, Stopped
 from mls.eval import load_protocol
+from mls.eval.optimizer import weight_penalty
 from mls.eval.protocol import Supervised, fingerprint
 from mls.eval.supervised import metrics, prepare, prepare_training, run
 from mls.eval.training import Training
@@ -94,7 +95,9 @@ def test_linear_init_moves_the_last_layer_alone() -> None:
 def test_weight_penalty_counts_weights_and_no_biases(kind: str, size: Callable[..., torch.Tensor]) -> None:
     one = training(f"training.weight_penalty={kind}", "training.penalty=0.5")
     expected = sum(size(p.detach().double()) for p in one.classifier.parameters() if p.ndim > 1)
-    assert float(one.weight_penalty().detach()) == pytest.approx(0.5 * float(expected), rel=1e-5)
+    assert float(weight_penalty(one.protocol.training, one.classifier).detach()) == pytest.approx(
+        0.5 * float(expected), rel=1e-5
+    )
 
 
 def test_the_best_epoch_is_tested_and_named() -> None:

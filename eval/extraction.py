@@ -1,0 +1,147 @@
+"""Frozen features of labelled images: computed once for the same weights, images and size, then read from disk
+(`mls.features.kept`). What is learnt from them is in frozen.py."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int8, Int64
+from torch import Tensor, nn
+
+from mls.data.scenes import ScenesSource
+from mls.distributed import start
+from mls.errors import ConfigError
+from mls.eval.data import DataSet, LabelledImages
+from mls.eval.images import Batches
+from mls.eval.protocol import FeaturesConfig, Frozen, FrozenData, plain
+from mls.eval.splits import load
+from mls.features import kept
+from mls.models import load_backbone
+from mls.models.momentum import HALF, precision_on
+
+SAMPLED = 32  # images whose content enters the hash: a data set rewritten under the same names is noticed
+
+
+@dataclass(frozen=True)
+class Features:
+    features: Float[Tensor, "images dim"]  # memory-mapped
+    labels: Int64[Tensor, "images"] | Int8[Tensor, "images classes"]  # as LabelledImages.truth
+    class_names: Sequence[str]
+    sha256: str
+
+
+def extract(
+    backbone: nn.Module | str | Path,
+    dataset: str | Path | DataSet | LabelledImages,
+    split: str = "train",
+    size: int | None = None,
+    resize: float | None = None,
+    root: str | Path | None = None,
+    check_sizes: bool = True,
+    workers: int | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Features:
+    """Features of a split of a data set, with its labels: the middle square of each image, no augmentation.
+
+    dataset  a name (`mls eval list`), a folder of class folders, or what `mls.eval.data` gives
+    size     of the input; default: what the backbone was pretrained with, else 224 (32 for the embedded scenes)
+    resize   the short side is scaled to this many times the size before the crop; default: 256 / 224 (scenes: 1)
+
+    The second call with the same weights, images and size reads the first one's file.
+
+    >>> features = extract("resnet_tiny", "scenes", "test", quiet=True)
+    >>> features.features.shape, features.labels.shape
+    (torch.Size([2000, 128]), torch.Size([2000, 10]))
+    """
+    if isinstance(dataset, str | Path) and Path(dataset).expanduser().is_dir():
+        dataset, root = "folder", dataset
+    data = FrozenData(root=None if root is None else str(root), check_sizes=check_sizes, workers=workers)
+    if isinstance(dataset, str | Path):
+        dataset = load(replace(data, name=str(dataset)))
+    images = _split(dataset, split) if isinstance(dataset, DataSet) else dataset
+    scenes = isinstance(images.images, ScenesSource)
+    data = replace(data, test_resize=resize or (1.0 if scenes else data.test_resize))
+    backbone = load_backbone(backbone) if isinstance(backbone, str | Path) else backbone
+    card = getattr(backbone, "card", {})
+    augment = plain(size or card.get("input_size") or (32 if scenes else 224))
+    if card:
+        augment = replace(augment, mean=tuple(card["mean"]), std=tuple(card["std"]))
+    protocol = Frozen(data=data, augment=augment, features=FeaturesConfig(device=device))
+    return features_of(backbone, images, protocol, f"of {images.images.name}", quiet=quiet)
+
+
+def features_of(
+    backbone: nn.Module,
+    images: LabelledImages,
+    protocol: Frozen,
+    title: str = "",
+    number: int = 0,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Features:
+    """Pass `number` over the images as the protocol sees them: 0 without augmentation, the others with."""
+    device = start(protocol.features.device).device
+    reduced = HALF.get(precision_on(device, protocol.features.precision, "features.precision"))
+    network = backbone.eval().to(device)
+    batches = Batches(images, protocol, seed, device)
+
+    @torch.no_grad()
+    def compute(first: int) -> Iterator[Tensor]:
+        for _, views in batches.frozen(number, torch.arange(first, len(images)), protocol.features.batch_size):
+            with torch.autocast(device.type, dtype=reduced, enabled=reduced is not None):
+                features = network(views)
+            yield features.float()
+
+    facts: dict[str, Any] = {
+        "weights": hash_of_weights(backbone),
+        "images": hash_of_images(images),
+        "size": protocol.augment.size,
+        "statistics": [*protocol.augment.mean, *protocol.augment.std],
+        "crop": [protocol.data.test_crop, protocol.data.test_resize],
+        "precision": str(reduced),
+    }
+    if number:
+        augment = protocol.augment
+        facts["pass"] = [number, seed, protocol.data.train_crop, *augment.scale, *augment.ratio, augment.flip]
+    found = kept(facts, len(images), compute, f"features {title}".strip(), quiet)
+    return Features(found.features, images.truth, images.class_names, found.sha256)
+
+
+def _split(data: DataSet, name: str) -> LabelledImages:
+    parts = {"train": data.train, "val": data.val, "test": data.test}
+    found = parts.get(name)
+    if found is None:
+        known = ", ".join(part for part, images in parts.items() if images is not None)
+        raise ConfigError(f"{data.name} has no split '{name}': choose one of {known}")
+    return found
+
+
+def hash_of_weights(backbone: nn.Module) -> str:
+    """Of all tensors, and of the layers' settings, which tensors do not tell (a stride, a padding)."""
+    digest = hashlib.sha256(repr(backbone).encode())
+    for name, tensor in backbone.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def hash_of_images(images: LabelledImages) -> str:
+    """Of all names, and of the content of a few images."""
+    digest = hashlib.sha256()
+    for row in range(len(images)):
+        digest.update(images.describe(row).encode() + b"\0")
+    for tensor in (images.rows, images.boxes):
+        if tensor is not None:
+            digest.update(tensor.numpy().data)
+    for row in range(0, len(images), max(1, len(images) // SAMPLED)):
+        with contextlib.suppress(OSError):  # whoever embeds it says which image cannot be read
+            content = images.images.read(row if images.rows is None else int(images.rows[row]))
+            digest.update(content if isinstance(content, bytes) else content.contiguous().numpy().data)
+    return digest.hexdigest()[:16]

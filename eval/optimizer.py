@@ -1,0 +1,110 @@
+"""The optimizer of the supervised loop: what learns and at which rate, from step to step. When it steps is decided in
+training.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mls.engine.schedule import cosine, stepwise
+from mls.eval.classifier import Classifier
+from mls.eval.protocol import TrainingConfig
+from mls.losses import Loss
+
+
+def build(training: TrainingConfig, classifier: Classifier, loss: Loss) -> torch.optim.Optimizer:
+    """Weight decay is on everything but what the loss learns, biases and normalisation too: as in published fine-tuning
+    code. A group's `share` is its multiple of the learning rate."""
+    body = stages(classifier.backbone)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "share": training.layer_decay**distance}
+        for distance, parameters in zip(range(len(body), 0, -1), body, strict=True)
+    ]
+    own_share = loss.lr_multiplier if training.loss_lr is None else training.loss_lr
+    groups.append({"params": list(classifier.head.parameters()), "share": training.head_lr})
+    groups.append({"params": list(loss.parameters()), "share": own_share, "weight_decay": 0.0})
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        group["lr"] = training.lr * group["share"]
+    groups = [group for group in groups if group["params"]]
+    decay = training.weight_decay
+    if training.optimizer == "sgd":
+        momentum, nesterov = training.momentum, training.nesterov
+        return torch.optim.SGD(groups, training.lr, momentum=momentum, weight_decay=decay, nesterov=nesterov)
+    kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
+    return kind(groups, training.lr, weight_decay=decay)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, training: TrainingConfig, step: int, steps_per_epoch: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = training.lr * group["share"] * lr_share(training, step, steps_per_epoch)
+
+
+def lr_share(training: TrainingConfig, step: int, steps_per_epoch: int) -> float:
+    """The share of the peak learning rate at a step; both count from 1.
+
+    >>> training = TrainingConfig(epochs=4, schedule="steps", steps=[2], warmup_epochs=0.5)
+    >>> [lr_share(training, step, steps_per_epoch=4) for step in (1, 2, 8, 9)]
+    [0.5, 1.0, 1.0, 0.1]
+    """
+    warmup = round(training.warmup_epochs * steps_per_epoch)
+    if training.schedule == "cosine":
+        return cosine(step, training.epochs * steps_per_epoch, warmup)
+    falls = training.steps if training.schedule == "steps" else []
+    return stepwise(step, [epoch * steps_per_epoch for epoch in falls], warmup)
+
+
+def frozen_parts(training: TrainingConfig, classifier: Classifier) -> Iterable[nn.Module]:
+    """What the protocol leaves as it was pretrained."""
+    if training.train == "head":
+        return [classifier.backbone]
+    if training.batch_norm == "frozen":
+        return [part for part in classifier.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+    return []
+
+
+def stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
+    """All parameters of a network in their order, from the stem to the last stage.
+
+    Stages are the parts, themselves made of layers, of the innermost module that holds all sequences of blocks: layer1
+    to layer4 of a ResNet, the blocks of a transformer. What comes before the first is the stem; layers between
+    or after stages belong to the one before.
+
+    >>> from mls.models import load_backbone
+    >>> [sum(p.numel() for p in stage) for stage in stages(load_backbone("resnet_tiny"))]
+    [928, 18560, 57728, 230144]
+    """
+    trunk = backbone
+    while len(inner := [child for child in trunk.children() if _has_blocks(child)]) == 1:
+        trunk = inner[0]
+    parts = [child for child in trunk.children() if _has_layers(child)]
+    stage_of = {parameter: stage for stage, part in enumerate(parts, start=1) for parameter in part.parameters()}
+    found: list[list[nn.Parameter]] = [[] for _ in range(len(parts) + 1)]
+    current = 0
+    for parameter in backbone.parameters():
+        current = stage_of.get(parameter, current)
+        found[current].append(parameter)
+    return [stage for stage in found if stage]
+
+
+def _has_blocks(module: nn.Module) -> bool:
+    """Whether a sequence of modules that have layers is somewhere in it."""
+    kinds = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    sequences = [part for part in module.modules() if isinstance(part, kinds)]
+    return any(sum(_has_layers(child) for child in sequence.children()) > 1 for sequence in sequences)
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) and any(True for _ in module.parameters())
+
+
+def weight_penalty(training: TrainingConfig, classifier: Classifier) -> Tensor | float:
+    """L1R and L2R: over the weights of all layers that learn, not over biases and normalisation."""
+    if training.weight_penalty == "none":
+        return 0.0
+    weights = [p.float() for p in classifier.parameters() if p.ndim > 1 and p.requires_grad]
+    size = (lambda w: w.abs().sum()) if training.weight_penalty == "l1" else (lambda w: w.square().sum())
+    return training.penalty * torch.stack([size(weight) for weight in weights]).sum()
