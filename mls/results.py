@@ -37,19 +37,21 @@ class Results:
         except OSError as error:
             raise UserError(f"cannot write the result to {self.path}: {error.strerror}") from error
 
-    def rows(self, **wanted: Any) -> list[dict[str, Any]]:
-        """All rows whose fields have these values."""
+    def read(self) -> tuple[list[dict[str, Any]], int]:
+        """All rows, oldest first, and how many lines are torn."""
         if not self.path.is_file():
-            return []
-        found = []
+            return [], 0
+        rows, torn = [], 0
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                row = json.loads(line)
+                rows.append(json.loads(line))
             except json.JSONDecodeError:
-                continue
-            if all(row.get(name) == value for name, value in wanted.items()):
-                found.append(row)
-        return found
+                torn += 1
+        return rows, torn
+
+    def rows(self, **wanted: Any) -> list[dict[str, Any]]:
+        """All rows whose fields have these values."""
+        return [row for row in self.read()[0] if all(row.get(name) == value for name, value in wanted.items())]
 
     def find(self, **wanted: Any) -> Mapping[str, Any] | None:
         """The newest such row."""

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
-from mls.tools import bench, config, data, demo, eval, pretrain, report, scenes
+from mls.tools import bench, config, data, demo, eval, pretrain, report, results, scenes
 
 app = typer.Typer(
     name="mls",
@@ -20,7 +20,13 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-COMMANDS = {"demo": demo.demo, "pretrain": pretrain.pretrain, "config": config.show, "report": report.report}
+COMMANDS = {
+    "demo": demo.demo,
+    "pretrain": pretrain.pretrain,
+    "config": config.show,
+    "report": report.report,
+    "results": results.results,
+}
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(scenes.app, name="scenes")

@@ -8,7 +8,6 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from mls import probe
 from mls.errors import DataError
 from mls.metrics import mean_average_precision, top1
 from mls.probe import fit_linear, knn_scores, linear_probe
@@ -63,7 +62,8 @@ def test_knn_answers_the_same_in_portions(monkeypatch: pytest.MonkeyPatch) -> No
     train, labels = features_and_labels(60)
     test, _ = features_and_labels(23, seed=1)
     whole = knn_scores(train, labels, test)
-    monkeypatch.setattr(probe, "QUERIES", 5)
+    for name, size in {"QUERIES": 5, "ROWS": 7, "GATHERED": 100}.items():
+        monkeypatch.setattr(f"mls.probe.neighbours.{name}", size)
     assert torch.allclose(knn_scores(train, labels, test), whole, atol=1e-6)
 
 
@@ -86,7 +86,7 @@ def standardised(train: Tensor, test: Tensor) -> tuple[np.ndarray, np.ndarray]:
 def test_multi_label_probe_equals_sklearn_class_by_class(dtype: torch.dtype, l2: float) -> None:
     train, labels = features_and_labels(400)
     test, _ = features_and_labels(100, seed=1)
-    found = linear_probe(train.to(dtype), labels, test.to(dtype), l2=[l2]).scores.sigmoid()
+    found = linear_probe(train.to(dtype), labels, test.to(dtype), l2=[l2], tolerance=1e-10).scores.sigmoid()
     x, asked = standardised(train, test)
     for column in range(labels.shape[1]):
         # sklearn minimises C * sum of losses + |w|^2 / 2
@@ -99,7 +99,7 @@ def test_multi_label_probe_equals_sklearn_class_by_class(dtype: torch.dtype, l2:
 def test_single_label_probe_equals_sklearns_softmax() -> None:
     train, labels = features_and_labels(400)
     test, _ = features_and_labels(100, seed=1)
-    found = linear_probe(train, one_label(labels), test, l2=[1e-3])
+    found = linear_probe(train, one_label(labels), test, l2=[1e-3], tolerance=1e-10)
     x, asked = standardised(train, test)
     sklearn = LogisticRegression(C=1 / (2 * len(x) * 1e-3), solver="newton-cholesky", tol=1e-10).fit(
         x, labels.argmax(dim=1)
@@ -122,13 +122,14 @@ def test_penalties_fitted_together_equal_penalties_fitted_alone(multilabel: bool
 def test_the_penalty_that_is_best_on_held_out_images_is_chosen_and_ties_go_to_the_stronger() -> None:
     train, labels = features_and_labels(60, dim=50)
     found = linear_probe(train, labels, train, l2=(1e-6, 1e-1, 1e3))
-    assert set(found.held_out) == {1e-6, 1e-1, 1e3}
-    assert found.held_out[found.l2] == max(found.held_out.values())
-    assert len(set(found.held_out.values())) > 1
+    values = {each.settings["l2"]: each.value for each in found.tried}
+    assert set(values) == {1e-6, 1e-1, 1e3}
+    assert values[found.chosen["l2"]] == max(values.values())
+    assert len(set(values.values())) > 1
     easy = one_label(labels)
     tied = linear_probe(easy, easy, easy, l2=(1e-4, 1e-3))
-    assert tied.held_out == {1e-4: 1.0, 1e-3: 1.0}
-    assert tied.l2 == 1e-3
+    assert [each.value for each in tied.tried] == [1.0, 1.0]
+    assert tied.chosen == {"l2": 1e-3}
 
 
 def test_value_is_the_metric_on_the_test_images() -> None:
@@ -155,7 +156,7 @@ def test_probe_is_deterministic_and_leaves_the_global_stream_alone() -> None:
     before = torch.get_rng_state()
     first, second = (linear_probe(train.float(), labels, train.float(), seed=3) for _ in range(2))
     assert torch.equal(first.scores, second.scores)
-    assert first.held_out == second.held_out
+    assert first.tried == second.tried
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -190,5 +191,5 @@ def test_a_class_nobody_has_leaves_finite_scores() -> None:
 
 def test_too_few_images_to_hold_any_out_is_a_users_error() -> None:
     train, labels = features_and_labels(2)
-    with pytest.raises(DataError, match="too few to choose a penalty on"):
+    with pytest.raises(DataError, match="too few to choose settings on"):
         linear_probe(train, labels, train)
