@@ -28,10 +28,12 @@ class Softmax:
 
     def losses(self, logits: Float[Tensor, "groups classes some"], rows: Rows) -> tuple[Tensor, Tensor]:
         own = self.numbers[rows].expand(len(logits), 1, -1)
-        total = logits.logsumexp(dim=1, keepdim=True)
-        loss = (total - logits.gather(1, own)).sum(dim=(1, 2), dtype=torch.float64)
-        slopes = logits.sub_(total).exp_()
-        return loss, slopes.scatter_add_(1, own, torch.full_like(total, -1.0))
+        logits = logits.sub_(logits.amax(dim=1, keepdim=True))
+        right = logits.gather(1, own)
+        slopes = logits.exp_()
+        total = slopes.sum(dim=1, keepdim=True)
+        loss = (total.log() - right).sum(dim=(1, 2), dtype=torch.float64)
+        return loss, slopes.div_(total).scatter_add_(1, own, torch.full_like(total, -1.0))
 
     def keep(self, groups: Bool[Tensor, "groups"]) -> Softmax:
         return replace(self, l2=self.l2[groups])

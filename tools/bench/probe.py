@@ -19,6 +19,9 @@ PENALTIES = tuple(10 ** (-0.5 * step) for step in range(1, 11))  # strong to wea
 NEIGHBOURS = (1, 5, 20, 200)
 SVM_COSTS, SVM_CLASSES = (0.01, 0.1, 1.0), 4
 TOLERANCE = 1e-6  # scikit-learn's, of the gradient; its default of 1e-4 leaves weak penalties far from their minimum
+NOTE = """seconds of the whole
+grid. apart: the largest difference of any setting, in points of the metric. gap: the worst of any setting's loss, ours
+and scikit-learn's, above the lower of the two."""
 Row = list[str]
 
 
@@ -58,13 +61,7 @@ def probe(
     torch.set_num_threads(before)
     header = ["probe", "ours, s", "scikit-learn, s", "ratio", "metric, ours", "scikit-learn's", "apart at most", "gap"]
     print(markdown_table(header, rows))
-    print(
-        f"\n{images} × {dim} features, {classes} classes, {threads} threads, {len(PENALTIES)} penalties. Seconds are of"
-    )
-    print(
-        "the whole grid. `apart`: of any setting, in points of the metric. `gap`: the worst of any setting's loss above"
-    )
-    print("the lower of the two, ours and scikit-learn's.")
+    print(f"\n{images} × {dim} features, {classes} classes, {threads} threads, {len(PENALTIES)} penalties; {NOTE}")
 
 
 def drawn(images: int, dim: int, classes: int, several: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -200,10 +197,10 @@ def sklearn_machines(features: Tensor, labels: Tensor, test: Tensor, truth: Tens
     tried, tested = [], []
     for column, wanted in zip(labels.T.numpy(), truth.T.numpy(), strict=True):
         model = LinearSVC(class_weight={True: 2.0, False: 1.0}, dual=False, tol=1e-6, max_iter=10_000)
-        values = [
-            cross_val_score(model.set_params(C=c), x, column, cv=3, scoring="average_precision") for c in SVM_COSTS
-        ]
-        means = [float(np.mean(value)) for value in values]
+        means = []
+        for cost in SVM_COSTS:
+            model.set_params(C=cost)
+            means.append(float(cross_val_score(model, x, column, cv=3, scoring="average_precision").mean()))
         tried += means
         model.set_params(C=SVM_COSTS[int(np.argmax(means))]).fit(x, column)
         tested.append(float(average_precision_score(wanted, model.decision_function(asked))))

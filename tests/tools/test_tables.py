@@ -1,0 +1,132 @@
+"""Tables that compare backbones: which rows there are, what they are compared with, what is left out and said."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mls.config import AugmentConfig
+from mls.errors import CheckpointError
+from mls.eval import cells, load_suite
+from mls.eval import suite as suite_module
+from mls.eval.suite import chosen_rows, given, like
+from mls.models import load_backbone, save_backbone
+from mls.results import Results
+from mls.tools.tables import as_text, difference
+
+FEW = ["data.scenes.count=120", "data.scenes.test_count=40"]
+SUITE = """
+title: Backbones
+compares: backbones
+source: a paper
+columns:
+  - {name: linear, protocol: linear_scenes}
+  - {name: kNN, protocol: knn_scenes}
+rows:
+  - {name: random, weights: "random:resnet_tiny", method: random}
+  - {name: published, weights: "torchvision:resnet18@IMAGENET1K_V1", method: supervised, paper: [80.0, null]}
+  - {name: MLS, method: mls, paper: [50.0, 40.0]}
+"""
+
+
+@pytest.fixture
+def suite_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLS_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "backbones.yaml"
+    path.write_text(SUITE)
+    return path
+
+
+def saved(folder: Path, method: str) -> str:
+    folder.mkdir()
+    save_backbone(
+        folder, load_backbone("resnet_tiny"), {"architecture": "resnet_tiny", "method": method}, AugmentConfig(size=32)
+    )
+    return str(folder)
+
+
+def test_a_run_of_the_user_is_compared_with_the_papers_row_of_its_method_or_its_label(tmp_path: Path) -> None:
+    suite = load_suite("paper_classification")
+    run = saved(tmp_path / "some run", "moco_v2")
+    assert given(run, suite).name == "ours: some run"
+    paper = like(given(run, suite), suite)
+    assert paper is not None and paper.name == "MoCo-v2"
+    labelled = given(f"DenseCL={run}", suite)
+    assert labelled.name == "ours: DenseCL" and labelled.weights == run
+    assert like(given("torchvision:resnet50", suite), suite) is None
+    assert given("torchvision:resnet50@IMAGENET1K_V2", suite).weights == "torchvision:resnet50@IMAGENET1K_V2"
+    with pytest.raises(CheckpointError, match="holds no backbone"):
+        given(str(tmp_path), suite)
+
+
+def test_the_tiny_table_has_the_rows_that_the_scenes_can_make() -> None:
+    rows = {row.name: row.weights for row in chosen_rows(load_suite("paper_classification"), (), True, ())}
+    assert list(rows) == ["random", "supervised", "MoCo-v2", "MLS"]
+    assert rows["random"] == "random" and rows["MLS"].startswith("pretrain:mls_scenes_tiny")
+
+
+def test_papers_numbers_are_those_of_table_5() -> None:
+    rows = {row.name: row.paper for row in load_suite("paper_classification").rows}
+    assert rows["MLS"] == [85.8, 71.7, 91.2, 88.5, 81.2, 67.1, 81.9, 63.0, None]
+    assert rows["supervised"] == [89.0, 81.3, 96.7, 90.6, 86.7, 58.1, 64.4, 74.7, None]
+
+
+def test_two_runs_of_one_label_are_one_row_with_differences_to_paper_and_random(
+    suite_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights here"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    weights = [f"MLS={saved(tmp_path / name, 'mls')}" for name in ("a", "b")]
+    suite, said = load_suite(suite_file), []
+    table = suite_module.run(suite, tmp_path, weights, seeds=1, overrides=FEW, say=said.append)
+    assert len(table.values["ours: MLS", "linear"]) == 2
+    assert "torchvision's weights" in table.absent["published"] and len(said) == 1
+    text = as_text(table, False, "backbones")
+    lines = {
+        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if "|" in line
+    }
+    assert lines["MLS (paper)"] == ["50", "40"] and lines["published (paper)"] == ["80", ""]
+    mean = sum(table.values["ours: MLS", "linear"]) / 2
+    floor = table.values["random", "linear"][0]
+    assert lines["ours: MLS − the paper's MLS"][0] == difference(mean, 50.0)
+    assert lines["ours: MLS − random"][0] == difference(mean, floor)
+    assert "±" in lines["ours: MLS"][0] and "published: left out" in text
+    before = (tmp_path / "results.jsonl").read_bytes()
+    suite_module.run(suite, tmp_path, weights, seeds=1, overrides=FEW, say=said.append)
+    assert (tmp_path / "results.jsonl").read_bytes() == before
+
+
+def test_weights_that_are_a_recipe_are_pretrained_once_for_every_seed(tmp_path: Path) -> None:
+    weights = "pretrain:mls_scenes_tiny data.scenes.count=256 optim.epochs=1 monitor.knn_every_epochs=0"
+    first, second = (cells.pretrained(weights, seed, tmp_path, quiet=True) for seed in (0, 1))
+    assert first != second and (Path(first) / "DONE").is_file()
+    stamp = (Path(first) / "DONE").stat().st_mtime_ns
+    assert cells.pretrained(weights, 0, tmp_path, quiet=True) == first
+    assert (Path(first) / "DONE").stat().st_mtime_ns == stamp
+    assert cells.pretrained("random", 0, tmp_path) == "random"
+
+
+def test_a_killed_suite_goes_on_and_repeats_no_finished_cell(
+    suite_file: Path, tmp_path: Path, mls_command_line: Callable[..., list[str]]
+) -> None:
+    weights = saved(tmp_path / "a", "mls")
+    arguments = ["eval", "suite", str(suite_file), "--only", "random", "--weights", f"MLS={weights}", *FEW]
+    command = mls_command_line(*arguments, "--seeds", "2", "--out", str(tmp_path / "out"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    store = Results(tmp_path / "out" / "results.jsonl")
+    while len(store.rows(metric="scenes/map")) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = [row["time"] for row in store.rows(metric="scenes/map")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = store.rows(metric="scenes/map")
+    assert [row["time"] for row in rows[: len(before)]] == before
+    assert len({row["cell"] for row in rows}) == len(rows) == 8  # two rows, two columns, two seeds
+    assert "ours: MLS − random" in done.stdout and sys.stdout is not None
