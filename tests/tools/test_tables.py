@@ -2,8 +2,8 @@
 
 import signal
 import subprocess
-import sys
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,18 +79,19 @@ def test_two_runs_of_one_label_are_one_row_with_differences_to_paper_and_random(
     suite_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights here"))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # an earlier one has read the environment already
     weights = [f"MLS={saved(tmp_path / name, 'mls')}" for name in ("a", "b")]
     suite, said = load_suite(suite_file), []
     table = suite_module.run(suite, tmp_path, weights, seeds=1, overrides=FEW, say=said.append)
     assert len(table.values["ours: MLS", "linear"]) == 2
     assert "torchvision's weights" in table.absent["published"] and len(said) == 1
     text = as_text(table, False, "backbones")
-    lines = {
-        line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
-        for line in text.splitlines()
-        if "|" in line
-    }
+    parts = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    lines = {name: numbers for name, *numbers in parts}
     assert lines["MLS (paper)"] == ["50", "40"] and lines["published (paper)"] == ["80", ""]
     mean = sum(table.values["ours: MLS", "linear"]) / 2
     floor = table.values["random", "linear"][0]
@@ -129,4 +130,4 @@ def test_a_killed_suite_goes_on_and_repeats_no_finished_cell(
     rows = store.rows(metric="scenes/map")
     assert [row["time"] for row in rows[: len(before)]] == before
     assert len({row["cell"] for row in rows}) == len(rows) == 8  # two rows, two columns, two seeds
-    assert "ours: MLS − random" in done.stdout and sys.stdout is not None
+    assert "ours: MLS − random" in done.stdout
