@@ -113,16 +113,15 @@ def stop(folder: str | Path, delete: bool = False) -> bool:
 
 def _prepare(box: Box, has: Settings) -> None:
     for name in ("state", "spool", "log", "run", "dev", "munge"):
-        (box.folder / name).mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(box.folder / name, ignore_errors=True)  # of an earlier box here
+        (box.folder / name).mkdir(parents=True)
     box.folder.chmod(0o755)  # munge refuses sockets and keys that others could have written
     (box.folder / "munge").chmod(0o700)
     key = box.folder / "munge" / "key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
     for number in range(has.gpus):
-        gpu = box.folder / "dev" / f"gpu{number}"  # SLURM wants a device behind a GPU
-        if not gpu.is_symlink():
-            gpu.symlink_to("/dev/null")
+        (box.folder / "dev" / f"gpu{number}").symlink_to("/dev/null")  # SLURM wants a device behind a GPU
     settings.write(box.folder, has)
 
 

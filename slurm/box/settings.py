@@ -14,7 +14,7 @@ PORTS = range(20000, 32000)  # below the range from which Linux takes ports for 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the pretended cluster has. Nodes are processes of this machine: nothing is reserved or limited but memory."""
+    """What the pretended cluster has. Nodes are processes of this machine; only memory is limited."""
 
     nodes: int = 2
     cpus: int = 4  # a node
@@ -34,7 +34,7 @@ def node_names(count: int) -> list[str]:
 
 
 def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row. Another program may still take one: then the daemon says so and ends."""
+    """The first of `count` free ports in a row. Should another program take one, the daemon says so and ends."""
     draw = random.Random(os.urandom(8))
     while True:
         first = draw.randrange(PORTS.start, PORTS.stop - count)
