@@ -15,7 +15,7 @@ import submitit
 from submitit.slurm.slurm import _make_sbatch_string
 
 from mls.errors import LaunchError, unknown_name
-from mls.slurm import order, scheduler, snapshot
+from mls.slurm import scheduler, snapshot
 from mls.slurm.job import Job
 from mls.slurm.order import Order
 from mls.slurm.profile import Profile, sbatch_parameters, setup_lines
@@ -33,10 +33,10 @@ def check_cluster(cluster: str, several: bool = False) -> None:
         )
 
 
-def write_order(folder: Path, call: str, arguments: Mapping[str, Any], shared: Path, cluster: str) -> Order:
-    """The order of one folder. `shared` holds code/ and logs/, of this folder alone or of a whole array."""
+def order(folder: Path, call: str, arguments: Mapping[str, Any], shared: Path, cluster: str) -> Order:
+    """The order of one folder, not written yet. `shared` holds code/ and logs/, for it alone or for a whole array."""
     folder = folder.resolve()
-    made = Order(
+    return Order(
         folder=str(folder),
         call=call,
         arguments=arguments,
@@ -45,7 +45,6 @@ def write_order(folder: Path, call: str, arguments: Mapping[str, Any], shared: P
         logs=str(shared.resolve() / "logs"),
         cluster=cluster,
     )
-    return made.write()
 
 
 def submit(orders: Sequence[Order], profile: Profile, title: str, after: str | None = None) -> list[Order]:
@@ -134,8 +133,4 @@ def _reason(text: str) -> str:
 
 def pretraining(run: Path, shared: Path, cluster: str) -> Order:
     """The order of a run folder: train it to its end, from scratch or from its last checkpoint."""
-    return write_order(run, "mls.engine:run", {"folder": str(run.resolve())}, shared, cluster)
-
-
-def shared_folder(folder: Path) -> Path:
-    return order.submission(folder)
+    return order(run, "mls.engine:run", {"folder": str(run.resolve())}, shared, cluster)

@@ -18,6 +18,7 @@ from mls.slurm.box.settings import Settings
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where Debian puts daemons
 INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+_STARTED: list[subprocess.Popen[bytes]] = []  # Python complains of a process that it forgets while it runs
 PATIENCE = 120  # seconds until the nodes must be there; two on an idle machine
 
 
@@ -57,6 +58,7 @@ class Box:
         quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(command, env=self.environment(), start_new_session=True, **quiet)
         log.close()
+        _STARTED.append(process)
         pids = self.pids() | {name: process.pid}
         (self.folder / "pids").write_text("".join(f"{known} {pid}\n" for known, pid in pids.items()))
 
@@ -106,6 +108,8 @@ def stop(folder: str | Path, delete: bool = False) -> bool:
         processes.end(pids.values())
         processes.kill_left_over(box.folder, box.conf)
         (box.folder / "pids").unlink()
+        for process in _STARTED:
+            process.poll()
     if delete:
         shutil.rmtree(box.folder, ignore_errors=True)
     return bool(pids)
