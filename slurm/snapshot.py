@@ -46,7 +46,7 @@ def copy_package(source: Path, target: Path) -> None:
 def write_origin(source: Path, target: Path) -> None:
     """origin.json (commit, files that git does not know yet) and code.diff (what was changed since the commit)."""
     commit = _git(source, "rev-parse", "HEAD").strip()
-    new = _git(source, "ls-files", "--others", "--exclude-standard", ":/").split("\n")
+    new = _git(source, "ls-files", "--others", "--exclude-standard", "--full-name", ":/").split("\n")
     origin = {"copied_from": str(source), "commit": commit or None, "not_in_git": [name for name in new if name]}
     (target / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
     (target / "code.diff").write_text(_git(source, "diff", "HEAD"))
