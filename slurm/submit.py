@@ -69,8 +69,7 @@ def submit(orders: Sequence[Order], profile: Profile, title: str, after: str | N
 
 def run_here(one: Order) -> None:
     """--cluster debug: the same call in this process, so that a debugger and print work."""
-    with submitit.helpers.environment_variables(SUBMITIT_EXECUTOR="debug"):
-        Job(one.folder)()
+    Job(one.folder)()
 
 
 def sbatch_script(one: Order, profile: Profile, title: str, count: int = 1, after: str | None = None) -> str:
@@ -86,13 +85,16 @@ def _executor(one: Order, profile: Profile, title: str, after: str | None) -> An
             raise LaunchError(
                 f"--cluster local is one machine, the profile asks for {profile.nodes} nodes: set nodes=1"
             )
+        # It outlives this command and its terminal, whoever waits for what they print.
+        log = shlex.quote(f"{one.logs}/controller.log")
+        detach = [f"exec </dev/null >>{log} 2>&1", "trap '' HUP"]
         executor = submitit.LocalExecutor(one.logs, max_num_timeout=profile.max_timeouts, python=_python(one))
         executor.update_parameters(
             timeout_min=profile.minutes,
             tasks_per_node=profile.tasks_per_node,
             gpus_per_node=profile.gpus_per_node or 0,
             signal_delay_s=profile.signal_seconds,
-            setup=setup_lines(profile),
+            setup=[*detach, *setup_lines(profile)],
         )
         return executor
     try:

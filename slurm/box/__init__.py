@@ -66,6 +66,10 @@ class Box:
         (self.folder / "spool" / node).mkdir(parents=True, exist_ok=True)
         self.start_daemon(f"slurmd:{node}", "slurmd", "-D", "-N", node)
 
+    def kill_node(self, node: str) -> None:
+        """As if this node lost its power. `start_node` brings it back."""
+        processes.kill_node(node, self.pids()[f"slurmd:{node}"], self.folder, self.conf)
+
 
 def missing() -> list[str]:
     """The programs of SLURM that are not installed here."""

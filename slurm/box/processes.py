@@ -43,9 +43,10 @@ def kill_left_over(folder: Path, conf: Path) -> None:
 
 def kill_node(node: str, slurmd: int, folder: Path, conf: Path) -> None:
     """As if this node lost its power: the daemon, its jobs' supervisors and their tasks, at once."""
-    for pid in [slurmd, *_everybody()]:
+    _send(slurmd, signal.SIGKILL)
+    for pid in _everybody():
         supervises = _name(pid) == "slurmstepd" and _holds_open(pid, f"{folder}/log/slurmd.{node}.log")
-        if pid == slurmd or supervises or _is_task(pid, f"SLURM_CONF={conf}", f"SLURMD_NODENAME={node}"):
+        if supervises or _is_task(pid, f"SLURM_CONF={conf}", f"SLURMD_NODENAME={node}"):
             _send(pid, signal.SIGKILL)
 
 
