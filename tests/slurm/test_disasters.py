@@ -27,6 +27,15 @@ def test_a_run_longer_than_its_time_limit_goes_on_until_it_may_not(cluster: Any)
     assert "timed-out too many times" in shown and "mls submit pretrain --resume" in shown
 
 
+def test_sigterm_alone_saves_and_requeues_too(cluster: Any) -> None:
+    run = cluster.pretrain("terminated")
+    cluster.wait_until_it_trains(run)
+    cluster.signal(run, "--signal=TERM")
+    cluster.wait_until_done(run.path)
+    (stopped,) = cluster.history(run.path, "stopped")
+    assert cluster.history(run.path, "started")[1]["saved"] == stopped["saved"] >= 20
+
+
 def test_a_killed_process_ends_the_job_and_the_last_save_is_whole(cluster: Any) -> None:
     run = cluster.pretrain("killed", LONG, "engine.checkpoint_every=10", "--slurm", "nodes=2")
     cluster.wait_until_it_trains(run)
