@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import UncompletedJobError
 
 from mls.errors import EXIT_MISTAKE, EXIT_SAVED, Stopped, UserError
 from mls.files import write_atomically
@@ -40,6 +41,9 @@ class Job:
         with contextlib.suppress(FileNotFoundError):  # a folder of the login node only: absolute paths still hold
             os.chdir(todo.directory)
         todo.note("started", rank=task.rank, node=os.environ.get("SLURMD_NODENAME"), code=_code())
+        # Until training listens for itself, there is nothing to save: leave at once, not when SLURM loses patience.
+        early = Stopped("a signal came before training began", EXIT_SAVED)
+        signal.signal(signal.SIGTERM, lambda number, frame: _leave(todo, task, early, requeue))
         try:
             meeting.tell_torch(task, todo.place)
             _call(todo)
@@ -73,8 +77,9 @@ def _call(todo: order.Order) -> None:
 
 
 def _leave(todo: order.Order, task: meeting.Task, stopped: Stopped, requeue: Any) -> None:
-    """Everything is saved, on every rank at the same step. Rank 0 asks for the next start; the others end quietly:
-    another exit code than 0 would end rank 0 before it has asked."""
+    """Nothing more is to be saved. Rank 0 asks for the next start; the others end quietly: another exit code than 0
+    would end rank 0 before it has asked."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # queueing again sends one, too
     if task.rank:
         sys.exit(0)
     todo.note("stopped", rank=0, message=str(stopped))
@@ -84,7 +89,7 @@ def _leave(todo: order.Order, task: meeting.Task, stopped: Stopped, requeue: Any
         sys.exit(stopped.exit_code)
     try:
         requeue(submitit.JobEnvironment._usr_sig(), None)
-    except submitit.core.utils.UncompletedJobError as refused:
+    except UncompletedJobError as refused:
         reason = f"{refused} Submit it again: `mls submit pretrain --resume {todo.folder}`"
         todo.note("failed", rank=0, error=reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)

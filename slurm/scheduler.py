@@ -47,7 +47,12 @@ def _sacct(job: str) -> str | None:
 
 
 def _scontrol(job: str) -> str | None:
-    found = re.search(r"\bJobState=(\S+)", ask("scontrol", "-o", "show", "job", job) or "")
+    """A line for each job. Tasks of an array that never started have none: the array's own line speaks for them."""
+    array, _, index = job.partition("_")
+    lines = (ask("scontrol", "-o", "show", "job", array) or "").splitlines()
+    own = [line for line in lines if index and f" ArrayTaskId={index} " in line]
+    named = [line for line in lines if line.startswith(f"JobId={array} ")]
+    found = re.search(r"\bJobState=(\S+)", (own or named or [""])[0])
     return found.group(1) if found else None
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from mls.errors import LaunchError, unknown_name
@@ -60,7 +61,7 @@ def submit(orders: Sequence[Order], profile: Profile, title: str, after: str | N
         try:
             executor = _executor(first, profile, title, after)
             submitted = executor.submit_array(jobs)
-        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as refused:
+        except (FailedJobError, FailedSubmissionError) as refused:
             raise LaunchError(f"SLURM refuses the job: {_reason(str(refused))}") from None
         except subprocess.CalledProcessError as refused:
             raise LaunchError(f"SLURM refuses the job: {refused}") from None

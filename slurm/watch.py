@@ -76,7 +76,7 @@ def judge(one: Order, word: str | None) -> tuple[str, str]:
     if failed:
         return "failed", f"{failed[-1]['error']} ({says})"
     if word == "CANCELLED":
-        saved = f"saved at step {last['saved']}, " if last else ""
+        saved = f"saved at step {last['saved']}, " if last and last["saved"] else ""
         return "cancelled", f"{saved}{says}"
     if last is not None and last["event"] == "stopped":
         return "stopped", f"{last['message']} ({says})"

@@ -55,8 +55,14 @@ class Box:
 
     def start_daemon(self, name: str, *command: str) -> None:
         log = open(self.folder / "log" / f"{name}.out", "ab")  # noqa: SIM115 (the daemon keeps it)
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(command, env=self.environment(), start_new_session=True, **quiet)
+        process = subprocess.Popen(
+            command,
+            env=self.environment(),
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         log.close()
         _STARTED.append(process)
         pids = self.pids() | {name: process.pid}
@@ -76,9 +82,8 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
-def start(folder: str | Path, has: Settings | None = None) -> Box:
+def start(folder: str | Path, has: Settings = Settings()) -> Box:  # noqa: B008 (it is frozen)
     """Start a box in `folder`; returns when its nodes take jobs (about two seconds)."""
-    has = has or Settings()
     if missing():
         raise LaunchError(f"SLURM is not installed here ({', '.join(missing())} not found): {INSTALL}")
     box = Box(Path(folder).expanduser().resolve())

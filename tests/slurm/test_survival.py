@@ -90,6 +90,14 @@ def test_a_cancelled_run_saves_and_stays_cancelled_until_it_is_submitted_again(c
     assert numbers(run) == numbers(alone)
 
 
+def test_what_slurm_refuses_is_told_in_its_words_and_leaves_nothing_behind(cluster: Any) -> None:
+    wanted = ["mls_scenes_tiny", "--profile", "box", "--slurm", "partition=nowhere", "--name", "refused"]
+    refused = cluster.mls("submit", "pretrain", *wanted, fails=True)
+    assert "SLURM refuses the job: " in refused.stderr and "invalid partition" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (cluster.runs / "refused").exists()
+
+
 def test_the_user_sees_the_training_error_and_no_other(cluster: Any) -> None:
     run = cluster.pretrain("mistaken", "data.source=folder", "data.root=/nowhere/at/all")
     cluster.wait_until_failed(run.path)

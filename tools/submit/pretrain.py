@@ -96,6 +96,7 @@ def pretrain(
 
 def _make_runs(config: Config, given: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[Path, list[Path]]:
     """The run's folder; for a sweep a folder of run folders."""
+    say("making the run folder")
     from mls.engine import Run  # seconds: mistakes were told before
     from mls.recipes import load_config
     from mls.slurm.sweep import cell_name
@@ -121,7 +122,7 @@ def _evaluate_behind(runs: Sequence[Order], suite: str, root: Path, profile: Pro
         folder = Path(run.folder) / "evaluation"
         made = [one.write() for one in evaluate.orders(tasks, folder, Path(run.code).parent)]
         submitted = launch.submit(made, alone, f"{Path(run.folder).name}-{Path(suite).stem}", after=run.job)
-        say(f"behind job {run.job}: {len(made)} evaluations from job {submitted[0].job} on")
+        say(f"behind job {run.job}: {len(made)} evaluations from job {submitted[0].job} on; `mls jobs {folder}`")
 
 
 def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:
