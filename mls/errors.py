@@ -28,6 +28,10 @@ class DivergedError(UserError):
     """Training produced non-finite values too often in a row."""
 
 
+class LaunchError(UserError):
+    """A scheduler that is not there, or that refuses a job."""
+
+
 class Stopped(Exception):
     """A signal asked the run to stop and everything is saved. Not an error; `exit_code` says which signal it was."""
 

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
-from mls.tools import bench, config, data, demo, eval, pretrain, report, results, scenes
+from mls.tools import bench, box, config, data, demo, eval, jobs, pretrain, report, results, scenes, submit
 
 app = typer.Typer(
     name="mls",
@@ -26,12 +26,16 @@ COMMANDS = {
     "config": config.show,
     "report": report.report,
     "results": results.results,
+    "jobs": jobs.jobs,
+    "cancel": jobs.cancel,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(scenes.app, name="scenes")
 app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
+app.add_typer(submit.app, name="submit")
+app.add_typer(box.app, name="slurm")
 app.add_typer(bench.app, name="bench")
 
 
