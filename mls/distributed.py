@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mls.errors import ConfigError, UserError
@@ -89,6 +89,59 @@ def gather(tensors: Sequence[Shaped[Tensor, "batch ..."]]) -> list[Shaped[Tensor
         part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
         for part, tensor in zip(parts, tensors, strict=True)
     ]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # a tensor that nobody used costs no collective
+        return tuple(gather(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return tuple(None if of_all is None else _own(_added(of_all), dim=0) for of_all in gradients)
+
+
+class _OwnTotals(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        return _own(_added(parts), dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (everyones,) = gather([gradient.T])
+        return everyones.T
+
+
+def gather_with_gradient(tensors: Sequence[Shaped[Tensor, "batch ..."]]) -> list[Shaped[Tensor, "world_batch ..."]]:
+    """`gather`, through which gradients flow: what all processes' losses ask of a row is added up where it came from.
+
+    A loss that a process works out from its own rows of `own_totals` then has the gradient that it would have without
+    any exchange, which is what DDP's average of the processes' gradients expects.
+    """
+    return list(_Gather.apply(*tensors))
+
+
+def own_totals(parts: Float[Tensor, "sums world_batch"]) -> Float[Tensor, "sums batch"]:
+    """The sum over all processes of the parts that each has for everyone's columns; of it this process' own columns."""
+    return _OwnTotals.apply(parts)
+
+
+def maximum(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The largest over all processes, element by element."""
+    largest = tensor.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
+def _added(tensor: Tensor) -> Tensor:
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total, dist.ReduceOp.SUM)
+    return total
+
+
+def _own(of_all: Tensor, dim: int) -> Tensor:
+    return of_all.chunk(world(), dim=dim)[rank()].contiguous()
 
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:

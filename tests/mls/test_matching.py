@@ -94,13 +94,13 @@ def test_k_that_the_rows_cannot_answer_is_a_users_error(k: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [2, 100])
-def test_excluding_more_than_leaves_k_is_an_error_not_a_forbidden_match(chunk: int) -> None:
+def test_excluding_more_than_leaves_k_gives_scores_of_minus_infinity_not_a_forbidden_match(chunk: int) -> None:
     exclude = torch.zeros(2, 5, dtype=torch.bool)
     exclude[1, :3] = True
     matcher = TorchMatcher(chunk=chunk)
     assert set(matcher.topk(torch.ones(2, 2), torch.ones(5, 2), 2, exclude).indices[1].tolist()) == {3, 4}
-    with pytest.raises(ConfigError, match=r"2 rows only, fewer than k = 3: lower objective\.k"):
-        matcher.topk(torch.ones(2, 2), torch.ones(5, 2), 3, exclude)
+    scores = matcher.topk(torch.ones(2, 2), torch.ones(5, 2), 3, exclude).scores
+    assert scores[1].tolist() == [2.0, 2.0, -torch.inf]
 
 
 def test_build_makes_every_matcher_it_lists() -> None:
