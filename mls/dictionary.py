@@ -69,13 +69,13 @@ class Dictionary:
         self._filled = 0
         self._head = 0
         here, dtype = size // sharding.world, STORAGE[storage]
-        self._memory = Rows(
-            backbone=torch.zeros(here, backbone, device=device, dtype=dtype),
-            projection=torch.zeros(here, projection, device=device, dtype=dtype),
-            ids=torch.full((size,), EMPTY, dtype=torch.int64, device=device),
-            boxes=torch.full((size, 4), torch.nan, device=device),
-            ages=torch.zeros(size, dtype=torch.int64, device=device),
-        )
+        self._memory = {  # as in Rows
+            "backbone": torch.zeros(here, backbone, device=device, dtype=dtype),
+            "projection": torch.zeros(here, projection, device=device, dtype=dtype),
+            "ids": torch.full((size,), EMPTY, dtype=torch.int64, device=device),
+            "boxes": torch.full((size, 4), torch.nan, device=device),
+            "ages": torch.zeros(size, dtype=torch.int64, device=device),
+        }
 
     def __len__(self) -> int:
         return self._filled
@@ -88,14 +88,14 @@ class Dictionary:
     @property
     def ids(self) -> Int64[Tensor, "slots"]:
         """The images of all filled slots, of all processes."""
-        return self._memory.ids[: self._filled]
+        return self._memory["ids"][: self._filled]
 
     def rows(self) -> Rows:
         """The filled part that this process holds, in slot order (not in order of age)."""
         here = self.sharding.held(self._filled)
         part = {
             name: memory[:here] if name in MEMORIES else self.sharding.of(memory)[:here]
-            for name, memory in vars(self._memory).items()
+            for name, memory in self._memory.items()
         }
         return Rows(**part)
 
@@ -113,11 +113,11 @@ class Dictionary:
         `rows()` and its backward, and refuses.
         """
         if boxes is None:
-            boxes = self._memory.boxes.new_full((len(ids), 4), torch.nan)
+            boxes = self._memory["boxes"].new_full((len(ids), 4), torch.nan)
         new = Rows(backbone, projection, ids, boxes, ages=torch.full_like(ids, self.count + 1))
         self._check(new)
         kept = min(len(ids), self.capacity)
-        for name, memory in vars(self._memory).items():
+        for name, memory in self._memory.items():
             source, head = vars(new)[name][len(ids) - kept :], self._head
             if name in MEMORIES:
                 source, head = self.sharding.share_of(source, head)
@@ -129,7 +129,7 @@ class Dictionary:
         self.count += 1
 
     def to(self, device: torch.device | str) -> "Dictionary":
-        self._memory = Rows(**{name: memory.to(device) for name, memory in vars(self._memory).items()})
+        self._memory = {name: memory.to(device) for name, memory in self._memory.items()}
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class Dictionary:
         dictionary is sharded every process must ask for it at once, for each has a part."""
         copies = {
             name: self._collected(memory) if name in MEMORIES else memory.to("cpu", copy=True)
-            for name, memory in vars(self._memory).items()
+            for name, memory in self._memory.items()
         }
         return {**copies, "count": self.count, "filled": self._filled, "head": self._head}
 
@@ -154,7 +154,7 @@ class Dictionary:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        expected = {*vars(self._memory), "count", "filled", "head"}
+        expected = {*self._memory, "count", "filled", "head"}
         if missing := expected - state.keys():
             raise CheckpointError(
                 f"the checkpoint's dictionary lacks {', '.join(sorted(missing))}: it is damaged or from another "
@@ -165,19 +165,19 @@ class Dictionary:
             ("backbone", "model.backbone"),
             ("projection", "model.projection"),
         ):
-            saved, own = tuple(state[name].shape), (self.capacity, *vars(self._memory)[name].shape[1:])
+            saved, own = tuple(state[name].shape), (self.capacity, *self._memory[name].shape[1:])
             if saved != own:
                 raise CheckpointError(
                     f"the checkpoint's dictionary has {name} of shape {_shape(saved)}, this run's has {_shape(own)}: "
                     f"use the {key} the checkpoint was made with, or start a new run"
                 )
-        for name, memory in vars(self._memory).items():
+        for name, memory in self._memory.items():
             memory.copy_(self.sharding.of(state[name]) if name in MEMORIES else state[name])
         self.count, self._filled, self._head = state["count"], state["filled"], state["head"]
 
     def _check(self, new: Rows) -> None:
         """copy_ would broadcast a row of the wrong width in silence."""
-        for name, memory in vars(self._memory).items():
+        for name, memory in self._memory.items():
             wanted, given = (len(new.ids), *memory.shape[1:]), tuple(vars(new)[name].shape)
             if given != wanted:
                 raise ValueError(f"enqueue got {name} of shape {_shape(given)}, this dictionary takes {_shape(wanted)}")

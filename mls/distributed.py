@@ -109,7 +109,7 @@ class _OwnTotals(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        (everyones,) = gather([gradient.T])
+        (everyones,) = gather([gradient.T.clone(memory_format=torch.contiguous_format)])
         return everyones.T
 
 

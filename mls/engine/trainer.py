@@ -294,7 +294,6 @@ class Trainer:
             "step": self.step,
             "config": to_dict(self.config),
             "method": self.method.state_dict(),
-            "dictionary": self.method.dictionary.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),
@@ -318,10 +317,11 @@ class Trainer:
     def save(self, milestone: bool = False) -> None:
         """Rank 0 writes; the others wait, so that no process is steps ahead when the writing fails."""
         error: Exception | None = None
+        dictionary = self.method.dictionary.state_dict() if self.process.main or self.method.sharding.world > 1 else {}
         if self.process.main:
             try:
                 self.log_offset = self.log.offset()
-                self.checkpoints.save(self.step, self.state_dict(), milestone)
+                self.checkpoints.save(self.step, {**self.state_dict(), "dictionary": dictionary}, milestone)
                 self.export_backbone()
             except Exception as caught:
                 error = caught
