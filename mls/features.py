@@ -1,20 +1,37 @@
-"""Images to frozen features: whole images, no augmentation. The monitor, the demo and eval/ all embed this way."""
+"""Images to frozen features: whole images, no augmentation. The monitor, the demo and eval/ all embed this way. `kept`
+holds features on disk, so that the same images never go through the same network twice."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from mls.config import AugmentConfig
 from mls.data import Source
 from mls.data.augment import normalise
-from mls.data.crops import centre, decode
+from mls.data.crops import UnreadableImage, centre, decode
+from mls.data.loader import in_workers
+from mls.errors import DataError, UserError
+from mls.files import alone, cache_folder, telling_disk_errors, write_atomically
+from mls.monitor.progress import counting
+
+BLOCK = 256  # rows that are written and hashed together: at most so many are computed twice after a kill
+FULL = "free some, or set MLS_CACHE to another folder; what was computed is kept, and the same call goes on from there"
 
 
-@torch.no_grad()
 def embed(
     backbone: nn.Module,
     source: Source,
@@ -25,12 +42,154 @@ def embed(
     progress: Callable[[int], None] = lambda done: None,
 ) -> Float[Tensor, "images dim"]:
     """Features of the images `ids`, on the CPU; each image is centred and scaled to config.size."""
+    features, done = [], 0
+    with closing(embedded(backbone, source, ids, config, device, batch)) as batches:
+        for part in batches:
+            features.append(part)
+            done += len(part)
+            progress(done)
+    return torch.cat(features)
+
+
+@torch.no_grad()
+def embedded(
+    backbone: nn.Module,
+    source: Source,
+    ids: Sequence[int],
+    config: AugmentConfig,
+    device: torch.device | str = "cpu",
+    batch: int = 250,
+    workers: int = 0,
+) -> Iterator[Float[Tensor, "batch dim"]]:
+    """The same, a batch at a time; `workers` processes read and decode."""
     device, training = torch.device(device), backbone.training
     backbone.eval().to(device)
-    features = []
-    for start in range(0, len(ids), batch):
-        images = torch.stack([centre(decode(source.read(int(i))), config.size) for i in ids[start : start + batch]])
-        features.append(backbone(normalise(images, config, device)).float().cpu())
-        progress(min(start + batch, len(ids)))
-    backbone.train(training)
-    return torch.cat(features)
+    try:
+        for images in in_workers(WholeImages(source, ids, config.size, batch), workers):
+            yield backbone(normalise(images, config, device)).float().cpu()
+    finally:
+        backbone.train(training)
+
+
+class WholeImages(Dataset[UInt8[Tensor, "batch 3 size size"] | UserError]):
+    """Item i is the i-th batch of the images `ids`."""
+
+    def __init__(self, source: Source, ids: Sequence[int], size: int, batch: int) -> None:
+        self.source, self.ids, self.size, self.batch = source, ids, size, batch
+
+    def __len__(self) -> int:
+        return -(-len(self.ids) // self.batch)
+
+    def __getitem__(self, number: int) -> UInt8[Tensor, "batch 3 size size"] | UserError:
+        ids = self.ids[number * self.batch : (number + 1) * self.batch]
+        try:
+            return torch.stack([self._read(int(i)) for i in ids])
+        except UserError as error:
+            return error
+
+    def _read(self, index: int) -> UInt8[Tensor, "3 size size"]:
+        try:
+            return centre(decode(self.source.read(index)), self.size)
+        except (UnreadableImage, OSError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(
+                f"{self.source.describe(index)} cannot be read ({reason}): `mls data check` finds all such images"
+            ) from None
+
+
+# ---------------------------------------------------------------------------------------------------- kept on disk
+
+
+@dataclass(frozen=True)
+class Kept:
+    features: Float[Tensor, "images dim"]  # memory-mapped: read from the file as they are needed. Never write to them
+    folder: Path
+    sha256: str
+
+
+def kept(
+    facts: Mapping[str, Any],
+    count: int,
+    compute: Callable[[int], Iterator[Float[Tensor, "batch dim"]]],
+    title: str = "features",
+    quiet: bool = False,
+) -> Kept:
+    """`count` rows of features that depend on nothing but `facts` (plain values: hash of the weights, images, size):
+    from $MLS_CACHE/features, or computed and kept there. `compute(start)` gives the rows from `start` on, in order, in
+    batches of any size.
+
+    Rows are appended in blocks, each with its hash: a killed process loses at most one block, and a file that was
+    damaged since is noticed and completed. A second process that asks for the same features waits for the first.
+    """
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder("features") / key
+    folder.mkdir(exist_ok=True)
+    with alone(folder / "lock"):
+        dim, blocks = _whole_blocks(folder, count)
+        if len(blocks) * BLOCK < count:
+            start = len(blocks) * BLOCK
+            with counting(title, count, not quiet, start) as progress, closing(compute(start)) as batches:
+                for block in _in_blocks(batches):
+                    dim, start = block.shape[1], start + len(block)
+                    blocks.append(_append(folder, block, len(blocks), count))
+                    index = {"facts": dict(facts), "dim": dim, "blocks": blocks}
+                    write_atomically(folder / "features.json", json.dumps(index).encode())
+                    progress(start)
+    # Mode c: whoever writes to the tensor, which torch cannot forbid, changes a copy of the page.
+    rows = np.memmap(folder / "features.npy", "<f4", "c", len(_header(count, dim)), (count, dim))
+    return Kept(torch.from_numpy(rows), folder, hashlib.sha256("".join(blocks).encode()).hexdigest())
+
+
+def _whole_blocks(folder: Path, count: int) -> tuple[int, list[str]]:
+    """The width of the rows that are there, and the hashes of the blocks up to the first that is missing or damaged."""
+    whole: list[str] = []
+    try:
+        index = json.loads((folder / "features.json").read_text())
+        dim, header = index["dim"], _header(count, index["dim"])
+        with open(folder / "features.npy", "rb") as file:
+            if file.read(len(header)) == header:
+                for wanted in index["blocks"]:
+                    rows = min(BLOCK, count - len(whole) * BLOCK)
+                    if hashlib.sha256(file.read(4 * rows * dim)).hexdigest() != wanted:
+                        break
+                    whole.append(wanted)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, []
+    return dim, whole
+
+
+def _in_blocks(batches: Iterator[Tensor]) -> Iterator[Float[np.ndarray, "rows dim"]]:
+    """The same rows, BLOCK at a time; fewer only at the end."""
+    waiting: list[Tensor] = []
+    for batch in batches:
+        waiting.append(batch.detach().float().cpu())
+        if sum(map(len, waiting)) >= BLOCK:
+            *blocks, rest = torch.cat(waiting).split(BLOCK)
+            if len(rest) == BLOCK:
+                blocks, rest = [*blocks, rest], rest[:0]
+            yield from (block.numpy() for block in blocks)
+            waiting = [rest]
+    if sum(map(len, waiting)):
+        yield torch.cat(waiting).numpy()
+
+
+def _append(folder: Path, block: Float[np.ndarray, "rows dim"], number: int, count: int) -> str:
+    """Writes block `number` in its place, and gives its hash once it is on the disk. Plain writes, not through the
+    memory map: there a full disk would kill the process."""
+    header, data = _header(count, block.shape[1]), block.astype("<f4").tobytes()
+    path = folder / "features.npy"
+    with telling_disk_errors(path, FULL), open(path, "r+b" if number else "wb") as file:
+        if not number:
+            file.write(header)
+        file.seek(len(header) + 4 * number * BLOCK * block.shape[1])
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return hashlib.sha256(data).hexdigest()
+
+
+def _header(count: int, dim: int) -> bytes:
+    """Of a .npy file, so that np.load reads it too."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (count, dim)})
+    return out.getvalue()

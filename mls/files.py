@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -22,15 +23,25 @@ def atomic_file(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[Binar
     """Open `path` for writing; it appears, whole, when the block ends without an error. `disk_full` says what to do
     where there is no space left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with telling_disk_errors(path, disk_full):
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def telling_disk_errors(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[None]:
+    """What goes wrong while `path` is written becomes one sentence."""
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        yield
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
         reason = _os_error(error)
         if reason is not None:
             raise UserError(_sentence(path, reason, disk_full)) from error
@@ -56,6 +67,25 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def cache_folder(kind: str) -> Path:
+    """Where what can be made again is kept: $MLS_CACHE/KIND, by default in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(os.environ.get("MLS_CACHE") or os.path.join(home, "mls")) / kind
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot keep {kind} in {folder} ({error.strerror}): set MLS_CACHE to a folder") from None
+    return folder
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Only one process at a time; the system lets go of the lock when a process dies, however it dies."""
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

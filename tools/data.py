@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +13,6 @@ if TYPE_CHECKING:
     from mls.data import Source
     from mls.data.check import Report
 
-PLAIN_EVERY = 5.0  # seconds between two lines where there is no terminal
 SHOWN = 3  # examples of a kind in the table
 
 app = typer.Typer(help="Check a set of images, or pack it so that it loads faster.", no_args_is_help=True)
@@ -47,9 +43,10 @@ def check(
     from mls.data.check import check
     from mls.engine.preempt import leave_signals_to_the_parent
     from mls.errors import DataError
+    from mls.monitor.progress import counting
 
     images = _source(src, source, annotations)
-    with _progress("checking", len(images)) as advance:
+    with counting("checking", len(images)) as advance:
         report = check(images, _workers(workers), advance, leave_signals_to_the_parent)
     if as_json:
         print(json.dumps({"images": report.images, "unreadable": report.unreadable, "found": report.found}, indent=1))
@@ -84,9 +81,10 @@ def pack(
     """
     from mls.data.pack import Packing, pack
     from mls.engine.preempt import leave_signals_to_the_parent
+    from mls.monitor.progress import counting
 
     images, dst = _source(src, source, annotations), dst.expanduser()
-    with _progress("packing", len(images)) as advance:
+    with counting("packing", len(images)) as advance:
         made = pack(
             images,
             dst,
@@ -135,30 +133,3 @@ def _show(name: str, report: Report) -> None:
             examples = "\n".join(f"{Path(image).name} ({detail})" for image, detail in found[:SHOWN])
             table.add_row(kind, str(len(found)), meaning, escape(examples))
     console.print(table)
-
-
-@contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, a line every few seconds elsewhere; on stderr, so that stdout holds the result alone."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    console = Console(stderr=True, highlight=False)
-    bar = Progress(*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn(), console=console)
-    task = bar.add_task(text, total=total)
-    printed = time.monotonic()
-
-    def advance(done: int, total: int) -> None:
-        nonlocal printed
-        if console.is_terminal and not bar.live.is_started:
-            bar.start()  # not before the worker processes have started: they would inherit its thread's locks
-        bar.update(task, completed=done)
-        if not console.is_terminal and time.monotonic() - printed > PLAIN_EVERY:
-            printed = time.monotonic()
-            console.print(f"{text}: {done} of {total} images", markup=False)
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:
-            bar.stop()

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,7 +12,6 @@ if TYPE_CHECKING:
 
     from mls.data.scenes import Scenes
 
-QUIET_SECONDS = 2.0  # shorter work shows no progress bar
 COLUMNS = 8
 SHOWN = 128  # pixels a scene takes on the contact sheet at least
 
@@ -45,9 +40,10 @@ def export(
         mls scenes export --layout voc --out scenes-voc --train 2000 --test 500 --size 256
     """
     from mls.data.layouts import write
+    from mls.monitor.progress import counting
 
     out = out.expanduser()
-    with _progress(f"writing {layout}", train + test) as advance:
+    with counting(f"writing {layout}", train + test) as advance:
         write(layout, out, train, test, size, seed, advance)
     print(f"wrote {train} train and {test} test images of {size} pixels to {out}")
 
@@ -102,24 +98,3 @@ def contact_sheet(scenes: Scenes) -> Image:
                 draw.rectangle((left + x0, top + y0, left + x1 - 1, top + y1 - 1), outline="yellow")
                 draw.text((left + x0 + 3, top + y0 + 1), CLASS_NAMES[digit], fill="yellow")
     return sheet
-
-
-@contextmanager
-def _progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    began = time.monotonic()
-    bar = Progress(console=Console(file=sys.stderr), transient=True)
-    task = bar.add_task(text, total=total)
-
-    def advance(done: int) -> None:
-        if not bar.live.is_started and time.monotonic() - began > QUIET_SECONDS:
-            bar.start()
-        bar.update(task, completed=done)
-
-    try:
-        yield advance
-    finally:
-        if bar.live.is_started:  # stopping prints a line even where nothing was shown
-            bar.stop()

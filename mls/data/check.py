@@ -36,7 +36,7 @@ LARGE = 50_000_000  # pixels: 150 MB in memory, in every worker
 CHUNK = 64  # images a worker looks at before it reports
 SUFFIXES = {"JPEG": ("jpg", "jpeg"), MPO: ("jpg", "jpeg"), "TIFF": ("tif", "tiff"), "PPM": ("ppm", "pgm", "pbm")}
 
-Progress = Callable[[int, int], None]  # images done, images in all
+Progress = Callable[[int], None]  # images done
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Report:
 def check(
     source: Source,
     workers: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done: None,
     on_worker_start: Callable[[int], None] | None = None,
 ) -> Report:
     """Decodes every image once."""
@@ -64,7 +64,7 @@ def check(
         for kind, image, detail in findings:
             report.found.setdefault(kind, []).append((image, detail))
         done = min(done + CHUNK, len(source))
-        progress(done, len(source))
+        progress(done)
     return report
 
 

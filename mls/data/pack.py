@@ -33,7 +33,7 @@ SUFFIXES = {"JPEG": "jpg", MPO: "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp
 SUFFIXES["PPM"] = "ppm"
 DISK_FULL = "free some and run the same command again: finished shards are kept"
 
-Progress = Callable[[int, int], None]  # images done, images in all
+Progress = Callable[[int], None]  # images done
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def pack(
     out: Path,
     packing: Packing,
     workers: int = 0,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done: None,
     on_worker_start: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the shards that `out` does not hold yet, whole and as they should be; returns the manifest.
@@ -68,7 +68,7 @@ def pack(
             manifest["shards"].pop(name, None)
             continue
         done += len(_ids(number, packing, len(source)))
-        progress(done, len(source))
+        progress(done)
     for leftover in out.glob(".*.tmp"):  # of a process that was killed
         leftover.unlink()
     missing = [number for number, name in enumerate(names) if name not in manifest["shards"]]
@@ -78,7 +78,7 @@ def pack(
         manifest["shards"] = dict(sorted([*manifest["shards"].items(), (names[number], record)]))
         _save(out, manifest)
         done += len(_ids(number, packing, len(source)))
-        progress(done, len(source))
+        progress(done)
     if not any(record["images"] for record in manifest["shards"].values()):
         reason = manifest["shards"][names[0]]["left_out"][0][1]
         raise DataError(f"none of the {len(source)} images of {source.name} can be read (first: {reason})")

@@ -4,14 +4,12 @@ processes of a machine. What is read from them then is tar.py's business."""
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,7 +18,7 @@ from mls.data.listing import printable, show
 from mls.data.tar import MANIFEST
 from mls.data.tarindex import IndexingBar
 from mls.errors import DataError, unknown_name
-from mls.files import sha256, write_atomically
+from mls.files import alone, cache_folder, sha256, write_atomically
 
 TRIES = 5
 FIRST_PAUSE = 1.0  # seconds before the second try; doubled before each further one
@@ -83,13 +81,9 @@ def _file_system(url: str) -> Any:
 
 def _folder(url: str) -> Path:
     """One local folder for each remote one: shards keep their names, and their index lies beside them."""
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    cache = Path(os.environ.get("MLS_CACHE") or os.path.join(home, "mls", "shards"))
-    folder = cache / hashlib.blake2b(_show(url).rpartition("/")[0].encode(), digest_size=8).hexdigest()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot keep shards in {show(cache)} ({error.strerror}): set MLS_CACHE to a folder") from None
+    name = hashlib.blake2b(_show(url).rpartition("/")[0].encode(), digest_size=8).hexdigest()
+    folder = cache_folder("shards") / name
+    folder.mkdir(exist_ok=True)
     return folder
 
 
@@ -118,7 +112,7 @@ def _by_name(manifest: bytes) -> dict[str, str]:
 def _copy(files: Any, url: str, path: Path, checksum: str | None) -> Path:
     """The local copy; made by one process while the others wait."""
     note = path.with_name(f".{path.name}.sha256")
-    with _alone(path.with_name(f".{path.name}.lock")):
+    with alone(path.with_name(f".{path.name}.lock")):
         if path.is_file() and note.is_file() and checksum in (None, note.read_text()):
             return path
         part = path.with_name(f".{path.name}.part")
@@ -172,14 +166,6 @@ def _reason(error: Exception, url: str) -> str:
         return "not found"
     text = str(error).replace(url, _show(url)).strip().split("\n")[0]
     return text or type(error).__name__
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """The system lets go of the lock when a process dies, however it dies."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _show(url: str) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY = 5.0  # seconds between two plain lines
+MOMENT = 2.0  # seconds that need no bar
 
 
 class TrainingProgress:
@@ -78,6 +80,35 @@ def for_people(values: Mapping[str, float]) -> dict[str, str]:
         numbers["img/s"] = f"{values['images_per_second']:.0f}"
         numbers["data wait"] = f"{values['data_wait']:.0%}"
     return numbers
+
+
+@contextmanager
+def counting(text: str, total: int, show: bool = True, start: int = 0) -> Iterator[Callable[[int], None]]:
+    """Gives a function that takes how many are done: a bar on a terminal, a line every few seconds elsewhere; on
+    stderr, and only where the work takes longer than a moment."""
+    console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()]
+    bar = Progress(*columns, console=console, transient=True)
+    task = bar.add_task(text, total=total, completed=start)
+    began = printed = time.monotonic()
+
+    def advance(done: int) -> None:
+        nonlocal printed
+        now = time.monotonic()
+        # Not before worker processes have started either: they would inherit the lock of the bar's thread.
+        if show and console.is_terminal and not bar.live.is_started and now - began > MOMENT:
+            bar.start()
+        bar.update(task, completed=done)
+        if show and not console.is_terminal and now - printed > PLAIN_EVERY:
+            printed = now
+            left = (now - began) / max(1, done - start) * (total - done)
+            console.print(f"{text}: {done} of {total}, eta {duration(left)}", markup=False)
+
+    try:
+        yield advance
+    finally:
+        if bar.live.is_started:  # stopping prints a line even where nothing was shown
+            bar.stop()
 
 
 def duration(seconds: float) -> str:

@@ -112,7 +112,7 @@ def source(url: str) -> Source:
 def test_shards_come_once_and_are_read_as_local_ones(server: Server, tmp_path: Path) -> None:
     made = source(f"{server.url}/shard-{{0..1}}.tar")
     assert [made.read(i) for i in range(6)] == [picture(i) for i in range(6)]
-    (folder,) = (tmp_path / "cache").iterdir()
+    (folder,) = (tmp_path / "cache" / "shards").iterdir()
     assert made.describe(4) == f"{folder}/shard-1.tar:1.jpg"
     asked = [*server.asked]
     assert sorted(asked) == ["manifest.json", "shard-0.tar", "shard-1.tar"]
@@ -156,8 +156,8 @@ def test_a_server_that_goes_on_failing_ends_in_a_sentence(
     sentence = str(caught.value)
     assert sentence.startswith(f"{server.url}/shard-0.tar did not come in 5 tries (last: ")
     assert sentence.endswith("): check the server and start again") and "\n" not in sentence
-    assert not list(tmp_path.glob("cache/*/*.tar")), "half a shard must not look like one"
-    assert not list(tmp_path.glob("cache/*/.*.part"))
+    assert not list(tmp_path.glob("cache/shards/*/*.tar")), "half a shard must not look like one"
+    assert not list(tmp_path.glob("cache/shards/*/.*.part"))
 
 
 @pytest.mark.parametrize(("fault", "reason"), [("404", "not found"), ("403", "HTTP 403"), ("401", "HTTP 401")])
