@@ -1,7 +1,9 @@
 """Processes: who am I, gather, agree. With one process everything here is the identity, so nobody else asks."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -11,7 +13,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mls.errors import ConfigError, UserError
+from mls.errors import EXIT_LOST, ConfigError, Stopped, UserError
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,28 @@ def _why_not(error: Exception) -> str:
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return f"port {where} is in use by another job: start torchrun with another --master-port, or with --standalone"
     return f"the processes could not meet at {where}: {str(error).splitlines()[0]}"
+
+
+@contextlib.contextmanager
+def telling_lost_processes(what_to_do: str) -> Iterator[None]:
+    """An exchange that fails means that another process is gone. One of those that are left says so, at once: whoever
+    started them ends them soon. (NCCL may notice late; then it is the launcher that ends the run.)"""
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        if _first_to_tell():
+            sentence = "another process of this run is gone or has stopped answering (its own last words say why)"
+            print(f"[rank {rank()}] error: {sentence}: {what_to_do}", file=sys.stderr, flush=True)
+        raise Stopped("", EXIT_LOST) from error
+
+
+def _first_to_tell() -> bool:
+    try:
+        return dist.distributed_c10d._get_default_store().add("told that a process is lost", 1) == 1
+    except RuntimeError:  # the store was with the process that is gone
+        return True
 
 
 def stop() -> None:

@@ -4,7 +4,6 @@ indices wherever the scores differ by more than that. Approximate indexes (index
 import inspect
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
@@ -221,7 +220,7 @@ def _wait(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def told(seconds: dict[str, float]) -> Sequence[str]:
+def told(seconds: dict[str, float]) -> list[str]:
     """
     >>> told({"faiss": 0.0123, "torch": 0.02})
     ['faiss 12.3 ms', 'torch 20.0 ms']

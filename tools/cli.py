@@ -36,7 +36,7 @@ def main() -> None:
         finally:
             sys.stdout.flush()  # a reader that is gone is met here, not while Python shuts down
     except Stopped as stopped:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 and str(stopped):
             print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except UserError as mistake:

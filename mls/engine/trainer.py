@@ -74,7 +74,12 @@ class Trainer:
         # Parameters are equal by construction and buffers are each process' own: DDP only has to average gradients.
         self.forward: torch.nn.Module = self.method
         if process.world > 1:
-            self.forward = DistributedDataParallel(self.method, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.forward = DistributedDataParallel(
+                self.method,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                static_graph=config.engine.accumulate == 1,  # with no_sync() its first step would be another
+            )
 
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
@@ -104,6 +109,8 @@ class Trainer:
             loader = Loader(
                 self.source, self.config, self.process, self.step + 1, last, on_worker_start=leave_signals_to_the_parent
             )
+            go_on = f"`mls pretrain --resume {self.run.path}` goes on from the last checkpoint"
+            stack.enter_context(distributed.telling_lost_processes(go_on))
             batches = iter(loader)
             self.window.restart_clock()
             self.hint_from = self.step + self.config.monitor.log_every + 1  # workers need a moment to start
@@ -273,6 +280,9 @@ class Trainer:
         ]
         if self.method.key_norm.note:
             words.append(self.method.key_norm.note)
+        if self.decided:
+            measured = ", ".join(self.decided["measured"])
+            words.append(f"matching with {self.decided['backend']} (a search takes {measured})")
         if self.step:
             words.append(f"resumed after step {self.step}")
         elif isinstance(self.method, methods.MLS):
@@ -300,6 +310,7 @@ class Trainer:
             "log_offset": self.log_offset,
             "unreadable": self.unreadable,
             "bad_steps": self.bad_steps,
+            "decided": self.decided,
             "versions": {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         }
 
@@ -349,6 +360,7 @@ class Trainer:
         if state is not None:
             refuse_another_configuration(from_dict(state["config"]), self.config, self.run.checkpoints)
             self.load_state_dict(state)
+        self.decided = self.method.decide((state or {}).get("decided", {}), self.process.device)
 
     @staticmethod
     def check_resume(config: Config, run: Run) -> None:

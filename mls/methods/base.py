@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -64,6 +65,11 @@ class Method(nn.Module):
 
     def forward(self, views: Views) -> StepOutput:
         raise NotImplementedError
+
+    def decide(self, decided: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Called once before the first step: settles what the configuration leaves to measurement. `decided` is what
+        was decided when the run began, if it is a resume; what is returned is kept in the checkpoint."""
+        return {}
 
     def set_progress(self, step: int, epoch: int, steps_per_epoch: int) -> None:
         """Called before each step; both count from 1. What it sets depends on nothing else, so a resume needs none."""

@@ -5,6 +5,7 @@ any of mls/losses that needs no more than labels: neighbours are +1, all other r
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor
 from mls import losses, matching
 from mls.config import Config
 from mls.data import Views
-from mls.distributed import rank, world
+from mls.dictionary import STORAGE
+from mls.distributed import from_main, rank, world
 from mls.errors import ConfigError
 from mls.matching import Matches
 from mls.methods.base import Queries, Seen, StepOutput
@@ -33,7 +35,7 @@ class MLS(MoCo):
     def __init__(self, config: Config, pair: EncoderPair, image_labels: Tensor | None = None) -> None:
         super().__init__(config, pair, image_labels)
         backend = config.matching.backend
-        self.matcher = matching.build("torch" if backend == matching.AUTO else backend)  # auto: the trainer decides
+        self.matcher = matching.build("torch" if backend == matching.AUTO else backend)  # auto: `decide`
         self.loss = self.build_loss()
         self.reduction = self.loss.reduction
         if self.reduction == "none":
@@ -79,6 +81,26 @@ class MLS(MoCo):
             return 1.0
         batch = config.data.batch_size // (world() * config.engine.accumulate)
         return self.loss.lr_multiplier * RATED_FOR / (batch * config.dictionary.size)
+
+    def decide(self, decided: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """matching.backend=auto: the back-end that rank 0 finds fastest for searches as large as this run's."""
+        if self.config.matching.backend != matching.AUTO:
+            return {}
+        if not decided:
+            measured = from_main(self.measured(device) if rank() == 0 else None)
+            decided = {"backend": next(iter(measured)), "measured": matching.told(measured)}
+        self.matcher = matching.build(decided["backend"])
+        return decided
+
+    def measured(self, device: torch.device) -> dict[str, float]:
+        dictionary, objective = self.config.dictionary, self.config.objective
+        if dictionary.own_rows == "exclude":
+            return {"torch": math.nan}  # faiss would leave it to torch
+        by_projection = objective.labels_from == "projection"
+        width = self.config.model.projection if by_projection else self.pair.query.backbone.feature_dim
+        batch = self.config.data.batch_size // self.config.engine.accumulate * self.sharding.world // world()
+        rows = torch.randn(dictionary.size // self.sharding.world, width, device=device).to(STORAGE[dictionary.storage])
+        return matching.seconds_of_each(torch.randn(batch, width, device=device), rows, min(objective.k, len(rows)))
 
     def set_progress(self, step: int, epoch: int, steps_per_epoch: int) -> None:
         """A loss's schedule counts from the first epoch in which the multi-label term acts."""
