@@ -67,7 +67,7 @@ class TorchMatcher:
             part = slice(start, start + self.chunk)
             found = self.of_part(queries, rows[part], k, None if exclude is None else exclude[:, part])
             found = Matches(found.indices + start, found.scores)
-            best = found if best is None else _merge(best, found, k)
+            best = found if best is None else merge(best, found, k)
         assert best is not None
         return best
 
@@ -148,7 +148,7 @@ def check_k(k: int, rows: int) -> None:
         raise ConfigError(f"k = {k} matches cannot be found among {rows} rows: choose k from 1 to {rows}")
 
 
-def _merge(first: Matches, second: Matches, k: int) -> Matches:
+def merge(first: Matches, second: Matches, k: int) -> Matches:
     """The best k of two: exact, since a row among the best of all is among the best of its part."""
     scores = torch.cat([first.scores, second.scores], dim=1)
     indices = torch.cat([first.indices, second.indices], dim=1)

@@ -74,12 +74,8 @@ class Trainer:
         # Parameters are equal by construction and buffers are each process' own: DDP only has to average gradients.
         self.forward: torch.nn.Module = self.method
         if process.world > 1:
-            self.forward = DistributedDataParallel(
-                self.method,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-                static_graph=config.engine.accumulate == 1,  # with no_sync() its first step would be another
-            )
+            # No static_graph: its first step is another one, and a resumed run would differ from a whole one.
+            self.forward = DistributedDataParallel(self.method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]

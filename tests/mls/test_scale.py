@@ -1,4 +1,4 @@
-"""What a large run asks for: a back-end chosen by measuring and kept, rows in half precision, and an end instead of a hang
+"""What a large run asks for: a back-end chosen by measuring and kept, rows in half precision, and an end, not a hang,
 when one of several processes dies."""
 
 import os
