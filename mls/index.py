@@ -100,7 +100,8 @@ def _trained(faiss: Any, features: Tensor) -> Any:
     count, dim = features.shape
     lists, width = 2 ** round(math.log2(math.sqrt(count))), min(dim, WIDTH)
     components = f"PCAR{width}," if dim > width else ""
-    index = faiss.index_factory(dim, f"{components}IVF{lists},PQ{max(1, width // 4)}", faiss.METRIC_L2)
+    # Codes of 4 bits: with codes of 8 bits the training of the quantiser took 150 s for 4,096 rows, with these half one.
+    index = faiss.index_factory(dim, f"{components}IVF{lists},PQ{max(1, width // 2)}x4fs", faiss.METRIC_L2)
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     ivf.cp.min_points_per_centroid = ivf.pq.cp.min_points_per_centroid = 1  # else it complains of few rows
     sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: 64 * lists].sort().values
