@@ -100,7 +100,7 @@ def _trained(faiss: Any, features: Tensor) -> Any:
     count, dim = features.shape
     lists, width = 2 ** round(math.log2(math.sqrt(count))), min(dim, WIDTH)
     components = f"PCAR{width}," if dim > width else ""
-    # Codes of 4 bits: with codes of 8 bits the training of the quantiser took 150 s for 4,096 rows, with these half one.
+    # Codes of 4 bits: to train those of 8 took 150 s for 4,096 rows, these half a second.
     index = faiss.index_factory(dim, f"{components}IVF{lists},PQ{max(1, width // 2)}x4fs", faiss.METRIC_L2)
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     ivf.cp.min_points_per_centroid = ivf.pq.cp.min_points_per_centroid = 1  # else it complains of few rows

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
-from mls.tools import bench, config, data, demo, eval, pretrain, report, scenes
+from mls.tools import bench, config, data, demo, eval, neighbours, pretrain, report, scenes
 
 app = typer.Typer(
     name="mls",
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = {"demo": demo.demo, "pretrain": pretrain.pretrain, "config": config.show, "report": report.report}
+COMMANDS |= {"neighbours": neighbours.neighbours, "leakcheck": neighbours.leakcheck}
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(scenes.app, name="scenes")

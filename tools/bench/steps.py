@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: int) -> dict[str, float]:
-    """Seconds of MoCo-v2's whole step, and of what MLS does beside it: matching, the multi-label term with gradient, the
-    rows of the second memory. In turns, medians."""
+    """Seconds of MoCo-v2's whole step, and of what MLS does beside it: matching, the multi-label term and its gradient,
+    the rows of the second memory. In turns, medians."""
     moco = _method("moco_v2", device, batch, rows, k, size)
     mls = _method("mls", device, batch, rows, k, size)
     assert isinstance(mls, methods.MLS)
