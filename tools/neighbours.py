@@ -48,12 +48,13 @@ def neighbours(
     source = source_of(dataset) if dataset is not None else source
     if source is None:
         raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
+    asked = InMemory.of_files(query) if query else source
     album = Album(source, Eye.of(weights))
     if query:
-        asked, numbers = InMemory.of_files(query), list(range(len(query)))
+        numbers = list(range(len(query)))
         found = album.nearest(embed(album.eye.network, asked, numbers, album.eye.augment), k)
     else:
-        asked, numbers = source, list(range(0, len(source), max(1, len(source) // ASKED)))[:ASKED]
+        numbers = list(range(0, len(source), max(1, len(source) // ASKED)))[:ASKED]
         with_itself = album.nearest(album.kept.features[numbers], k + 1)
         found = [
             [pair for pair in pairs if pair[0] != own][:k] for own, pairs in zip(numbers, with_itself, strict=True)

@@ -101,7 +101,7 @@ def _print_searches(found: list[Search], step: float, k: int) -> None:
     from mls.tools.studies import markdown_table
 
     def line(search: Search) -> list[str]:
-        peak = "not measured" if search.peak is None else f"{search.peak / 2**20:.0f} MiB"
+        peak = f"{search.peak / 2**20:.1f} MiB"
         note = "exact" if search.recall is None else f"recall@{k} {search.recall:.3f}, built in {search.built:.1f} s"
         cost = [f"{1e3 * search.seconds:.1f} ms", f"{search.seconds / step:.2%}", peak]
         return [str(search.width), f"{search.rows:,}", search.name, *cost, note]
