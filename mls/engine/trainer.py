@@ -251,7 +251,7 @@ class Trainer:
         labels = self.method.image_labels
         if labels is None or out.matched_ids is None or out.query_ids is None:
             return {}
-        return label_quality(labels, out.query_ids, out.matched_ids, self.method.dictionary.rows().ids)
+        return label_quality(labels, out.query_ids, out.matched_ids, self.method.dictionary.ids)
 
     def measurements(self) -> dict[str, float]:
         dictionary = self.method.dictionary
