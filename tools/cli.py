@@ -8,7 +8,21 @@ import sys
 import typer
 
 from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
-from mls.tools import bench, box, config, data, demo, eval, jobs, pretrain, report, results, scenes, submit
+from mls.tools import (
+    bench,
+    box,
+    config,
+    data,
+    demo,
+    eval,
+    jobs,
+    neighbours,
+    pretrain,
+    report,
+    results,
+    scenes,
+    submit,
+)
 
 app = typer.Typer(
     name="mls",
@@ -26,6 +40,8 @@ COMMANDS = {
     "config": config.show,
     "report": report.report,
     "results": results.results,
+    "neighbours": neighbours.neighbours,
+    "leakcheck": neighbours.leakcheck,
     "jobs": jobs.jobs,
     "cancel": jobs.cancel,
 }
@@ -46,7 +62,7 @@ def main() -> None:
         finally:
             sys.stdout.flush()  # a reader that is gone is met here, not while Python shuts down
     except Stopped as stopped:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 and str(stopped):
             print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except UserError as mistake:
