@@ -21,7 +21,7 @@ from mls.eval import frozen, supervised
 from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
-from mls.files import runs_folder, sha256, write_atomically
+from mls.files import alone, runs_folder, sha256, write_atomically
 from mls.models import weights_file
 from mls.recipes import load_config
 from mls.results import Results
@@ -97,7 +97,10 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
     overrides.append(f"run.seed={seed}")
     key = hashlib.sha256(config_to_yaml(load_config(recipe, overrides)).encode()).hexdigest()[:8]
     name = f"{Path(recipe).stem}-seed{seed}-{key}"
-    return str(engine.finish(load_config(recipe, [*overrides, f"run.name={name}", f"run.root={root}"]), quiet).path)
+    config = load_config(recipe, [*overrides, f"run.name={name}", f"run.root={root}"])
+    root.mkdir(parents=True, exist_ok=True)
+    with alone(root / f".{name}.lock"):  # jobs of one array may want the same run
+        return str(engine.finish(config, quiet).path)
 
 
 def title(protocol: AnyProtocol, weights: str, seed: int) -> str:

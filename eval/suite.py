@@ -29,7 +29,8 @@ class Row:
     name: str = ""
     set: list[str] = field(default_factory=list)
     choose: dict[str, list[Any]] = field(default_factory=dict)  # values of a key, tried on the validation part
-    weights: str | None = None  # default: the protocol's; where backbones are compared: none, the paper's numbers alone
+    weights: str | None = None  # default: the protocol's
+    ours: bool = True  # false: the paper's numbers alone
     tiny: str | None = None  # where backbones are compared: the weights of --tiny
     method: str = ""  # where backbones are compared: the run's, so that a run of the user finds the paper's numbers
     paper: list[float | None] = field(default_factory=list)  # one a column, in per cent
@@ -116,7 +117,7 @@ def run(
 
     for column in columns:
         for row in rows:
-            if row.name in table.absent or (suite.compares == "backbones" and row.weights is None):
+            if row.name in table.absent or not row.ours:
                 continue
             try:
                 chosen = [] if tiny else choose(row, column, root, overrides, say_once)
@@ -159,6 +160,9 @@ def choose(row: Row, column: Column, root: Path, overrides: Sequence[str], say: 
 
 
 def plan(row: Row, column: Column, seeds: int | None, overrides: Sequence[str]) -> list[Cell]:
+    """Of our own runs; none where a row is the paper's alone."""
+    if not row.ours:
+        return []
     protocol = load_protocol(column.protocol, [*column.set, *row.set, *overrides])
     used = row.weights or protocol.model.weights
     return [Cell(row, column, protocol, used, seed) for seed in range(seeds or protocol.seeds)]
@@ -171,7 +175,7 @@ def chosen_rows(suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence
             raise unknown_name("row of the suite", name, [row.name for row in suite.rows])
     rows = [row for row in suite.rows if not only or row.name in only]
     if suite.compares == "backbones":
-        rows = [replace(row, weights=row.tiny) for row in rows if row.tiny] if tiny else rows
+        rows = [replace(row, weights=row.tiny, ours=True) for row in rows if row.tiny] if tiny else rows
         return [*rows, *(given(one, suite) for one in weights)]
     if not weights and not tiny:
         return rows
