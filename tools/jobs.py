@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mls.errors import LaunchError
+from mls.files import runs_folder
 
 if TYPE_CHECKING:
     from mls.slurm.order import Order
@@ -112,4 +112,4 @@ def _root(name: str | None) -> Path:
     given = Path(name).expanduser() if name else None
     if given is not None and given.is_dir():
         return given.resolve().parent
-    return Path(os.environ.get("MLS_RUNS") or "runs").expanduser().resolve()
+    return runs_folder().resolve()

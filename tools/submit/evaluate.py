@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mls.tools.eval import WEIGHTS
+from mls.tools.eval import ROWS
 from mls.tools.submit.options import Changes, DryRun, ProfileName, hand_over, say
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     arguments: Annotated[list[str], typer.Argument(metavar="SUITE KEY=VALUE", help="See `mls eval list`.")],
-    weights: Annotated[list[str] | None, typer.Option(help=f"{WEIGHTS} May be repeated.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help=ROWS)] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="The same methods on the embedded scenes.")] = False,
     seeds: Annotated[int | None, typer.Option(min=1, help="Default: as the protocol says.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this row. May be repeated.")] = None,
@@ -42,14 +42,14 @@ def evaluate(
 
         mls submit eval paper_spml --weights torchvision:resnet50 --profile one_node_8gpu --slurm concurrency=4
     """
-    from mls.eval.cells import runs_root
+    from mls.files import runs_folder
     from mls.slurm import submit as launch
     from mls.slurm.profile import load_profile
 
     name, *overrides = arguments
-    root = (out or runs_root()).absolute()
+    root = (out or runs_folder()).absolute()
     wanted = one_process(load_profile(profile, slurm or []))
-    weights = [str(Path(one).absolute()) if Path(one).exists() else one for one in weights or ()]
+    weights = [_absolute_weights(one) for one in weights or ()]
     tasks = plan(name, weights, root, tiny, seeds, only or (), overrides)
     if not tasks:
         say(f"nothing to submit: every cell is in {root / 'results.jsonl'}")
@@ -118,7 +118,17 @@ def _look_up(cell: Cell, root: Path) -> tuple[bool, str]:
         return bool(known), name
     except UserError:
         digest = hashlib.sha256(f"{cell.protocol}{cell.weights}".encode()).hexdigest()[:8]
-        return False, f"{cell.protocol.recipe}-{cell.protocol.training.loss}-seed{cell.seed}-{digest}"
+        return False, f"{cell.protocol.recipe}-seed{cell.seed}-{digest}"
+
+
+def _absolute_weights(weights: str) -> str:
+    """WEIGHTS or LABEL=WEIGHTS, from everywhere.
+
+    >>> _absolute_weights("torchvision:resnet50")
+    'torchvision:resnet50'
+    """
+    label, separator, path = ("", "", weights) if Path(weights).exists() else weights.rpartition("=")
+    return f"{label}{separator}{Path(path).absolute()}" if Path(path).exists() else weights
 
 
 def _absolute(name: str) -> str:
