@@ -51,7 +51,8 @@ def test_leakcheck_finds_the_copies_and_nothing_else(
     assert report["second"]["scenes:test"] == {"images": 2000, "pairs": []}
     assert re.search(r"9\d% of altered copies lie above it", done.stdout)
     (picture,) = (tmp_path / "out").glob("*.png")
-    assert Image.open(picture).height > 3 * 96
+    with Image.open(picture) as drawn:
+        assert drawn.height > 3 * 96
 
 
 def test_features_are_taken_from_the_cache_until_an_image_changes(
