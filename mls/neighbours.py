@@ -3,7 +3,6 @@ are kept on disk by features.py and searched by index.py."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -23,13 +22,12 @@ from mls.data import Source
 from mls.data.crops import UnreadableImage, decode
 from mls.data.sources import build_source
 from mls.errors import DataError
-from mls.features import Kept, embed, embedded, kept
+from mls.features import Kept, embed, embedded, hash_of_images, hash_of_weights, kept
 from mls.gallery import GalleryRow
 from mls.index import Index, build
 from mls.models import card, load_backbone, weights_file
 
 SIDE = 16  # of a thumbnail
-SAMPLED = 64  # images whose bytes are looked at to tell whether a data set is still the same
 CALIBRATED = 200  # images of which altered copies are made
 FOUND = 0.95  # of the altered copies lie above the threshold
 
@@ -74,7 +72,7 @@ class Album:
 
         device = start().device
         augment, count = self.eye.augment, len(self.source)
-        facts = {"images": _hash_of_images(self.source), "weights": _hash_of_weights(self.eye.network)}
+        facts = {"images": hash_of_images(self.source), "weights": hash_of_weights(self.eye.network)}
         facts |= {"size": augment.size, "statistics": [*augment.mean, *augment.std]}
 
         def compute(first: int) -> Iterator[Tensor]:
@@ -207,7 +205,7 @@ def near_duplicates(first: Album, second: Album, threshold: float) -> list[Pair]
     return sorted((pair for pair in pairs if pair.cosine >= threshold), key=lambda pair: -pair.cosine)
 
 
-# ------------------------------------------------------------------------------------------------- pictures and hashes
+# ------------------------------------------------------------------------------------------------- pictures
 
 
 def line(query: Any, query_id: int, source: Source, found: Sequence[tuple[int, float]]) -> GalleryRow:
@@ -222,25 +220,3 @@ def _pixels(image: Any) -> UInt8[np.ndarray, "height width 3"]:
     side = min(pixels.shape[1:])
     top, left = ((length - side) // 2 for length in pixels.shape[1:])
     return pixels[:, top : top + side, left : left + side].permute(1, 2, 0).contiguous().numpy()
-
-
-def _hash_of_images(source: Source) -> str:
-    """Of what each image is called, how large its file is and when it was written; and of the content of a few."""
-    digest = hashlib.sha256(f"{source.name} {len(source)}".encode())
-    for i in range(len(source)):
-        name = source.describe(i)
-        digest.update(name.encode())
-        if os.path.isfile(name):
-            stat = os.stat(name)
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    for i in range(0, len(source), max(1, len(source) // SAMPLED)):
-        content = source.read(i)
-        digest.update(content if isinstance(content, bytes) else content.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _hash_of_weights(network: nn.Module) -> str:
-    digest = hashlib.sha256(repr(network).encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
