@@ -13,5 +13,5 @@ for room in ROOMS:
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"mls.configs": ["**/*.yaml"], "mls.tools": ["*.html"]},
+    package_data={"mls.configs": ["**/*.yaml"], "mls.tools": ["*.html"], "mls.slurm": ["examples/*"]},
 )

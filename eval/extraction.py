@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +20,9 @@ from mls.eval.data import DataSet, LabelledImages
 from mls.eval.images import Batches
 from mls.eval.protocol import FeaturesConfig, Frozen, FrozenData, plain
 from mls.eval.splits import load
-from mls.features import kept
+from mls.features import hash_of_images, hash_of_weights, kept
 from mls.models import load_backbone
 from mls.models.momentum import HALF, precision_on
-
-SAMPLED = 32  # images whose content enters the hash: a data set rewritten under the same names is noticed
 
 
 @dataclass(frozen=True)
@@ -101,7 +98,8 @@ def features_of(
 
     facts: dict[str, Any] = {
         "weights": hash_of_weights(backbone),
-        "images": hash_of_images(images),
+        "images": hash_of_images(images.images, images.rows),
+        "parts": None if images.boxes is None else hashlib.sha256(images.boxes.numpy().data).hexdigest(),
         "size": protocol.augment.size,
         "statistics": [*protocol.augment.mean, *protocol.augment.std],
         "crop": [protocol.data.test_crop, protocol.data.test_resize],
@@ -121,27 +119,3 @@ def _split(data: DataSet, name: str) -> LabelledImages:
         known = ", ".join(part for part, images in parts.items() if images is not None)
         raise ConfigError(f"{data.name} has no split '{name}': choose one of {known}")
     return found
-
-
-def hash_of_weights(backbone: nn.Module) -> str:
-    """Of all tensors, and of the layers' settings, which tensors do not tell (a stride, a padding)."""
-    digest = hashlib.sha256(repr(backbone).encode())
-    for name, tensor in backbone.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def hash_of_images(images: LabelledImages) -> str:
-    """Of all names, and of the content of a few images."""
-    digest = hashlib.sha256()
-    for row in range(len(images)):
-        digest.update(images.describe(row).encode() + b"\0")
-    for tensor in (images.rows, images.boxes):
-        if tensor is not None:
-            digest.update(tensor.numpy().data)
-    for row in range(0, len(images), max(1, len(images) // SAMPLED)):
-        with contextlib.suppress(OSError):  # whoever embeds it says which image cannot be read
-            content = images.images.read(row if images.rows is None else int(images.rows[row]))
-            digest.update(content if isinstance(content, bytes) else content.contiguous().numpy().data)
-    return digest.hexdigest()[:16]

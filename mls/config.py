@@ -84,11 +84,13 @@ class ModelConfig:
 class DictionaryConfig:
     size: int = 4096
     own_rows: Literal["keep", "exclude"] = "keep"  # a query's own older rows: kept as the papers do, or masked
+    storage: Literal["fp32", "fp16", "bf16"] = "fp32"  # how rows are kept; products are taken in fp32
+    sharded: bool = False  # each process holds its part of the rows; the result is the same to rounding
 
 
 @dataclass(frozen=True)
 class MatchingConfig:
-    backend: str = "torch"
+    backend: str = "torch"  # torch, faiss, or auto: measured at the start of the run, and kept
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,19 @@
 """Processes: who am I, gather, agree. With one process everything here is the identity, so nobody else asks."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mls.errors import ConfigError, UserError
+from mls.errors import EXIT_LOST, ConfigError, Stopped, UserError
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,28 @@ def _why_not(error: Exception) -> str:
     return f"the processes could not meet at {where}: {str(error).splitlines()[0]}"
 
 
+@contextlib.contextmanager
+def telling_lost_processes(what_to_do: str) -> Iterator[None]:
+    """An exchange that fails means that another process is gone. One of those that are left says so, at once: whoever
+    started them ends them soon. (NCCL may notice late; then it is the launcher that ends the run.)"""
+    try:
+        yield
+    except RuntimeError as error:
+        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        if _first_to_tell():
+            sentence = "another process of this run is gone or has stopped answering (its own last words say why)"
+            print(f"[rank {rank()}] error: {sentence}: {what_to_do}", file=sys.stderr, flush=True)
+        raise Stopped("", EXIT_LOST) from error
+
+
+def _first_to_tell() -> bool:
+    try:
+        return dist.distributed_c10d._get_default_store().add("told that a process is lost", 1) == 1
+    except RuntimeError:  # the store was with the process that is gone
+        return True
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -89,6 +113,59 @@ def gather(tensors: Sequence[Shaped[Tensor, "batch ..."]]) -> list[Shaped[Tensor
         part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])
         for part, tensor in zip(parts, tensors, strict=True)
     ]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)  # a tensor that nobody used costs no collective
+        return tuple(gather(tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return tuple(None if of_all is None else _own(_added(of_all), dim=0) for of_all in gradients)
+
+
+class _OwnTotals(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> Tensor:
+        return _own(_added(parts), dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        (everyones,) = gather([gradient.T.clone(memory_format=torch.contiguous_format)])
+        return everyones.T
+
+
+def gather_with_gradient(tensors: Sequence[Shaped[Tensor, "batch ..."]]) -> list[Shaped[Tensor, "world_batch ..."]]:
+    """`gather`, through which gradients flow: what all processes' losses ask of a row is added up where it came from.
+
+    A loss that a process works out from its own rows of `own_totals` then has the gradient that it would have without
+    any exchange, which is what DDP's average of the processes' gradients expects.
+    """
+    return list(_Gather.apply(*tensors))
+
+
+def own_totals(parts: Float[Tensor, "sums world_batch"]) -> Float[Tensor, "sums batch"]:
+    """The sum over all processes of the parts that each has for everyone's columns; of it this process' own columns."""
+    return _OwnTotals.apply(parts)
+
+
+def maximum(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The largest over all processes, element by element."""
+    largest = tensor.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest
+
+
+def _added(tensor: Tensor) -> Tensor:
+    total = tensor.contiguous().clone()
+    dist.all_reduce(total, dist.ReduceOp.SUM)
+    return total
+
+
+def _own(of_all: Tensor, dim: int) -> Tensor:
+    return of_all.chunk(world(), dim=dim)[rank()].contiguous()
 
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:

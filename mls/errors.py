@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 EXIT_MISTAKE = 2  # the user's mistake: one sentence, no traceback
+EXIT_LOST = 1  # another process of the run is gone
 EXIT_SAVED = 75  # a signal came: everything is saved, `--resume` goes on
 EXIT_INTERRUPTED = 130  # Ctrl-C: saved too, unless pressed twice
 
@@ -28,8 +29,13 @@ class DivergedError(UserError):
     """Training produced non-finite values too often in a row."""
 
 
+class LaunchError(UserError):
+    """A scheduler that is not there, or that refuses a job."""
+
+
 class Stopped(Exception):
-    """A signal asked the run to stop and everything is saved. Not an error; `exit_code` says which signal it was."""
+    """A signal asked the run to stop and everything is saved. Not an error; `exit_code` says which signal it was, or
+    that another process is gone (EXIT_LOST, already told)."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

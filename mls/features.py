@@ -3,6 +3,7 @@ holds features on disk, so that the same images never go through the same networ
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -29,6 +30,7 @@ from mls.files import alone, cache_folder, telling_disk_errors, write_atomically
 from mls.monitor.progress import counting
 
 BLOCK = 256  # rows that are written and hashed together: at most so many are computed twice after a kill
+SAMPLED = 64  # images whose content enters the hash: a data set rewritten under the same names is noticed
 FULL = "free some, or set MLS_CACHE to another folder; what was computed is kept, and the same call goes on from there"
 
 
@@ -146,6 +148,28 @@ def kept(
     # Mode c: whoever writes to the tensor, which torch cannot forbid, changes a copy of the page.
     rows = np.memmap(folder / "features.npy", "<f4", "c", len(_header(count, dim)), (count, dim))
     return Kept(torch.from_numpy(rows), folder, hashlib.sha256("".join(blocks).encode()).hexdigest())
+
+
+def hash_of_weights(backbone: nn.Module) -> str:
+    """Of all tensors, and of the layers' settings, which tensors do not tell (a stride, a padding)."""
+    digest = hashlib.sha256(repr(backbone).encode())
+    for name, tensor in backbone.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def hash_of_images(source: Source, ids: Int64[Tensor, "images"] | None = None) -> str:
+    """Of the names of all images, or of these, and of the content of a few."""
+    numbers = range(len(source)) if ids is None else ids.tolist()
+    digest = hashlib.sha256()
+    for number in numbers:
+        digest.update(source.describe(number).encode() + b"\0")
+    for number in numbers[:: max(1, len(numbers) // SAMPLED)]:
+        with contextlib.suppress(OSError):  # whoever embeds it says which image cannot be read
+            content = source.read(number)
+            digest.update(content if isinstance(content, bytes) else content.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _whole_blocks(folder: Path, count: int) -> tuple[int, list[str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from mls.engine.schedule import epoch_of
 from mls.engine.trainer import MOST_LABELS
 from mls.errors import CheckpointError, DataError
 from mls.models import build_pair
+from mls.products import OwnRows
 from mls.streams import generator
 
 if TYPE_CHECKING:
@@ -140,10 +141,10 @@ def _nearest(method: MoCo, config: Config, batch: Batch, rows: Rows, count: int)
     g1, z1 = method.pair.query(views.images[0])
     by_projection = config.objective.labels_from == "projection"
     query, memory = (z1, rows.projection) if by_projection else (g1, rows.backbone)
-    own: Bool[Tensor, "batch rows"] = batch.ids[:, None] == rows.ids[None]
+    own = OwnRows(batch.ids, rows.ids)
     if isinstance(method, methods.MLS):
         count = min(count, config.objective.k)
-    count = min(count, int((~own).sum(1).min()))
+    count = min(count, len(rows.ids) - int(own.counts().max()))
     if count == 0:
         raise CheckpointError("the dictionary holds crops of the query's own image only: train on for a few steps")
     return matching.build("torch").topk(F.normalize(query, dim=1), memory, count, exclude=own)

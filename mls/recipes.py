@@ -112,7 +112,7 @@ def find(name: str | Path, folder: str, word: str) -> Path:
     advice = f"give a YAML file or a {word}'s name ({', '.join(known)})"
     if path.is_file():
         return path
-    if path.is_dir():
+    if path.is_dir() and str(name) not in known:
         raise ConfigError(f"{path} is a folder: {advice}")
     # A path with folders that is not there is a typing mistake, unless it is the file's own place in the checkout.
     if path.stem in known and path.parent in (Path("."), Path("configs", folder)):

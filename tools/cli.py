@@ -8,7 +8,21 @@ import sys
 import typer
 
 from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
-from mls.tools import bench, config, data, demo, eval, pretrain, report, results, scenes
+from mls.tools import (
+    bench,
+    box,
+    config,
+    data,
+    demo,
+    eval,
+    jobs,
+    neighbours,
+    pretrain,
+    report,
+    results,
+    scenes,
+    submit,
+)
 
 app = typer.Typer(
     name="mls",
@@ -26,12 +40,18 @@ COMMANDS = {
     "config": config.show,
     "report": report.report,
     "results": results.results,
+    "neighbours": neighbours.neighbours,
+    "leakcheck": neighbours.leakcheck,
+    "jobs": jobs.jobs,
+    "cancel": jobs.cancel,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.add_typer(scenes.app, name="scenes")
 app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
+app.add_typer(submit.app, name="submit")
+app.add_typer(box.app, name="slurm")
 app.add_typer(bench.app, name="bench")
 
 
@@ -42,7 +62,7 @@ def main() -> None:
         finally:
             sys.stdout.flush()  # a reader that is gone is met here, not while Python shuts down
     except Stopped as stopped:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 and str(stopped):
             print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except UserError as mistake:

@@ -74,6 +74,7 @@ class Trainer:
         # Parameters are equal by construction and buffers are each process' own: DDP only has to average gradients.
         self.forward: torch.nn.Module = self.method
         if process.world > 1:
+            # No static_graph: its first step is another one, and a resumed run would differ from a whole one.
             self.forward = DistributedDataParallel(self.method, broadcast_buffers=False, gradient_as_bucket_view=True)
 
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
@@ -104,6 +105,8 @@ class Trainer:
             loader = Loader(
                 self.source, self.config, self.process, self.step + 1, last, on_worker_start=leave_signals_to_the_parent
             )
+            go_on = f"`mls pretrain --resume {self.run.path}` goes on from the last checkpoint"
+            stack.enter_context(distributed.telling_lost_processes(go_on))
             batches = iter(loader)
             self.window.restart_clock()
             self.hint_from = self.step + self.config.monitor.log_every + 1  # workers need a moment to start
@@ -248,7 +251,7 @@ class Trainer:
         labels = self.method.image_labels
         if labels is None or out.matched_ids is None or out.query_ids is None:
             return {}
-        return label_quality(labels, out.query_ids, out.matched_ids, self.method.dictionary.rows().ids)
+        return label_quality(labels, out.query_ids, out.matched_ids, self.method.dictionary.ids)
 
     def measurements(self) -> dict[str, float]:
         dictionary = self.method.dictionary
@@ -273,6 +276,9 @@ class Trainer:
         ]
         if self.method.key_norm.note:
             words.append(self.method.key_norm.note)
+        if self.decided:
+            measured = ", ".join(self.decided["measured"])
+            words.append(f"matching with {self.decided['backend']} (a search takes {measured})")
         if self.step:
             words.append(f"resumed after step {self.step}")
         elif isinstance(self.method, methods.MLS):
@@ -294,13 +300,13 @@ class Trainer:
             "step": self.step,
             "config": to_dict(self.config),
             "method": self.method.state_dict(),
-            "dictionary": self.method.dictionary.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),
             "log_offset": self.log_offset,
             "unreadable": self.unreadable,
             "bad_steps": self.bad_steps,
+            "decided": self.decided,
             "versions": {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         }
 
@@ -318,10 +324,11 @@ class Trainer:
     def save(self, milestone: bool = False) -> None:
         """Rank 0 writes; the others wait, so that no process is steps ahead when the writing fails."""
         error: Exception | None = None
+        dictionary = self.method.dictionary.state_dict() if self.process.main or self.method.sharding.world > 1 else {}
         if self.process.main:
             try:
                 self.log_offset = self.log.offset()
-                self.checkpoints.save(self.step, self.state_dict(), milestone)
+                self.checkpoints.save(self.step, {**self.state_dict(), "dictionary": dictionary}, milestone)
                 self.export_backbone()
             except Exception as caught:
                 error = caught
@@ -349,6 +356,7 @@ class Trainer:
         if state is not None:
             refuse_another_configuration(from_dict(state["config"]), self.config, self.run.checkpoints)
             self.load_state_dict(state)
+        self.decided = self.method.decide((state or {}).get("decided", {}), self.process.device)
 
     @staticmethod
     def check_resume(config: Config, run: Run) -> None:

@@ -50,6 +50,7 @@ class Loss(nn.Module):
 
     takes: Takes = "logits"  # the caller applies its temperature to logits, never to cosines
     elementwise: bool = True  # reduction="none" gives the matrix [batch, classes]
+    separable: bool = False  # an entry depends on its own logit and label alone: the classes may come in parts
     needs_index: bool = False  # `forward` needs the samples' row numbers, and `observe` all their labels
     lr_multiplier: float = 1.0  # what the loss learns takes this many times the network's learning rate
 

@@ -25,6 +25,8 @@ class AssumedNegative(Loss):
     tensor([[-0.0397,  0.0896,  0.1667]])
     """
 
+    separable = True
+
     def entries(
         self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
     ) -> Float[Tensor, "batch classes"]:
@@ -43,6 +45,8 @@ class PositiveOnly(Loss):
     >>> PositiveOnly()(torch.zeros(1, 4), labels=torch.tensor([[1, 0, 0, -1]])).item()  # log(2) / 4
     0.1732867956161499
     """
+
+    separable = True
 
     def entries(
         self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
@@ -70,6 +74,8 @@ class IgnoreUnknown(Loss):
     0.3465735912322998
     """
 
+    separable = True
+
     def entries(
         self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
     ) -> Float[Tensor, "batch classes"]:
@@ -89,6 +95,8 @@ class DownWeighted(AssumedNegative):
     >>> round(loss.item(), 4)  # 2.5 log(2) / 4
     0.4332
     """
+
+    separable = False  # a negative's weight is a matter of how many classes there are
 
     def __init__(self, alpha: int | float | None = None, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__(temperature, reduction)
@@ -131,6 +139,8 @@ class SmoothedAssumedNegative(Loss):
     >>> round(SmoothedAssumedNegative()(torch.tensor([[2.0, -2.0]]), labels=torch.tensor([[1, 0]])).item(), 4)
     0.3269
     """
+
+    separable = True
 
     def __init__(self, epsilon: float = 0.1, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__(temperature, reduction)

@@ -23,6 +23,8 @@ class Focal(Loss):
     0.1732867956161499
     """
 
+    separable = True
+
     def __init__(
         self, gamma_pos: float = 2.0, gamma_neg: float = 2.0, temperature: float = 1.0, reduction: str = "mean"
     ) -> None:
@@ -57,6 +59,8 @@ class Asymmetric(Loss):
     >>> round(Asymmetric()(torch.zeros(1, 2), labels=torch.tensor([[1, 0]])).item(), 4)  # 0.3466 + 0.0245
     0.3711
     """
+
+    separable = True
 
     def __init__(
         self,

@@ -1,13 +1,13 @@
 """Losses in which classes compete: InfoNCE (one positive, a function of embeddings), the multi-label softmax (several
 positives, a loss on logits), and what it shares with the two-way loss."""
 
-import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64, Num
+from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
 from mls.errors import ConfigError, unknown_name
 from mls.losses import Loss, at_least_fp32, register
+from mls.products import Mask, log_sum_exp
 
 
 def info_nce(
@@ -15,7 +15,7 @@ def info_nce(
     key: Float[Tensor, "batch dim"],
     negatives: Float[Tensor, "negatives dim"],
     temperature: float,
-    mask: Bool[Tensor, "batch negatives"] | None = None,
+    mask: Mask | None = None,
 ) -> Float[Tensor, ""]:
     """InfoNCE as in MoCo (https://arxiv.org/abs/1911.05722, Eq. 1); all vectors have unit length.
 
@@ -23,18 +23,22 @@ def info_nce(
 
     Where `mask` is True a negative is left out. Without negatives the loss is 0.
 
+    >>> import torch
     >>> query, key = F.normalize(torch.randn(8, 16)), F.normalize(torch.randn(8, 16))
     >>> bool(info_nce(query, key, negatives=F.normalize(torch.randn(32, 16)), temperature=0.2) > 0)
     True
     """
-    query, key, negatives = at_least_fp32(query), at_least_fp32(key), at_least_fp32(negatives)
-    with torch.autocast(query.device.type, enabled=False):  # it would turn the product to half precision
-        own = (query * key).sum(dim=1, keepdim=True)  # [batch, 1]
-        others = query @ negatives.T  # [batch, negatives]
-        if mask is not None:
-            others = others.masked_fill(mask, -torch.inf)
-        logits = torch.cat([own, others], dim=1) / temperature
-        return F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.int64, device=query.device))
+    query, key = at_least_fp32(query), at_least_fp32(key)
+    others = log_sum_exp(query, negatives, temperature, mask)  # [batch]
+    return told_apart((query * key).sum(dim=1) / temperature, others)
+
+
+def told_apart(own: Float[Tensor, "batch"], others: Float[Tensor, "batch"]) -> Float[Tensor, ""]:
+    """InfoNCE from the logit of each query's own key and the log-sum-exp of its negatives' logits.
+
+    -log( exp(own) / (exp(own) + exp(others)) ) is softplus(others - own)
+    """
+    return F.softplus(others - own).mean()
 
 
 class Contrast(Loss):
@@ -94,6 +98,7 @@ class Softmax(Contrast):
     ways  "sample" as above; "class" the same for each class over the samples of the batch ("none" gives [classes]);
           "both" their sum.
 
+    >>> import torch
     >>> logits = torch.zeros(2, 4, requires_grad=True)
     >>> loss = Softmax()(logits, labels=torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]))
     >>> round(loss.item(), 4)  # log 4; the second sample does not count

@@ -28,6 +28,8 @@ class EntropyMinimisation(Loss):
     0.5198603868484497
     """
 
+    separable = True
+
     def __init__(self, alpha: float = 0.1, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__(temperature, reduction)
         require(alpha >= 0, "alpha", alpha, "a number from 0 up")
@@ -53,6 +55,8 @@ class EntropyMaximisation(Loss):
     >>> EntropyMaximisation(alpha=0.5)(torch.zeros(1, 2), labels=torch.tensor([[1, 0]])).item()  # 0.5 log(2) / 2
     0.1732867956161499
     """
+
+    separable = True
 
     def __init__(self, alpha: float = 0.1, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__(temperature, reduction)

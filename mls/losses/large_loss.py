@@ -15,6 +15,8 @@ from mls.losses.assumed_negative import AssumedNegative
 class LargeLoss(AssumedNegative):
     """What the three schemes share: which entries they modify. Each epoch's share grows by `delta_rel`."""
 
+    separable = False  # which losses are large is a matter of all of them
+
     def __init__(self, delta_rel: float, temperature: float, reduction: str) -> None:
         super().__init__(temperature, reduction)
         require(delta_rel >= 0, "delta_rel", delta_rel, "a percentage from 0 up")

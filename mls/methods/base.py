@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mls.data import Views
+from mls.dictionary import Rows
+from mls.products import Mask
 
 
 @dataclass
@@ -19,6 +22,26 @@ class Keys:
     projection: Float[Tensor, "batch projection"]
     ids: Int64[Tensor, batch]
     boxes: Float[Tensor, "batch 4"]
+
+
+@dataclass
+class Queries:
+    """One crop of each image, embedded with gradient: this process' own, and those that its rows are asked for, which
+    are everyone's where the dictionary is sharded and its own where it is not."""
+
+    g: Float[Tensor, "batch features"]
+    z: Float[Tensor, "batch projection"]
+    all_g: Float[Tensor, "everyone features"]
+    all_z: Float[Tensor, "everyone projection"]
+
+
+@dataclass
+class Seen:
+    """The dictionary as all of a step sees it."""
+
+    rows: Rows  # that this process holds
+    exclude: Mask | None  # of them, those that may be neither match nor negative of a query
+    counted: Int64[Tensor, batch]  # rows of all processes that are left for each of this process' queries
 
 
 @dataclass
@@ -42,6 +65,11 @@ class Method(nn.Module):
 
     def forward(self, views: Views) -> StepOutput:
         raise NotImplementedError
+
+    def decide(self, decided: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """Called once before the first step: settles what the configuration leaves to measurement. `decided` is what
+        was decided when the run began, if it is a resume; what is returned is kept in the checkpoint."""
+        return {}
 
     def set_progress(self, step: int, epoch: int, steps_per_epoch: int) -> None:
         """Called before each step; both count from 1. What it sets depends on nothing else, so a resume needs none."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from mls.config import Config
 from mls.data import Views
-from mls.dictionary import Dictionary, Rows
+from mls.dictionary import Dictionary
 from mls.distributed import gather, rank
-from mls.losses import info_nce
-from mls.methods.base import Keys, Method, StepOutput
+from mls.losses.contrastive import told_apart
+from mls.methods.base import Keys, Method, Queries, Seen, StepOutput
 from mls.models import EncoderPair
 from mls.models.norm import KeyNorm, share_statistics
+from mls.products import OwnRows, log_sum_exp
+from mls.sharding import Sharding
 from mls.streams import generator
 
 
@@ -29,51 +31,73 @@ class MoCo(Method):
         if self.key_norm.mode == "sync":
             share_statistics(pair.key)
         # Not a module: as a buffer DDP would broadcast it at every forward.
-        width = pair.query.backbone.feature_dim
-        self.dictionary = Dictionary(config.dictionary.size, backbone=width, projection=config.model.projection)
+        self.sharding = Sharding.over_processes(config.dictionary.sharded)
+        self.dictionary = Dictionary(
+            config.dictionary.size,
+            backbone=pair.query.backbone.feature_dim,
+            projection=config.model.projection,
+            storage=config.dictionary.storage,
+            sharding=self.sharding,
+        )
 
     def forward(self, views: Views) -> StepOutput:
         objective = self.config.objective
-        rows = self.dictionary.rows()  # one state for everything below
         keys, own = self.encode_keys(views)
-        own_rows = self.own_rows(views, rows)  # rows that may be neither match nor negative
-
+        seen = self.look(views, keys)  # one state for everything below
         z2 = keys.projection[own]
-        negatives, left_out = rows.projection, own_rows
-        if objective.in_batch_negatives:
-            negatives = torch.cat([rows.projection, keys.projection])
-            other = keys.ids[None] == views.ids[:, None]  # its own key is the positive, never a negative
-            no_rows = torch.zeros(len(z2), len(rows.ids), dtype=torch.bool, device=z2.device)
-            left_out = torch.cat([own_rows if own_rows is not None else no_rows, other], dim=1)
 
-        queries = [views.images[0], *views.images[2:]]  # small crops are queries too
+        crops = [views.images[0], *views.images[2:]]  # small crops are queries too
         out = StepOutput(loss=z2.new_zeros(()), keys=keys, query_ids=views.ids)
-        for number, images in enumerate(queries):
-            g1, z1 = self.pair.query(images)
-            g1, z1 = F.normalize(g1, dim=1), F.normalize(z1, dim=1)
-            contrast = info_nce(z1, z2, negatives, objective.temperature, mask=left_out)
-            part = self.beside_info_nce(g1, z1, rows, own_rows, views, out if number == 0 else None)
+        for number, images in enumerate(crops):
+            queries = self.embed(images)
+            own_key = (queries.z * z2).sum(dim=1)  # [batch]
+            contrast = told_apart(own_key / objective.temperature, self.negatives(queries, seen, keys, views))
+            part = self.beside_info_nce(queries, seen, views, out if number == 0 else None)
             total = contrast if part is None else contrast + objective.weight * part
-            out.loss = out.loss + total / len(queries)
+            out.loss = out.loss + total / len(crops)
             if number == 0:
-                out.outputs = [z1, g1]
+                out.outputs = [queries.z, queries.g]
                 out.parts["info_nce"] = contrast
                 if part is not None:
                     out.parts["multi_label"] = objective.weight * part
                 out.scalars["loss/info_nce"] = contrast.detach()
-                out.scalars["chance/info_nce"] = _chance(contrast, len(negatives), left_out)
-                out.scalars["cosine/own_key"] = (z1 * z2).sum(1).mean().detach()
+                out.scalars["chance/info_nce"] = self.chance(seen, keys, views)
+                out.scalars["cosine/own_key"] = own_key.mean().detach()
         out.scalars["loss"] = out.loss.detach()
         return out
 
+    def embed(self, images: Float[Tensor, "batch 3 height width"]) -> Queries:
+        g1, z1 = self.pair.query(images)
+        g1, z1 = F.normalize(g1, dim=1), F.normalize(z1, dim=1)
+        return Queries(g1, z1, *self.sharding.everyones([g1, z1]))
+
+    def look(self, views: Views, keys: Keys) -> Seen:
+        rows, slots = self.dictionary.rows(), self.dictionary.ids
+        counted = torch.full_like(views.ids, len(slots))
+        if self.config.dictionary.own_rows == "keep":
+            return Seen(rows, None, counted)
+        asked_for = keys.ids if self.sharding.world > 1 else views.ids
+        return Seen(rows, OwnRows(asked_for, rows.ids), counted - OwnRows(views.ids, slots).counts())
+
+    def negatives(self, queries: Queries, seen: Seen, keys: Keys, views: Views) -> Float[Tensor, "batch"]:
+        """The log-sum-exp of the logits of each query's negatives."""
+        temperature = self.config.objective.temperature
+        others = log_sum_exp(queries.all_z, seen.rows.projection, temperature, seen.exclude)
+        others = self.sharding.log_totals(others)
+        if self.config.objective.in_batch_negatives:
+            own_keys = OwnRows(views.ids, keys.ids)  # its own key is the positive, never a negative
+            others = torch.logaddexp(others, log_sum_exp(queries.z, keys.projection, temperature, own_keys))
+        return others
+
+    def chance(self, seen: Seen, keys: Keys, views: Views) -> Float[Tensor, ""]:
+        """InfoNCE of a network that cannot tell anything from anything."""
+        count = 1.0 + seen.counted
+        if self.config.objective.in_batch_negatives:
+            count = count + len(keys.ids) - OwnRows(views.ids, keys.ids).counts()
+        return count.log().mean()
+
     def beside_info_nce(
-        self,
-        g1: Float[Tensor, "batch features"],
-        z1: Float[Tensor, "batch projection"],
-        rows: Rows,
-        own_rows: Bool[Tensor, "batch rows"] | None,
-        views: Views,
-        out: StepOutput | None,
+        self, queries: Queries, seen: Seen, views: Views, out: StepOutput | None
     ) -> Float[Tensor, ""] | None:
         """The term beside InfoNCE; MoCo-v2 has none. `out` receives what the log wants (first query crop only)."""
         return None
@@ -88,19 +112,8 @@ class MoCo(Method):
         keys = Keys(*gather([g2, z2, views.ids, views.boxes[1]]))
         return keys, slice(rank() * len(z2), (rank() + 1) * len(z2))
 
-    def own_rows(self, views: Views, rows: Rows) -> Bool[Tensor, "batch rows"] | None:
-        if self.config.dictionary.own_rows == "keep":
-            return None
-        return views.ids[:, None] == rows.ids[None]
-
     @torch.no_grad()
     def after_step(self, outputs: list[StepOutput]) -> None:
         self.pair.update(self.config.model.momentum)
         for out in outputs:
             self.dictionary.enqueue(out.keys.backbone, out.keys.projection, out.keys.ids, out.keys.boxes)
-
-
-def _chance(like: Tensor, negatives: int, left_out: Bool[Tensor, "batch negatives"] | None) -> Float[Tensor, ""]:
-    """InfoNCE of a network that cannot tell anything from anything."""
-    count = like.new_full((), 1 + negatives)
-    return count.log() if left_out is None else (count - left_out.sum(1)).log().mean()

@@ -40,7 +40,7 @@ class KeyNorm:
         return encode(images)
 
     def _split(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
-        order = torch.randperm(len(images), generator=stream).to(images.device)
+        order = torch.randperm(len(images), generator=stream).to(images.device, non_blocking=True)
         groups = images[order].tensor_split(max(1, len(images) // self.group))
         outputs = [encode(group.contiguous(memory_format=_format(images))) for group in groups]
         back = order.argsort()
@@ -49,7 +49,7 @@ class KeyNorm:
     def _shuffle(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
         own = slice(distributed.rank() * len(images), (distributed.rank() + 1) * len(images))
         (everyone,) = distributed.gather([images])
-        order = torch.randperm(len(everyone), generator=stream).to(images.device)
+        order = torch.randperm(len(everyone), generator=stream).to(images.device, non_blocking=True)
         features, projections = encode(everyone[order[own]].contiguous(memory_format=_format(images)))
         all_features, all_projections = distributed.gather([features, projections])
         back = order.argsort()[own]

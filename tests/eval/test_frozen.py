@@ -18,8 +18,9 @@ from mls.config import AugmentConfig
 from mls.errors import ConfigError, DataError
 from mls.eval import cells, extraction, frozen, load_protocol
 from mls.eval.data import LabelledImages
-from mls.eval.extraction import extract, features_of, hash_of_images, hash_of_weights
+from mls.eval.extraction import extract, features_of
 from mls.eval.splits import load
+from mls.features import hash_of_images, hash_of_weights
 from mls.models import load_backbone, save_backbone
 from mls.results import Results
 
@@ -92,10 +93,10 @@ def test_other_weights_layers_or_images_are_other_features(folders: Path) -> Non
     assert hash_of_weights(nn.Linear(2, 2).to(torch.bfloat16))  # numpy has no such type
     before = load_protocol("linear", [f"data.root={folders}"])
     images = load(before.data).train
-    first = hash_of_images(images)
-    assert hash_of_images(images.part(torch.arange(3))) != first
+    first = hash_of_images(images.images)
+    assert hash_of_images(images.images, torch.arange(3)) != first
     Image.new("RGB", (40, 40)).save(folders / "train" / "dark" / "0.jpg")
-    assert hash_of_images(images) != first
+    assert hash_of_images(images.images) != first
 
 
 def test_a_run_is_embedded_at_the_size_and_with_the_statistics_it_was_trained_with(saved: Path) -> None:

@@ -172,3 +172,18 @@ def test_keys_of_another_width_are_refused_and_change_nothing() -> None:
 def test_a_dictionary_without_rows_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"dictionary\.size"):
         Dictionary(0, backbone=FEATURES, projection=PROJECTION)
+
+
+@pytest.mark.parametrize(("storage", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_rows_in_half_precision_are_the_nearest_numbers_and_take_half_the_memory(
+    storage: str, dtype: torch.dtype
+) -> None:
+    dictionary = Dictionary(4, backbone=FEATURES, projection=PROJECTION, storage=storage)
+    dictionary.enqueue(**keys(0, 3))
+    rows = dictionary.rows()
+    assert rows.backbone.dtype == rows.projection.dtype == dtype
+    assert torch.equal(rows.backbone, keys(0, 3)["backbone"].to(dtype))
+    assert rows.backbone.nbytes == 3 * FEATURES * 2
+    copy = Dictionary(4, backbone=FEATURES, projection=PROJECTION, storage=storage)
+    copy.load_state_dict(dictionary.state_dict())
+    assert torch.equal(copy.rows().projection, rows.projection)

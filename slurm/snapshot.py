@@ -1,0 +1,61 @@
+"""The code a job runs: a copy taken when it is submitted; an edit while it waits or is requeued changes nothing.
+
+It has the layout of an installation (mls/eval, mls/slurm and so on inside mls), not of the checkout: a room that is not
+found inside the copied `mls` would silently come from an editable install.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOMS = ("eval", "slurm", "tools", "configs")
+LEAVE_OUT = ("__pycache__", "*.pyc", ".*")
+
+
+def take(target: Path) -> Path:
+    """Copy `mls` with all its rooms to `target`/mls; beside it what git says of them. Returns `target`."""
+    shutil.rmtree(target, ignore_errors=True)
+    copy_package(package_folder("mls"), target / "mls")
+    for room in ROOMS:
+        copy_package(package_folder(f"mls.{room}"), target / "mls" / room)
+    write_origin(package_folder("mls"), target)
+    return target
+
+
+def package_folder(name: str) -> Path:
+    """Where a package lies, in a checkout or installed."""
+    return Path(str(importlib.import_module(name).__path__[0])).resolve()
+
+
+def copy_package(source: Path, target: Path) -> None:
+    """What git tracks or would track; everything where git is missing, or where git knows nothing of the folder."""
+    wanted = _git(source, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    if "__init__.py" not in wanted:
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEAVE_OUT))
+        return
+    for name in wanted:
+        if name and (source / name).is_file():  # a deleted file is listed until the deletion is committed
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target / name)
+
+
+def write_origin(source: Path, target: Path) -> None:
+    """origin.json (commit, files that git does not know yet) and code.diff (what was changed since the commit)."""
+    commit = _git(source, "rev-parse", "HEAD").strip()
+    new = _git(source, "ls-files", "--others", "--exclude-standard", "--full-name", ":/").split("\n")
+    origin = {"copied_from": str(source), "commit": commit or None, "not_in_git": [name for name in new if name]}
+    (target / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+    (target / "code.diff").write_text(_git(source, "diff", "HEAD"))
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git answers; nothing where there is no git, or no repository that it trusts."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode(errors="replace") if done.returncode == 0 else ""

@@ -1,0 +1,49 @@
+"""Arrays and chains on a real SLURM: evaluations of a suite, sweeps with evaluations behind them."""
+
+from pathlib import Path
+from typing import Any
+
+from mls.results import Results
+
+FEW = ["data.scenes.count=200", "data.scenes.test_count=50", "training.epochs=1"]
+ROWS = ["--only", "an", "--only", "em"]
+
+
+def test_four_evaluations_as_an_array_store_every_result_once(cluster: Any) -> None:
+    wanted = ["scenes_single_positive", *FEW, *ROWS, "--seeds", "2", "--tiny"]
+    done = cluster.mls("submit", "eval", *wanted, "--profile", "box", "--slurm", "concurrency=3")
+    folder = Path(done.stdout.strip())
+    cells = sorted(folder.glob("0*"))
+    assert len(cells) == 4
+    for cell in cells:
+        cluster.wait_until_done(cell)
+    rows = Results(cluster.runs / "results.jsonl").rows()
+    assert len({row["run"] for row in rows}) == 4
+    assert len(rows) == len({(row["run"], row["metric"]) for row in rows})
+    assert cluster.jobs(folder.name).count("| done ") == 4
+
+    # The table is there without another step of training, and nothing is left to submit.
+    table = cluster.mls("eval", "suite", *wanted).stdout
+    assert "one seed" not in table and "an" in table
+    assert len(Results(cluster.runs / "results.jsonl").rows()) == len(rows)
+    assert "nothing to submit" in cluster.mls("submit", "eval", *wanted, "--profile", "box").stderr
+
+
+def test_a_sweep_is_one_array_with_evaluations_behind_each_run_and_one_table(cluster: Any, tmp_path: Path) -> None:
+    suite = tmp_path / "small.yaml"
+    options = ", ".join([*FEW, "training.loss=an", "seeds=1"])
+    suite.write_text(
+        f"title: Small\ncolumns:\n  - {{name: mAP, protocol: spml_scenes, set: [{options}]}}\nrows:\n  - {{name: an}}\n"
+    )
+    cluster.pretrain("swept", "optim.epochs=2", "--sweep", "objective.k=1,5", "--eval", str(suite))
+    runs = sorted((cluster.runs / "swept").glob("k=*"))
+    assert [run.name for run in runs] == ["k=1", "k=5"]
+    for run in runs:
+        (cell,) = (run / "evaluation").glob("0*")
+        cluster.wait_until_done(cell)
+        assert (run / "DONE").is_file()
+    stored = {row["weights"] for row in Results(cluster.runs / "results.jsonl").rows() if row["weights"] != "random"}
+    assert stored == {str(run.resolve()) for run in runs}
+    table = cluster.jobs("swept")
+    assert "| swept/k=1 " in table and "| swept/k=5 " in table
+    assert "scenes/map" in table

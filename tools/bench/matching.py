@@ -1,0 +1,119 @@
+"""`mls bench matching`: what it costs to find the k nearest rows of a dictionary, as the dictionary grows, beside a
+ResNet-50 step of the same run; what MLS adds to MoCo-v2's step; and the memory of the loss in parts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mls.tools.bench.searches import Search
+
+WIDTHS = (512, 2048)  # ResNet-18's and ResNet-50's features
+SIZES = [4**power for power in range(6, 11)]  # 4,096 to 1,048,576 rows
+LIMITS = {4096: 0.03, 65536: 0.08}  # what MLS may add to a step, by dictionary size
+FUSED = (262_144, 256)  # rows and batch
+
+
+def bench(
+    batch: Annotated[int | None, typer.Option(min=1, help="Queries and images; default 16, on a GPU 256.")] = None,
+    max_rows: Annotated[int, typer.Option(min=4096, help="The largest dictionary; memory may allow less.")] = SIZES[-1],
+    k: Annotated[int, typer.Option(min=1)] = 20,
+    rounds: Annotated[int, typer.Option(min=1, help="All back-ends once a round, in turns; medians are printed.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="A first look: up to 16,384 rows, small images.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also keep all numbers, as JSON.")] = None,
+) -> None:
+    """Measure the exact back-ends side by side, and the approximate index of the offline tools beside them.
+
+    Everything is measured on the CPU, and again on a GPU where there is one. Times are medians; the share of a step
+    compares numbers of one run on one machine.
+
+    Examples:
+
+        mls bench matching --quick
+
+        mls bench matching --max-rows 262144 --out matching.json
+    """
+    import torch
+
+    from mls.files import write_atomically
+
+    found = {}
+    for device in ("cpu", "cuda"):
+        if device == "cuda" and not torch.cuda.is_available():
+            print("on a GPU: not measured, there is none")
+            continue
+        images = batch or (4 if quick else 256 if device == "cuda" else 16)
+        found[device] = _measure(device, images, min(max_rows, SIZES[1]) if quick else max_rows, k, rounds, quick)
+    if out is not None:
+        write_atomically(out, json.dumps(found, indent=1).encode())
+        print(out)
+
+
+def _measure(device: str, batch: int, max_rows: int, k: int, rounds: int, quick: bool) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    import torch
+
+    from mls.tools.bench.searches import exponents, fits, searches
+    from mls.tools.bench.steps import added_parts, fused_memory
+
+    size = 64 if quick else 224
+    threads = f", {torch.get_num_threads()} threads" if device == "cpu" else ""
+    print(f"## {device}: batch {batch}, k {k}{threads}, images of {size} pixels\n")
+    parts = []
+    for rows in [rows for rows in LIMITS if rows <= max_rows]:
+        typer.echo(f"a ResNet-50 step with {rows:,} rows", err=True)
+        parts.append(added_parts(device, batch, rows, k, size, rounds=2 if device == "cpu" else 10))
+    _print_parts(parts)
+    step = parts[0]["MoCo-v2 step"]
+    found: list[Search] = []
+    for width in WIDTHS[:1] if quick else WIDTHS:
+        for count in [count for count in SIZES if count <= max_rows and fits(count, width, device)]:
+            typer.echo(f"searching {count:,} x {width}", err=True)
+            found += searches(device, batch, count, width, k, rounds)
+    _print_searches(found, step, k)
+    slopes = exponents(found)
+    print("time ~ rows^x: " + ", ".join(f"{name} x = {slope:.2f}" for name, slope in slopes.items()) + "\n")
+    memory = fused_memory(device, *((65_536, 256) if quick else FUSED))
+    _print_memory(memory)
+    searched = [asdict(search) for search in found]
+    return {"batch": batch, "k": k, "parts": parts, "searches": searched, "exponents": slopes, "memory": memory}
+
+
+def _print_parts(parts: list[dict[str, float]]) -> None:
+    from mls.tools.studies import markdown_table
+
+    lines = []
+    for part in parts:
+        rows, step = int(part["rows"]), part["MoCo-v2 step"]
+        added = [part[name] for name in ("matching", "multi-label term", "backbone rows enqueued")]
+        shares = [f"{1e3 * one:.1f} ms" for one in added]
+        lines.append([f"{rows:,}", f"{step:.2f} s", *shares, f"{sum(added) / step:.2%}", f"{LIMITS[rows]:.0%}"])
+    header = ["rows", "MoCo-v2 step", "matching", "multi-label term", "enqueue", "MLS adds", "at most"]
+    print(f"What MLS adds to MoCo-v2's ResNet-50 step\n\n{markdown_table(header, lines)}\n")
+
+
+def _print_searches(found: list[Search], step: float, k: int) -> None:
+    from mls.tools.studies import markdown_table
+
+    def line(search: Search) -> list[str]:
+        peak = f"{search.peak / 2**20:.1f} MiB"
+        note = "exact" if search.recall is None else f"recall@{k} {search.recall:.3f}, built in {search.built:.1f} s"
+        cost = [f"{1e3 * search.seconds:.1f} ms", f"{search.seconds / step:.2%}", peak]
+        return [str(search.width), f"{search.rows:,}", search.name, *cost, note]
+
+    header = ["d", "rows", "back-end", "a search", "of a step", "peak memory", "answer"]
+    print(f"Finding the {k} nearest rows\n\n{markdown_table(header, list(map(line, found)))}\n")
+
+
+def _print_memory(memory: dict[str, float]) -> None:
+    from mls.tools.studies import markdown_table
+
+    lines = [[name, f"{memory[name] / 2**20:.0f} MiB"] for name in ("in one piece", "in parts")]
+    share = memory["in parts"] / memory["in one piece"]
+    print(markdown_table(["InfoNCE and BCE, forward and backward", "peak of extra memory"], lines))
+    print(f"\n{int(memory['rows']):,} rows, batch {int(memory['batch'])}: {share:.1%} of the memory\n")

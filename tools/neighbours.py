@@ -1,0 +1,162 @@
+"""`mls neighbours` and `mls leakcheck`: the images nearest to an image, and images that two data sets share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mls.data import Source
+    from mls.neighbours import Album, Calibration, Pair
+
+SHOWN = 12  # pairs in a picture
+ASKED = 6  # images of the data set, where no query is given
+
+
+def neighbours(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run, a .safetensors file or a backbone's name.")],
+    query: Annotated[
+        list[Path] | None, typer.Option(metavar="IMAGE", help="May be repeated; default: some of the data set.")
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(help="Folder, list, COCO, VOC, shards or scenes to look in; default: the run's data."),
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of each query.")] = 10,
+    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("neighbours.png"),
+) -> None:
+    """Find the images of a data set that a network finds most alike, with their cosines, as text and as a picture.
+
+    The data set is embedded once: features are kept in $MLS_CACHE, an interrupted call goes on where it was. Above
+    262,144 images they are searched through an IVF-PQ index.
+
+    Examples:
+
+        mls neighbours runs/my-run --query street.jpg --query kitchen.jpg
+
+        mls neighbours runs/my-run --dataset /data/voc -k 20 --out voc.png
+    """
+    from mls.errors import ConfigError
+    from mls.features import embed
+    from mls.gallery import draw
+    from mls.neighbours import Album, Eye, InMemory, line, source_of
+
+    weights, source = _weights_and_data(run)
+    source = source_of(dataset) if dataset is not None else source
+    if source is None:
+        raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
+    asked = InMemory.of_files(query) if query else source
+    album = Album(source, Eye.of(weights))
+    if query:
+        numbers = list(range(len(query)))
+        found = album.nearest(embed(album.eye.network, asked, numbers, album.eye.augment), k)
+    else:
+        numbers = list(range(0, len(source), max(1, len(source) // ASKED)))[:ASKED]
+        with_itself = album.nearest(album.kept.features[numbers], k + 1)
+        found = [
+            [pair for pair in pairs if pair[0] != own][:k] for own, pairs in zip(numbers, with_itself, strict=True)
+        ]
+    lines = []
+    for number, pairs in zip(numbers, found, strict=True):
+        print(asked.describe(number))
+        for image, cosine in pairs:
+            print(f"  {cosine:.3f}  {source.describe(image)}")
+        lines.append(line(asked.read(number), number, source, pairs))
+    draw(lines).save(out)
+    print(out)
+
+
+def _weights_and_data(run: str) -> tuple[str, Source | None]:
+    """The run's folder and data; of a file or a backbone's name only what was given."""
+    from mls.data.sources import build_source
+    from mls.engine import Run
+    from mls.errors import UserError
+
+    try:
+        opened = Run.open(run)
+    except UserError:
+        return run, None
+    return str(opened.path), build_source(opened.config.data)
+
+
+def leakcheck(
+    first: Annotated[str, typer.Argument(metavar="A", help="The images to pretrain on.")],
+    second: Annotated[list[str], typer.Argument(metavar="B...", help="The images of evaluations.")],
+    weights: Annotated[
+        str | None, typer.Option(metavar="RUN", help="A trained network; default: thumbnails of 16 × 16 pixels.")
+    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="A cosine; default: found with altered copies.")] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="For leakcheck.json and a picture of each B.")] = Path("."),
+) -> None:
+    """Find images of B that have a near-duplicate in A: what was pretrained on should not be evaluated on.
+
+    A and B are anything that pretraining reads, or `scenes` and `scenes:test`. An image of B is compared with its
+    nearest image of A. The threshold is the cosine that 95 % of altered copies of images of A reach (scaled and
+    compressed; cropped; brightened); how many images of A have *another* image of A above it says how often it would
+    be wrong. Thumbnails need no training but miss mirrored and strongly cropped copies: give a trained network for
+    those.
+
+    Examples:
+
+        mls leakcheck /data/coco/train2017 /data/VOCdevkit /data/cityscapes/val
+
+        mls leakcheck scenes scenes:test --weights runs/my-run --out leaks
+    """
+    from dataclasses import asdict
+
+    from mls.files import write_atomically
+    from mls.neighbours import Album, Eye, calibrate, near_duplicates, source_of
+    from mls.tools.studies import markdown_table
+
+    out.mkdir(parents=True, exist_ok=True)
+    weights = None if weights is None else _weights_and_data(weights)[0]
+    album = Album(source_of(first), Eye.of(weights))
+    calibration = calibrate(album)
+    limit = calibration.threshold if threshold is None else threshold
+    print(_explained(album, calibration, limit, given=threshold is not None))
+    lines, report = [], {"first": first, "threshold": limit, "false_alarms": calibration.alarms(limit), "second": {}}
+    for text in second:
+        other = Album(source_of(text), album.eye)
+        pairs, total = near_duplicates(album, other, limit), len(other.source)
+        share = f"{len(pairs) / total:.2%}"
+        lines.append([text, f"{total:,}", f"{len(pairs):,}", share, _draw(album, other, pairs, out)])
+        named = [
+            {**asdict(pair), "names": [album.source.describe(pair.first), other.source.describe(pair.second)]}
+            for pair in pairs
+        ]
+        report["second"][text] = {"images": total, "pairs": named}
+    print(f"\n{markdown_table(['B', 'images', 'near-duplicates in A', 'share', 'picture'], lines)}\n")
+    write_atomically(out / "leakcheck.json", json.dumps(report, indent=1).encode())
+    print(out / "leakcheck.json")
+
+
+def _explained(album: Album, calibration: Calibration, limit: float, given: bool) -> str:
+    found = float((calibration.copies >= limit).float().mean())
+    words = f"A: {len(album.source):,} images. An image counts as a near-duplicate from a cosine of {limit:.3f}: "
+    alarms = calibration.alarms(limit)
+    words += f"{'as you said; ' if given else ''}{found:.0%} of altered copies lie above it, and {alarms:.1%} of the "
+    words += "images of A have another image of A there."
+    if alarms > 0.2:
+        words += "\nThat is many: A holds duplicates itself, or these features cannot tell images apart well enough."
+        words += " Give a trained network (--weights) or a higher --threshold, and look at the pictures."
+    return words
+
+
+def _draw(first: Album, second: Album, pairs: list[Pair], folder: Path) -> str:
+    """Each line: an image of B in red, the image of A that it is like in yellow."""
+    from mls.gallery import draw
+    from mls.neighbours import line
+    from mls.tools.studies import slug
+
+    if not pairs:
+        return ""
+    shown = [
+        line(second.source.read(pair.second), pair.second, first.source, [(pair.first, pair.cosine)])
+        for pair in pairs[:SHOWN]
+    ]
+    path = folder / f"leaks-{slug(second.source.name)}.png"
+    draw(shown).save(path)
+    return str(path)
