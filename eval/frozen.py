@@ -136,6 +136,7 @@ def _linear(protocol: Frozen, split: Split, seed: int, progress: Progress) -> Fo
         validation = (features[held], labels[held])
         features, labels = features[rows[:, kept].flatten()], labels[rows[:, kept].flatten()]
     common = {"seed": seed, "multilabel": split.many, "validation": validation, "progress": progress}
+    common["held_out"] = protocol.data.validation
     if settings.solver == "lbfgs":
         found = probe.linear_probe(features, labels, split.test.features, l2=settings.l2, **common)
     else:

@@ -111,8 +111,8 @@ def held_out_split(labels: Labels, share: float, seed: int) -> tuple[Int64[Tenso
         order, count = torch.cat([order[held], order[~held]]), int(held.sum())
     if not 0 < count < len(labels):
         raise DataError(
-            f"{len(labels)} training images are too few to choose settings on: give the probe 3 or more of each class, "
-            "or a validation set"
+            f"a share of {share:g} of {len(labels)} training images leaves none to choose settings on, or none to fit: "
+            "give the probe more images of each class, another share, or a validation set"
         )
     return order[count:], order[:count]
 

@@ -45,11 +45,11 @@ def knn(
     >>> knn(x, torch.tensor([0, 0, 1, 1]), k=[1, 2]).values
     {1: 1.0, 2: 1.0}
     """
-    labels = read_labels(train_labels, multilabel)
+    labels = read_labels(train_labels.to(train_features.device), multilabel)
     alone = test_features is None
     if alone != (test_labels is None):
         raise DataError("kNN compares with the truth: give test features and test labels, or neither to leave one out")
-    truth = labels if test_labels is None else read_labels(test_labels, not labels.single)
+    truth = labels if test_labels is None else read_labels(test_labels.to(train_features.device), not labels.single)
     queries = train_features if test_features is None else test_features
     ks = sorted({min(number, len(train_features) - alone) for number in k})
     if not ks or ks[0] < 1:
@@ -76,7 +76,7 @@ def knn_scores(
     >>> knn_scores(torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0]]), k=1)
     tensor([[1., 0.]])
     """
-    labels = read_labels(train_labels)
+    labels = read_labels(train_labels.to(train_features.device))
     matches = nearest(train_features, test_features, min(k, len(train_features)))
     ks = [matches.indices.shape[1]]
     return torch.cat([next(_votes(part, labels, ks, temperature)) for part in _portions(matches, labels)])

@@ -1,29 +1,30 @@
-"""The convex losses that solve.py minimises: softmax, one logistic loss a class, one squared hinge a class. Each knows
-its penalties; a group is what is minimised for itself."""
+"""The convex losses that solve.py minimises: softmax, one logistic loss a class, one squared hinge a class. Penalties
+are added there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int64, Shaped
 from torch import Tensor
 
-Rows = Int64[Tensor, "some"] | slice
+Rows: TypeAlias = Int64[Tensor, "some"] | slice
 
 
 @dataclass
 class Softmax:
-    """Cross-entropy of class numbers. A group is one penalty with all classes."""
+    """Cross-entropy of class numbers: one group of all classes; sgd.py has a group for each of its settings."""
 
     numbers: Int64[Tensor, "images"]
     share: Float[Tensor, "classes"]  # of the images that are fitted
-    l2: Float[Tensor, "groups"]
+    groups: int = 1
     free_bias = True
 
     def start(self) -> tuple[Tensor, Tensor]:
-        shape = len(self.l2), len(self.share)
+        shape = self.groups, len(self.share)
         return self.share.log().expand(shape), (self.share * (1 - self.share)).expand(shape)
 
     def losses(self, logits: Float[Tensor, "groups classes some"], rows: Rows) -> tuple[Tensor, Tensor]:
@@ -36,19 +37,18 @@ class Softmax:
         return loss, slopes.div_(total).scatter_add_(1, own, torch.full_like(total, -1.0))
 
     def keep(self, groups: Bool[Tensor, "groups"]) -> Softmax:
-        return replace(self, l2=self.l2[groups])
+        return replace(self, groups=int(groups.sum()))
 
 
 @dataclass
 class Logistic:
-    """Binary cross-entropy. A group is one class under one penalty; its mean is over the images where it is known."""
+    """Binary cross-entropy. A group is one class; its mean is over the images where it is known."""
 
     positive: Bool[Tensor, "classes images"]
     known: Bool[Tensor, "classes images"] | None
     share: Float[Tensor, "groups"]  # of positives
     weight: Float[Tensor, "groups"]  # of a known image, so that the mean over all images is that over the known ones
     row: Int64[Tensor, "groups"]  # of the class
-    l2: Float[Tensor, "groups"]
     free_bias = True
 
     def start(self) -> tuple[Tensor, Tensor]:
@@ -65,20 +65,19 @@ class Logistic:
         return entries.sum(dim=1, dtype=torch.float64), slopes[:, None]
 
     def keep(self, groups: Bool[Tensor, "groups"]) -> Logistic:
-        return replace(self, **{name: getattr(self, name)[groups] for name in ("share", "weight", "row", "l2")})
+        return replace(self, **{name: getattr(self, name)[groups] for name in ("share", "weight", "row")})
 
 
 @dataclass
 class SquaredHinge:
-    """weight * max(0, 1 - sign * logit)^2 for signs of +1 and -1, 0 being left out. A group is one class under one
-    penalty, without the images of one fold."""
+    """weight * max(0, 1 - sign * logit)^2 for signs of +1 and -1, 0 being left out. A group is one class
+    without the images of one fold."""
 
     sign: Shaped[Tensor, "classes images"]
     fold_of: Shaped[Tensor, "classes images"]
     positive_weight: float
     row: Int64[Tensor, "groups"]  # of the class
-    fold: Int64[Tensor, "groups"]  # that is left out; -1: none is
-    l2: Float[Tensor, "groups"]
+    fold: Int64[Tensor, "groups"]  # that is left out; -2: none is
     free_bias = False
 
     def start(self) -> tuple[Tensor, Tensor]:
@@ -97,4 +96,4 @@ class SquaredHinge:
         return (slopes * short).sum(dim=1, dtype=torch.float64), slopes.mul_(sign).mul_(-2)[:, None]
 
     def keep(self, groups: Bool[Tensor, "groups"]) -> SquaredHinge:
-        return replace(self, **{name: getattr(self, name)[groups] for name in ("row", "fold", "l2")})
+        return replace(self, **{name: getattr(self, name)[groups] for name in ("row", "fold")})

@@ -13,9 +13,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mls.errors import ConfigError
+from mls.probe.design import Design, plain
 from mls.probe.labels import Labels, read_labels
-from mls.probe.linear import Choice, Probe, Progress, Tried, Validation, finish, objective, quiet, rank
-from mls.probe.solve import Design, plain
+from mls.probe.linear import HELD_OUT, Choice, Probe, Progress, Tried, Validation, finish, objective, quiet, rank
 from mls.streams import generator
 
 MOMENTUM = 0.9
@@ -37,6 +37,7 @@ def sgd_probe(
     seed: int = 0,
     multilabel: bool | None = None,
     validation: Validation | None = None,
+    held_out: float = HELD_OUT,
     refit: bool = True,
     progress: Progress = quiet,
 ) -> Probe:
@@ -56,9 +57,9 @@ def sgd_probe(
         raise ConfigError(
             "the probe needs learning rates above 0, weight decays from 0, an epoch and a batch of 1 or more"
         )
-    labels = read_labels(train_labels, multilabel)
+    labels = read_labels(train_labels.to(train_features.device), multilabel)
     settings = [{"lr": rate, "weight_decay": decay} for rate, decay in product(lr, weight_decay)]
-    choice = Choice(train_features, labels, seed, validation)
+    choice = Choice(train_features, labels, seed, validation, held_out)
 
     def train(chosen: Sequence[dict[str, float]], rows: Tensor | None) -> tuple[Tensor, Tensor]:
         design = plain(train_features.detach())
@@ -85,7 +86,8 @@ def _train(
     progress: Progress,
 ) -> tuple[Float[Tensor, "settings dim classes"], Float[Tensor, "settings classes"]]:
     device = design.features.device
-    loss = objective(labels, design, [0.0] * len(settings))
+    loss = objective(labels, design, copies=len(settings))
+    groups = len(settings) * (1 if labels.single else labels.classes)
     images = torch.arange(len(design)) if design.rows is None else design.rows.cpu()
     shape = len(settings), labels.classes
     weight = torch.zeros(*shape, design.features.shape[1], dtype=design.dtype, device=device)
@@ -101,7 +103,7 @@ def _train(
         for batch in order.split(batch_size):
             x = design.features[batch].to(design.dtype)
             logits = torch.addmm(bias.flatten(0, 1), weight.flatten(0, 1), x.T)
-            _, slopes = loss.losses(logits.view(len(loss.l2), -1, len(batch)), batch)
+            _, slopes = loss.losses(logits.view(groups, -1, len(batch)), batch)
             slopes = slopes.reshape(-1, len(batch)) / len(batch)
             gradients = (slopes @ x).view_as(weight), slopes.sum(dim=1).view_as(bias)
             for parameter, momentum, gradient in zip((weight, bias), momenta, gradients, strict=True):

@@ -1,18 +1,20 @@
-"""Many penalised linear classifiers at once: L-BFGS in coordinates in which all of them are easy. What is minimised is
-in objectives.py, what for in linear.py and svm.py.
+"""Penalised linear classifiers of many classes and penalties at once. What is minimised is in objectives.py, what for
+in linear.py and svm.py.
 
-A column is one weight vector: of one class, under one penalty. The product of the features with all columns is one
-matrix product a portion of images, so a pass reads the features once however many candidates there are. The coordinates
-are the principal axes of the features, each scaled by what curvature and penalty make of it there: the Hessian of every
-candidate is then near the identity, and tens of passes do what takes hundreds otherwise.
+A column is one weight vector, a group the columns that one loss ties together. The product of the features with all
+columns is one matrix product a portion of images. Three things make tens of passes do what takes thousands otherwise.
+Coordinates: the principal axes of the features, each scaled by what curvature and penalty make of it there, so that
+every Hessian is near the identity. The path: penalties are taken from strong to weak, each begins where the last two
+point, and L-BFGS goes on with the curvature it has learnt. The batch: a group that has arrived leaves the product.
 
-Memory beyond the features: about 25 times the columns, and a few portions of logits. Products are in fp32 (fp64 where
-the features are), losses are summed in fp64."""
+Memory beyond the features: about 50 times the columns, and a few portions of logits; a penalty's columns exist in its
+turn. Products are in fp32 (fp64 where the features are), losses are summed in fp64."""
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -20,9 +22,11 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from mls.errors import ConfigError
+from mls.probe.design import ROWS, Axes, Design, principal_axes
+
 HISTORY = 10  # pairs of steps and gradient changes that L-BFGS remembers
-LOGITS = 2**21  # that exist at once, and
-ROWS = 2048  # images at most
+LOGITS = 2**21  # that exist at once
 TOLERANCE = 1e-5  # of the loss
 FLOOR = 1e-3  # of the loss at the start: below that a smaller loss needs no smaller gap
 SHORTEST = 1e-4  # step that is tried
@@ -32,15 +36,18 @@ SHORTEST = 1e-4  # step that is tried
 class Objective(Protocol):
     """Losses of `groups` independent problems of `size` columns each, as means over the images."""
 
-    l2: Float[Tensor, "groups"]  # the penalty is l2 |weight|^2
     free_bias: bool  # False: the bias stays where it starts
 
-    def start(self) -> tuple[Float[Tensor, "groups size"], Float[Tensor, "groups size"]]:
+    def start(
+        self,
+    ) -> tuple[Float[Tensor, "groups size"], Float[Tensor, "groups size"]]:
         """The bias to start from, and the second derivative of the loss by the logit there, meant over the images."""
         ...
 
     def losses(
-        self, logits: Float[Tensor, "groups size some"], rows: Int64[Tensor, "some"] | slice
+        self,
+        logits: Float[Tensor, "groups size some"],
+        rows: Int64[Tensor, "some"] | slice,
     ) -> tuple[Float64[Tensor, "groups"], Float[Tensor, "groups size some"]]:
         """What these images add to the loss of each group, and its derivative by the logits."""
         ...
@@ -48,83 +55,6 @@ class Objective(Protocol):
     def keep(self, groups: Bool[Tensor, "groups"]) -> Objective:
         """Only these groups."""
         ...
-
-
-@dataclass
-class Design:
-    """Features minus `mean`, times `scale`; `rows` of them, or all. Neither is done to the features themselves: weights
-    and gradients are corrected for it, so that nothing is copied."""
-
-    features: Float[Tensor, "images dim"]
-    mean: Float64[Tensor, "dim"]
-    scale: Float64[Tensor, "dim"]
-    rows: Int64[Tensor, "rows"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.features if self.rows is None else self.rows)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return torch.float64 if self.features.dtype == torch.float64 else torch.float32
-
-    def parts(self, step: int) -> Iterator[tuple[Float[Tensor, "some dim"], Int64[Tensor, "some"] | slice]]:
-        """Features as they are, and the images they belong to."""
-        for start in range(0, len(self), step):
-            images = slice(start, start + step) if self.rows is None else self.rows[start : start + step]
-            yield self.features[images].to(self.dtype), images
-
-
-def plain(features: Float[Tensor, "images dim"]) -> Design:
-    """Features as they are."""
-    like = {"dtype": torch.float64, "device": features.device}
-    return Design(features, torch.zeros(features.shape[1], **like), torch.ones(features.shape[1], **like))
-
-
-def centred(features: Float[Tensor, "images dim"]) -> Design:
-    """Mean 0. It changes no weight where the bias is free, and makes minimising easier."""
-    design = plain(features)
-    for x, _ in design.parts(ROWS):
-        design.mean += x.sum(dim=0, dtype=torch.float64) / len(features)
-    return design
-
-
-def standardised(features: Float[Tensor, "images dim"]) -> Design:
-    """Mean 0 and variance 1, in every feature that is not constant; those that are count for nothing."""
-    design = centred(features)
-    squares = torch.zeros_like(design.mean)
-    for x, _ in design.parts(ROWS):
-        squares += (x.double() - design.mean).square().sum(dim=0)
-    std = (squares / max(1, len(features) - 1)).sqrt()
-    # A feature that is constant in training would turn its rounding errors into the loudest one of the test.
-    design.scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0.0)
-    return design
-
-
-@dataclass
-class Axes:
-    """The principal axes of a design, in the features' own scale, and the mean square of the images along each."""
-
-    vectors: Float[Tensor, "dim axes"]
-    squares: Float[Tensor, "axes"]
-
-
-def principal_axes(design: Design) -> Axes:
-    """From the features' second moments, or from the images' inner products where there are fewer images: the penalty
-    keeps every weight in the space that the images span."""
-    (count, dim), scale, mean = (len(design), design.features.shape[1]), design.scale, design.mean.to(design.dtype)
-    if count < dim:
-        x = torch.cat([x.double() - design.mean for x, _ in design.parts(ROWS)]) * scale
-        squares, within = torch.linalg.eigh(x @ x.T / count)
-        spanned = squares > 1e-10 * squares[-1]
-        squares, within = squares[spanned], within[:, spanned]
-        vectors = (x.T @ within) / (squares * count).sqrt()
-    else:
-        moments = torch.zeros(dim, dim, dtype=design.dtype, device=scale.device)
-        for x, _ in design.parts(ROWS):
-            x = x - mean
-            moments.addmm_(x.T, x)
-        squares, vectors = torch.linalg.eigh(moments * (scale * scale[:, None] / count).to(design.dtype))
-    return Axes((vectors * scale[:, None]).to(design.dtype), squares.clamp(min=0).to(design.dtype))
 
 
 @dataclass
@@ -140,22 +70,35 @@ class Fit:
 def minimise(
     design: Design,
     objective: Objective,
+    l2: Sequence[float],
     axes: Axes | None = None,
     tolerance: float = TOLERANCE,
     max_rounds: int = 500,
-    progress: Callable[[int, int], None] = lambda rounds, unfinished: None,
-) -> Fit:
-    """All groups until the estimated gap to the minimum is less than `tolerance` of the loss, or as small as rounding
-    lets it be. A group that has arrived leaves the product. Each round is one pass over the features, and `progress` is
-    told of it."""
-    whole = problem = _Problem.build(design, objective, axes or principal_axes(design))
-    point = torch.zeros_like(whole.stretch)
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Fit]:
+    """A fit for each penalty `l2`: loss + l2 |weight|^2 of all groups, until the estimated gap to the minimum is less
+    than `tolerance` of the loss, or as small as rounding lets it be. A group that has arrived leaves the product. Each
+    round is one pass over the features. `progress` is told of the penalties that are done."""
+    if not l2 or min(l2) <= 0:
+        raise ConfigError(f"penalties of {list(l2)} cannot be fitted: give one or more, all above 0")
+    axes = axes or principal_axes(design)
+    path, fits = _Path(), dict[float, Fit]()
+    for penalty in sorted(set(l2), reverse=True):
+        problem = _Problem.build(design, objective, axes, penalty)
+        fits[penalty] = _descend(problem, path, tolerance, max_rounds)
+        progress(len(fits), len(set(l2)))
+    return [fits[penalty] for penalty in l2]
+
+
+def _descend(problem: _Problem, path: _Path, tolerance: float, max_rounds: int) -> Fit:
+    whole, point = problem, path.start(problem)
     loss, gradient = problem.evaluate(point)
-    floor = FLOOR * loss
-    search = _Search(gradient)
+    path.floor = floor = FLOOR * loss if path.floor is None else path.floor
+    search = _Search(gradient, path.pairs(problem))
     final, losses, gaps = point.clone(), loss.clone(), torch.full_like(loss, torch.inf)
-    active = torch.arange(len(loss), device=loss.device)
-    for rounds in range(1, max_rounds + 1):
+    active, rounds = torch.arange(len(loss), device=loss.device), 0
+    while len(active):
+        rounds += 1
         move = search.step * search.direction
         new_loss, new_gradient = problem.evaluate(point + move)
         accepted = search.accepts(loss, new_loss)
@@ -163,21 +106,20 @@ def minimise(
         loss = torch.where(accepted, new_loss, loss)
         gradient = search.turn(accepted, move, gradient, new_gradient)
         final[active], losses[active], gaps[active] = point, loss, search.gap()
-        left = (search.gap() > tolerance * torch.maximum(loss, floor)) & search.moves()
+        left = (search.gap() > tolerance * torch.maximum(loss, floor)) & search.moves() & (rounds < max_rounds)
         if not bool(left.all()):
+            path.remember(active, search, problem)
             active, point, loss, gradient, floor = (tensor[left] for tensor in (active, point, loss, gradient, floor))
             problem = problem.keep(left)
             search.keep(left)
-        progress(rounds, len(active))
-        if len(active) == 0:
-            break
+    path.arrive(whole, final)
     weight, bias = whole.weights(final)
     return Fit(weight.view(*final.shape[:2], -1), bias.view(final.shape[:2]), losses, gaps, rounds)
 
 
 @dataclass
 class _Problem:
-    """The losses in the coordinates of the axes. The last coordinate is the bias."""
+    """The losses under one penalty, in the coordinates of the axes; a free bias is the last coordinate."""
 
     design: Design
     mean: Float[Tensor, "dim"]
@@ -185,27 +127,28 @@ class _Problem:
     objective: Objective
     bias: Float[Tensor, "groups size"]  # at the origin
     stretch: Float[Tensor, "groups size coordinates"]  # what one unit of a coordinate is worth
-    l2: Float[Tensor, "groups 1 coordinates"]
+    penalty: float
+    l2: Float[Tensor, "coordinates"]  # the penalty; 0 of a bias
 
     @classmethod
-    def build(cls, design: Design, objective: Objective, axes: Axes) -> _Problem:
-        bias, curvature = (value.to(design.dtype) for value in objective.start())
-        l2 = objective.l2[:, None, None].to(design.dtype)
-        stretch = (curvature[..., None] * axes.squares + 2 * l2).rsqrt()
-        last = curvature.rsqrt() if objective.free_bias else torch.zeros_like(curvature)
-        l2 = torch.cat([l2.expand(-1, 1, len(axes.squares)), torch.zeros_like(l2)], dim=2)
-        stretch = torch.cat([stretch, last[..., None]], dim=2)
-        return cls(design, design.mean.to(design.dtype), axes, objective, bias, stretch, l2)
+    def build(cls, design: Design, objective: Objective, axes: Axes, penalty: float) -> _Problem:
+        bias, curvature = (value.to(design.dtype)[..., None] for value in objective.start())
+        along = curvature * axes.squares + 2 * penalty
+        l2 = torch.full_like(axes.squares, penalty)
+        if objective.free_bias:
+            along, l2 = torch.cat([along, curvature], dim=2), torch.cat([l2, l2.new_zeros(1)])
+        mean = design.mean.to(design.dtype)
+        return cls(design, mean, axes, objective, bias[..., 0], along.rsqrt(), penalty, l2)
 
     def keep(self, groups: Tensor) -> _Problem:
-        parts = {name: getattr(self, name)[groups] for name in ("bias", "stretch", "l2")}
-        return replace(self, objective=self.objective.keep(groups), **parts)
+        objective = self.objective.keep(groups)
+        return replace(self, objective=objective, bias=self.bias[groups], stretch=self.stretch[groups])
 
     def weights(self, point: Tensor) -> tuple[Float[Tensor, "columns dim"], Float[Tensor, "columns"]]:
         """For the features as they are."""
-        at = (point * self.stretch).flatten(0, 1)
-        weight = at[:, :-1] @ self.axes.vectors.T
-        return weight, self.bias.flatten() + at[:, -1] - weight @ self.mean
+        at, count = (point * self.stretch).flatten(0, 1), len(self.axes.squares)
+        weight = at[:, :count] @ self.axes.vectors.T
+        return weight, self.bias.flatten() + at[:, count:].sum(dim=1) - weight @ self.mean
 
     def evaluate(self, point: Tensor) -> tuple[Float64[Tensor, "groups"], Float[Tensor, "groups size coordinates"]]:
         """The loss of each group and its gradient."""
@@ -221,22 +164,65 @@ class _Problem:
             slope.addmm_(slopes, x)
             bias_slope += slopes.sum(dim=1)
         slope -= torch.outer(bias_slope, self.mean)
-        slope = torch.cat([slope @ self.axes.vectors, bias_slope[:, None]], dim=1).view_as(point) / len(self.design)
+        parts = [slope @ self.axes.vectors, bias_slope[:, None]]
+        slope = torch.cat(parts[: 1 + self.objective.free_bias], dim=1).view_as(point) / len(self.design)
         at = point * self.stretch
         penalty = (self.l2 * at.square()).sum(dim=(1, 2), dtype=torch.float64)
         return loss / len(self.design) + penalty, self.stretch * (slope + 2 * self.l2 * at)
+
+
+Pair = tuple[Tensor, Tensor, Tensor]  # a move, the change of the gradient over it, one over their product
+
+
+class _Path:
+    """What the penalties that are done tell the next one: where its minimum will be, and how the loss is curved."""
+
+    def __init__(self) -> None:
+        self.floor: Tensor | None = None
+        self.solved: list[tuple[float, Tensor]] = []  # log of the penalty, minimum along the axes; the last two
+        self.moves: list[tuple[Tensor, Tensor]] = []  # along the axes, of all groups
+        self.penalty = 0.0
+
+    def start(self, problem: _Problem) -> Tensor:
+        """On the line through the last two minima over the logarithm of the penalty, which is nearly straight."""
+        if not self.solved:
+            self.origin = torch.zeros_like(problem.stretch)
+            return self.origin
+        (last, at), (before, earlier) = self.solved[-1], self.solved[0]
+        share = (math.log(problem.penalty) - last) / (last - before) if last != before else 0.0
+        return (at + share * (at - earlier)) / problem.stretch
+
+    def pairs(self, problem: _Problem) -> list[Pair]:
+        """A change of the penalty changes what the gradient does over a move by a known amount."""
+        found = []
+        for move, change in self.moves:
+            more = 2 * torch.where(problem.l2 > 0, problem.penalty - self.penalty, 0.0)
+            found.append(_pair(move / problem.stretch, (change + more * move) * problem.stretch))
+        return found
+
+    def remember(self, active: Tensor, search: _Search, problem: _Problem) -> None:
+        while len(self.moves) < len(search.pairs):
+            self.moves.append((torch.zeros_like(self.origin), torch.zeros_like(self.origin)))
+        for (moves, changes), (move, change, _) in zip(self.moves, search.pairs, strict=True):
+            moves[active], changes[active] = move * problem.stretch, change / problem.stretch
+
+    def arrive(self, problem: _Problem, point: Tensor) -> None:
+        self.penalty = problem.penalty
+        self.solved = [*self.solved[-1:], (math.log(problem.penalty), point * problem.stretch)]
 
 
 class _Search:
     """L-BFGS of every group for itself (Nocedal and Wright, algorithm 7.4). A step that does not lower a group's loss
     is shortened in the next round, while the other groups go on."""
 
-    def __init__(self, gradient: Tensor) -> None:
-        self.pairs: deque[tuple[Tensor, ...]] = deque(maxlen=HISTORY)  # of move, change of gradient, 1 / their product
-        self.direction = -gradient
+    def __init__(self, gradient: Tensor, pairs: Sequence[Pair]) -> None:
+        self.pairs = deque(pairs, maxlen=HISTORY)
+        self.scale = torch.ones_like(_dot(gradient, gradient))
+        for _, change, inverse in pairs:
+            self._rescale(change, inverse)
+        self.step = torch.ones_like(self.scale)
+        self.direction = -self._newton(gradient)
         self.slope = _dot(gradient, self.direction)
-        self.scale = torch.ones_like(self.slope)
-        self.step = torch.ones_like(self.slope)
 
     def accepts(self, loss: Tensor, new_loss: Tensor) -> Bool[Tensor, "groups"]:
         rounding = 4 * torch.finfo(self.slope.dtype).eps * loss.abs()
@@ -251,14 +237,15 @@ class _Search:
         self.step = torch.where(accepted, 1.0, shorter)
         change = torch.where(accepted, new_gradient - gradient, 0.0)
         move = torch.where(accepted, move, 0.0)
-        product = _dot(move, change)
-        useful = product > 0
-        self.pairs.append((move, change, torch.where(useful, 1 / product, 0.0)))
-        self.scale = torch.where(useful, product / _dot(change, change), self.scale)
+        self.pairs.append(_pair(move, change))
+        self._rescale(*self.pairs[-1][1:])
         gradient = torch.where(accepted, new_gradient, gradient)
         self.direction = torch.where(accepted, -self._newton(gradient), self.direction)
         self.slope = _dot(gradient, self.direction)
         return gradient
+
+    def _rescale(self, change: Tensor, inverse: Tensor) -> None:
+        self.scale = torch.where(inverse > 0, 1 / (inverse * _dot(change, change)), self.scale)
 
     def _newton(self, gradient: Tensor) -> Tensor:
         """The gradient divided by the curvature that the pairs tell of."""
@@ -280,9 +267,14 @@ class _Search:
         return self.step.flatten() > SHORTEST
 
     def keep(self, groups: Tensor) -> None:
-        self.pairs = deque((tuple(part[groups] for part in pair) for pair in self.pairs), maxlen=HISTORY)
+        self.pairs = deque(((m[groups], c[groups], i[groups]) for m, c, i in self.pairs), maxlen=HISTORY)
         for name in ("direction", "slope", "scale", "step"):
             setattr(self, name, getattr(self, name)[groups])
+
+
+def _pair(move: Tensor, change: Tensor) -> Pair:
+    product = _dot(move, change)
+    return move, change, torch.where(product > 0, 1 / product, 0.0)
 
 
 def _dot(first: Tensor, second: Tensor) -> Float[Tensor, "groups 1 1"]:

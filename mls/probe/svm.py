@@ -15,14 +15,16 @@ from torch import Tensor
 
 from mls.errors import DataError
 from mls.metrics import average_precision
+from mls.probe.design import Axes, Design, plain, principal_axes
 from mls.probe.labels import Labels, read_labels
 from mls.probe.linear import Progress, quiet
 from mls.probe.objectives import SquaredHinge
-from mls.probe.solve import Axes, Design, minimise, plain, principal_axes
+from mls.probe.solve import minimise
 
 COSTS = (*(10.0**power for power in range(-7, 3)), *(2.0**-power for power in range(4, 20)))  # the paper's
 POSITIVE_WEIGHT = 2.0
-COLUMNS = 2048  # weight vectors that are fitted together
+CLASSES = 256  # that are fitted together
+NO_FOLD = -2  # is no image's
 TOLERANCE = 1e-6  # of the loss: rankings of a fold's few images are touchy
 
 
@@ -55,33 +57,31 @@ def svm_probe(
     `progress` is told of (classes done, classes).
 
     Entries that are not annotated are left out of their class. Single labels make one class against the rest.
-    Memory: a normalised fp32 copy of the features, and that of `mls.probe.solve` for 2,048 columns.
+    Memory: a normalised fp32 copy of the features, and that of `mls.probe.solve` for 4 columns a class, and of all
+    costs' weights.
     """
-    labels = read_labels(train_labels, multilabel)
-    signs = _signs(labels)
-    where = {"device": train_features.device}
+    labels = read_labels(train_labels.to(train_features.device), multilabel)
+    signs, where = _signs(labels), {"device": train_features.device}
     fold_of = torch.from_numpy(np.stack([_folds(sign, folds) for sign in signs.cpu().numpy()])).to(**where)
-    signs = signs.to(**where)
     design = plain(_prepared(train_features))
-    axes, grid = principal_axes(design), torch.tensor(list(costs), dtype=torch.float64, **where)
-    weights, tried, chosen = [], [], []
-    at_once = max(1, COLUMNS // (len(grid) * folds))
-    for start in range(0, labels.classes, at_once):
-        some, halves = signs[start : start + at_once], fold_of[start : start + at_once]
-        tried.append(_cross_validated(design, axes, some, halves, grid, folds))
-        chosen.append(grid[tried[-1].argmax(dim=0)])
-        rows = torch.arange(len(some), **where)
-        weights.append(fit_svm(design, axes, some, halves, rows, torch.full_like(rows, -1), chosen[-1]))
-        progress(min(start + at_once, labels.classes), labels.classes)
-    weight = torch.cat(weights).T
+    axes = principal_axes(design)
+    weights, tried = [], []
+    for start in range(0, labels.classes, CLASSES):
+        some, left_out = signs[start : start + CLASSES], fold_of[start : start + CLASSES]
+        fitted = fit_svm(design, axes, some, left_out, folds, costs)  # [costs, folds and all, classes, dim]
+        tried.append(_validated(design, fitted[:, :folds], some, left_out))
+        weights.append(fitted[tried[-1].argmax(dim=0), folds, torch.arange(len(some), **where)])
+        progress(min(start + CLASSES, labels.classes), labels.classes)
+    weight, found = torch.cat(weights).T, torch.cat(tried, dim=1)
+    chosen = torch.tensor(list(costs), dtype=torch.float64, **where)[found.argmax(dim=0)]
     scores = _prepared(test_features).to(weight) @ weight
     precision = value = None
     if test_labels is not None:
-        truth = read_labels(test_labels, not labels.single)
+        truth = read_labels(test_labels.to(scores.device), not labels.single)
         signed = _signs(truth, labels.classes).T
-        precision = average_precision(scores, signed.to(scores.device), (signed != 0).to(scores.device))
+        precision = average_precision(scores, signed, signed != 0)
         value = truth.measure(scores)
-    return Svm(scores, weight[:-1], weight[-1], torch.cat(chosen), torch.cat(tried, dim=1), precision, value)
+    return Svm(scores, weight[:-1], weight[-1], chosen, found, precision, value)
 
 
 def fit_svm(
@@ -89,33 +89,29 @@ def fit_svm(
     axes: Axes,
     signs: Int8[Tensor, "classes images"],
     fold_of: Int8[Tensor, "classes images"],
-    row: Shaped[Tensor, "columns"],
-    fold: Shaped[Tensor, "columns"],
-    cost: Float64[Tensor, "columns"],
-    tolerance: float = TOLERANCE,
-) -> Float[Tensor, "columns dim"]:
-    """Each column is the machine of class `row` without the images of `fold`: the minimum of
-    |weight|^2 / 2 + cost * sum of weighted squared hinges, divided here by cost and images."""
-    hinge = SquaredHinge(signs, fold_of, POSITIVE_WEIGHT, row, fold, 1 / (2 * cost * len(design)))
-    return minimise(design, hinge, axes, tolerance).weight[:, 0]
+    folds: int,
+    costs: Sequence[float],
+) -> Float[Tensor, "costs folds_and_all classes dim"]:
+    """The minimum of |weight|^2 / 2 + cost * sum of weighted squared hinges, for each cost without each fold, and
+    without none. Divided by cost and images it is a mean loss and a penalty."""
+    shape = folds + 1, len(signs)
+    row = torch.arange(shape[1], device=signs.device).expand(shape).flatten()
+    fold = torch.tensor([*range(folds), NO_FOLD], device=signs.device)[:, None].expand(shape).flatten()
+    hinge = SquaredHinge(signs, fold_of, POSITIVE_WEIGHT, row, fold)
+    fits = minimise(design, hinge, [1 / (2 * cost * len(design)) for cost in costs], axes, TOLERANCE)
+    return torch.stack([fit.weight.view(*shape, -1) for fit in fits])
 
 
-def _cross_validated(
-    design: Design, axes: Axes, signs: Tensor, fold_of: Tensor, costs: Tensor, folds: int
+def _validated(
+    design: Design, weight: Float[Tensor, "costs folds classes dim"], signs: Tensor, fold_of: Tensor
 ) -> Float64[Tensor, "costs classes"]:
-    shape = len(costs), folds, len(signs)
-    where = {"device": signs.device}
-    row = torch.arange(shape[2], **where).expand(shape).flatten()
-    fold = torch.arange(folds, **where)[:, None].expand(shape).flatten()
-    weight = fit_svm(design, axes, signs, fold_of, row, fold, costs[:, None, None].expand(shape).flatten())
-    scores = torch.cat([x @ weight.T for x, _ in design.parts(8192)])
-    # Fold by fold, since targets and their mask are as large as the scores.
-    found = torch.zeros(shape[0], shape[2], dtype=torch.float64, **where)
-    for number, columns in enumerate(scores.view(-1, *shape).unbind(dim=2)):
-        held = ((fold_of == number) & (signs != 0)).T
-        targets = signs.T[:, None].expand(columns.shape)
-        found += average_precision(columns, targets, held[:, None].expand(columns.shape)) / folds
-    return found
+    """The average precision on the images that were left out, mean over the folds."""
+    found = []
+    for number, fitted in enumerate(weight.unbind(dim=1)):
+        scores = torch.cat([x @ fitted.flatten(0, 1).T for x, _ in design.parts(8192)]).view(-1, *fitted.shape[:2])
+        held = ((fold_of == number) & (signs != 0)).T[:, None].expand(scores.shape)
+        found.append(average_precision(scores, signs.T[:, None].expand(scores.shape), held))
+    return torch.stack(found).mean(dim=0)
 
 
 def _signs(labels: Labels, classes: int | None = None) -> Int8[Tensor, "classes images"]:

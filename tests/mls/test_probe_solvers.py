@@ -26,7 +26,9 @@ from mls.probe import (
     sgd_probe,
     svm_probe,
 )
-from mls.probe.solve import minimise, principal_axes, standardised
+from mls.probe.design import principal_axes, standardised
+from mls.probe.linear import objective
+from mls.probe.solve import minimise
 from mls.streams import generator
 
 
@@ -153,7 +155,6 @@ def test_wide_features_of_few_images_equal_sklearn() -> None:
     ours = torch.cat([weight[0], bias[0]]).T.double()
     expected = torch.from_numpy(np.c_[theirs.coef_, theirs.intercept_])
     difference = (ours - ours.mean(0)) - (expected - expected.mean(0))
-    print(difference.abs().max(0))
     assert difference[:, :-1].abs().max() < 1e-4
     assert difference[:, -1].abs().max() < 1e-3
 
@@ -207,20 +208,40 @@ def test_without_a_refit_only_the_kept_part_is_fitted() -> None:
     assert not torch.allclose(refitted, first, atol=1e-2)
 
 
-def test_candidates_leave_the_product_when_they_have_arrived() -> None:
-    from mls.probe.linear import objective
-
+@pytest.mark.parametrize("multilabel", [False, True])
+def test_each_penalty_of_a_path_arrives_where_it_arrives_alone(multilabel: bool) -> None:
     features, numbers = drawn(300)
-    design = standardised(features)
-    left: list[int] = []
-    fit = minimise(
-        design,
-        objective(read_labels(numbers), design, [1.0, 1e-6]),
-        principal_axes(design),
-        progress=lambda rounds, unfinished: left.append(unfinished),
-    )
-    assert left[0] == 2 and 1 in left and left[-1] == 0
-    assert (fit.gap <= 1e-5 * fit.loss.clamp(min=1e-3)).all()
+    features, grid = features.double(), [1e-3, 1.0, 1e-2, 3e-3, 0.1]
+    design, labels = standardised(features), read_labels(numbers, multilabel)
+    axes = principal_axes(design)
+    together = minimise(design, objective(labels, design), grid, axes, tolerance=1e-11)
+    for fit, l2 in zip(together, grid, strict=True):
+        alone = minimise(design, objective(labels, design), [l2], axes, tolerance=1e-11)[0]
+        assert torch.allclose(fit.loss, alone.loss, rtol=1e-7)
+        assert torch.allclose(fit.weight, alone.weight, atol=1e-3 * float(alone.weight.abs().max()))
+
+
+def test_gap_says_how_far_the_loss_is_above_its_minimum() -> None:
+    features, signs = annotated(300)
+    design, labels = standardised(features.double()), read_labels(signs)
+    rough, exact = (minimise(design, objective(labels, design), [1e-3], tolerance=t)[0] for t in (1e-2, 1e-12))
+    gaps = rough.loss - exact.loss
+    assert (gaps > 1e-9).all() and (gaps < 10 * rough.gap).all() and (rough.gap < 10 * gaps).all()
+    assert rough.rounds < exact.rounds
+
+
+@pytest.mark.parametrize("dim", [10, 100])
+def test_features_that_are_not_finite_are_a_users_error(dim: int) -> None:
+    features, numbers = drawn(50, dim=dim)
+    features[3, 2] = torch.nan
+    with pytest.raises(DataError, match="hold NaN"):
+        linear_probe(features, numbers, features)
+
+
+def test_a_penalty_of_nothing_is_a_users_error() -> None:
+    features, numbers = drawn(50)
+    with pytest.raises(ConfigError, match="all above 0"):
+        linear_probe(features, numbers, features, l2=[0.0])
 
 
 # ------------------------------------------------------------------------------------------------------------ SGD

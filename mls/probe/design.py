@@ -1,0 +1,104 @@
+"""Features as the solver sees them: centred and scaled without a copy, and their principal axes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
+
+from mls.errors import DataError
+
+ROWS = 2048  # images at a time
+BLOCK = 512  # features whose second moments are taken together
+
+
+@dataclass
+class Design:
+    """Features minus `mean`, times `scale`; `rows` of them, or all. Neither is done to the features themselves: weights
+    and gradients are corrected for it, so that nothing is copied."""
+
+    features: Float[Tensor, "images dim"]
+    mean: Float64[Tensor, "dim"]
+    scale: Float64[Tensor, "dim"]
+    rows: Int64[Tensor, "some"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.features if self.rows is None else self.rows)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float64 if self.features.dtype == torch.float64 else torch.float32
+
+    def parts(self, step: int) -> Iterator[tuple[Float[Tensor, "some dim"], Int64[Tensor, "some"] | slice]]:
+        """Features as they are, and the images they belong to."""
+        for start in range(0, len(self), step):
+            images = slice(start, start + step) if self.rows is None else self.rows[start : start + step]
+            yield self.features[images].to(self.dtype), images
+
+
+def plain(features: Float[Tensor, "images dim"]) -> Design:
+    """Features as they are."""
+    like = {"dtype": torch.float64, "device": features.device}
+    return Design(
+        features,
+        torch.zeros(features.shape[1], **like),
+        torch.ones(features.shape[1], **like),
+    )
+
+
+def centred(features: Float[Tensor, "images dim"]) -> Design:
+    """Mean 0. It changes no weight where the bias is free, and makes minimising easier."""
+    design = plain(features)
+    for x, _ in design.parts(ROWS):
+        design.mean += x.sum(dim=0, dtype=torch.float64) / len(features)
+    return design
+
+
+def standardised(features: Float[Tensor, "images dim"]) -> Design:
+    """Mean 0 and variance 1, in every feature that is not constant; those that are count for nothing."""
+    design = centred(features)
+    squares = torch.zeros_like(design.mean)
+    for x, _ in design.parts(ROWS):
+        squares += (x.double() - design.mean).square().sum(dim=0)
+    std = (squares / max(1, len(features) - 1)).sqrt()
+    # A feature that is constant in training would turn its rounding errors into the loudest one of the test.
+    design.scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0.0)
+    return design
+
+
+@dataclass
+class Axes:
+    """The principal axes of a design, in the features' own scale, and the mean square of the images along each."""
+
+    vectors: Float[Tensor, "dim axes"]
+    squares: Float[Tensor, "axes"]
+
+
+def principal_axes(design: Design) -> Axes:
+    """From the features' second moments, or from the images' inner products where there are fewer images: the penalty
+    keeps every weight in the space that the images span."""
+    count, dim = len(design), design.features.shape[1]
+    scale, mean = design.scale, design.mean.to(design.dtype)
+    if count < dim:
+        x = torch.cat([x.double() - design.mean for x, _ in design.parts(ROWS)]) * scale
+        squares, within = torch.linalg.eigh(_finite(x @ x.T / count))
+        spanned = squares > 1e-10 * squares[-1]
+        squares, within = squares[spanned], within[:, spanned]
+        vectors = (x.T @ within) / (squares * count).sqrt()
+    else:
+        moments = torch.zeros(dim, dim, dtype=design.dtype, device=scale.device)
+        for x, _ in design.parts(ROWS):
+            x = x - mean
+            for at in range(0, dim, BLOCK):  # the lower triangle is all that eigh reads
+                moments[at:, at : at + BLOCK].addmm_(x[:, at:].T, x[:, at : at + BLOCK])
+        squares, vectors = torch.linalg.eigh(_finite(moments * (scale * scale[:, None] / count).to(design.dtype)))
+    return Axes((vectors * scale[:, None]).to(design.dtype), squares.clamp(min=0).to(design.dtype))
+
+
+def _finite(moments: Tensor) -> Tensor:
+    if not bool(torch.isfinite(moments).all()):
+        raise DataError("the training features hold NaN or infinity: look for the image or the weights behind them")
+    return moments
