@@ -60,9 +60,9 @@ def linear_probe(
 
     The penalty is chosen by the metric on the held-out share of the training images, or on a validation set; equal
     values go to the stronger one. Then, as in Kornblith et al. 2019 (https://arxiv.org/abs/1805.08974), the fit is
-    repeated on all training images, unless `refit` is off. A validation set is only ever used to choose. `progress` is told of
-    (penalties done, penalties) of each of the two fits. Labels: `read_labels`. Same arguments, same result. Memory:
-    `mls.probe.solve`.
+    repeated on all training images, unless `refit` is off. A validation set is only ever used to choose. `progress` is
+    told of (penalties done, penalties) of each of the two fits. Labels: `read_labels`. Same arguments, same result.
+    Memory: `mls.probe.solve`.
 
     >>> x = torch.tensor([-2.0, -1.5, -1.0, -0.5, -0.2, 0.2, 0.5, 1.0, 1.5, 2.0])[:, None]
     >>> labels = torch.cat([x < 0, x > 0], dim=1)
