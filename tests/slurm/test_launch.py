@@ -108,6 +108,13 @@ def test_debug_runs_in_this_process(mls_command: Call, tiny: list[str], tmp_path
     assert Run(tmp_path / "runs" / "d").done
 
 
+def test_a_finished_job_that_is_started_again_does_nothing(tmp_path: Path) -> None:
+    one = submit.order(tmp_path, "json:loads", {"s": "no JSON"}, tmp_path / "submission", "debug").write()
+    (tmp_path / "DONE").touch()
+    submit.run_here(one)
+    assert one.history.rows() == []
+
+
 def test_every_profile_that_ships_can_be_submitted() -> None:
     assert {"box", "one_node_8gpu", "two_nodes_8gpu"} <= set(profile.profiles())
     for name in profile.profiles():
