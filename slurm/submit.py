@@ -70,7 +70,7 @@ def submit(orders: Sequence[Order], profile: Profile, title: str, after: str | N
 
 def run_here(one: Order) -> None:
     """--cluster debug: the same call in this process, so that a debugger and print work."""
-    Job(one.folder)()
+    Job(one.submitted_as(str(os.getpid())).folder)()
 
 
 def sbatch_script(one: Order, profile: Profile, title: str, count: int = 1, after: str | None = None) -> str:

@@ -52,6 +52,7 @@ def test_a_sweep_is_one_array_in_the_script(mls_command: Call, tmp_path: Path) -
         ),
         ("submit pretrain mls_scenes_tiny --sweep objective.k", "'objective.k' is not a sweep: write key=value,value"),
         ("submit pretrain mls_scenes_tiny --sweep objective.kk=1,2", "did you mean 'objective.k'?"),
+        ("submit pretrain mls_scenes_tiny --eval paper_spm", "unknown suite 'paper_spm': did you mean 'paper_spml'?"),
         ("submit pretrain mls_scenes_tiny --cluster local --sweep seed=1,2", "has no queue for several jobs"),
         ("submit pretrain mls_scenes_tiny --rehearse nodekill", "unknown rehearsal 'nodekill'"),
         ("submit pretrain mls_scenes_tiny", "there is no SLURM here (srun is missing)"),
@@ -106,6 +107,13 @@ def test_debug_runs_in_this_process(mls_command: Call, tiny: list[str], tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert Run(tmp_path / "runs" / "d").done
+
+
+def test_a_finished_job_that_is_started_again_does_nothing(tmp_path: Path) -> None:
+    one = submit.order(tmp_path, "json:loads", {"s": "no JSON"}, tmp_path / "submission", "debug").write()
+    (tmp_path / "DONE").touch()
+    submit.run_here(one)
+    assert one.history.rows() == []
 
 
 def test_every_profile_that_ships_can_be_submitted() -> None:

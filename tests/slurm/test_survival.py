@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from mls.engine import Run
-from mls.slurm import order
+from mls.slurm import order, submit
+from mls.slurm.profile import load_profile
 
 TIMES = ("images_per_second", "data_wait")
 
@@ -105,3 +106,15 @@ def test_the_user_sees_the_training_error_and_no_other(cluster: Any) -> None:
     assert "failed" in shown and "/nowhere/at/all does not exist" in shown
     assert "Traceback" not in cluster.said(run.path)
     assert json.loads(Path(run.path, "submission", "order.json").read_text())["job"]
+
+
+def test_an_exception_is_shown_as_it_was_raised(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.environment[name])
+    folder = cluster.runs / "raised"
+    one = submit.order(folder, "json:loads", {"s": "no JSON"}, folder / "submission", "slurm").write()
+    submit.submit([one], load_profile("box"), "raised")
+    cluster.wait_until_failed(folder)
+    assert "JSONDecodeError: Expecting value" in cluster.jobs("raised")
+    assert cluster.said(folder).count("Traceback") == 1
+    assert "submitit ERROR" not in cluster.said(folder)

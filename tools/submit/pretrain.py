@@ -78,6 +78,10 @@ def pretrain(
     config = load_config(given[0], [*given[1:], *named])
     for cell in cells:
         load_config(given[0], [*given[1:], *cell])  # a mistake is told before anything is made
+    if suite is not None:
+        from mls.eval import load_suite  # seconds, needed by nobody else
+
+        load_suite(suite)
     if dry_run:
         folder = runs_root(config).absolute() / (config.run.name or f"{config.run.recipe}-DATE-HASH")
         made = launch.pretraining(folder, folder / "submission", cluster)
