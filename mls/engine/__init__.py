@@ -1,25 +1,31 @@
-"""Training a run: `pretrain(config)`, `resume(run)`, and `run(run_folder)` for launchers."""
+"""Training a run: `pretrain(config)`, `resume(run)`, and `run(run_folder)` for launchers. torch is loaded when a run is
+trained: commands that only read run folders do not wait for it."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mls import distributed
 from mls.config import Config, runs_root, to_yaml
 from mls.engine.run import Run
-from mls.engine.trainer import Trainer
 from mls.errors import UserError
 from mls.files import write_atomically
 from mls.recipes import load_config
+
+if TYPE_CHECKING:
+    from mls.distributed import Process
+    from mls.engine.trainer import Trainer
 
 __all__ = ["Run", "Trainer", "finish", "pretrain", "resume", "run"]
 
 
 def pretrain(config: Config, quiet: bool = False) -> Run:
     """Train from scratch in a new run folder. Under torchrun every process calls this."""
+    from mls import distributed
+    from mls.engine.trainer import Trainer
+
     process = distributed.start(config.engine.device)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
     made = Run(Path(_on_main(lambda: str(Run.create(config).path), process)))
@@ -39,6 +45,9 @@ def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool 
     """Go on from a run's last checkpoint. Overrides may change only what does not change the result."""
     path = folder.path if isinstance(folder, Run) else Run.open(folder).path
     if overrides:
+        from mls import distributed
+        from mls.engine.trainer import Trainer
+
         config = load_config(path / "config.yaml", overrides)
         process = distributed.start(config.engine.device)
         Trainer.check_resume(config, Run(path))
@@ -55,6 +64,9 @@ def run(folder: str | Path, quiet: bool = False) -> Run:
     this = Run.open(folder)
     if this.done:
         return this
+    from mls import distributed
+    from mls.engine.trainer import Trainer
+
     config = this.config
     process = distributed.start(config.engine.device)
     Trainer(config, this, process, quiet=quiet).train()
@@ -68,8 +80,10 @@ def finish(config: Config, quiet: bool = False) -> Run:
     return run(folder, quiet) if (folder / "config.yaml").is_file() else pretrain(config, quiet)
 
 
-def _on_main(action: Callable[[], Any], process: distributed.Process) -> Any:
+def _on_main(action: Callable[[], Any], process: Process) -> Any:
     """What `action` gives on rank 0; its error, too, reaches every process."""
+    from mls import distributed
+
     result, error = None, None
     if process.main:
         try:
@@ -80,3 +94,11 @@ def _on_main(action: Callable[[], Any], process: distributed.Process) -> Any:
     if error is not None:
         raise error
     return result
+
+
+def __getattr__(name: str) -> object:
+    if name == "Trainer":
+        from mls.engine.trainer import Trainer
+
+        return Trainer
+    raise AttributeError(f"module 'mls.engine' has no attribute '{name}'")

@@ -101,7 +101,7 @@ def pretrain(
 def _make_runs(config: Config, given: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[Path, list[Path]]:
     """The run's folder; for a sweep a folder of run folders."""
     say("making the run folder")
-    from mls.engine import Run  # seconds: mistakes were told before
+    from mls.engine import Run
     from mls.recipes import load_config
     from mls.slurm.sweep import cell_name
 
