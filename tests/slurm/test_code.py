@@ -109,13 +109,13 @@ def test_the_snapshot_takes_what_git_would_and_says_what_was_changed(checkout: P
     git("-c", "user.email=a@b.c", "-c", "user.name=a", "commit", "-qm", "first")
     (checkout / "mls" / "ignored.py").write_text("")
     (checkout / "mls" / "untracked.py").write_text("")
-    (checkout / "mls" / "probe.py").unlink()
+    (checkout / "mls" / "streams.py").unlink()
     edit(checkout, "mls", 2)
     snapshot.copy_package(checkout / "mls", tmp_path / "copy" / "mls")
     snapshot.write_origin(checkout / "mls", tmp_path / "copy")
     copied = {path.name for path in (tmp_path / "copy" / "mls").iterdir()}
     assert "untracked.py" in copied and "config.py" in copied
-    assert not {"ignored.py", "probe.py"} & copied
+    assert not {"ignored.py", "streams.py"} & copied
     assert "+EDITION = 2" in (tmp_path / "copy" / "code.diff").read_text()
     origin = json.loads((tmp_path / "copy" / "origin.json").read_text())
     assert len(origin["commit"]) == 40 and origin["not_in_git"] == ["mls/untracked.py"]
