@@ -8,7 +8,7 @@ import sys
 import typer
 
 from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
-from mls.tools import bench, config, data, demo, eval, pretrain, report, results, scenes
+from mls.tools import bench, config, data, demo, doctor, eval, export, pretrain, report, results, scenes
 
 app = typer.Typer(
     name="mls",
@@ -26,6 +26,9 @@ COMMANDS = {
     "config": config.show,
     "report": report.report,
     "results": results.results,
+    "export": export.export,
+    "verify-export": export.verify_export,
+    "doctor": doctor.doctor,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
