@@ -31,6 +31,7 @@ NAMES: dict[str, tuple[str, Callable[[str], str]]] = {  # a first convolution's 
 }
 ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("collections", "OrderedDict")}
 ARRAYS |= {("numpy._core.multiarray", "_reconstruct"), ("numpy._core.numeric", "_frombuffer")}
+ARRAYS |= {("builtins", "bytearray")}
 
 
 @dataclass(frozen=True)
