@@ -6,15 +6,16 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torchvision.models import ResNet
 
 from mls.errors import CheckpointError, ConfigError
 from mls.files import sha256
-from mls.models import foreign, load_backbone, weights_file
+from mls.models import backbones, foreign, load_backbone, weights_file
 from mls.models.backbones import RESNETS, Backbone
 
 Pixels = UInt8[Tensor, "batch 3 height width"]  # RGB
@@ -42,12 +43,10 @@ class ResNetPlan:
         >>> ResNetPlan.of("resnext50_32x4d")
         ResNetPlan(name='resnext50_32x4d', depth=50, groups=32, width=4)
         """
-        family, _, rest = name.partition("_") if name[:6] != "wide_r" else name.removeprefix("wide_").partition("_")
-        depth = int(family.removeprefix("resnext").removeprefix("resnet"))
-        if name.startswith("wide_"):
-            return cls(name, depth, 1, 128)
-        groups, _, width = rest.removesuffix("d").partition("x")
-        return cls(name, depth, int(groups or 1), int(width or 64))
+        with torch.device("meta"):
+            network = cast(ResNet, backbones.build(name))
+        depth = "".join(filter(str.isdigit, name.removeprefix("wide_").partition("_")[0]))
+        return cls(name, int(depth), network.groups, network.base_width)
 
     @property
     def bottleneck(self) -> bool:
