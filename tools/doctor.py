@@ -38,6 +38,7 @@ def _machine() -> None:
 
 
 def _frameworks() -> None:
+    from mls.errors import ConfigError
     from mls.exporting.frameworks import FRAMEWORKS, load, missing, quiet, version
 
     for name, framework in FRAMEWORKS.items():
@@ -50,7 +51,6 @@ def _frameworks() -> None:
         try:
             with quiet():
                 load(name)
-        except Exception as error:  # of another program, at import: whatever it is, it is the finding
-            print(f"  no   {name} {version(name)}: its import fails with {type(error).__name__}: {error}")
-        else:
             print(f"  yes  {name} {version(name)}")
+        except ConfigError as error:
+            print(f"  no   {error}")

@@ -42,7 +42,7 @@ def export(
     from mls.exporting import export
 
     names = None if to is None else [name.strip() for name in to.split(",") if name.strip()]
-    checked = export(weights, names, out, architecture, prefix, lambda text: typer.echo(text, err=True))
+    checked = export(weights, names, out, architecture, prefix, _say)
     _show(checked)
     folder = checked[0].file.parent
     print(f"\n{folder}: weights, recipes and certificates; `mls verify-export FILE` checks them again")
@@ -71,7 +71,11 @@ def verify_export(
     """
     from mls.exporting import verify_export
 
-    _show(verify_export(file, recipe, against))
+    _show(verify_export(file, recipe, against, _say))
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 def _show(checked: list[Checked]) -> None:

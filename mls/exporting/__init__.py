@@ -119,7 +119,10 @@ def certificate_name(target: str) -> str:
 
 
 def verify_export(
-    file: str | Path, recipe: str | Path | None = None, against: str | Path | None = None
+    file: str | Path,
+    recipe: str | Path | None = None,
+    against: str | Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Checked]:
     """Check a file that somebody else made, as each recipe beside it uses it: nothing of it is executed. It is
     compared with `against`, a run or a checkpoint; without, with the same tensors in torchvision's network, RGB, and
@@ -131,7 +134,11 @@ def verify_export(
     if against is None:
         source.card.update(_certified(file))
     pairs = [(Path(recipe).expanduser(), _target_of(Path(recipe)))] if recipe else _beside(file)
-    return [Checked(name, file, certify(source, TARGETS[name].load(source, file, path))) for path, name in pairs]
+    checked = []
+    for path, name in pairs:
+        say(f"{name}: comparing features as {path.name if path else 'its defaults'} makes them")
+        checked.append(Checked(name, file, certify(source, TARGETS[name].load(source, file, path))))
+    return checked
 
 
 def _target_of(recipe: Path) -> str:

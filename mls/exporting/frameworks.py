@@ -61,17 +61,20 @@ def version(name: str) -> str:
 
 
 def load(name: str) -> ModuleType:
-    """The framework, ready for use; where it is not installed, one sentence with the commands."""
+    """The framework, ready for use; where it cannot be used, one sentence with the commands."""
     absent = missing(name)
     if absent:
         commands = " && ".join(FRAMEWORKS[name].commands)
         raise ConfigError(f"{name} cannot be used, {', '.join(absent)} is missing: {commands}")
-    with warnings.catch_warnings():  # of code that is not ours, at import
-        warnings.simplefilter("ignore")
-        if name == "mmseg":
-            importlib.import_module("mls.exporting.mmcv_lite")
-            importlib.import_module("mmseg.models")
-        return importlib.import_module(FRAMEWORKS[name].module)
+    try:
+        with warnings.catch_warnings():  # of code that is not ours, at import
+            warnings.simplefilter("ignore")
+            if name == "mmseg":
+                importlib.import_module("mls.exporting.mmcv_lite")
+                importlib.import_module("mmseg.models")
+            return importlib.import_module(FRAMEWORKS[name].module)
+    except ImportError as error:  # a system library, or a version that does not go with the others
+        raise ConfigError(f"{name} is installed but cannot be imported ({error}): repair it, or uninstall it") from None
 
 
 @contextmanager

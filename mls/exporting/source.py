@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -117,7 +117,7 @@ class Source:
         return stages_of(self.backbone, images)
 
 
-def normalised(pixels: Pixels, mean: list[float], std: list[float]) -> Images:
+def normalised(pixels: Pixels, mean: Sequence[float | int], std: Sequence[float | int]) -> Images:
     shape = (1, 3, 1, 1)
     return (pixels.float() - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 

@@ -123,9 +123,10 @@ def _card_beside(file: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text())
+        facts = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return facts if isinstance(facts, dict) and "architecture" in facts else None  # another program's
 
 
 def _card_of(found: foreign.Found) -> dict[str, Any]:

@@ -137,6 +137,12 @@ def test_what_is_left_out_is_named(tmp_path: Path) -> None:
     assert left.split(", ") == ["encoder_k", "fc", "queue", "queue_ptr"]
 
 
+def test_another_programs_json_beside_a_checkpoint_is_no_card(tmp_path: Path) -> None:
+    torch.save(NET, tmp_path / "net.pth")
+    (tmp_path / "net.json").write_text('[{"epoch": 1}]')
+    assert load_backbone(tmp_path / "net.pth").card["architecture"] == "resnet18"
+
+
 def test_safetensors_without_a_card_are_read(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

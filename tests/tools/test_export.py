@@ -26,8 +26,9 @@ def test_a_run_is_exported_checked_and_loaded_again(mls_command, tmp_path: Path)
     recipe.write_text(recipe.read_text().replace("FORMAT: RGB", "FORMAT: BGR"))
     wrong = mls_command("verify-export", str(out / "backbone.pkl"))
     assert wrong.returncode == 2
-    assert wrong.stderr.startswith("error: backbone.pkl as detectron2_fpn.yaml uses it gives other features")
-    assert wrong.stderr.count("\n") == 1
+    progress, error = wrong.stderr.splitlines()
+    assert progress == "detectron2: comparing features as detectron2_fpn.yaml makes them"
+    assert error.startswith("error: backbone.pkl as detectron2_fpn.yaml uses it gives other features")
 
 
 def test_what_is_no_backbone_is_one_sentence(mls_command, tmp_path: Path) -> None:
