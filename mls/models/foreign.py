@@ -104,6 +104,7 @@ def _refusal(path: Path, reason: str) -> str:
 
 def find(tensors: dict[str, Tensor], path: Path, architecture: str | None = None, prefix: str | None = None) -> Found:
     """The one backbone in these tensors. `architecture` and `prefix` say what cannot be found."""
+    prefix = f"{prefix.rstrip('.')}." if prefix else prefix
     candidates = [
         found
         for names, where in _places(tensors, architecture)
