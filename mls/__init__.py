@@ -13,9 +13,11 @@ _HOME = {
     "resume": "mls.engine",
     "Run": "mls.engine",
     "load_backbone": "mls.models",
+    "export": "mls.exporting",
+    "verify_export": "mls.exporting",
 }
 _PARTS = ("eval", "losses", "matching")  # modules that people reach through `mls.`
-__all__ = ["Run", "__version__", "load_backbone", "load_config", "pretrain", "resume"]
+__all__ = ["Run", "__version__", "export", "load_backbone", "load_config", "pretrain", "resume", "verify_export"]
 
 
 def __getattr__(name: str) -> object:

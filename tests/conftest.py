@@ -12,7 +12,8 @@ from jaxtyping import install_import_hook
 
 # Before anything imports them. Files that only shuffle folders and text gain nothing from it.
 CHECKED = ["mls.dictionary", "mls.matching", "mls.losses", "mls.methods", "mls.models", "mls.probe", "mls.metrics"]
-CHECKED += ["mls.distributed", "mls.products", "mls.sharding", "mls.monitor.health", "mls.monitor.labels"]
+CHECKED += ["mls.distributed", "mls.products", "mls.sharding", "mls.exporting"]
+CHECKED += ["mls.monitor.health", "mls.monitor.labels"]
 install_import_hook(CHECKED, "beartype.beartype")
 
 settings.register_profile("mls", deadline=None)  # how long a test takes on a busy machine decides nothing

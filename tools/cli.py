@@ -14,7 +14,9 @@ from mls.tools import (
     config,
     data,
     demo,
+    doctor,
     eval,
+    export,
     jobs,
     neighbours,
     pretrain,
@@ -44,6 +46,9 @@ COMMANDS = {
     "leakcheck": neighbours.leakcheck,
     "jobs": jobs.jobs,
     "cancel": jobs.cancel,
+    "export": export.export,
+    "verify-export": export.verify_export,
+    "doctor": doctor.doctor,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

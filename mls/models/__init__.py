@@ -12,7 +12,7 @@ from torch import nn
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError, unknown_name
 from mls.files import write_atomically
-from mls.models import backbones, pretrained
+from mls.models import backbones, foreign, pretrained
 from mls.models.backbones import Backbone
 from mls.models.heads import projection_head
 from mls.models.momentum import Encoder, EncoderPair, Precision
@@ -59,11 +59,13 @@ def save_backbone(folder: Path, backbone: Backbone, card: dict[str, Any], augmen
     write_atomically(folder / "backbone.json", json.dumps(facts, indent=2).encode())
 
 
-def load_backbone(weights: str | Path) -> Backbone:
-    """A backbone, in evaluation mode, with `.feature_dim`; one from a file also with `.card`, what the file beside it
-    says of its input and origin. `weights` says which, and where its weights come from:
+def load_backbone(weights: str | Path, architecture: str | None = None, prefix: str | None = None) -> Backbone:
+    """A backbone, in evaluation mode, with `.feature_dim`; one from a file also with `.card`, which says what its input
+    is and where it comes from. `weights` says which, and where its weights come from:
 
     a run folder, a .safetensors file      what pretraining saved (a `.json` lies beside)
+    any other checkpoint file              of MoCo, DenseCL, solo-learn, lightly, timm, ... (mls/models/foreign.py);
+                                           `architecture` and `prefix` where they cannot be found in the file
     NAME, random:NAME, timm:NAME           a backbone of mls (resnet50, resnet_tiny) or timm, randomly initialised
     scratch:NAME                           a classification network of torchvision, randomly initialised
     torchvision:NAME, torchvision:NAME@SET the same with torchvision's published weights: its best set, or this one
@@ -72,7 +74,7 @@ def load_backbone(weights: str | Path) -> Backbone:
     128
     """
     path = weights_file(weights)
-    return (_by_name(str(weights)) if path is None else _from_file(path)).eval()
+    return (_by_name(str(weights)) if path is None else _from_file(path, architecture, prefix)).eval()
 
 
 def _by_name(name: str) -> Backbone:
@@ -80,7 +82,7 @@ def _by_name(name: str) -> Backbone:
     if name in backbones.names() or prefix == "timm":
         return backbones.build(name)
     if not rest:
-        raise unknown_name("weights (a run folder, a .safetensors file or a backbone)", name, backbones.names())
+        raise unknown_name("weights (a run folder, a checkpoint file or a backbone)", name, backbones.names())
     if prefix not in PREFIXES:
         raise unknown_name(f"kind of weights in {name}", prefix, PREFIXES)
     if prefix == "random":
@@ -91,17 +93,12 @@ def _by_name(name: str) -> Backbone:
     return pretrained.build(network, published or "DEFAULT")
 
 
-def _from_file(path: Path) -> Backbone:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        facts = card(path)
-        backbone = backbones.build(facts["architecture"])
-        backbone.load_state_dict(load_file(path))
-        backbone.card = facts
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+def _from_file(path: Path, architecture: str | None, prefix: str | None) -> Backbone:
+    facts = _card_beside(path)
+    found = foreign.find(foreign.read(path), path, architecture or (facts or {}).get("architecture"), prefix)
+    backbone = backbones.build(found.architecture)
+    backbone.load_state_dict(found.state)
+    backbone.card = facts or _card_of(found)
     return backbone
 
 
@@ -116,11 +113,23 @@ def weights_file(weights: str | Path) -> Path | None:
 
 
 def card(file: Path) -> dict[str, Any]:
-    """What `save_backbone` wrote beside the weights: architecture, input size, mean, std and where they come from."""
+    """What is known of the weights: architecture, input size, mean, std and where they come from. `save_backbone` wrote
+    it beside them; of a checkpoint from elsewhere it is what the file shows, and the field's usual input."""
+    return _card_beside(file) or _card_of(foreign.find(foreign.read(file), file))
+
+
+def _card_beside(file: Path) -> dict[str, Any] | None:
     path = file.with_suffix(".json")
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing: it says which architecture {file.name} belongs to")
+        return None
     try:
-        return json.loads(path.read_text())
+        facts = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return facts if isinstance(facts, dict) and "architecture" in facts else None  # another program's
+
+
+def _card_of(found: foreign.Found) -> dict[str, Any]:
+    usual = AugmentConfig()
+    facts = {"architecture": found.architecture, "origin": str(found), "prefix": found.prefix}
+    return {**facts, "input_size": usual.size, "mean": list(usual.mean), "std": list(usual.std)}

@@ -1,7 +1,7 @@
 """Backbones by name: torchvision's ResNets, a tiny one for demos, any of timm's. Each maps images to one feature a
 image and says its width in `feature_dim`. Parameter names are the library's own, so exports need no renaming."""
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         """What `build` gives, to a type checker: a library's own module, with the width of its features."""
 
         feature_dim: int
+        card: dict[str, Any]  # where the weights come from a file
 else:
     Backbone = nn.Module
 

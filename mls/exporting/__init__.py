@@ -1,0 +1,172 @@
+"""Backbones for other programs: written in their layout, with the recipe that goes with it, and with the proof that
+they give the same features there. (The public names are `mls.export` and `mls.verify_export`; a package called `export`
+would hide the function.)"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mls.errors import CheckpointError, UserError, unknown_name
+from mls.exporting import to_detectron2, to_mmseg, to_safetensors, to_timm, to_torchvision
+from mls.exporting.certify import certificate, certify
+from mls.exporting.source import NoCounterpart, Source
+from mls.files import sha256, sync_folder, telling_disk_errors
+
+# Each has FILE, `write(source, folder, final) -> recipes` and `load(source, file, recipe) -> Loaded`.
+TARGETS: dict[str, ModuleType] = {
+    "torchvision": to_torchvision,
+    "timm": to_timm,
+    "detectron2": to_detectron2,
+    "mmseg": to_mmseg,
+    "safetensors": to_safetensors,
+}
+RECIPES = {  # by which a file's target is known
+    to_torchvision.RECIPE: "torchvision",
+    to_timm.RECIPE: "timm",
+    to_mmseg.RECIPE: "mmseg",
+    to_safetensors.RECIPE: "safetensors",
+    to_detectron2.FPN: "detectron2",
+    to_detectron2.C4: "detectron2",
+}
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One file that was loaded by its target, as one recipe says, and found equal."""
+
+    target: str
+    file: Path
+    facts: dict[str, Any]  # certify.py
+
+    @property
+    def worst(self) -> float:
+        """The largest difference of all stages, as a share of the stage's largest value."""
+        stages = self.facts["stages"].values()
+        return max(one["max_abs_difference"] / (one["largest_value"] or 1.0) for one in stages)
+
+
+def export(
+    weights: str | Path,
+    to: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    architecture: str | None = None,
+    prefix: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Checked]:
+    """Write the backbone of a run or a checkpoint for other programs, by default for all that have such a network, into
+    `RUN/export`. Either all of it is there afterwards, checked, or nothing is."""
+    for name in to or ():
+        if name not in TARGETS:
+            raise unknown_name("export target", name, TARGETS)
+    source = Source.open(weights, architecture, prefix)
+    if "origin" in source.card:
+        say(f"{source.path} holds {source.card['origin']}; mean and std are taken to be ImageNet's")
+    final = Path(out).expanduser() if out else source.path.parent / "export"
+    checked = []
+    with _all_or_nothing(final) as folder:
+        for name in to or TARGETS:
+            try:
+                checked += _write(name, source, folder, final, say)
+            except NoCounterpart as reason:
+                if to is not None:
+                    raise
+                say(f"not for {name}: {reason}")
+    return checked
+
+
+@contextmanager
+def _all_or_nothing(final: Path) -> Iterator[Path]:
+    """A folder whose files are moved to `final` when the block ends without an error."""
+    existed = final.is_dir()
+    try:
+        with telling_disk_errors(final, "free some, or choose another --out"):
+            final.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".export-", dir=final) as folder:
+                yield Path(folder)
+                for written in sorted(Path(folder).iterdir()):
+                    os.replace(written, final / written.name)
+            sync_folder(final)
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                final.rmdir()
+        raise
+
+
+def _write(name: str, source: Source, folder: Path, final: Path, say: Callable[[str], None]) -> list[Checked]:
+    target = TARGETS[name]
+    recipes = target.write(source, folder, final)
+    file = folder / target.FILE
+    checked = []
+    for recipe in recipes:
+        say(f"{name}: comparing features as {recipe} makes them")
+        checked.append(Checked(name, final / target.FILE, certify(source, target.load(source, file, folder / recipe))))
+    text = certificate(name, source, file, [one.facts for one in checked])
+    (folder / certificate_name(name)).write_text(text)
+    return checked
+
+
+def certificate_name(target: str) -> str:
+    return f"{target}.certificate.json"
+
+
+def verify_export(
+    file: str | Path,
+    recipe: str | Path | None = None,
+    against: str | Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Checked]:
+    """Check a file that somebody else made, as each recipe beside it uses it: nothing of it is executed. It is
+    compared with `against`, a run or a checkpoint; without, with the same tensors in torchvision's network, RGB, and
+    the mean and std of the certificate beside it or else of ImageNet."""
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise CheckpointError(f"{file} is not a file: give a backbone.pkl, a .pth or a .safetensors file")
+    source = Source.open(file if against is None else against)
+    if against is None:
+        source.card.update(_certified(file))
+    pairs = [(Path(recipe).expanduser(), _target_of(Path(recipe)))] if recipe else _beside(file)
+    checked = []
+    for path, name in pairs:
+        say(f"{name}: comparing features as {path.name if path else 'its defaults'} makes them")
+        checked.append(Checked(name, file, certify(source, TARGETS[name].load(source, file, path))))
+    return checked
+
+
+def _target_of(recipe: Path) -> str:
+    if recipe.name in RECIPES:
+        return RECIPES[recipe.name]
+    if recipe.suffix in (".yaml", ".yml"):
+        return "detectron2"
+    if recipe.suffix == ".py":
+        return "mmseg"
+    raise UserError(f"{recipe} is no recipe: give detectron2's .yaml or mmsegmentation's .py")
+
+
+def _beside(file: Path) -> list[tuple[Path | None, str]]:
+    """The recipes that go with a file, by its suffix and their names; None where a file stands alone."""
+    fitting = [name for name, target in TARGETS.items() if Path(target.FILE).suffix == file.suffix]
+    if file.suffix == ".pkl":
+        found = [(path, "detectron2") for path in sorted(file.parent.glob("*.yaml"))]
+    else:
+        found = [(file.with_name(name), target) for name, target in RECIPES.items() if target in fitting]
+    return [pair for pair in found if pair[0].is_file()] or [(None, fitting[0] if fitting else "torchvision")]
+
+
+def _certified(file: Path) -> dict[str, Any]:
+    """The mean and std in the certificate beside a file, if it is this file's."""
+    for path in sorted(file.parent.glob("*.certificate.json")):
+        facts = json.loads(path.read_text())
+        if facts.get("file") == file.name:
+            if facts["sha256"] != sha256(file):
+                raise CheckpointError(f"{path} was made for another {file.name}: export again, or delete it")
+            return {key: facts["source"][key] for key in ("mean", "std")}
+    return {}

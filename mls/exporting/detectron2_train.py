@@ -1,0 +1,91 @@
+"""Trains and evaluates a detector of detectron2 on an exported backbone; `mls export` lays this file beside the
+weights, where it needs detectron2 alone. It is detectron2's own trainer, with the head that the C4 recipe names, and
+with any data in COCO's layout.
+
+    python detectron2_train.py --config-file detectron2_fpn.yaml --coco /data/coco --num-gpus 8
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+
+def register_extra_norm() -> None:
+    """Makes `MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm` known: a normalisation after res5, as MoCo adds it."""
+    from detectron2.layers import get_norm
+    from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+
+    class Res5ROIHeadsExtraNorm(Res5ROIHeads):
+        @classmethod
+        def _build_res5_block(cls, cfg: Any) -> tuple[Any, int]:
+            blocks, channels = super()._build_res5_block(cfg)
+            blocks.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
+            return blocks, channels
+
+    if Res5ROIHeadsExtraNorm.__name__ not in ROI_HEADS_REGISTRY:
+        ROI_HEADS_REGISTRY.register(Res5ROIHeadsExtraNorm)
+
+
+def register_coco(root: Path, cfg: Any) -> None:
+    """Data in the layout of COCO 2017, whatever its classes."""
+    from detectron2.data.datasets import register_coco_instances
+
+    names = []
+    for split in ("train2017", "val2017"):
+        annotations = root / "annotations" / f"instances_{split}.json"
+        names.append(f"{root}/{split}")
+        register_coco_instances(names[-1], {}, str(annotations), str(root / split))
+        classes = len(json.loads(annotations.read_text())["categories"])
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (names[0],), (names[1],)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
+
+
+def configure(args: Namespace) -> Any:
+    from detectron2.config import get_cfg
+
+    register_extra_norm()
+    cfg = get_cfg()
+    cfg.merge_from_file(args.config_file)
+    if not Path(cfg.MODEL.WEIGHTS).is_file():  # the folder was moved
+        cfg.MODEL.WEIGHTS = str(Path(args.config_file).parent / Path(cfg.MODEL.WEIGHTS).name)
+    if args.coco:
+        register_coco(args.coco, cfg)
+    cfg.merge_from_list(args.opts)
+    cfg.freeze()
+    return cfg
+
+
+def train(args: Namespace) -> dict[str, Any]:
+    from detectron2.data import MetadataCatalog
+    from detectron2.engine import DefaultTrainer, default_setup
+    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+
+    class Trainer(DefaultTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
+            if MetadataCatalog.get(dataset_name).evaluator_type == "pascal_voc":
+                return PascalVOCDetectionEvaluator(dataset_name)
+            return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+
+    cfg = configure(args)
+    default_setup(cfg, args)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    trainer.train()
+    return trainer._last_eval_results  # detectron2's `train` returns them only where it is told what to expect
+
+
+def main() -> None:
+    from detectron2.engine import default_argument_parser, launch
+
+    parser = default_argument_parser()
+    parser.add_argument("--coco", type=Path, help="a folder in COCO's layout; default: the recipe's data sets")
+    args = parser.parse_args()
+    launch(train, args.num_gpus, args.num_machines, args.machine_rank, args.dist_url, args=(args,))
+
+
+if __name__ == "__main__":
+    main()

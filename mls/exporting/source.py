@@ -1,0 +1,149 @@
+"""What is exported: a backbone with its facts, and its features stage by stage, which every copy of it has to equal."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torchvision.models import ResNet
+
+from mls.errors import CheckpointError, ConfigError
+from mls.files import sha256
+from mls.models import backbones, foreign, load_backbone, weights_file
+from mls.models.backbones import RESNETS, Backbone
+
+Pixels = UInt8[Tensor, "batch 3 height width"]  # RGB
+Images = Float[Tensor, "batch 3 height width"]  # as a network takes them
+Stages = dict[str, Float[Tensor, "batch ..."]]  # layer1, layer2, ... and `features`, the pooled output
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+class NoCounterpart(ConfigError):
+    """The target has no network with the layers of this backbone."""
+
+
+@dataclass(frozen=True)
+class ResNetPlan:
+    """What makes one ResNet of torchvision differ from another."""
+
+    name: str
+    depth: int
+    groups: int
+    width: int  # of a group, in the first stage
+
+    @classmethod
+    def of(cls, name: str) -> ResNetPlan:
+        """
+        >>> ResNetPlan.of("resnext50_32x4d")
+        ResNetPlan(name='resnext50_32x4d', depth=50, groups=32, width=4)
+        """
+        with torch.device("meta"):
+            network = cast(ResNet, backbones.build(name))
+        depth = "".join(filter(str.isdigit, name.removeprefix("wide_").partition("_")[0]))
+        return cls(name, int(depth), network.groups, network.base_width)
+
+    @property
+    def bottleneck(self) -> bool:
+        return self.depth >= 50
+
+    @property
+    def dim(self) -> int:
+        return 2048 if self.bottleneck else 512
+
+
+@dataclass(frozen=True)
+class Source:
+    """A backbone of a run or of a file."""
+
+    backbone: Backbone
+    path: Path
+    card: dict[str, Any]
+    plan: ResNetPlan | None  # where the network is one of torchvision's ResNets, whoever made it
+
+    @classmethod
+    def open(cls, weights: str | Path, architecture: str | None = None, prefix: str | None = None) -> Source:
+        path = weights_file(weights)
+        if path is None:
+            raise CheckpointError(f"{weights} is neither a run folder nor a file: give what is to be exported")
+        backbone = load_backbone(path, architecture, prefix)
+        card = backbone.card
+        plan = None
+        if card["architecture"].removeprefix("timm:") in RESNETS:
+            name = card["architecture"].removeprefix("timm:")
+            plan = None if foreign.misfits(backbone.state_dict(), name) else ResNetPlan.of(name)
+        return cls(backbone, path, card, plan)
+
+    @property
+    def architecture(self) -> str:
+        return self.card["architecture"]
+
+    @property
+    def mean(self) -> list[float]:
+        """Of pixels from 0 to 255."""
+        return [round(255 * value, 3) for value in self.card["mean"]]
+
+    @property
+    def std(self) -> list[float]:
+        return [round(255 * value, 3) for value in self.card["std"]]
+
+    def facts(self) -> dict[str, Any]:
+        wanted = {"path": str(self.path), "sha256": sha256(self.path), "architecture": self.architecture}
+        return {**wanted, "mean": self.card["mean"], "std": self.card["std"], "origin": self.card.get("origin", "mls")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the features depend on."""
+        return {name: t.detach() for name, t in self.backbone.state_dict().items() if t.is_floating_point()}
+
+    def pixels(self) -> Pixels:
+        """Random images, neither square nor grey, so that swapped sides or colours show."""
+        size = (96, 128) if self.plan else (self.card["input_size"],) * 2
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=generator)
+
+    @functools.cached_property
+    def reference(self) -> tuple[Pixels, Stages]:
+        """What every copy is compared with: images, and what the backbone makes of them."""
+        pixels = self.pixels()
+        return pixels, self.stages(pixels)
+
+    def stages(self, pixels: Pixels) -> Stages:
+        images = normalised(pixels, [255 * m for m in self.card["mean"]], [255 * s for s in self.card["std"]])
+        return stages_of(self.backbone, images)
+
+
+def normalised(pixels: Pixels, mean: Sequence[float | int], std: Sequence[float | int]) -> Images:
+    shape = (1, 3, 1, 1)
+    return (pixels.float() - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+
+
+def stages_of(backbone: nn.Module, images: Images) -> Stages:
+    """A network with torchvision's stages (or others: then its output alone)."""
+    modules = {name: module for name, module in backbone.named_children() if name in STAGES}
+    return outputs({**modules, "features": backbone}, lambda: backbone(images))
+
+
+def outputs(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> Stages:
+    """What these modules give while `run` runs, where it is a tensor."""
+    seen: Stages = {}
+
+    def keep(name: str, output: object) -> None:
+        if isinstance(output, Tensor):
+            seen[name] = output.clone()
+
+    hooks = [
+        module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+        for name, module in modules.items()
+    ]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen
