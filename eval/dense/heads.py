@@ -1,5 +1,5 @@
-"""The decoders of semantic segmentation, as mmsegmentation builds them: FCN and PSPNet. Each takes the backbone's maps
-and gives class scores at their resolution."""
+"""The decoders of semantic segmentation, as mmsegmentation builds them: FCN and PSPNet; PSANet is in psanet.py. Each
+takes the backbone's map and gives class scores at its resolution."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ class SegmenterConfig:
 
     backbone: str = "resnet50"
     weights: str = "torchvision:resnet50@IMAGENET1K_V1"
-    head: Literal["fcn", "pspnet"] = "fcn"
+    head: Literal["fcn", "pspnet", "psanet"] = "fcn"
     output_stride: int = 8  # of the dilated backbone
     width: int = 512
     auxiliary_width: int = 256

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from mls.eval.data.regions import VOID
 from mls.eval.dense.heads import FCN, PSPNet, resized
+from mls.eval.dense.psanet import PSANet
 from mls.eval.dense.schema import Segmentation, SegmenterConfig
 from mls.eval.dense.trunk import Trunk
 from mls.eval.dense.views import fitting
@@ -118,4 +119,8 @@ def _pspnet(channels: int, settings: SegmenterConfig, classes: int) -> nn.Module
     return PSPNet(channels, settings.width, classes, settings.dropout, settings.align_corners)
 
 
-HEADS = {"fcn": _fcn, "pspnet": _pspnet}
+def _psanet(channels: int, settings: SegmenterConfig, classes: int) -> nn.Module:
+    return PSANet(channels, settings.width, classes, settings.dropout)
+
+
+HEADS = {"fcn": _fcn, "pspnet": _pspnet, "psanet": _psanet}

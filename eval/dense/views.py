@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as tv
 from mls import distributed
 from mls.data.crops import UnreadableImage
 from mls.data.loader import as_it_is, worker_count
+from mls.engine.preempt import leave_signals_to_the_parent
 from mls.errors import DataError, UserError
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import VOID, RegionImages
@@ -141,6 +142,7 @@ def training_batches(
         batch_sampler=Places(rows, batch_size, seed, steps),
         num_workers=min(worker_count(data.workers), len(steps)) if not in_memory(images) else 0,
         collate_fn=as_it_is,  # type: ignore[arg-type]
+        worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # its own, so that the global stream stays untouched
     )
     for batch in loader:

@@ -15,6 +15,7 @@ from mls.errors import ConfigError
 from mls.eval.data import objects, regions
 from mls.eval.dense.detector import Detector, Pool
 from mls.eval.dense.loop import build_optimizer
+from mls.eval.dense.psanet import spread
 from mls.eval.dense.schema import (
     Detection,
     DetectionData,
@@ -40,8 +41,8 @@ def detector(neck: str, masks: bool = True) -> Detector:
     return Detector(load_backbone("resnet_tiny"), protocol, 10, *STATISTICS)
 
 
-def segmenter(**data: object) -> Segmenter:
-    model = SegmenterConfig(width=8, auxiliary_width=8, output_stride=4)
+def segmenter(head: str = "fcn", **data: object) -> Segmenter:
+    model = SegmenterConfig(head=head, width=8, auxiliary_width=8, output_stride=4)
     options = {"resize": (32, 32), "crop": (32, 32), **data}
     torch.manual_seed(0)
     return Segmenter(
@@ -77,8 +78,9 @@ def test_every_parameter_of_a_detector_learns(neck: str, masks: bool) -> None:
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
-def test_every_parameter_of_a_segmenter_learns() -> None:
-    network, images = segmenter().train(), regions.scenes(FEW).train
+@pytest.mark.parametrize("head", ["fcn", "pspnet", "psanet"])
+def test_every_parameter_of_a_segmenter_learns(head: str) -> None:
+    network, images = segmenter(head).train(), regions.scenes(FEW).train
     data = SegmentationData(resize=(32, 32), crop=(32, 32))
     losses = network(*zip(*(region_view(images, row, data, seed=row) for row in range(6)), strict=True))
     torch.stack(list(losses.values())).sum().backward()
@@ -148,6 +150,25 @@ def test_sliding_one_window_over_the_image_equals_the_whole_image() -> None:
     found, same, other = (network.predict(rows) for network in (whole, slide, narrow))
     assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(found, other, strict=True))
+
+
+@pytest.mark.parametrize(("height", "width", "window"), [(3, 4, (5, 7)), (4, 3, (3, 3)), (5, 2, (4, 6))])
+def test_psanets_attention_equals_a_loop_over_pairs_of_positions(
+    height: int, width: int, window: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    weights = torch.randn(2, window[0] * window[1], height, width, dtype=torch.float64, requires_grad=True)
+    plain = torch.zeros(2, height * width, height * width, dtype=torch.float64)
+    for row, column in np.ndindex(height, width):
+        for other_row, other_column in np.ndindex(height, width):
+            down, right = other_row - row + (window[0] - 1) // 2, other_column - column + (window[1] - 1) // 2
+            if 0 <= down < window[0] and 0 <= right < window[1]:
+                there, here = other_row * width + other_column, row * width + column
+                plain[:, there, here] = weights[:, down * window[1] + right, row, column]
+    found, pull = spread(weights, window), torch.randn_like(plain)
+    assert torch.equal(found, plain)
+    gradients = [torch.autograd.grad((one * pull).sum(), weights, retain_graph=True)[0] for one in (found, plain)]
+    assert torch.equal(*gradients)
 
 
 def test_normalisation_has_its_own_weight_decay() -> None:
