@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 import mls
-from mls import engine
+from mls import distributed, engine
 from mls.config import to_yaml as config_to_yaml
 from mls.errors import ConfigError
 from mls.eval import frozen, supervised
+from mls.eval.dense import run as dense
 from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
@@ -32,6 +33,8 @@ RUNNERS: dict[str, Callable[..., Outcome]] = {
     "linear": frozen.run,
     "knn": frozen.run,
     "svm": frozen.run,
+    "detection": dense.run,
+    "segmentation": dense.run,
 }
 
 
@@ -80,12 +83,14 @@ def run(
         "versions": {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "metrics": len(outcome.values),
     }
-    if keep and outcome.weights:
-        save_classifier(outcome.weights, folder)
-    store.add_all(
-        [{"metric": f"{asked.data.name}/{name}", "value": value, **row} for name, value in outcome.values.items()]
-    )
-    shutil.rmtree(folder / "state" if keep else folder, ignore_errors=True)
+    if distributed.rank() == 0:  # all processes have the same numbers
+        if keep and outcome.weights:
+            save_classifier(outcome.weights, folder)
+        store.add_all(
+            [{"metric": f"{asked.data.name}/{name}", "value": value, **row} for name, value in outcome.values.items()]
+        )
+        shutil.rmtree(folder / "state" if keep else folder, ignore_errors=True)
+    distributed.barrier()
     return outcome.values
 
 

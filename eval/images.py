@@ -20,7 +20,7 @@ from mls.data.scenes import ScenesSource
 from mls.errors import DataError, UserError
 from mls.eval.data import LabelledImages
 from mls.eval.data.cifar import PixelSource
-from mls.eval.protocol import AnyProtocol, DataConfig, Supervised
+from mls.eval.protocol import Classification, DataConfig, Supervised
 from mls.streams import derive, generator, uniforms
 
 # AlexNet's principal components of the colours of ImageNet (Krizhevsky et al. 2012), as published in fb.resnet.torch.
@@ -103,7 +103,7 @@ def _centre(image: UInt8[Tensor, "3 height width"], size: int, resize: float) ->
 class Batches:
     """The batches of one data set on one device."""
 
-    def __init__(self, images: LabelledImages, protocol: AnyProtocol, seed: int, device: torch.device) -> None:
+    def __init__(self, images: LabelledImages, protocol: Classification, seed: int, device: torch.device) -> None:
         operations = protocol.training.rand_augment if isinstance(protocol, Supervised) else 0
         self.pixels = Pixels(images, protocol.data, protocol.augment, seed, operations)
         self.protocol, self.seed, self.device = protocol, seed, device

@@ -4,7 +4,7 @@ are the only place where a default of a protocol stands."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,8 @@ import yaml
 
 from mls.config import AugmentConfig, ScenesConfig
 from mls.errors import ConfigError, unknown_name
+from mls.eval.dense import schema as dense
+from mls.eval.dense.schema import Detection, Segmentation
 from mls.recipes import Kind, build, find, load_yaml, read_yaml, shipped
 
 
@@ -153,10 +155,11 @@ class Frozen:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
-AnyProtocol = Supervised | Frozen
+Classification = Supervised | Frozen
+AnyProtocol = Classification | Detection | Segmentation
 
 
-def check(protocol: AnyProtocol) -> None:
+def check(protocol: Classification) -> None:
     """Refuse what cannot work, before anything is loaded."""
     data = protocol.data
     greater = {"augment.size": protocol.augment.size, "seeds": protocol.seeds, "data.shots": data.shots or 1}
@@ -209,7 +212,7 @@ def _check_training(training: TrainingConfig) -> None:
         raise ConfigError("training.train=head trains the last layer alone anyway: set training.linear_epochs=0")
 
 
-def _kind(schema: type[Any]) -> Kind[Any]:
+def _kind(schema: type[Any], check: Callable[[Any], None] = check) -> Kind[Any]:
     return Kind(schema, "eval", "protocol", check, "`mls eval list NAME` lists the keys")
 
 
@@ -219,6 +222,8 @@ TASKS: dict[str, Kind[Any]] = {
     "linear": _kind(Frozen),
     "knn": _kind(Frozen),
     "svm": _kind(Frozen),
+    "detection": _kind(Detection, dense.check),
+    "segmentation": _kind(Segmentation, dense.check),
 }
 
 

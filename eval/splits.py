@@ -6,8 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from mls.config import ScenesConfig
+from mls.errors import DataError
 from mls.eval import data as data_sets
-from mls.eval.data import DataSet, scenes
+from mls.eval.data import DataSet, LabelledImages, scenes
 from mls.eval.protocol import DataConfig
 
 
@@ -19,4 +20,7 @@ def load(config: DataConfig) -> DataSet:
 def _load(name: str, root: str | None, check_sizes: bool, config: ScenesConfig) -> DataSet:
     if name == "scenes":
         return scenes.read(Path(), config)
-    return data_sets.build(name, root, check_sizes)
+    found = data_sets.build(name, root, check_sizes)
+    if not isinstance(found.train, LabelledImages):
+        raise DataError(f"{name} has objects or regions, not labels of images: use it in a protocol for these")
+    return found

@@ -18,14 +18,14 @@ from mls.errors import ConfigError
 from mls.eval.classifier import build_classifier
 from mls.eval.data import LabelledImages
 from mls.eval.outcome import Outcome, metrics
-from mls.eval.protocol import AnyProtocol, Supervised, TrainingData
+from mls.eval.protocol import Classification, Supervised, TrainingData
 from mls.eval.regimes import observe, split
 from mls.eval.splits import load
 from mls.eval.training import Training, build_loss
 from mls.models import card, weights_file
 from mls.probe import few_shot
 
-Protocol = TypeVar("Protocol", bound=AnyProtocol)
+Protocol = TypeVar("Protocol", bound=Classification)
 Truth = Int8[Tensor, "images classes"] | Int64[Tensor, "images"]  # the second where every image has one label
 
 

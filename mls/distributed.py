@@ -192,3 +192,21 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def total(counts: Tensor) -> Tensor:
+    """The sum over all processes, on the CPU."""
+    if world() == 1:
+        return counts
+    place = counts.cuda() if dist.get_backend() == "nccl" else counts
+    dist.all_reduce(place, dist.ReduceOp.SUM)
+    return place.cpu()
+
+
+def objects(value: Any) -> list[Any]:
+    """Every process' plain Python value, in rank order."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found

@@ -33,7 +33,10 @@ def run(
         mls eval run linear data.name=cub200 --weights runs/mls_coco_r50-…
 
         mls eval run knn data.name=folder data.root=/data/birds --weights torchvision:resnet50
+
+        torchrun --nproc-per-node 8 -m mls.tools eval run coco_fpn_1x --weights runs/mls_coco_r50-…   (dense tasks)
     """
+    from mls import distributed
     from mls.eval import cells, load_protocol
     from mls.files import runs_folder
     from mls.results import Results
@@ -44,6 +47,8 @@ def run(
     root = out or runs_folder()
     wanted = weights or protocol.model.weights
     values = cells.run(protocol, wanted, seed, root)
+    if distributed.rank() != 0:
+        return
     rows = [[f"{protocol.data.name}/{metric}", f"{100 * value:.2f}"] for metric, value in values.items()]
     print(markdown_table(["metric, in per cent", "test"], rows))
     stored = Results(root / "results.jsonl").find(run=cells.cell_name(protocol, wanted, seed))

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 import torch
 from jaxtyping import Int8, Int64, UInt8
@@ -65,19 +66,24 @@ class LabelledImages:
         )
 
 
+Images = TypeVar("Images")
+
+
 @dataclass(frozen=True)
-class DataSet:
+class DataSet(Generic[Images]):
+    """`Images` are LabelledImages, or those of objects.py and regions.py for detection and segmentation."""
+
     name: str
-    train: LabelledImages
-    test: LabelledImages
-    val: LabelledImages | None = None  # the published one; without it a protocol holds out a part of train
+    train: Images
+    test: Images
+    val: Images | None = None  # the published one; without it a protocol holds out a part of train
 
 
 @dataclass(frozen=True)
 class Layout:
     """How one published data set lies on disk."""
 
-    read: Callable[[Path], DataSet]
+    read: Callable[[Path], DataSet[Any]]
     folder: str  # under $MLS_DATA
     download: str  # what to download and where to put it: completes "FILE is missing: "
     sizes: dict[str, int] = field(default_factory=dict)  # published counts: classes, train, test, val
@@ -94,7 +100,7 @@ def names() -> list[str]:
     return sorted(LAYOUTS)
 
 
-def build(name: str, root: str | Path | None = None, check_sizes: bool = True) -> DataSet:
+def build(name: str, root: str | Path | None = None, check_sizes: bool = True) -> DataSet[Any]:
     """The data set `name` from `root` (default: its folder under $MLS_DATA). Another number of images or classes than
     published is an error, unless `check_sizes` is False."""
     if name not in LAYOUTS:
@@ -115,7 +121,7 @@ def build(name: str, root: str | Path | None = None, check_sizes: bool = True) -
     return data
 
 
-def _check_sizes(data: DataSet, layout: Layout, folder: Path) -> None:
+def _check_sizes(data: DataSet[Any], layout: Layout, folder: Path) -> None:
     found = {"classes": len(data.train.class_names), "train": len(data.train), "test": len(data.test)}
     found["val"] = 0 if data.val is None else len(data.val)
     for what, count in layout.sizes.items():
@@ -140,21 +146,26 @@ from mls.eval.data import (  # noqa: E402
     by_torchvision,
     cifar,
     class_folders,
+    coco_objects,
     cub,
     flowers,
     formatted,
     imagenet,
     indoor67,
     nus,
+    objects,
     openimages,
     pets,
+    regions,
     scenes,
     vaw,
     vispr,
     voc_coco,
+    voc_objects,
     wider,
 )
 
 __all__ = ["DataSet", "LabelledImages", "Layout", "build", "names", "presence", "register"]
 __all__ += ["by_torchvision", "cifar", "class_folders", "flowers", "imagenet", "indoor67", "pets"]
+__all__ += ["coco_objects", "objects", "regions", "voc_objects"]
 __all__ += ["cub", "formatted", "nus", "openimages", "scenes", "vaw", "vispr", "voc_coco", "wider"]

@@ -2,11 +2,12 @@
 
 import typer
 
-from mls.tools.bench import ablations, analyse, input, matching, objectives, probe
+from mls.tools.bench import ablations, analyse, downstream, input, matching, objectives, probe
 
 app = typer.Typer(help="Studies and measurements, each one command.", no_args_is_help=True)
 app.command("ablations")(ablations.ablations)
 app.command("analyse")(analyse.analyse)
+app.command("downstream")(downstream.downstream)
 app.command("input")(input.bench)
 app.command("matching")(matching.bench)
 app.command("objectives")(objectives.objectives)

@@ -1,0 +1,203 @@
+"""Faster R-CNN and Mask R-CNN of torchvision's parts, on a feature pyramid or on the fourth stage (C4), as detectron2
+is configured for self-supervised backbones: all layers learn, heads are normalised, RoIAlign is aligned. The head of C4
+is in res5.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import roi_align
+from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+
+from mls.eval.data.objects import encode
+from mls.eval.dense.coco_ap import Detections
+from mls.eval.dense.res5 import Res5Heads
+from mls.eval.dense.schema import Detection, DetectorConfig
+from mls.eval.dense.trunk import Maps, Trunk
+from mls.eval.dense.views import ObjectTarget
+from mls.models.backbones import Backbone
+
+BOX_SIZE, MASK_SIZE = 7, 14  # of the maps that the heads see of a proposal
+CANONICAL = 224  # pixels: a box of this size is read from the map of stride 16
+RATIOS = (0.5, 1.0, 2.0)
+
+
+class Detector(nn.Module):
+    """Images of any size, uint8, to losses while training; `predict` gives detections.
+
+    >>> from mls.eval.dense.schema import DetectionData
+    >>> from mls.models import load_backbone
+    >>> data, model = DetectionData(min_sizes=[32], test_size=32), DetectorConfig(anchors=[8, 16, 24])
+    >>> protocol = Detection(data=data, model=model)
+    >>> detector = Detector(load_backbone("resnet_tiny"), protocol, 10, (0.5,) * 3, (0.2,) * 3).eval()
+    >>> found = detector.predict([torch.zeros(3, 30, 40, dtype=torch.uint8)])
+    >>> found[0].boxes.shape[1]
+    4
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        protocol: Detection,
+        classes: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        trunk, self.masks, data = Trunk(backbone), protocol.model.masks, protocol.data
+        body, heads = PARTS[protocol.model.neck](trunk, protocol.model, classes)
+        levels = len(body.strides)
+        anchors = [(size,) for size in protocol.model.anchors] if levels > 1 else [tuple(protocol.model.anchors)]
+        generator = AnchorGenerator(tuple(anchors), (RATIOS,) * levels)
+        proposals = RegionProposalNetwork(
+            generator,
+            RPNHead(body.out_channels, generator.num_anchors_per_location()[0]),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=protocol.model.proposal_batch,
+            positive_fraction=0.5,
+            pre_nms_top_n=dict(zip(("training", "testing"), protocol.model.before_nms, strict=True)),
+            post_nms_top_n=dict(zip(("training", "testing"), protocol.model.proposals, strict=True)),
+            nms_thresh=0.7,
+        )
+        resize = GeneralizedRCNNTransform(
+            data.min_sizes, data.max_size, list(mean), list(std), max(trunk.strides.values())
+        )
+        self.model = GeneralizedRCNN(body, proposals, heads, resize)
+        self.test_size, self.min_sizes = data.test_size, data.min_sizes
+
+    def forward(
+        self, images: Sequence[UInt8[Tensor, "3 height width"]], targets: Sequence[ObjectTarget]
+    ) -> dict[str, Float[Tensor, ""]]:
+        device = next(self.parameters()).device
+        self.model.transform.min_size = self.min_sizes
+        told = []
+        for target in targets:
+            one = {"boxes": target.boxes.to(device), "labels": target.classes.to(device) + 1}
+            if self.masks:
+                one["masks"] = target.masks.to(device)
+            told.append(one)
+        return self.model([image.to(device) / 255 for image in images], told)
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[UInt8[Tensor, "3 height width"]]) -> list[Detections]:
+        """In pixels of the images as they are given."""
+        device = next(self.parameters()).device
+        self.model.transform.min_size = [self.test_size]
+        found = self.model([image.to(device) / 255 for image in images])
+        return [
+            Detections(
+                one["boxes"].float().cpu(),
+                one["scores"].float().cpu(),
+                one["labels"].cpu() - 1,
+                encode(one["masks"][:, 0].cpu() > 0.5) if self.masks else None,
+            )
+            for one in found
+        ]
+
+
+class Pyramid(nn.Module):
+    """A feature pyramid on all stages. One more level, by subsampling, where the settings have one more anchor."""
+
+    def __init__(self, trunk: Trunk, settings: DetectorConfig) -> None:
+        super().__init__()
+        self.trunk, self.out_channels = trunk, settings.width
+        self.strides = list(trunk.strides.values())
+        more = LastLevelMaxPool() if len(settings.anchors) == len(self.strides) + 1 else None
+        channels = list(trunk.channels.values())
+        self.pyramid = FeaturePyramidNetwork(channels, settings.width, more, norm_layer=nn.BatchNorm2d)
+        self.pooled = list(self.strides)  # proposals are never read from the subsampled level
+        if more is not None:
+            self.strides.append(2 * self.strides[-1])
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Maps:
+        return self.pyramid(self.trunk(images))
+
+
+class FourthStage(nn.Module):
+    """All stages but the last."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk, name = trunk, trunk.names[-1]
+        self.out_channels, self.strides = trunk.channels[name], [trunk.strides[name]]
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Maps:
+        return {"0": self.trunk(images)[self.trunk.names[-1]]}
+
+
+class Pool(nn.Module):
+    """RoIAlign on the level that fits a box's size, aligned as detectron2's (torchvision's own is half a pixel off)."""
+
+    def __init__(self, size: int, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.size, self.strides = size, strides
+
+    def forward(
+        self, maps: Maps, boxes: list[Float[Tensor, "_ 4"]], image_shapes: list[tuple[int, int]]
+    ) -> Float[Tensor, "boxes channels size size"]:
+        levels = list(maps.values())[: len(self.strides)]
+        rows = torch.cat([F.pad(one, (1, 0), value=image) for image, one in enumerate(boxes)])
+        pooled = levels[0].new_zeros(len(rows), levels[0].shape[1], self.size, self.size)
+        level_of = self.level_of(rows[:, 1:])
+        for number, (one, stride) in enumerate(zip(levels, self.strides, strict=True)):
+            here = (level_of == number).nonzero()[:, 0]
+            part = roi_align(one, rows[here].to(one.dtype), self.size, 1 / stride, sampling_ratio=0, aligned=True)
+            pooled = pooled.index_put((here,), part)
+        return pooled
+
+    def level_of(self, boxes: Float[Tensor, "boxes 4"]) -> Tensor:
+        """A box of 224 pixels belongs to the map of stride 16, half of it to that of stride 8."""
+        side = (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=0).sqrt()
+        wanted = (4 + torch.log2(side / CANONICAL + 1e-8)).floor()
+        first = torch.tensor(float(self.strides[0])).log2().item()
+        return (wanted - first).clamp(0, len(self.strides) - 1).long()
+
+
+def _with_pyramid(trunk: Trunk, settings: DetectorConfig, classes: int) -> tuple[Pyramid, RoIHeads]:
+    body, width = Pyramid(trunk, settings), settings.width
+    box_head = FastRCNNConvFCHead((width, BOX_SIZE, BOX_SIZE), [width] * 4, [settings.box_width], nn.BatchNorm2d)
+    parts = {}
+    if settings.masks:
+        parts = {
+            "mask_roi_pool": Pool(MASK_SIZE, body.pooled),
+            "mask_head": MaskRCNNHeads(width, [width] * 4, 1, nn.BatchNorm2d),
+            "mask_predictor": MaskRCNNPredictor(width, width, classes + 1),
+        }
+    predictor = FastRCNNPredictor(settings.box_width, classes + 1)
+    return body, RoIHeads(Pool(BOX_SIZE, body.pooled), box_head, predictor, **_box_settings(settings), **parts)
+
+
+def _with_res5(trunk: Trunk, settings: DetectorConfig, classes: int) -> tuple[FourthStage, Res5Heads]:
+    channels, last = trunk.channels[trunk.names[-1]], trunk.take_last()
+    body = FourthStage(trunk)
+    pool = Pool(2 * BOX_SIZE, body.strides)
+    masks = MaskRCNNPredictor(channels, settings.width, classes + 1) if settings.masks else None
+    return body, Res5Heads(pool, last, channels, classes, masks, **_box_settings(settings))
+
+
+def _box_settings(settings: DetectorConfig) -> dict[str, float | int | None]:
+    return {
+        "fg_iou_thresh": 0.5,
+        "bg_iou_thresh": 0.5,
+        "batch_size_per_image": settings.box_batch,
+        "positive_fraction": 0.25,
+        "bbox_reg_weights": None,  # 10, 10, 5, 5
+        "score_thresh": settings.score,
+        "nms_thresh": settings.nms,
+        "detections_per_img": settings.detections,
+    }
+
+
+PARTS = {"fpn": _with_pyramid, "c4": _with_res5}

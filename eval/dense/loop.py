@@ -1,0 +1,190 @@
+"""The one training loop of the dense tasks, counted in steps: a network that gives losses, SGD, a schedule, exact
+resume, one process or several. What is trained is in detector.py and segmenter.py, what it sees in views.py."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from mls import distributed
+from mls.engine.checkpoint import Checkpoints
+from mls.engine.preempt import StopFlag
+from mls.engine.schedule import stepwise
+from mls.errors import ConfigError, DivergedError, Stopped
+from mls.eval.data.objects import ObjectImages
+from mls.eval.data.regions import RegionImages
+from mls.eval.dense.schema import Dense, Schedule
+from mls.eval.dense.views import training_batches
+from mls.models.momentum import HALF, precision_on
+from mls.monitor.progress import TrainingProgress, counting
+from mls.streams import derive
+
+SAVE_EVERY = 300.0  # seconds
+SEE_EVERY = 20  # steps between two looks at the loss: each look waits for the GPU
+
+
+class DenseTraining:
+    """Trains `network` in place. With a folder its state is kept there, and the same arguments go on from it."""
+
+    def __init__(
+        self,
+        protocol: Dense,
+        network: nn.Module,
+        images: ObjectImages | RegionImages,
+        seed: int,
+        folder: Path | None = None,
+        save_every: float = SAVE_EVERY,
+    ) -> None:
+        self.schedule, self.data, self.images, self.seed = protocol.training, protocol.data, images, seed
+        if self.schedule.batch_size % distributed.world():
+            raise ConfigError(
+                f"training.batch_size {self.schedule.batch_size} does not divide into {distributed.world()} processes"
+            )
+        self.device = distributed.start(self.schedule.device).device
+        network = network.to(self.device)
+        if distributed.world() > 1 and self.device.type == "cuda":
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        self.network = network
+        self.parallel = DistributedDataParallel(network) if distributed.world() > 1 else network
+        self.optimizer = build_optimizer(self.schedule, network)
+        self.reduced = HALF.get(precision_on(self.device, self.schedule.precision, "training.precision"))
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.reduced is torch.float16)
+        self.step = 0
+        self.measured = 0  # batches that precise-BN has seen; it starts anew after a stop
+        self.save_every = save_every
+        self.checkpoints = None if folder is None else Checkpoints(folder / "state", keep_last=1)
+        self.restore()
+
+    def train(self, title: str = "", quiet: bool = False) -> None:
+        show = not quiet and distributed.rank() == 0
+        total, first = self.schedule.steps, self.step + 1
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopFlag())
+            progress = stack.enter_context(TrainingProgress(total, self.step, title, show))
+            if self.step:
+                progress.say(f"{title} goes on after step {self.step} of {total}")
+            saved = time.monotonic()
+            for batch in self.batches(first, total):
+                self.step += 1
+                losses = self.train_step(batch)
+                progress.step(self.step)
+                if self.step % SEE_EVERY == 0 or self.step == total:
+                    epoch = 1 + (self.step * self.schedule.batch_size - 1) // len(self.images)
+                    progress.update(self.step, epoch, told(losses, self.step))
+                due = time.monotonic() - saved > self.save_every
+                code, due = distributed.largest([float(stop.exit_code), float(due)], self.device)
+                if code:
+                    self.save()
+                    raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", int(code))
+                if due and self.step < total:
+                    self.save()
+                    saved = time.monotonic()
+            if first <= total:
+                self.save()  # the test may take long
+        self.measure_statistics(show)
+
+    def batches(self, first: int, last: int) -> Any:
+        if first > last:
+            return ()
+        return training_batches(self.images, self.data, self.schedule.batch_size, self.seed, first, last)
+
+    def train_step(self, batch: Sequence[tuple[Tensor, Any]]) -> dict[str, Tensor]:
+        lr = self.schedule.lr * lr_share(self.schedule, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.network.train()
+        losses = self.losses(batch, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(torch.stack(list(losses.values())).sum()).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def losses(self, batch: Sequence[tuple[Tensor, Any]], step: int) -> dict[str, Tensor]:
+        images, targets = zip(*batch, strict=True)
+        # Which proposals and sizes are drawn, and what dropout drops, is decided by torch's own stream.
+        torch.manual_seed(derive(self.seed, "dense step", step, distributed.rank()))
+        with torch.autocast(self.device.type, dtype=self.reduced, enabled=self.reduced is not None):
+            return self.parallel(images, targets)
+
+    @torch.no_grad()
+    def measure_statistics(self, show: bool) -> None:
+        """Precise-BN: the last weights' own statistics in the place of a mean over many steps' weights."""
+        norms = [part for part in self.network.modules() if isinstance(part, _BatchNorm)]
+        count, total = self.schedule.precise_bn, self.schedule.steps
+        if not count or not norms:
+            return
+        self.network.train()
+        for part in norms:
+            part.reset_running_stats()
+            part.momentum = None  # a plain mean over all batches
+        with counting("statistics of batch normalisation", count, show) as progress:
+            for step, batch in enumerate(self.batches(total + 1, total + count), start=total + 1):
+                self.losses(batch, step)
+                progress(step - total)
+
+    def save(self) -> None:
+        if self.checkpoints is None or distributed.rank() != 0:
+            return
+        state = {
+            "step": self.step,
+            "weights": {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+        self.checkpoints.save(self.step, state)
+
+    def restore(self) -> None:
+        state = None if self.checkpoints is None else self.checkpoints.newest(lambda text: None)
+        if state is None:
+            return
+        self.step = state["step"]
+        self.network.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def told(losses: dict[str, Tensor], step: int) -> dict[str, str]:
+    values = {name.removeprefix("loss_"): float(loss) for name, loss in losses.items()}
+    total = sum(values.values())
+    if not math.isfinite(total):
+        raise DivergedError(f"the loss is {total} at step {step}: lower training.lr, or raise training.warmup_steps")
+    return {"loss": f"{total:.3f}"} | {name: f"{value:.3f}" for name, value in values.items()}
+
+
+def build_optimizer(schedule: Schedule, network: nn.Module) -> torch.optim.Optimizer:
+    """SGD; normalisation layers have their own weight decay."""
+    norms = {id(p) for part in network.modules() if isinstance(part, _BatchNorm) for p in part.parameters()}
+    learning = [p for p in network.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in learning if id(p) not in norms], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in learning if id(p) in norms], "weight_decay": schedule.norm_decay},
+    ]
+    return torch.optim.SGD(groups, schedule.lr, momentum=schedule.momentum)
+
+
+def lr_share(schedule: Schedule, step: int) -> float:
+    """The share of the learning rate at a step, which counts from 1.
+
+    >>> falling = Schedule(steps=4, falls=[2], warmup_steps=0)
+    >>> [lr_share(falling, step) for step in (1, 2, 3)]
+    [1.0, 1.0, 0.1]
+    >>> [round(lr_share(Schedule(steps=4, schedule="poly", warmup_steps=0), step), 3) for step in (1, 2, 4)]
+    [1.0, 0.772, 0.287]
+    """
+    if step <= schedule.warmup_steps:
+        done = (step - 1) / schedule.warmup_steps
+        return schedule.warmup_from * (1 - done) + done
+    if schedule.schedule == "steps":
+        return stepwise(step, schedule.falls)
+    lowest = schedule.min_lr / schedule.lr
+    return lowest + (1 - lowest) * (1 - (step - 1) / schedule.steps) ** schedule.power

@@ -1,0 +1,86 @@
+"""PSANet's decoder (https://hszhao.github.io/papers/eccv18_psanet.pdf), as mmsegmentation builds it: every position
+collects from all others and distributes to them, with weights that it predicts for a window around itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from mls.eval.dense.heads import Classify, Map, convolution, resized
+
+WINDOW = (97, 97)  # positions, height and width: what mmsegmentation's configurations say for every crop
+SHRINK = 2  # attention is between every second position
+
+
+class PSANet(nn.Module):
+    def __init__(self, inputs: int, width: int, classes: int, dropout: float, window: tuple[int, int] = WINDOW) -> None:
+        super().__init__()
+        self.collect, self.distribute = Attention(inputs, width, window), Attention(inputs, width, window)
+        # mmsegmentation pads this convolution of size 1, which draws the map a little to its middle when it is resized.
+        # Kept: it is the network of the published tables.
+        self.project = convolution(2 * width, inputs, 1)
+        self.project[0].padding = (1, 1)
+        self.join = convolution(2 * inputs, width)
+        self.classify = Classify(width, classes, dropout)
+
+    def forward(self, x: Map) -> Map:
+        size, align_corners = shrunk(x.shape[2:])
+        values, weights = self.collect(x, size, align_corners)
+        collected = torch.einsum("bcj,bji->bci", values.flatten(2), weights.softmax(1))
+        values, weights = self.distribute(x, size, align_corners)
+        distributed = torch.einsum("bcj,bji->bci", values.flatten(2), weights.transpose(1, 2).softmax(1))
+        y = self.project(torch.cat([collected, distributed], 1).unflatten(2, size))
+        y = resized(y, x.shape[2:], align_corners)
+        return self.classify(self.join(torch.cat([x, y], 1)))
+
+
+class Attention(nn.Module):
+    """What a position has to give, and its weights for every pair of positions [batch, other, this]."""
+
+    def __init__(self, inputs: int, width: int, window: tuple[int, int]) -> None:
+        super().__init__()
+        self.window = window
+        self.reduce = convolution(inputs, width, 1)
+        self.weigh = nn.Sequential(convolution(width, width, 1), nn.Conv2d(width, window[0] * window[1], 1, bias=False))
+
+    def forward(
+        self, x: Map, size: tuple[int, int], align_corners: bool
+    ) -> tuple[Map, Float[Tensor, "batch other this"]]:
+        values = resized(self.reduce(x), size, align_corners)
+        return values, spread(self.weigh(values), self.window)
+
+
+def shrunk(size: Sequence[int]) -> tuple[tuple[int, int], bool]:
+    """The size that attention is taken at, and whether resizing keeps the corners: mmsegmentation's rule.
+
+    >>> shrunk((97, 97)), shrunk((64, 128))
+    (((49, 49), True), ((32, 64), False))
+    """
+    height, width = size
+    if height % SHRINK and width % SHRINK:
+        return ((height - 1) // SHRINK + 1, (width - 1) // SHRINK + 1), True
+    return (height // SHRINK, width // SHRINK), False
+
+
+def spread(
+    weights: Float[Tensor, "batch window height width"], window: tuple[int, int]
+) -> Float[Tensor, "batch other this"]:
+    """Each position's weights for the window around it, laid over the whole map; nought outside the window."""
+    index, inside = pairs(weights.shape[2], weights.shape[3], window, weights.device)
+    return weights.flatten(2).gather(1, index.expand(len(weights), -1, -1)) * inside
+
+
+def pairs(
+    height: int, width: int, window: tuple[int, int], device: torch.device
+) -> tuple[Int64[Tensor, "1 other this"], Bool[Tensor, "other this"]]:
+    """For each two positions, which of the window's weights is between them, and whether there is one."""
+    place = torch.arange(height * width, device=device)
+    inside, index = torch.ones(len(place), len(place), dtype=torch.bool, device=device), 0
+    for position, side in ((place // width, window[0]), (place % width, window[1])):
+        offset = position[:, None] - position + (side - 1) // 2
+        inside &= (offset >= 0) & (offset < side)
+        index = index * side + offset.clamp(0, side - 1)
+    return index[None], inside

@@ -1,0 +1,171 @@
+"""What the protocols of `task: detection` and `task: segmentation` say, and what cannot work. The dataclasses here are
+the only place where a default of theirs stands; defaults are those of the published Mask R-CNN and FCN schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mls.config import ScenesConfig
+from mls.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DenseData:
+    name: str = "coco2017"  # mls.eval.data.names()
+    root: str | None = None  # default: the data set's folder under $MLS_DATA
+    check_sizes: bool = True  # refuse another number of images than published
+    workers: int | None = None  # default: the cores this process may use, at most 8
+    flip: float = 0.5  # probability of a mirrored training image
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Of both tasks: SGD, counted in steps."""
+
+    steps: int = 90000
+    batch_size: int = 16  # images a step, of all processes together
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    norm_decay: float = 0.0  # the weight decay of normalisation layers
+    schedule: Literal["steps", "poly"] = "steps"  # poly: lr * (1 - share of the steps done) ** power
+    falls: list[int] = field(default_factory=lambda: [60000, 80000])  # steps: a tenth after each
+    power: float = 0.9
+    min_lr: float = 0.0  # poly ends here
+    warmup_steps: int = 1000  # the rate rises linearly
+    warmup_from: float = 0.001  # from this share of it
+    precise_bn: int = 200  # batches that the statistics of batch normalisation are measured on after training; 0: none
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class DetectionData(DenseData):
+    min_sizes: list[int] = field(default_factory=lambda: [640, 672, 704, 736, 768, 800])  # one is drawn for an image
+    test_size: int = 800  # of the short side, too
+    max_size: int = 1333  # of the long side: a longer image is scaled down
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Faster R-CNN, and Mask R-CNN where `masks` is true. All layers learn; heads are normalised."""
+
+    backbone: str = "resnet50"  # what `--weights random` builds
+    weights: str = "torchvision:resnet50@IMAGENET1K_V1"  # where no --weights are given
+    neck: Literal["fpn", "c4"] = "fpn"  # c4: proposals on the last stage but one, which is then part of the head
+    masks: bool = True
+    width: int = 256  # of the feature pyramid and the convolutions of the heads
+    box_width: int = 1024  # of the box head's hidden layer
+    anchors: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])  # fpn: one a level; c4: all at once
+    before_nms: list[int] = field(default_factory=lambda: [2000, 1000])  # proposals a level, in training and in test
+    proposals: list[int] = field(default_factory=lambda: [1000, 1000])  # kept, in training and in test
+    proposal_batch: int = 256  # anchors an image that the proposals' loss is taken on
+    box_batch: int = 512  # proposals an image that the boxes' loss is taken on
+    score: float = 0.05  # detections below are left out
+    nms: float = 0.5
+    detections: int = 100  # an image
+
+
+@dataclass(frozen=True)
+class Detection:
+    """`task: detection`: boxes, and masks where the model has them."""
+
+    task: str = "detection"
+    recipe: str = "custom"  # filled in from the file's name
+    metric: str = "box_ap"
+    seeds: int = 1
+    data: DetectionData = field(default_factory=DetectionData)
+    model: DetectorConfig = field(default_factory=DetectorConfig)
+    training: Schedule = field(default_factory=Schedule)
+
+
+@dataclass(frozen=True)
+class SegmentationData(DenseData):
+    name: str = "cityscapes"
+    resize: tuple[int, int] = (2048, 1024)  # width, height: the image is scaled to fit, times a factor in training
+    ratio: tuple[float, float] = (0.5, 2.0)  # of that factor
+    crop: tuple[int, int] = (1024, 512)  # width, height
+    most: float = 0.75  # share of a crop that one class may cover; after ten draws it may cover more
+    photometric: bool = True  # brightness, contrast, saturation and hue of SSD
+    test: Literal["whole", "slide"] = "whole"  # slide: windows as large as the crop, their scores averaged
+    stride: tuple[int, int] = (513, 513)  # of the windows
+
+
+@dataclass(frozen=True)
+class SegmenterConfig:
+    """A head on the last map of a dilated backbone, and a small FCN on the map before it while training."""
+
+    backbone: str = "resnet50"
+    weights: str = "torchvision:resnet50@IMAGENET1K_V1"
+    head: Literal["fcn", "pspnet", "psanet"] = "fcn"
+    output_stride: int = 8  # of the dilated backbone
+    width: int = 512
+    auxiliary_width: int = 256
+    auxiliary_weight: float = 0.4
+    dropout: float = 0.1
+    align_corners: bool = False
+
+
+def poly() -> Schedule:
+    """That of mmsegmentation's 40k schedules."""
+    return Schedule(
+        steps=40000,
+        batch_size=8,
+        lr=0.01,
+        weight_decay=5e-4,
+        norm_decay=5e-4,
+        schedule="poly",
+        falls=[],
+        min_lr=1e-4,
+        warmup_steps=0,
+        precise_bn=0,
+    )
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """`task: segmentation`: a class for every pixel."""
+
+    task: str = "segmentation"
+    recipe: str = "custom"
+    metric: str = "miou"
+    seeds: int = 3
+    data: SegmentationData = field(default_factory=SegmentationData)
+    model: SegmenterConfig = field(default_factory=SegmenterConfig)
+    training: Schedule = field(default_factory=poly)
+
+
+Dense = Detection | Segmentation
+
+
+def check(protocol: Dense) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    training, model = protocol.training, protocol.model
+    greater = {f"training.{key}": getattr(training, key) for key in ("steps", "batch_size", "lr", "warmup_from")}
+    greater |= {"seeds": protocol.seeds, "model.width": model.width}
+    if isinstance(protocol, Detection):
+        greater |= {f"data.{key}": getattr(protocol.data, key) for key in ("test_size", "max_size")}
+        greater |= {"data.min_sizes": min(protocol.data.min_sizes, default=0)}
+        for key in ("before_nms", "proposals"):
+            if len(getattr(protocol.model, key)) != 2:
+                raise ConfigError(f"model.{key} needs two numbers, one for training and one for the test")
+    else:
+        sides = {
+            "data.resize": protocol.data.resize,
+            "data.crop": protocol.data.crop,
+            "data.ratio": protocol.data.ratio,
+        }
+        greater |= {key: min(value) for key, value in {**sides, "data.stride": protocol.data.stride}.items()}
+    for key, value in greater.items():
+        if not value > 0:
+            raise ConfigError(f"{key} is {value}: it must be greater than 0")
+    if not 0 <= protocol.data.flip <= 1:
+        raise ConfigError(f"data.flip is {protocol.data.flip}: it must lie between 0 and 1")
+    if training.warmup_steps >= training.steps:
+        raise ConfigError(f"training.warmup_steps is {training.warmup_steps} of {training.steps}: make it shorter")
+    if training.schedule == "steps" and any(fall >= training.steps for fall in training.falls):
+        raise ConfigError(
+            f"training.falls {training.falls} lie behind the {training.steps} steps of training: scale them as well"
+        )

@@ -1,0 +1,90 @@
+"""A backbone's stages as maps instead of one feature an image, dilated where a task wants finer maps. Parameters keep
+their places, so pretrained weights are in them already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mls.errors import ConfigError
+from mls.models.backbones import Backbone
+
+Maps = dict[str, Float[Tensor, "batch channels height width"]]
+
+
+class Trunk(nn.Module):
+    """The stem and the stages of a ResNet, the maps of all stages as its output: layer1 and so on.
+
+    >>> from mls.models import load_backbone
+    >>> trunk = Trunk(load_backbone("resnet_tiny"))
+    >>> {name: tuple(part.shape) for name, part in trunk(torch.rand(1, 3, 32, 32)).items()}
+    {'layer1': (1, 32, 16, 16), 'layer2': (1, 64, 8, 8), 'layer3': (1, 128, 4, 4)}
+    >>> trunk.channels, trunk.strides
+    ({'layer1': 32, 'layer2': 64, 'layer3': 128}, {'layer1': 2, 'layer2': 4, 'layer3': 8})
+    """
+
+    def __init__(self, backbone: Backbone, output_stride: int | None = None) -> None:
+        """`output_stride`: stages that would go beyond it are dilated."""
+        super().__init__()
+        parts = dict(backbone.named_children())
+        self.names = [name for name in parts if name.startswith("layer")]
+        if len(self.names) < 2 or not {"conv1", "bn1"} <= parts.keys():
+            raise ConfigError(
+                f"{type(backbone).__name__} has no stages layer1, layer2 ... behind conv1 and bn1: detection and "
+                "segmentation need a ResNet, such as resnet50, resnet_tiny or timm:resnet50"
+            )
+        self.conv1, self.bn1 = parts["conv1"], parts["bn1"]
+        self.maxpool = parts.get("maxpool", nn.Identity())
+        for name in self.names:
+            self.add_module(name, parts[name])
+        if output_stride is not None:
+            dilate(self, output_stride)
+        self.channels, self.strides = _measure(self)
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Maps:
+        x, maps = self.maxpool(torch.relu(self.bn1(self.conv1(images)))), {}
+        for name in self.names:
+            maps[name] = x = self.get_submodule(name)(x)
+        return maps
+
+    def take_last(self) -> nn.Module:
+        """The last stage, which is no longer part of the trunk: C4's detector uses it as its head."""
+        name = self.names.pop()
+        last = self.get_submodule(name)
+        delattr(self, name)
+        return last
+
+
+def dilate(trunk: Trunk, output_stride: int) -> None:
+    """Stages that would go beyond the stride keep their size instead, and what lies behind the convolution that did not
+    stride sees as far as before: torchvision's `replace_stride_with_dilation`, mmsegmentation's `contract_dilation`."""
+    strides, before, dilation = _measure(trunk)[1], 1, 1
+    for name in trunk.names:
+        if strides[name] <= output_stride:
+            continue
+        dilation = strides[name] // output_stride
+        seen_stride = False
+        for part in trunk.get_submodule(name).modules():
+            if not isinstance(part, nn.Conv2d):
+                continue
+            strided = part.stride != (1, 1)
+            part.stride = (1, 1)
+            if part.kernel_size == (3, 3):
+                width = before if strided or not seen_stride else dilation
+                seen_stride = seen_stride or strided
+                part.dilation = part.padding = (width, width)
+        before = dilation
+
+
+@torch.no_grad()
+def _measure(trunk: Trunk) -> tuple[Mapping[str, int], Mapping[str, int]]:
+    """The channels of each stage, and how many pixels of the image a step on its map is."""
+    training, size = trunk.training, 64
+    device = next(trunk.parameters()).device
+    maps = trunk.eval()(torch.zeros(1, 3, size, size, device=device))
+    trunk.train(training)
+    channels = {name: one.shape[1] for name, one in maps.items()}
+    return channels, {name: size // one.shape[2] for name, one in maps.items()}
