@@ -7,6 +7,8 @@ python examples/linear_probe.py --weights torchvision:resnet50 --data /path/to/f
 
 import argparse
 
+import torch
+
 import mls
 import mls.eval
 
@@ -17,6 +19,7 @@ def main() -> None:
     parser.add_argument("--data", default="scenes", help="a data set's name, or a folder of class folders")
     arguments = parser.parse_args()
 
+    torch.manual_seed(0)  # a backbone's name alone means random weights
     backbone = mls.load_backbone(arguments.weights)
     train = mls.eval.extract(backbone, arguments.data, "train")
     test = mls.eval.extract(backbone, arguments.data, "test")
