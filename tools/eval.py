@@ -11,7 +11,7 @@ from mls.errors import ConfigError
 
 app = typer.Typer(help="Downstream evaluation: one protocol, or a paper's table.", no_args_is_help=True)
 
-WEIGHTS = "A run, a .safetensors file, torchvision:resnet50, scratch:NAME, or random; default: the protocol's own."
+WEIGHTS = "A run, a checkpoint file, torchvision:resnet50, scratch:NAME, or random; default: the protocol's own."
 ROWS = "As for `mls eval run`, or LABEL=WEIGHTS. May be repeated; several with one LABEL are runs of one row."
 
 
