@@ -12,7 +12,7 @@ from typing import Any, Literal
 from mls.errors import CheckpointError, ConfigError, DataError, unknown_name
 from mls.eval import cells
 from mls.eval.protocol import AnyProtocol, load_protocol
-from mls.models import card, weights_file
+from mls.models import backbones, card, weights_file
 from mls.recipes import Kind, build, find, read_yaml, shipped
 
 
@@ -196,7 +196,12 @@ def given(weights: str, suite: Suite) -> Row:
     label, separator, rest = weights.partition("=")
     if not separator or Path(weights).expanduser().exists() or ":" in label:
         label, rest = Path(weights).name, weights
-    file = weights_file(rest) if ":" not in rest and rest != "random" else None
+    named = ":" in rest or rest in ("random", *backbones.names())
+    file = None if named else weights_file(rest)
+    if not named and file is None:  # said now: the suite's own rows may train for hours first
+        raise CheckpointError(
+            f"{rest} is neither a run folder nor a file: give --weights the folder that a run printed"
+        )
     method = "" if file is None else str(card(file).get("method", ""))
     return Row(name=f"ours: {label}", weights=rest, method=method or label)
 

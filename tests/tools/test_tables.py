@@ -61,6 +61,8 @@ def test_a_run_of_the_user_is_compared_with_the_papers_row_of_its_method_or_its_
     assert given("torchvision:resnet50@IMAGENET1K_V2", suite).weights == "torchvision:resnet50@IMAGENET1K_V2"
     with pytest.raises(CheckpointError, match="holds no backbone"):
         given(str(tmp_path), suite)
+    with pytest.raises(CheckpointError, match="nowhere is neither a run folder nor a file"):
+        chosen_rows(suite, [f"MLS={tmp_path / 'nowhere'}"], True, ())
 
 
 def test_the_tiny_table_has_the_rows_that_the_scenes_can_make() -> None:
