@@ -19,9 +19,11 @@ from mls.config import to_yaml as config_to_yaml
 from mls.errors import ConfigError
 from mls.eval import frozen, supervised
 from mls.eval.dense import run as dense
+from mls.eval.dense.schema import Dense
 from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
+from mls.exporting import frameworks
 from mls.files import alone, runs_folder, sha256, write_atomically
 from mls.models import weights_file
 from mls.recipes import load_config
@@ -54,6 +56,8 @@ def run(
     the folder when its numbers are stored.
     """
     asked: AnyProtocol = load_protocol(protocol) if isinstance(protocol, str | Path) else protocol
+    if isinstance(asked, Dense):
+        frameworks.require(asked.backend)  # before a backbone is trained for it
     root = root or runs_folder()
     wanted = str(weights) if weights is not None else asked.model.weights
     used = pretrained(wanted, seed, root, quiet)
@@ -71,6 +75,7 @@ def run(
         "task": asked.task,
         "dataset": asked.data.name,
         **({"loss": asked.training.loss} if isinstance(asked, Supervised) else {}),
+        **({"backend": asked.backend} if isinstance(asked, Dense) else {}),
         "seed": seed,
         "settings": fingerprint(asked),
         "weights": wanted,
@@ -109,7 +114,8 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
 
 
 def title(protocol: AnyProtocol, weights: str, seed: int) -> str:
-    return f"{protocol.recipe}, {method(protocol) or weights}, seed {seed}"
+    by = f" on {protocol.backend}" if isinstance(protocol, Dense) and protocol.backend != "torchvision" else ""
+    return f"{protocol.recipe}{by}, {method(protocol) or weights}, seed {seed}"
 
 
 def method(protocol: AnyProtocol) -> str:

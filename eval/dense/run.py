@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import time
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +12,29 @@ import torch
 from torch import nn
 
 from mls import distributed
-from mls.config import AugmentConfig, ScenesConfig
-from mls.errors import DataError
-from mls.eval import data as data_sets
-from mls.eval.data import DataSet, objects, regions
-from mls.eval.data.objects import ObjectImages
-from mls.eval.data.regions import RegionImages
 from mls.eval.dense.coco_ap import Detections, coco_ap
 from mls.eval.dense.confusion import confusion, segmentation_metrics
 from mls.eval.dense.detector import Detector
 from mls.eval.dense.loop import DenseTraining
-from mls.eval.dense.schema import Dense, DenseData, Detection, Segmentation
+from mls.eval.dense.prepare import build_backbone, load_images
+from mls.eval.dense.schema import Dense, Detection, Segmentation
 from mls.eval.dense.segmenter import Segmenter
 from mls.eval.dense.voc_ap import voc_ap
 from mls.eval.outcome import Outcome
-from mls.models import card, load_backbone, weights_file
+from mls.exporting import frameworks
 from mls.monitor.progress import counting
 from mls.streams import derive
 
-SCENES = {"scenes_objects": objects.scenes, "scenes_regions": regions.scenes}
-TAKES = {Detection: ObjectImages, Segmentation: RegionImages}
 TEST_BATCH = 8  # images
 
 
 def run(protocol: Dense, weights: str, seed: int, folder: Path | None, title: str = "", quiet: bool = False) -> Outcome:
     """Train and test once. With a folder the same call goes on where it was stopped."""
+    if protocol.backend != "torchvision":
+        return _elsewhere(protocol.backend)(protocol, weights, seed, folder, title or protocol.recipe, quiet)
     began = time.monotonic()
     distributed.start(protocol.training.device)
-    data = load(protocol)
+    data = load_images(protocol)
     network = build_network(protocol, weights, seed, data.train.class_names)
     training = DenseTraining(protocol, network, data.train, seed, folder)
     training.train(title or protocol.recipe, quiet)
@@ -49,36 +44,19 @@ def run(protocol: Dense, weights: str, seed: int, folder: Path | None, title: st
     return Outcome(values, selection, None, time.monotonic() - began, kept)
 
 
-def load(protocol: Dense) -> DataSet[Any]:
-    found = _load(without_workers(protocol.data))
-    wanted = TAKES[type(protocol)]
-    if not isinstance(found.train, wanted):
-        fitting = "coco2017, voc0712, scenes_objects" if wanted is ObjectImages else "cityscapes, scenes_regions"
-        raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
-    return found
-
-
-def without_workers(data: DenseData) -> tuple[str, str | None, bool, ScenesConfig]:
-    return data.name, data.root, data.check_sizes, data.scenes
-
-
-@lru_cache(maxsize=2)  # the cells of a suite share it
-def _load(facts: tuple[str, str | None, bool, ScenesConfig]) -> DataSet[Any]:
-    name, root, check_sizes, scenes = facts
-    return SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
+def _elsewhere(backend: str) -> Callable[..., Outcome]:
+    """`run` of another framework's trainer, which is imported only here."""
+    frameworks.load(backend)
+    return importlib.import_module(f"mls.eval.dense.with_{backend}").run
 
 
 def build_network(protocol: Dense, weights: str, seed: int, class_names: list[str]) -> Detector | Segmenter:
     """Heads are the same whatever the backbone has drawn; images are standardised as when it was pretrained."""
-    wanted = protocol.model.backbone if weights == "random" else weights
-    file = weights_file(wanted) if ":" not in wanted else None
-    facts = {"mean": AugmentConfig().mean, "std": AugmentConfig().std} if file is None else card(file)
+    backbone, mean, std = build_backbone(protocol, weights, seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
-        backbone = load_backbone(wanted)
         torch.manual_seed(derive(seed, "init", "dense"))
         kind = Detector if isinstance(protocol, Detection) else Segmenter
-        return kind(backbone, protocol, len(class_names), facts["mean"], facts["std"])
+        return kind(backbone, protocol, len(class_names), mean, std)
 
 
 def tested(protocol: Dense, network: nn.Module, images: Any, quiet: bool) -> dict[str, float]:

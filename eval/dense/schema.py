@@ -74,6 +74,7 @@ class Detection:
 
     task: str = "detection"
     recipe: str = "custom"  # filled in from the file's name
+    backend: Literal["torchvision", "detectron2"] = "torchvision"  # whose networks are trained, and by whom
     metric: str = "box_ap"
     seeds: int = 1
     data: DetectionData = field(default_factory=DetectionData)
@@ -130,6 +131,7 @@ class Segmentation:
 
     task: str = "segmentation"
     recipe: str = "custom"
+    backend: Literal["torchvision", "mmseg"] = "torchvision"  # torchvision: ours, of its parts (segmenter.py)
     metric: str = "miou"
     seeds: int = 3
     data: SegmentationData = field(default_factory=SegmentationData)

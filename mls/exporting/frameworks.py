@@ -60,12 +60,17 @@ def version(name: str) -> str:
         return str(getattr(load(name), "__version__", "unknown"))
 
 
-def load(name: str) -> ModuleType:
-    """The framework, ready for use; where it cannot be used, one sentence with the commands."""
+def require(name: str) -> None:
+    """Where it cannot be used: one sentence with the commands that install it. Nothing is imported to find out."""
     absent = missing(name)
     if absent:
         commands = " && ".join(FRAMEWORKS[name].commands)
         raise ConfigError(f"{name} cannot be used, {', '.join(absent)} is missing: {commands}")
+
+
+def load(name: str) -> ModuleType:
+    """The framework, ready for use."""
+    require(name)
     try:
         with warnings.catch_warnings():  # of code that is not ours, at import
             warnings.simplefilter("ignore")

@@ -15,6 +15,7 @@ from mls.errors import ConfigError, DataError, Stopped
 from mls.eval import cells, load_protocol
 from mls.eval.dense import run as dense
 from mls.eval.dense.loop import DenseTraining
+from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import Dense
 from mls.eval.splits import load as load_labels
 from mls.results import Results
@@ -31,7 +32,7 @@ def small(name: str, *overrides: str) -> Dense:
 @pytest.mark.parametrize("name", OF)
 def test_a_stopped_training_goes_on_exactly(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     protocol = small(name)
-    data = dense.load(protocol).train
+    data = load_images(protocol).train
     build = lambda: dense.build_network(protocol, "random", 0, data.class_names)
     whole = DenseTraining(protocol, build(), data, seed=0)
     whole.train(quiet=True)
@@ -57,7 +58,7 @@ def test_another_seed_sees_other_views_and_the_same_seed_the_same(name: str) -> 
     protocol = small(
         name, "training.steps=2", *(["training.falls=[]", "training.warmup_steps=1"] if "det" in name else [])
     )
-    data = dense.load(protocol).train
+    data = load_images(protocol).train
 
     def last(seed: int) -> torch.Tensor:
         training = DenseTraining(protocol, dense.build_network(protocol, "random", 0, data.class_names), data, seed)
@@ -122,7 +123,7 @@ def test_what_cannot_work_is_refused(override: str, sentence: str) -> None:
 
 def test_a_data_set_of_another_task_is_refused_with_those_that_fit() -> None:
     with pytest.raises(DataError, match="cannot use scenes_regions: choose another data.name"):
-        dense.load(load_protocol("detection_scenes", ["data.name=scenes_regions"]))
+        load_images(load_protocol("detection_scenes", ["data.name=scenes_regions"]))
     with pytest.raises(DataError, match="has objects or regions"):
         load_labels(load_protocol("linear", ["data.name=scenes_objects"]).data)
 

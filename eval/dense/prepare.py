@@ -1,0 +1,69 @@
+"""What training starts from, whoever trains: the images of a protocol, and the backbone, in memory or as a file that
+another framework reads."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mls.config import AugmentConfig, ScenesConfig
+from mls.errors import DataError
+from mls.eval import data as data_sets
+from mls.eval.data import DataSet, objects, regions
+from mls.eval.data.objects import ObjectImages
+from mls.eval.data.regions import RegionImages
+from mls.eval.dense.schema import Dense, DenseData, Detection, Segmentation
+from mls.exporting.source import Source
+from mls.models import card, load_backbone, save_backbone, weights_file
+from mls.models.backbones import Backbone
+from mls.streams import derive
+
+SCENES = {"scenes_objects": objects.scenes, "scenes_regions": regions.scenes}
+TAKES = {Detection: ObjectImages, Segmentation: RegionImages}
+
+
+def load_images(protocol: Dense) -> DataSet[Any]:
+    found = _load(without_workers(protocol.data))
+    wanted = TAKES[type(protocol)]
+    if not isinstance(found.train, wanted):
+        fitting = "coco2017, voc0712, scenes_objects" if wanted is ObjectImages else "cityscapes, scenes_regions"
+        raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
+    return found
+
+
+def without_workers(data: DenseData) -> tuple[str, str | None, bool, ScenesConfig]:
+    return data.name, data.root, data.check_sizes, data.scenes
+
+
+@lru_cache(maxsize=2)  # the cells of a suite share it
+def _load(facts: tuple[str, str | None, bool, ScenesConfig]) -> DataSet[Any]:
+    name, root, check_sizes, scenes = facts
+    return SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
+
+
+def build_backbone(protocol: Dense, weights: str, seed: int) -> tuple[Backbone, list[float], list[float]]:
+    """With the mean and std of a pixel, from 0 to 1, that it was pretrained with."""
+    wanted = backbone_name(protocol, weights)
+    file = weights_file(wanted) if ":" not in wanted else None
+    facts = {"mean": AugmentConfig().mean, "std": AugmentConfig().std} if file is None else card(file)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "init"))
+        return load_backbone(wanted), list(facts["mean"]), list(facts["std"])
+
+
+def backbone_name(protocol: Dense, weights: str) -> str:
+    return protocol.model.backbone if weights == "random" else weights
+
+
+def backbone_source(protocol: Dense, weights: str, seed: int, folder: Path) -> Source:
+    """The same backbone as the exporters take it: a backbone that has no file is written into the folder first."""
+    wanted = backbone_name(protocol, weights)
+    if weights_file(wanted) is not None:
+        return Source.open(wanted)
+    architecture = wanted if wanted.startswith("timm:") else wanted.rpartition(":")[2].partition("@")[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_backbone(folder, build_backbone(protocol, weights, seed)[0], {"architecture": architecture}, AugmentConfig())
+    return Source.open(folder)
