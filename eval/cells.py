@@ -3,7 +3,9 @@ one goes on from its folder."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -109,7 +111,9 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
     name = f"{Path(recipe).stem}-seed{seed}-{key}"
     config = load_config(recipe, [*overrides, f"run.name={name}", f"run.root={root}"])
     root.mkdir(parents=True, exist_ok=True)
-    with alone(root / f".{name}.lock"):  # jobs of one array may want the same run
+    # Jobs of one array may want the same run; of one job's processes the first asks for all.
+    first = os.environ.get("RANK", "0") == "0"
+    with alone(root / f".{name}.lock") if first else contextlib.nullcontext():
         return str(engine.finish(config, quiet).path)
 
 

@@ -3,6 +3,7 @@ mls/probe; here is which images are learnt from, and what is chosen on which."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from mls import probe
 from mls.baselines import IMAGES, calibrated
 from mls.distributed import start
+from mls.errors import ConfigError
 from mls.eval.data import LabelledImages
 from mls.eval.extraction import Features, features_of
 from mls.eval.images import Batches
@@ -60,6 +62,8 @@ def run(
     protocol: Frozen, weights: str, seed: int, folder: Path | None, title: str = "", quiet: bool = False
 ) -> Outcome:
     """Embed, choose, fit, test once. Stopped, the same call goes on with the features that are there."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(f"task {protocol.task} runs in one process: start it without torchrun")
     began = time.monotonic()
     protocol = with_statistics_of(weights, protocol)
     data = load(protocol.data)

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mls import distributed
 from mls.config import AugmentConfig
 from mls.data import Batch
 from mls.data.augment import Augment, normalise
@@ -80,6 +81,13 @@ def rand_augment(operations: int) -> Callable[[Tensor], Tensor]:
     return RandAugment(operations, magnitude=9, interpolation=InterpolationMode.BILINEAR)
 
 
+def shares(rows: Int64[Tensor, "batch"]) -> Int64[Tensor, "processes share"]:
+    """The rows of a batch dealt to the processes, a block to each; the first rows fill up what is left of the last."""
+    world = distributed.world()
+    share = -(-len(rows) // world)
+    return rows[torch.arange(world * share) % len(rows)].view(world, share)
+
+
 def mixing(alpha: float, count: int, seed: int) -> tuple[float, Int64[Tensor, "count"]]:
     """Of mixup (https://arxiv.org/abs/1710.09412): the share that a batch's images keep, and each one's partner.
 
@@ -113,10 +121,13 @@ class Batches:
             self.workers = 0  # they are in memory: handing them over would cost more than cutting them
 
     def training(self, epoch: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, views) of one epoch in its order, after `done` batches; the last batch may be smaller."""
+        """(rows, views) of one epoch in its order, after `done` batches; the last batch may be smaller. Views are those
+        of this process' share of the rows."""
         order = torch.randperm(len(self.pixels.images), generator=generator(self.seed, "order", epoch))
-        for batch in self._load(epoch, order.split(self.protocol.training.batch_size)[done:]):
-            yield batch.ids, self._lit(self.finish(batch).images[0], batch, epoch)
+        batches = order.split(self.protocol.training.batch_size)[done:]
+        loaded = self._load(epoch, [shares(rows)[distributed.rank()] for rows in batches])
+        for rows, batch in zip(batches, loaded, strict=True):
+            yield rows, self._lit(self.finish(batch).images[0], batch, epoch)
 
     def plain(self, rows: Tensor | None = None, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows, images) without augmentation, in order."""

@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8, Int64
 from torch import Tensor, nn
 
-from mls import losses
-from mls.distributed import start
+from mls import distributed, losses
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.preempt import StopFlag
 from mls.errors import ConfigError, DivergedError, Stopped
 from mls.eval.classifier import Classifier
 from mls.eval.data import LabelledImages, presence
-from mls.eval.images import Batches, mixing
+from mls.eval.images import Batches, mixing, shares
 from mls.eval.optimizer import build, frozen_parts, set_lr, weight_penalty
 from mls.eval.protocol import Supervised
 from mls.losses import Loss
@@ -46,7 +45,8 @@ class Training:
         folder: Path | None = None,
     ) -> None:
         self.protocol, self.seed, self.validate = protocol, seed, validate
-        self.device = start(protocol.training.device).device
+        self.device = distributed.start(protocol.training.device).device
+        self.main = distributed.rank() == 0
         self.classifier = classifier.to(self.device)
         self.loss = build_loss(protocol).to(self.device)
         self.single_label, self.classes = observed.ndim == 1, len(train.class_names)
@@ -59,6 +59,7 @@ class Training:
             self.loss.observe(self.observed)
             self.loss.to(self.device)
         classifier.freeze(frozen_parts(protocol.training, classifier))
+        self.parallel = distributed.in_parallel(self.classifier, learns_statistics=not classifier.frozen)
         self.optimizer = build(protocol.training, classifier, self.loss)
         precision = protocol.training.precision
         self.reduced = HALF.get(precision_on(self.device, precision, "training.precision"))
@@ -84,7 +85,7 @@ class Training:
         self.title = title
         with contextlib.ExitStack() as stack:
             self.stop = stack.enter_context(StopFlag())
-            self.progress = stack.enter_context(TrainingProgress(self.total, self.step, title, not quiet))
+            self.progress = stack.enter_context(TrainingProgress(self.total, self.step, title, self.main and not quiet))
             if self.step:
                 self.progress.say(f"{title} goes on after step {self.step} of {self.total}")
             if not self.initialised:
@@ -104,10 +105,12 @@ class Training:
             self.summed = self.summed.to(self.device) + self.train_step(rows, views)
             self.progress.step(self.step)
             self.progress.update(self.step, epoch, {})
-            if self.stop.exit_code:
+            due = time.monotonic() - saved > SAVE_EVERY
+            code, due = distributed.largest([float(self.stop.exit_code), float(due)], self.device)
+            if code:
                 self.save()
-                raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", self.stop.exit_code)
-            if time.monotonic() - saved > SAVE_EVERY and self.step % self.steps_per_epoch:
+                raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", int(code))
+            if due and self.step % self.steps_per_epoch:
                 self.save()
                 saved = time.monotonic()
         mean = float(self.summed) / self.steps_per_epoch
@@ -127,13 +130,19 @@ class Training:
         training = self.protocol.training
         set_lr(self.optimizer, training, self.step, self.steps_per_epoch)
         share, partners = 1.0, rows
-        if training.mixup:
-            share, order = mixing(training.mixup, len(rows), derive(self.seed, "mixup", self.step))
-            views, partners = views[order.to(self.device)].lerp(views, share), rows[order]
-        torch.manual_seed(derive(self.seed, "dropout", self.step))
+        if training.mixup:  # within each process' share
+            share, order = mixing(training.mixup, len(views), derive(self.seed, "mixup", self.step))
+            views, partners = (
+                views[order.to(self.device)].lerp(views, share),
+                shares(rows)[:, order].flatten()[: len(rows)],
+            )
+        torch.manual_seed(derive(self.seed, "dropout", self.step, *([] if self.main else [distributed.rank()])))
         self.classifier.train()
         with torch.autocast(self.device.type, dtype=self.reduced, enabled=self.reduced is not None):
-            outputs = self.classifier(views)
+            outputs = self.parallel(views)
+        if distributed.world() > 1:
+            # Each process works out the loss of the whole batch: some losses compare its images with one another.
+            outputs = distributed.gather_with_gradient([outputs.float()])[0][: len(rows)]
         loss = self.loss_of(outputs, rows)
         if training.mixup:
             loss = share * loss + (1 - share) * self.loss_of(outputs, partners)
@@ -165,7 +174,9 @@ class Training:
         for epoch in range(1, training.linear_epochs + 1):
             order = torch.randperm(len(features), generator=generator(self.seed, "linear order", epoch))
             for rows in order.split(training.linear_batch_size):
-                loss = self.loss_of(self.classifier.head(features[rows].to(self.device)), rows)
+                loss = self.loss_of(
+                    self.classifier.head(features[rows].to(self.device)), rows
+                )  # alike in all processes
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -176,25 +187,29 @@ class Training:
 
     # ------------------------------------------------------------------------------------------------ what it knows
 
-    @torch.no_grad()
     def features(self) -> Float[Tensor, "images dim"]:
         """Of all training images, without augmentation."""
-        self.classifier.eval()
-        return torch.cat([self.classifier.features(images).float().cpu() for _, images in self.batches.plain()])
+        return self._of_each(self.batches, lambda images: self.classifier.features(images).float())
 
-    @torch.no_grad()
     def scores(self, images: LabelledImages | None = None) -> Float[Tensor, "images classes"]:
         """Probabilities of the training images, or of others, without augmentation. Where each image has one class,
         the outputs as they are: their probabilities round to 1, and would tie."""
-        self.classifier.eval()
         batches = self.batches if images is None else Batches(images, self.protocol, self.seed, self.device)
-        found = []
-        for _, views in batches.plain():
+
+        def score(views: Tensor) -> Tensor:
             with torch.autocast(self.device.type, dtype=self.reduced, enabled=self.reduced is not None):
                 outputs = self.classifier(views)
-            outputs = outputs.float()
-            found.append((outputs if self.single_label else self.loss.predict(outputs)).cpu())
-        return torch.cat(found)
+            return outputs.float() if self.single_label else self.loss.predict(outputs.float())
+
+        return self._of_each(batches, score)
+
+    @torch.no_grad()
+    def _of_each(self, batches: Batches, compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "images values"]:
+        """In the images' order; the processes share them."""
+        self.classifier.eval()
+        rows = torch.arange(len(batches.pixels.images))
+        mine = torch.cat([compute(views).cpu() for _, views in batches.plain(shares(rows)[distributed.rank()])])
+        return torch.cat(distributed.objects(mine))[: len(rows)]
 
     def add_pseudo_labels(self, epoch: int) -> None:
         """Asymmetric pseudo-labelling (https://arxiv.org/abs/2203.16219): after an epoch, each class' lowest scores
@@ -252,7 +267,7 @@ class Training:
             module.load_state_dict(found)
 
     def save(self) -> None:
-        if self.checkpoints is None:
+        if self.checkpoints is None or not self.main:
             return
         state = {
             "step": self.step,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, Shaped
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mls.errors import EXIT_LOST, ConfigError, Stopped, UserError
 
@@ -89,6 +90,16 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def in_parallel(network: nn.Module, learns_statistics: bool = True) -> nn.Module:
+    """What a training step calls in the place of a network: with several processes the gradients are averaged, and on
+    GPUs statistics of batch normalisation are of all processes' images (torch has no such layer for CPUs)."""
+    if world() == 1:
+        return network
+    if learns_statistics and next(network.parameters()).is_cuda:
+        nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return DistributedDataParallel(network)
 
 
 def barrier() -> None:

@@ -77,6 +77,7 @@ def suite(
 
         mls eval suite paper_classification --weights MLS=runs/a --weights MLS=runs/b --weights MoCo-v2=runs/c
     """
+    from mls import distributed
     from mls.eval.suite import load_suite
     from mls.eval.suite import run as run_suite
     from mls.files import runs_folder
@@ -85,8 +86,10 @@ def suite(
     name, *overrides = arguments
     root = out or runs_folder()
     loaded = load_suite(name)
-    say = lambda text: typer.echo(text, err=True)
+    say = lambda text: typer.echo(text, err=True) if distributed.rank() == 0 else None
     table = run_suite(loaded, root, weights or (), tiny, seeds, only or (), overrides, say)
+    if distributed.rank() != 0:
+        return
     text = as_text(table, tiny, name)
     root.mkdir(parents=True, exist_ok=True)
     path = root / f"{Path(name).stem}{'-tiny' * tiny}.md"

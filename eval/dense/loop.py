@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from mls import distributed
 from mls.engine.checkpoint import Checkpoints
@@ -50,11 +49,8 @@ class DenseTraining:
                 f"training.batch_size {self.schedule.batch_size} does not divide into {distributed.world()} processes"
             )
         self.device = distributed.start(self.schedule.device).device
-        network = network.to(self.device)
-        if distributed.world() > 1 and self.device.type == "cuda":
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        self.network = network
-        self.parallel = DistributedDataParallel(network) if distributed.world() > 1 else network
+        self.network = network.to(self.device)
+        self.parallel = distributed.in_parallel(self.network)
         self.optimizer = build_optimizer(self.schedule, network)
         self.reduced = HALF.get(precision_on(self.device, self.schedule.precision, "training.precision"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.reduced is torch.float16)
