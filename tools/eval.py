@@ -54,6 +54,9 @@ def run(
     stored = Results(root / "results.jsonl").find(run=cells.cell_name(protocol, wanted, seed))
     assert stored is not None
     print(f"\n{stored['selection']}, weights {stored['weights']}\n{root / 'results.jsonl'}: stored as {stored['run']}")
+    picture = root / "eval" / stored["run"] / "found.png"
+    if picture.is_file():
+        print(f"{picture}: some test images, what was found in them and what is true")
 
 
 @app.command("suite")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from mls import distributed
+from mls.eval.dense import pictures
 from mls.eval.dense.coco_ap import Detections, coco_ap
 from mls.eval.dense.confusion import confusion, segmentation_metrics
 from mls.eval.dense.detector import Detector
@@ -39,6 +40,10 @@ def run(protocol: Dense, weights: str, seed: int, folder: Path | None, title: st
     training = DenseTraining(protocol, network, data.train, seed, folder)
     training.train(title or protocol.recipe, quiet)
     values = tested(protocol, training.network, data.test, quiet)
+    if folder is not None and distributed.rank() == 0:
+        rows = pictures.chosen(data.test)
+        found = training.network.predict([data.test.pixels(row) for row in rows])
+        pictures.save(folder / "found.png", data.test, rows, found)
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
     selection = f"after {protocol.training.steps} steps"
     return Outcome(values, selection, None, time.monotonic() - began, kept)

@@ -1,0 +1,127 @@
+"""`found.png`: some test images beside what was found in them and what is true, for the eye."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mls.eval.data.objects import ObjectImages, Objects, RunLengths
+from mls.eval.data.regions import VOID, RegionImages
+from mls.eval.dense.coco_ap import Detections
+from mls.files import atomic_file
+
+Pixels = UInt8[Tensor, "3 height width"]
+
+SHOWN = 6  # images
+HEIGHT, GAP, CAPTION = 200, 6, 18  # pixels of the drawn picture
+SURE = 0.3  # detections with a lower score are not drawn
+FONT = ImageFont.load_default(11)
+
+
+def chosen(images: ObjectImages | RegionImages) -> list[int]:
+    """Rows that lie evenly in a split: the same in every run."""
+    count = min(SHOWN, len(images))
+    return [number * len(images) // count for number in range(count)]
+
+
+def save(file: Path, images: ObjectImages | RegionImages, rows: Sequence[int], found: Sequence[object]) -> None:
+    """A line an image: the image, what `found` says of it (a network's `predict`), the truth."""
+    lines, painted_ones = [], set()
+    for row, one in zip(rows, found, strict=True):
+        pixels, names = images.pixels(row), images.class_names
+        if isinstance(images, ObjectImages):
+            assert isinstance(one, Detections)
+            views = [with_boxes(pixels, one, names), with_boxes(pixels, images.objects(row), names)]
+        else:
+            assert isinstance(one, Tensor)
+            views = [painted(pixels, one), painted(pixels, images.labels(row))]
+            painted_ones |= {*one.unique().tolist(), *images.labels(row).unique().tolist()} - {VOID}
+        lines.append([scaled(pixels), *views])
+    with atomic_file(file, "free some, and run the same again") as out:
+        sheet = _table(lines, ["", "found", "true"])
+        _with_legend(sheet, {images.class_names[i]: colour(i) for i in sorted(painted_ones)}).save(out, "PNG")
+
+
+def scaled(pixels: Pixels) -> Image.Image:
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return image.resize((max(1, round(image.width * HEIGHT / image.height)), HEIGHT), Image.Resampling.BILINEAR)
+
+
+def with_boxes(pixels: Pixels, objects: Detections | Objects, names: Sequence[str]) -> Image.Image:
+    known = objects.scores if isinstance(objects, Detections) else torch.ones(len(objects.boxes))
+    shown = (known >= SURE).nonzero()[:, 0].tolist()
+    columns = objects.classes.tolist()
+    image = scaled(with_masks(pixels, [(objects.outlines[i], columns[i]) for i in shown] if objects.outlines else []))
+    draw = ImageDraw.Draw(image)
+    for i in shown:
+        column, box = columns[i], (objects.boxes[i] * (HEIGHT / pixels.shape[1])).tolist()
+        text = f"{names[column]} {known[i]:.2f}" if isinstance(objects, Detections) else names[column]
+        draw.rectangle(box, outline=colour(column), width=2)
+        draw.rectangle(draw.textbbox((box[0] + 3, box[1] + 2), text, font=FONT), fill=colour(column))
+        draw.text((box[0] + 3, box[1] + 2), text, fill="white", font=FONT)
+    return image
+
+
+def with_masks(pixels: Pixels, masks: Sequence[tuple[RunLengths, int]]) -> Pixels:
+    from faster_coco_eval import mask
+
+    pixels = pixels.clone()
+    for outline, column in masks:
+        inside = torch.from_numpy(mask.decode(outline)).bool()
+        pixels[:, inside] = (0.5 * pixels[:, inside] + 0.5 * torch.tensor(colour(column))[:, None]).to(torch.uint8)
+    return pixels
+
+
+def painted(pixels: Pixels, classes: Int[Tensor, "height width"]) -> Image.Image:
+    """The image under its classes' colours; void stays black."""
+    flat = torch.tensor([colour(number) if number != VOID else (0, 0, 0) for number in range(256)], dtype=torch.uint8)
+    over = flat[classes.long()].permute(2, 0, 1)
+    mixed = (0.35 * pixels + 0.65 * over).to(torch.uint8)
+    return scaled(torch.where(classes == VOID, over, mixed))
+
+
+def colour(column: int) -> tuple[int, int, int]:
+    """Neighbouring classes lie far apart on the colour circle.
+
+    >>> len({colour(number) for number in range(150)})
+    150
+    """
+    red, green, blue = colorsys.hsv_to_rgb(column * 0.618034 % 1, 0.85 - 0.25 * (column % 3 == 2), 0.8)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _table(lines: Sequence[Sequence[Image.Image]], heads: Sequence[str]) -> Image.Image:
+    widths = [max(line[place].width for line in lines) for place in range(len(heads))]
+    size = (sum(widths) + GAP * (len(heads) + 1), CAPTION + (HEIGHT + GAP) * len(lines) + GAP)
+    sheet = Image.new("RGB", size, "white")
+    left = GAP
+    for place, head in enumerate(heads):
+        ImageDraw.Draw(sheet).text((left, 3), head, fill="#222222", font=FONT)
+        for number, line in enumerate(lines):
+            sheet.paste(line[place], (left, CAPTION + GAP + number * (HEIGHT + GAP)))
+        left += widths[place] + GAP
+    return sheet
+
+
+def _with_legend(sheet: Image.Image, colours: dict[str, tuple[int, int, int]]) -> Image.Image:
+    """The names of the classes that are painted, below the sheet."""
+    places, left, line = {}, GAP, 0
+    for name in colours:
+        width = CAPTION + round(FONT.getlength(name)) + 2 * GAP
+        if left + width > sheet.width and left > GAP:
+            left, line = GAP, line + 1
+        places[name] = (left, sheet.height + line * CAPTION)
+        left += width
+    whole = Image.new("RGB", (sheet.width, sheet.height + (line + 1) * CAPTION * bool(colours)), "white")
+    whole.paste(sheet)
+    draw = ImageDraw.Draw(whole)
+    for name, (left, top) in places.items():
+        draw.rectangle((left, top, left + 12, top + 12), fill=colours[name])
+        draw.text((left + CAPTION, top), name, fill="#222222", font=FONT)
+    return whole
