@@ -14,7 +14,6 @@ from mls.eval.dense.schema import Detection
 from mls.exporting import detectron2_train
 from mls.exporting.source import Source
 from mls.exporting.to_detectron2 import C4, FPN
-from mls.exporting.to_torchvision import plan_of
 
 RECIPES = {"fpn": FPN, "c4": C4}
 NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
@@ -69,11 +68,15 @@ def said(protocol: Detection) -> dict[str, Any]:
 
 def refuse_unknown_to_detectron2(protocol: Detection, source: Source) -> None:
     """What depends on the protocol alone, schema.py refuses as soon as it is read."""
-    plan = plan_of(source, "detectron2")
-    if protocol.model.neck == "c4" and not plan.bottleneck:
+    if source.plan is None:
         raise ConfigError(
-            f"detectron2's C4 needs a ResNet of 50 layers or more, {plan.name} has fewer: set model.neck=fpn, or "
-            "backend=torchvision"
+            f"detectron2 has no network with the layers of {source.architecture}: take a ResNet such as resnet50, or "
+            "set backend=torchvision"
+        )
+    if protocol.model.neck == "c4" and not source.plan.bottleneck:
+        raise ConfigError(
+            f"detectron2's C4 needs a ResNet of 50 layers or more, {source.plan.name} has fewer: set model.neck=fpn, "
+            "or backend=torchvision"
         )
 
 

@@ -201,6 +201,10 @@ def test_a_signal_saves_and_the_same_call_goes_on_where_it_was(tmp_path: Path) -
     )
     rest.train(quiet=True)
     assert rest.step == 4 and rate(rest) == rate(whole)
+    again = training(scenes(), tmp_path)  # killed while it was tested, say
+    again.train(quiet=True)
+    state, before = again.network.state_dict(), rest.network.state_dict()
+    assert again.step == 4 and all(torch.equal(state[name], before[name]) for name in before)
 
 
 @needs_detectron2
