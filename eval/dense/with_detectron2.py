@@ -54,6 +54,9 @@ def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[
     if device.type == "cpu" and precision_on(device, protocol.training.precision, "training.precision") != "fp32":
         raise ConfigError("detectron2 trains in reduced precision on a GPU only: set training.precision=fp32")
     data = load_images(protocol)  # refuses what is missing or not whole before detectron2 sees it
+    learnt = len(data.train.with_objects())
+    if not learnt:
+        raise DataError(f"none of the {len(data.train)} training images has an object: give others with data.root")
     source = backbone_source(protocol, weights, seed, state / "backbone")
     refuse_unknown_to_detectron2(protocol, source)
     if distributed.rank() == 0:
@@ -64,7 +67,7 @@ def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[
     train, test = detectron2_data.register(protocol.data, state / "scenes")
     recipe, classes = state / RECIPES[protocol.model.neck], len(data.train.class_names)
     cfg = configuration(protocol, recipe, train, test, classes, device.type, world)
-    return cfg, len(data.train.with_objects()), data.train.metric
+    return cfg, learnt, data.train.metric
 
 
 class Detectron2Training:
@@ -142,6 +145,9 @@ class Detectron2Training:
             self.train_on(total, stop, progress)
         if self.cfg.TEST.PRECISE_BN.ENABLED:
             self.measure_statistics(show)
+        # Without SyncBN every process has its own statistics; the first one's are tested, by all.
+        buffers = distributed.from_main({name: one.cpu() for name, one in self.network.named_buffers()})
+        self.network.load_state_dict(buffers, strict=False)
 
     def train_on(self, total: int, stop: StopFlag, progress: TrainingProgress) -> None:
         from detectron2.utils.events import EventStorage
@@ -172,15 +178,12 @@ class Detectron2Training:
                     raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", int(code))
 
     def measure_statistics(self, show: bool) -> None:
-        """Precise-BN, the same in all processes."""
         from detectron2.engine.hooks import PreciseBN
 
         count = self.cfg.TEST.PRECISE_BN.NUM_ITER
         self.network.train()
         with counting("statistics of batch normalisation", count, show) as progress:
             PreciseBN(0, self.parallel, shown(self.batches("statistics"), progress), count).update_stats()
-        buffers = distributed.from_main({name: one.cpu() for name, one in self.network.named_buffers()})
-        self.network.load_state_dict(buffers, strict=False)
 
     def save(self) -> None:
         if distributed.rank() != 0:
