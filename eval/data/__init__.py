@@ -100,13 +100,17 @@ def names() -> list[str]:
     return sorted(LAYOUTS)
 
 
+def folder_of(name: str, root: str | Path | None = None) -> Path:
+    """Where a data set lies: `root`, by default its folder under $MLS_DATA."""
+    return Path(root).expanduser() if root else Path(os.environ.get("MLS_DATA") or ".") / LAYOUTS[name].folder
+
+
 def build(name: str, root: str | Path | None = None, check_sizes: bool = True) -> DataSet[Any]:
     """The data set `name` from `root` (default: its folder under $MLS_DATA). Another number of images or classes than
     published is an error, unless `check_sizes` is False."""
     if name not in LAYOUTS:
         raise unknown_name("data set", name, LAYOUTS, DataError)
-    layout = LAYOUTS[name]
-    folder = Path(root).expanduser() if root else Path(os.environ.get("MLS_DATA") or ".") / layout.folder
+    layout, folder = LAYOUTS[name], folder_of(name, root)
     if layout.folder and not folder.is_dir():
         raise DataError(f"{folder} is missing: {layout.download}, or set data.root")
     try:
@@ -165,7 +169,7 @@ from mls.eval.data import (  # noqa: E402
     wider,
 )
 
-__all__ = ["DataSet", "LabelledImages", "Layout", "build", "names", "presence", "register"]
+__all__ = ["DataSet", "LabelledImages", "Layout", "build", "folder_of", "names", "presence", "register"]
 __all__ += ["by_torchvision", "cifar", "class_folders", "flowers", "imagenet", "indoor67", "pets"]
 __all__ += ["coco_objects", "objects", "regions", "voc_objects"]
 __all__ += ["cub", "formatted", "nus", "openimages", "scenes", "vaw", "vispr", "voc_coco", "wider"]

@@ -21,9 +21,14 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 def read(folder: Path) -> DataSet[ObjectImages]:
     """`VOC2007` and `VOC2012` below the folder or its VOCdevkit, each with Annotations, ImageSets/Main, JPEGImages."""
-    root = folder / "VOCdevkit" if (folder / "VOCdevkit").is_dir() else folder
+    root = devkit(folder)
     train = _split(root, [("VOC2007", "trainval"), ("VOC2012", "trainval")])
     return DataSet("voc0712", train, _split(root, [("VOC2007", "test")]))
+
+
+def devkit(folder: Path) -> Path:
+    """The folder of the years: this one, or its VOCdevkit."""
+    return folder / "VOCdevkit" if (folder / "VOCdevkit").is_dir() else folder
 
 
 def _split(root: Path, parts: list[tuple[str, str]]) -> ObjectImages:

@@ -36,6 +36,8 @@ def coco_ap(found: Sequence[Detections], truth: ObjectImages, masks: bool) -> di
         if not rows:
             values |= {f"{name}_{number}": 0.0 for number in NUMBERS}
             continue
+        if kind == "segm":  # else small, medium and large would be said by the box; detectron2 does the same
+            rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
         evaluation = COCOeval_faster(true, true.loadRes(rows), kind, print_function=lambda *text: None)
         evaluation.evaluate()
         evaluation.accumulate()

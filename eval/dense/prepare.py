@@ -31,6 +31,8 @@ def load_images(protocol: Dense) -> DataSet[Any]:
     if not isinstance(found.train, wanted):
         fitting = "coco2017, voc0712, scenes_objects" if wanted is ObjectImages else "cityscapes, scenes_regions"
         raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
+    if isinstance(protocol, Detection) and protocol.model.masks and found.train.everything.outlines is None:
+        raise DataError(f"{protocol.data.name} has boxes and no masks: set model.masks=false")
     return found
 
 

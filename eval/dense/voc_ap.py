@@ -77,8 +77,9 @@ def _match(
 
 
 def _eleven(recall: Float[Tensor, "n"], precision: Float[Tensor, "n"]) -> float:
-    """The mean of the best precision at recall 0, 0.1 ... 1 or more."""
-    best = [precision[recall >= step / 10] for step in range(11)]
+    """The mean of the best precision at recall 0, 0.1 ... 1 or more. Multiples of 0.1, as the devkit and detectron2
+    count them: three of ten objects are not yet 3 * 0.1."""
+    best = [precision[recall >= step * 0.1] for step in range(11)]
     return sum(float(one.max()) if len(one) else 0.0 for one in best) / 11
 
 

@@ -61,7 +61,11 @@ def test_cocos_average_precision_equals_pycocotools(seed: int) -> None:
         true.dataset = as_coco(truth)
         true.createIndex()
         for kind, name in (("bbox", "box"), ("segm", "mask")):
-            evaluation = COCOeval(true, true.loadRes(detections_as_coco(found, masks=True)), kind)
+            left_out = "bbox" if kind == "segm" else "segmentation"  # what says how large a detection is
+            rows = [
+                {key: value for key, value in row.items() if key != left_out} for row in detections_as_coco(found, True)
+            ]
+            evaluation = COCOeval(true, true.loadRes(rows), kind)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -104,7 +108,7 @@ def plain_voc(truth: ObjectImages, found: list[Detections], number: int, thresho
             true += 1
         curve.append((true / total, true / max(1, true + false)))
     if eleven:
-        return sum(max([p for r, p in curve if r >= step / 10], default=0.0) for step in range(11)) / 11
+        return sum(max([p for r, p in curve if r >= step * 0.1], default=0.0) for step in range(11)) / 11
     value, before = 0.0, 0.0
     for place, (recall, _) in enumerate(curve):
         value += (recall - before) * max(p for _, p in curve[place:])

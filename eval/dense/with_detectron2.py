@@ -1,0 +1,271 @@
+"""`backend: detectron2` of `task: detection`: its network, data, step, schedule and evaluators on the protocol's
+configuration (detectron2_config.py, detectron2_data.py). The loop is ours: how it stops, goes on and shows itself."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mls import distributed
+from mls.engine.checkpoint import Checkpoints
+from mls.engine.preempt import StopFlag
+from mls.errors import ConfigError, DataError, DivergedError, Stopped
+from mls.eval.dense import detectron2_data
+from mls.eval.dense.detectron2_config import RECIPES, configuration, refuse_unknown_to_detectron2
+from mls.eval.dense.loop import SAVE_EVERY, SEE_EVERY
+from mls.eval.dense.prepare import SCENES, backbone_source, load_images
+from mls.eval.dense.schema import Detection
+from mls.eval.outcome import Outcome
+from mls.exporting import frameworks, to_detectron2
+from mls.models.momentum import HALF, precision_on
+from mls.monitor.progress import TrainingProgress, counting
+from mls.streams import derive
+
+
+def run(protocol: Detection, weights: str, seed: int, folder: Path, title: str = "", quiet: bool = False) -> Outcome:
+    """Train and test once. The same call goes on where it was stopped."""
+    began = time.monotonic()
+    with frameworks.quiet(), without_the_workers_traceback():
+        cfg, images, metric = prepare(protocol, weights, seed, folder / "state")
+        training = Detectron2Training(protocol, cfg, images, seed, folder / "state")
+        training.train(title, quiet)
+        values = tested(cfg, training.network, metric, quiet)
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
+    return Outcome(values, f"after {protocol.training.steps} steps", None, time.monotonic() - began, kept)
+
+
+def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[Any, int, str]:
+    """detectron2's configuration with its data registered, the number of images to learn from, and how average
+    precision is taken."""
+    device, world = distributed.start(protocol.training.device).device, distributed.world()
+    if protocol.training.batch_size % world:
+        raise ConfigError(
+            f"training.batch_size {protocol.training.batch_size} does not divide into {world} processes: choose a "
+            "multiple"
+        )
+    if device.type == "cpu" and precision_on(device, protocol.training.precision, "training.precision") != "fp32":
+        raise ConfigError("detectron2 trains in reduced precision on a GPU only: set training.precision=fp32")
+    data = load_images(protocol)  # refuses what is missing or not whole before detectron2 sees it
+    learnt = len(data.train.with_objects())
+    if not learnt:
+        raise DataError(f"none of the {len(data.train)} training images has an object: give others with data.root")
+    source = backbone_source(protocol, weights, seed, state / "backbone")
+    refuse_unknown_to_detectron2(protocol, source)
+    if distributed.rank() == 0:
+        to_detectron2.write(source, state, state)
+        if protocol.data.name in SCENES:
+            detectron2_data.write_scenes(data, state / "scenes")
+    distributed.barrier()
+    train, test = detectron2_data.register(protocol.data, state / "scenes")
+    recipe, classes = state / RECIPES[protocol.model.neck], len(data.train.class_names)
+    cfg = configuration(protocol, recipe, train, test, classes, device.type, world)
+    return cfg, learnt, data.train.metric
+
+
+class Detectron2Training:
+    """Trains detectron2's network. Its state is kept in the folder, and the same arguments go on from it: with the same
+    weights, momentum, rate and step, and images and proposals that are drawn anew."""
+
+    def __init__(
+        self, protocol: Detection, cfg: Any, images: int, seed: int, state: Path, save_every: float = SAVE_EVERY
+    ) -> None:
+        from detectron2.checkpoint import DetectionCheckpointer
+        from detectron2.engine import create_ddp_model
+        from detectron2.modeling import build_model
+        from detectron2.solver import build_lr_scheduler, build_optimizer
+
+        self.cfg, self.images, self.seed, self.save_every = cfg, images, seed, save_every
+        self.draw("init")  # heads are the same whatever the backbone has drawn
+        self.network: nn.Module = build_model(cfg)
+        self.device = next(self.network.parameters()).device
+        self.reduced = HALF.get(precision_on(self.device, protocol.training.precision, "training.precision"))
+        self.checkpoints = Checkpoints(state, keep_last=1)
+        found = self.checkpoints.newest(lambda text: None)
+        if found is None:
+            DetectionCheckpointer(self.network).load(cfg.MODEL.WEIGHTS)
+        else:
+            self.network.load_state_dict(found["weights"])
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        self.parallel = create_ddp_model(self.network, broadcast_buffers=False, device_ids=ids)
+        self.optimizer = build_optimizer(cfg, self.network)
+        self.schedule = build_lr_scheduler(cfg, self.optimizer)
+        self.step = 0
+        self.trainer = self.build_trainer()
+        if found is not None:
+            self.step = found["step"]
+            self.trainer.load_state_dict(found["trainer"])
+            self.schedule.load_state_dict(found["schedule"])
+
+    def build_trainer(self) -> Any:
+        from detectron2.engine import AMPTrainer, SimpleTrainer
+
+        if self.reduced is None:
+            return SimpleTrainer(self.parallel, self.batches("order"), self.optimizer)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.reduced is torch.float16)
+        return AMPTrainer(
+            self.parallel, self.batches("order"), self.optimizer, grad_scaler=scaler, precision=self.reduced
+        )
+
+    def draw(self, *purpose: str | int) -> None:
+        """Seeds what detectron2 draws from: torch's, numpy's and Python's own streams."""
+        from detectron2.utils.env import seed_all_rng
+
+        seed_all_rng(derive(self.seed, "detectron2", *purpose) % 2**32)
+
+    def batches(self, purpose: str) -> Iterable[Any]:
+        """detectron2's endless stream of training batches; another one for each step that it is begun at."""
+        from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
+        from detectron2.data.samplers import TrainingSampler
+
+        def stream() -> Iterator[Any]:
+            dataset = get_detection_dataset_dicts(self.cfg.DATASETS.TRAIN)
+            sampler = TrainingSampler(len(dataset), seed=derive(self.seed, "detectron2", purpose, self.step))
+            self.draw(purpose, self.step, distributed.rank())
+            mapper = Whole(DatasetMapper(self.cfg, True))
+            yield from build_detection_train_loader(self.cfg, dataset=dataset, mapper=mapper, sampler=sampler)
+
+        return stream()
+
+    def train(self, title: str = "", quiet: bool = False) -> None:
+        show = not quiet and distributed.rank() == 0
+        total = self.cfg.SOLVER.MAX_ITER
+        with contextlib.ExitStack() as stack:
+            stop = stack.enter_context(StopFlag())
+            progress = stack.enter_context(TrainingProgress(total, self.step, title, show))
+            if self.step:
+                progress.say(f"{title} goes on after step {self.step} of {total}")
+            self.train_on(total, stop, progress)
+        if self.cfg.TEST.PRECISE_BN.ENABLED:
+            self.measure_statistics(show)
+        # Without SyncBN every process has its own statistics; the first one's are tested, by all.
+        buffers = distributed.from_main({name: one.cpu() for name, one in self.network.named_buffers()})
+        self.network.load_state_dict(buffers, strict=False)
+
+    def train_on(self, total: int, stop: StopFlag, progress: TrainingProgress) -> None:
+        from detectron2.utils.events import EventStorage
+
+        saved = time.monotonic()
+        with EventStorage(self.step) as self.trainer.storage:
+            while self.step < total:
+                self.trainer.iter = self.trainer.storage.iter = self.step
+                try:
+                    self.trainer.run_step()
+                except FloatingPointError:
+                    raise DivergedError(
+                        f"the loss or a proposal is no number at step {self.step + 1}: lower training.lr, or raise "
+                        "training.warmup_steps"
+                    ) from None
+                self.schedule.step()
+                self.step += 1
+                progress.step(self.step)
+                if self.step % SEE_EVERY == 0 or self.step == total:
+                    epoch = 1 + (self.step * self.cfg.SOLVER.IMS_PER_BATCH - 1) // self.images
+                    progress.update(self.step, epoch, told(self.trainer.storage.latest()))
+                due = time.monotonic() - saved > self.save_every
+                code, due = distributed.largest([float(stop.exit_code), float(due)], self.device)
+                if code or due or self.step == total:  # the test may take long
+                    self.save()
+                    saved = time.monotonic()
+                if code:
+                    raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", int(code))
+
+    def measure_statistics(self, show: bool) -> None:
+        from detectron2.engine.hooks import PreciseBN
+
+        count = self.cfg.TEST.PRECISE_BN.NUM_ITER
+        self.network.train()
+        with counting("statistics of batch normalisation", count, show) as progress:
+            PreciseBN(0, self.parallel, shown(self.batches("statistics"), progress), count).update_stats()
+
+    def save(self) -> None:
+        if distributed.rank() != 0:
+            return
+        state = {
+            "step": self.step,
+            "weights": {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()},
+            "trainer": self.trainer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+        }
+        self.checkpoints.save(self.step, state)
+
+
+@dataclass
+class Whole:
+    """detectron2's reading of an image, with a sentence where it cannot be read."""
+
+    mapper: Callable[[dict[str, Any]], Any]
+
+    def __call__(self, image: dict[str, Any]) -> Any:
+        from detectron2.data.detection_utils import SizeMismatchError
+
+        try:
+            return self.mapper(image)
+        except (OSError, SizeMismatchError) as error:
+            raise DataError(
+                f"{image['file_name']} cannot be read ({' '.join(str(error).split())}): a benchmark needs all of its "
+                "images, so download this one again"
+            ) from None
+
+
+def told(numbers: dict[str, tuple[float, int]]) -> dict[str, str]:
+    """detectron2's losses for people.
+
+    >>> told({"total_loss": (2.0, 7), "loss_cls": (1.5, 7), "data_time": (0.1, 7), "loss_rpn_cls": (0.5, 7)})
+    {'loss': '2.000', 'cls': '1.500', 'rpn_cls': '0.500'}
+    """
+    losses = {name: f"{value:.3f}" for name, (value, _) in numbers.items() if "loss" in name}
+    return {"loss": losses.pop("total_loss", "")} | {name.removeprefix("loss_"): text for name, text in losses.items()}
+
+
+@contextlib.contextmanager
+def without_the_workers_traceback() -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+
+
+def shown(batches: Iterable[Any], progress: Callable[[int], None]) -> Iterator[Any]:
+    for number, batch in enumerate(batches, start=1):
+        yield batch
+        progress(number)
+
+
+def tested(cfg: Any, network: nn.Module, metric: str, quiet: bool) -> dict[str, float]:
+    """What detectron2's own evaluator says, the same in all processes."""
+    from detectron2.data import DatasetMapper, build_detection_test_loader
+    from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
+
+    (name,) = cfg.DATASETS.TEST
+    evaluator = detectron2_data.build_evaluator(name, metric, cfg.MODEL.MASK_ON)
+    loader = build_detection_test_loader(cfg, name, mapper=Whole(DatasetMapper(cfg, False)))
+    show = not quiet and distributed.rank() == 0
+    with counting("test images", len(loader), show) as progress, contextlib.redirect_stdout(io.StringIO()):
+        results = inference_on_dataset(network, loader, DatasetEvaluators([evaluator, Counted(progress)]))
+    return distributed.from_main(detectron2_data.in_our_names(results))
+
+
+@dataclass
+class Counted:
+    """An evaluator of detectron2 that only counts images."""
+
+    progress: Callable[[int], None]
+    done: int = 0
+
+    def reset(self) -> None:
+        self.done = 0
+
+    def process(self, inputs: list[Any], outputs: list[Any]) -> None:
+        self.done += len(inputs)
+        self.progress(self.done)
+
+    def evaluate(self) -> None:
+        return None
