@@ -26,7 +26,8 @@ class Detections:
 
 
 def coco_ap(found: Sequence[Detections], truth: ObjectImages, masks: bool) -> dict[str, float]:
-    """box_ap and so on, as shares; NaN where there is no object of a size. One entry of `found` for each image."""
+    """box_ap and so on, as shares; a size of which there is no object is left out. One entry of `found` for each
+    image."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     true = COCO(as_coco(truth))
@@ -34,7 +35,7 @@ def coco_ap(found: Sequence[Detections], truth: ObjectImages, masks: bool) -> di
     values = {}
     for kind, name in (("bbox", "box"), ("segm", "mask"))[: 1 + masks]:
         if not rows:
-            values |= {f"{name}_{number}": 0.0 for number in NUMBERS}
+            values |= dict.fromkeys((f"{name}_ap", f"{name}_ap50", f"{name}_ap75"), 0.0)
             continue
         if kind == "segm":  # else small, medium and large would be said by the box; detectron2 does the same
             rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
@@ -42,9 +43,8 @@ def coco_ap(found: Sequence[Detections], truth: ObjectImages, masks: bool) -> di
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        # COCO says -1 where there is nothing to find.
-        stats = [float(value) if value >= 0 else float("nan") for value in evaluation.stats]
-        values |= {f"{name}_{number}": stats[place] for number, place in NUMBERS.items()}
+        stats = {f"{name}_{number}": float(evaluation.stats[place]) for number, place in NUMBERS.items()}
+        values |= {number: value for number, value in stats.items() if value >= 0}  # COCO says -1: nothing to find
     return values
 
 

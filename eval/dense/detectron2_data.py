@@ -22,6 +22,7 @@ from mls.files import write_atomically
 
 KINDS = {"bbox": "box", "segm": "mask"}
 NUMBERS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_small", "APm": "ap_medium", "APl": "ap_large"}
+NOTHING = {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
 SPLITS = {"train": "train2017", "test": "val2017"}
 
 
@@ -95,14 +96,15 @@ def build_evaluator(name: str, metric: str, masks: bool) -> Any:
 
 
 def in_our_names(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """As shares. Where nothing was found detectron2 knows no number, and the average precision is nought.
+    """As shares. A size of which there is no object is left out; where nothing was found at all, detectron2 knows no
+    number and the average precision is nought.
 
     >>> in_our_names({"bbox": {"AP": 50.0, "APl": float("nan"), "AP-cat": 50.0}, "segm": {"AP": float("nan")}})
-    {'box_ap': 0.5, 'box_ap_large': nan, 'mask_ap': 0.0}
+    {'box_ap': 0.5, 'mask_ap': 0.0, 'mask_ap50': 0.0, 'mask_ap75': 0.0}
     """
     values = {}
     for task, numbers in results.items():
-        found = {NUMBERS[name]: float(value) / 100 for name, value in numbers.items() if name in NUMBERS}
-        nothing = all(math.isnan(value) for value in found.values())
-        values |= {f"{KINDS[task]}_{name}": 0.0 if nothing else value for name, value in found.items()}
+        known = {NUMBERS[name]: float(value) / 100 for name, value in numbers.items() if name in NUMBERS}
+        found = {name: value for name, value in known.items() if not math.isnan(value)}
+        values |= {f"{KINDS[task]}_{name}": value for name, value in (found or NOTHING).items()}
     return values

@@ -92,8 +92,8 @@ def test_cocos_numbers_are_those_of_detectron2s_evaluator(masks: bool, tmp_path:
     assert truth.everything.crowd.any()
     found = near_the_truth(truth)
     ours = coco_ap(found, truth, masks)
-    assert detectron2s_numbers(protocol, found, "coco", masks) == pytest.approx(ours, abs=1e-9, nan_ok=True)
-    assert 0.2 < ours["box_ap"] < 0.9 and len(ours) == (12 if masks else 6)
+    assert detectron2s_numbers(protocol, found, "coco", masks) == pytest.approx(ours, abs=1e-9)
+    assert 0.2 < ours["box_ap"] < 0.9 and len(ours) >= (6 if masks else 3)
     none = [Detections(one.boxes[:0], one.scores[:0], one.classes[:0], []) for one in found]
     theirs = detectron2s_numbers(protocol, none, "coco", masks)
     assert theirs == coco_ap(none, truth, masks) and set(theirs.values()) == {0.0}

@@ -113,11 +113,11 @@ def test_the_embedded_scenes_are_trained_on_and_the_kept_network_has_the_stored_
     protocol, root = scenes("training.steps=20", "training.falls=[18]", "training.lr=0.01"), tmp_path / "runs"
     values = cells.run(protocol, "random", 0, root, quiet=True)
     folder = root / "eval" / cells.cell_name(protocol, "random", 0)
-    assert values == pytest.approx(numbers_again(protocol, folder, tmp_path / "spare"), abs=1e-6, nan_ok=True)
+    assert values == pytest.approx(numbers_again(protocol, folder, tmp_path / "spare"), abs=1e-6)
     assert values["box_ap50"] > 0
     rows = Results(root / "results.jsonl").rows()
-    assert {row["backend"] for row in rows} == {"detectron2"} and len(rows) == len(values) == 12
-    assert cells.run(protocol, "random", 0, root, quiet=True) == pytest.approx(values, nan_ok=True)
+    assert {row["backend"] for row in rows} == {"detectron2"} and len(rows) == len(values)
+    assert cells.run(protocol, "random", 0, root, quiet=True) == pytest.approx(values)
     assert sorted(path.name for path in folder.iterdir()) == ["classifier.safetensors", "protocol.yaml"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "spare"]
 
@@ -127,7 +127,7 @@ def test_a_data_set_in_cocos_layout_is_trained_on(coco: Path, tmp_path: Path) ->
     protocol = on_disk("coco_fpn_1x", coco)
     values = cells.run(protocol, "random", 0, tmp_path, quiet=True)
     folder = tmp_path / "eval" / cells.cell_name(protocol, "random", 0)
-    assert values == pytest.approx(numbers_again(protocol, folder, tmp_path / "spare"), abs=1e-6, nan_ok=True)
+    assert values == pytest.approx(numbers_again(protocol, folder, tmp_path / "spare"), abs=1e-6)
 
 
 @needs_detectron2
@@ -285,7 +285,8 @@ def test_two_processes_share_a_batch_and_the_test(
 ) -> None:
     done = mls_command("eval", "run", "detection_scenes", *SMALL, *SCENES, "--out", str(tmp_path), processes=2)
     assert done.returncode == 0, done.stderr
-    assert len(Results(tmp_path / "results.jsonl").rows()) == 12
+    names = [row["metric"] for row in Results(tmp_path / "results.jsonl").rows()]
+    assert len(names) == len(set(names)) >= 6  # each is stored once
     assert "Warning" not in done.stderr and done.stdout.startswith("| metric")
 
 
