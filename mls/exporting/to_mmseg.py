@@ -33,10 +33,8 @@ data_preprocessor = dict(
 model = dict(
     pretrained=None,  # else the base's own weights would be loaded as well
     data_preprocessor=data_preprocessor,
-    backbone=dict(
-        type='{type}',  # not ResNetV1c, whose first layers are others
-        depth={depth},
-{groups}        style='pytorch',  # the stride is in the 3x3 convolution
+    backbone=dict(  # not ResNetV1c, whose first layers are others
+{network}        style='pytorch',  # the stride is in the 3x3 convolution
         init_cfg=dict(type='Pretrained', checkpoint='{{{{ fileDirname }}}}/backbone.pth'),
     ),
 )
@@ -48,19 +46,26 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
     if plan.name.startswith("wide_"):
         raise NoCounterpart(f"mmseg has no network with the layers of {plan.name}: leave mmseg out of --to")
     torch.save(dict(source.backbone.state_dict()), folder / FILE)
-    grouped = plan.groups > 1
     text = CONFIG.format(
         architecture=source.architecture,
         path=source.path,
         base=_base(plan),
         mean=source.mean,
         std=source.std,
-        type="ResNeXt" if grouped else "ResNet",
-        depth=plan.depth,
-        groups=f"        groups={plan.groups},\n        base_width={plan.width},\n" if grouped else "",
+        network="".join(f"        {key}={value!r},\n" for key, value in network(plan).items()),
     )
     (folder / RECIPE).write_text(text)
     return [RECIPE]
+
+
+def network(plan: ResNetPlan) -> dict[str, Any]:
+    """
+    >>> network(ResNetPlan.of("resnet18"))
+    {'type': 'ResNet', 'depth': 18}
+    """
+    if plan.groups == 1:
+        return {"type": "ResNet", "depth": plan.depth}
+    return {"type": "ResNeXt", "depth": plan.depth, "groups": plan.groups, "base_width": plan.width}
 
 
 def _base(plan: ResNetPlan) -> str:
