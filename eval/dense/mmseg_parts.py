@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DefaultScope
 from mmseg.evaluation.metrics import IoUMetric
 from mmseg.registry import METRICS, TRANSFORMS
 from torch.utils.data import DataLoader
@@ -46,7 +47,8 @@ class MmsegViews(TrainingViews):
 
     def __init__(self, images: RegionImages, data: SegmentationData, seed: int, pipeline: Sequence[Any]) -> None:
         super().__init__(images, data, seed)
-        self.pipeline = Compose([TRANSFORMS.build(one) for one in pipeline])
+        with DefaultScope.overwrite_default_scope("mmseg"):  # else RandomResize would resize as mmcv does
+            self.pipeline = Compose([TRANSFORMS.build(one) for one in pipeline])
         self.metainfo = {"classes": images.class_names}
 
     def __len__(self) -> int:
