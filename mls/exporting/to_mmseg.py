@@ -23,7 +23,10 @@ CONFIG = """# mmsegmentation: {architecture} of {path}, all layers trained.
 # `_base_` is any configuration of mmsegmentation with a ResNet of this depth: edit this line to change head or data.
 _base_ = '{base}'
 # Without mmcv's compiled operators (mmcv-lite) mls brings a stand-in, with all that FCN, PSPNet and PSANet need.
-custom_imports = dict(imports=['mls.exporting.mmcv_lite'], allow_failed_imports=True)
+# And it reads checkpoints safely: with torch's default mmengine cannot resume its own.
+custom_imports = dict(
+    imports=['mls.exporting.mmcv_lite', 'mls.exporting.mmengine_checkpoints'], allow_failed_imports=True
+)
 data_preprocessor = dict(
     type='SegDataPreProcessor',
     mean={mean},
