@@ -66,9 +66,7 @@ def check(protocol: Segmentation, device: torch.device) -> None:
             "mmseg takes training.norm_decay as a multiple of training.weight_decay, which is 0: set both or none"
         )
     if stride not in STRIDES:
-        raise ConfigError(
-            f"model.output_stride is {stride}: mmsegmentation's ResNets have {', '.join(map(str, STRIDES))}"
-        )
+        raise ConfigError(f"model.output_stride is {stride}: choose one of {', '.join(map(str, STRIDES))}")
     if training.batch_size % distributed.world():
         raise ConfigError(
             f"training.batch_size {training.batch_size} does not divide into {distributed.world()} processes"

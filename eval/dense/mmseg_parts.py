@@ -80,6 +80,7 @@ class UnroundedIoUMetric(IoUMetric):
         self.collect_dir = collect_dir
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        areas = [torch.stack(part).double().sum(0) for part in zip(*results, strict=True)]
-        found = self.total_area_to_metrics(*areas, self.metrics, self.nan_to_num, self.beta)
-        return {name: float(np.nanmean(values)) for name, values in found.items()}
+        counts: list[Any] = [torch.stack(of_images).double().sum(0) for of_images in zip(*results, strict=True)]
+        right, either, found, true = counts
+        values = self.total_area_to_metrics(right, either, found, true, self.metrics, self.nan_to_num, self.beta)
+        return {name: float(np.nanmean(of_classes)) for name, of_classes in values.items()}

@@ -3,7 +3,7 @@ pure function of (seed, its place in the training), so that workers, processes a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +149,7 @@ def training_loader(views: TrainingViews, batch_size: int, first: int, last: int
     return loader(views, Places(rows, batch_size, views.seed, range(first, last + 1)))
 
 
-def loader(views: TrainingViews, batches: Collection[list[tuple[int, int]]]) -> DataLoader[Any]:
+def loader(views: TrainingViews, batches: Places | list[list[tuple[int, int]]]) -> DataLoader[Any]:
     """Gives a UserError where a batch cannot be read."""
     return DataLoader(
         views,

@@ -36,6 +36,8 @@ from mls.exporting.source import NoCounterpart
 from mls.monitor.progress import TrainingProgress, counting
 from mls.streams import derive
 
+# mmengine's own log and checkpoints: ours are in their place.
+WITHOUT: dict[str, Any] = dict.fromkeys(("runtime_info", "timer", "logger", "checkpoint", "sampler_seed"))
 NAMES = {"IoU": "miou", "Acc": "macc", "aAcc": "aacc"}
 
 
@@ -105,12 +107,12 @@ class Training(Hook):
         steps, batch = protocol.training.steps, protocol.training.batch_size
         self.views = MmsegViews(train, protocol.data, seed, seen)
         self.test_images = test_loader(MmsegViews(test, protocol.data, seed, tested))
-        self.runner = Runner(
+        self.runner: Any = Runner(
             **config,
             work_dir=str(state),
             train_dataloader=training_loader(self.views, batch, self.step + 1, steps),
             test_dataloader=self.test_images,
-            default_hooks=dict.fromkeys(("runtime_info", "timer", "logger", "checkpoint", "sampler_seed")),
+            default_hooks=WITHOUT,
             custom_hooks=[self],
             launcher="pytorch" if distributed.world() > 1 else "none",  # the processes have met already
             randomness={"seed": derive(seed, "mmseg") % 2**32},
@@ -131,7 +133,7 @@ class Training(Hook):
             self.saved = time.monotonic()
             self.runner.train()
 
-    def before_train(self, runner: Runner) -> None:
+    def before_train(self, runner: Any) -> None:
         loop = runner.train_loop
         # mmengine draws the batches of earlier steps again to leave them out: there is nothing to draw.
         loop._iter = self.step
@@ -144,12 +146,12 @@ class Training(Hook):
             scheduler.load_state_dict(known)
         self.restored = None
 
-    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         _raise(data_batch)
         torch.manual_seed(derive(self.seed, "dense step", batch_idx + 1, distributed.rank()))  # for dropout
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
         self.step, total = batch_idx + 1, self.protocol.training.steps
         self.progress.step(self.step)
@@ -186,11 +188,11 @@ class Training(Hook):
             found = self.runner.test()
         return {ours: found[theirs] for theirs, ours in NAMES.items()}
 
-    def before_test_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+    def before_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         _raise(data_batch)
 
     def after_test_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
     ) -> None:
         self.tested(batch_idx + 1)
 

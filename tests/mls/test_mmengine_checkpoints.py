@@ -66,9 +66,7 @@ def runner(tmp_path: Path) -> Callable[..., Any]:
     return build
 
 
-def test_mmengine_resumes_its_own_checkpoint_with_all_that_is_in_it(
-    runner: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_mmengine_resumes_its_own_checkpoint_with_all_that_is_in_it(runner: Callable[..., Any], tmp_path: Path) -> None:
     with frameworks.quiet():
         whole = runner(4)
         whole.train()
