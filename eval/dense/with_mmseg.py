@@ -131,7 +131,10 @@ class Training(Hook):
             if self.step:
                 self.progress.say(f"{title} goes on after step {self.step} of {total}")
             self.saved = time.monotonic()
-            self.runner.train()
+            try:
+                self.runner.train()
+            finally:  # the Runner keeps the iterator, and with it workers, which would wait for more to do for ever
+                self.runner.train_loop.dataloader_iterator = None
 
     def before_train(self, runner: Any) -> None:
         loop = runner.train_loop

@@ -1,5 +1,6 @@
 """Protocols in mmsegmentation's words: its published configurations but for what is listed here, and our schedule."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,37 @@ def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(inside, f"{path}.{number}")
     else:
         yield path, tuple(value) if isinstance(value, list | tuple) else value
+
+
+# Every field of the schema, and a value of it that must change mmsegmentation's configuration.
+CHANGES = {
+    "data": {"flip": 0.1, "resize": "[64,48]", "ratio": "[0.9,1.1]", "crop": "[64,48]", "most": 0.6}
+    | {"photometric": "false", "test": "slide"},
+    "model": {"head": "psanet", "output_stride": 16, "width": 24, "auxiliary_width": 24, "auxiliary_weight": 0.3}
+    | {"dropout": 0.3, "align_corners": "true"},
+    "training": {"steps": 99, "lr": 0.3, "momentum": 0.3, "weight_decay": 0.3, "norm_decay": 0.3, "schedule": "steps"}
+    | {"power": 0.3, "min_lr": 0.003, "warmup_steps": 3},
+}
+BESIDE = {  # only with another one
+    "data.stride=[3,3]": "data.test=slide",
+    "training.warmup_from=0.3": "training.warmup_steps=3",
+    "training.falls=[3]": "training.schedule=steps",
+}
+# Which images there are, who reads them, how many a step, which weights: with_mmseg.py. Refused: check.
+ELSEWHERE = {"data": {"name", "root", "check_sizes", "workers", "scenes"}, "model": {"backbone", "weights"}}
+ELSEWHERE |= {"training": {"batch_size", "precise_bn", "precision", "device"}}
+
+
+def test_no_field_of_a_protocol_is_left_out_silently() -> None:
+    asked = lambda *overrides: dict(flat(described(load_protocol("cityscapes_pspnet", overrides), 19)))
+    for section, values in CHANGES.items():
+        beside = {key.partition("=")[0].partition(".")[2] for key in BESIDE if key.startswith(section)}
+        fields = {field.name for field in dataclasses.fields(getattr(Segmentation(), section))}
+        assert fields == values.keys() | beside | ELSEWHERE[section]
+        for key, value in values.items():
+            assert asked(f"{section}.{key}={value}") != asked(), key
+    for change, other in BESIDE.items():
+        assert asked(change, other) != asked(other), change
 
 
 @pytest.mark.parametrize("schedule", ["poly", "steps"])

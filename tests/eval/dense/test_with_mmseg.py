@@ -1,5 +1,6 @@
 """`backend=mmseg`: mmsegmentation trains and tests our protocols, goes on after a stop, and counts as we do."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mls.config import AugmentConfig
 from mls.data.layouts import write
 from mls.errors import CheckpointError, ConfigError, DataError, DivergedError, Stopped
 from mls.eval import cells, load_protocol
@@ -22,6 +24,7 @@ from mls.eval.dense.confusion import confusion, segmentation_metrics
 from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import Segmentation
 from mls.exporting import frameworks
+from mls.models import load_backbone, save_backbone
 from mls.results import Results
 
 if frameworks.missing("mmseg"):
@@ -40,7 +43,7 @@ with frameworks.quiet():
 CPU = torch.device("cpu")
 SMALL = ["backend=mmseg", "model.backbone=scratch:resnet18", "model.width=16", "model.auxiliary_width=8"]
 SMALL += ["training.steps=4", "training.batch_size=2", "data.scenes.count=8", "data.scenes.test_count=3"]
-TINY = [*SMALL, "data.resize=[64,64]", "data.crop=[64,64]", "data.stride=[32,32]", "data.workers=0"]
+TINY = [*SMALL, "data.resize=[64,64]", "data.crop=[64,64]", "data.stride=[32,32]", "data.workers=1"]
 
 
 def scenes(*overrides: str) -> Segmentation:
@@ -72,6 +75,7 @@ def test_scenes_in_cityscapes_layout_are_trained_on_and_counted_as_we_count(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
     (cell,) = (tmp_path / "runs" / "eval").iterdir()
     assert sorted(path.name for path in cell.iterdir()) == ["classifier.safetensors", "protocol.yaml"]
+    assert multiprocessing.active_children() == []
     assert values == pytest.approx(counted_by_us(protocol, load_file(cell / "classifier.safetensors")), abs=1e-9)
     assert 0 < values["miou"] <= values["aacc"] <= 1
 
@@ -141,6 +145,17 @@ def test_a_training_view_depends_on_the_seed_and_its_place_alone() -> None:
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
 
 
+def test_training_starts_from_the_weights_and_their_colours(tmp_path: Path) -> None:
+    augment = AugmentConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    save_backbone(tmp_path, load_backbone("scratch:resnet18"), {"architecture": "resnet18"}, augment)
+    still = ["training.steps=1", "training.lr=1e-9", "training.min_lr=0", "training.weight_decay=0"]
+    outcome = with_mmseg.run(scenes(*still, "training.norm_decay=0"), str(tmp_path), 0, tmp_path / "cell", quiet=True)
+    for name, tensor in load_backbone(str(tmp_path)).named_parameters():
+        torch.testing.assert_close(outcome.weights[f"backbone.{name}"], tensor, rtol=0, atol=1e-6)
+    start = with_mmseg.write_backbone(scenes(), str(tmp_path), 0, tmp_path / "state")
+    assert (start.mean, start.std) == ([25.5, 51.0, 76.5], [102.0, 127.5, 153.0])
+
+
 class Stopping(with_mmseg.Training):
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         super().before_train_iter(runner, batch_idx, data_batch)
@@ -198,6 +213,7 @@ def test_an_image_that_cannot_be_read_is_one_sentence(city: Path, tmp_path: Path
         training.train("", quiet=True)
         with pytest.raises(DataError, match="cannot be read .* download this one again"):
             training.test(quiet=True)
+    assert multiprocessing.active_children() == []  # no worker is left, which an exit would wait for
 
 
 def test_two_processes_share_a_batch_and_the_test_and_the_first_tells_of_it(
