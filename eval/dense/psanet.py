@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mls.eval.dense.heads import Classify, Map, convolution, resized
+from mls.exporting.psamask import spread
 
 WINDOW = (97, 97)  # positions, height and width: what mmsegmentation's configurations say for every crop
 SHRINK = 2  # attention is between every second position
@@ -63,24 +64,3 @@ def shrunk(size: Sequence[int]) -> tuple[tuple[int, int], bool]:
     if height % SHRINK and width % SHRINK:
         return ((height - 1) // SHRINK + 1, (width - 1) // SHRINK + 1), True
     return (height // SHRINK, width // SHRINK), False
-
-
-def spread(
-    weights: Float[Tensor, "batch window height width"], window: tuple[int, int]
-) -> Float[Tensor, "batch other this"]:
-    """Each position's weights for the window around it, laid over the whole map; nought outside the window."""
-    index, inside = pairs(weights.shape[2], weights.shape[3], window, weights.device)
-    return weights.flatten(2).gather(1, index.expand(len(weights), -1, -1)) * inside
-
-
-def pairs(
-    height: int, width: int, window: tuple[int, int], device: torch.device
-) -> tuple[Int64[Tensor, "1 other this"], Bool[Tensor, "other this"]]:
-    """For each two positions, which of the window's weights is between them, and whether there is one."""
-    place = torch.arange(height * width, device=device)
-    inside, index = torch.ones(len(place), len(place), dtype=torch.bool, device=device), 0
-    for position, side in ((place // width, window[0]), (place % width, window[1])):
-        offset = position[:, None] - position + (side - 1) // 2
-        inside &= (offset >= 0) & (offset < side)
-        index = index * side + offset.clamp(0, side - 1)
-    return index[None], inside

@@ -114,13 +114,9 @@ class TrainingViews(Dataset[list[Any] | UserError]):
         except UserError as error:  # raised in a worker, its sentence would arrive wrapped in a traceback
             return error
 
-    def _view(self, place: int, row: int) -> tuple[Image, Any]:
-        seed = derive(self.seed, "dense view", place)
+    def _view(self, place: int, row: int) -> Any:
         try:
-            if isinstance(self.images, ObjectImages):
-                return object_view(self.images, row, self.data, seed)
-            assert isinstance(self.data, SegmentationData)
-            return region_view(self.images, row, self.data, seed)
+            return self.view(row, derive(self.seed, "dense view", place))
         except (UnreadableImage, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
@@ -128,27 +124,41 @@ class TrainingViews(Dataset[list[Any] | UserError]):
                 "so download this one again"
             ) from None
 
+    def view(self, row: int, seed: int) -> tuple[Image, Any]:
+        if isinstance(self.images, ObjectImages):
+            return object_view(self.images, row, self.data, seed)
+        assert isinstance(self.data, SegmentationData)
+        return region_view(self.images, row, self.data, seed)
+
 
 def training_batches(
     images: ObjectImages | RegionImages, data: DenseData, batch_size: int, seed: int, first: int, last: int
 ) -> Iterator[list[tuple[Image, Any]]]:
     """The batches of the steps `first` to `last`, of each only this process' share."""
+    for batch in training_loader(TrainingViews(images, data, seed), batch_size, first, last):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def training_loader(views: TrainingViews, batch_size: int, first: int, last: int) -> DataLoader[Any]:
+    images = views.images
     rows = images.with_objects() if isinstance(images, ObjectImages) else torch.arange(len(images))
     if not len(rows):
         raise DataError(f"none of the {len(images)} training images has an object: give others with data.root")
-    steps = range(first, last + 1)
-    loader = DataLoader(
-        TrainingViews(images, data, seed),
-        batch_sampler=Places(rows, batch_size, seed, steps),
-        num_workers=min(worker_count(data.workers), len(steps)) if not in_memory(images) else 0,
+    return loader(views, Places(rows, batch_size, views.seed, range(first, last + 1)))
+
+
+def loader(views: TrainingViews, batches: Places | list[list[tuple[int, int]]]) -> DataLoader[Any]:
+    """Gives a UserError where a batch cannot be read."""
+    return DataLoader(
+        views,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=min(worker_count(views.data.workers), len(batches)) if not in_memory(views.images) else 0,
         collate_fn=as_it_is,  # type: ignore[arg-type]
         worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # its own, so that the global stream stays untouched
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
 
 
 def in_memory(images: ObjectImages | RegionImages) -> bool:

@@ -10,9 +10,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
+
+from mls.exporting.psamask import gathered, spread
 
 COLLECT, DISTRIBUTE = 0, 1
 COMPILED = "mmcv._ext"
@@ -43,33 +44,16 @@ class Operators(ModuleType):
 
 
 def psamask_forward(input: Float[Tensor, "batch mask h w"], output: Tensor, psa_type: int, **sizes: int) -> None:
-    """The point-wise attention of PSANet (https://hszhao.github.io/papers/eccv18_psanet.pdf): every position brings
-    weights for a window around it; here they are spread over the whole map, zero outside the window. `output` is
-    [batch, h·w (the other position), h, w (this one)] for COLLECT, and the two swapped for DISTRIBUTE."""
-    index, inside = _window(input, **sizes)
-    attention = input.flatten(2).gather(1, index.expand(len(input), -1, -1)) * inside
+    """`output` is [batch, h·w (the other position), h, w (this one)] for COLLECT, the two swapped for DISTRIBUTE."""
+    attention = spread(input, (sizes["h_mask"], sizes["w_mask"]))
     output.copy_((attention if psa_type == COLLECT else attention.transpose(1, 2)).reshape(output.shape))
 
 
 def psamask_backward(grad_output: Tensor, grad_input: Tensor, psa_type: int, **sizes: int) -> None:
-    index, inside = _window(grad_input, **sizes)
     gradient = grad_output.flatten(2)
-    gradient = (gradient if psa_type == COLLECT else gradient.transpose(1, 2)) * inside
-    spread = torch.zeros_like(grad_input).flatten(2)
-    spread.scatter_add_(1, index.expand(len(grad_input), -1, -1), gradient)
-    grad_input.copy_(spread.view_as(grad_input))
-
-
-def _window(
-    like: Tensor, h_feature: int, w_feature: int, h_mask: int, w_mask: int, **_: int
-) -> tuple[Int[Tensor, "1 other this"], Bool[Tensor, "other this"]]:
-    """For each pair of positions: which of the window's weights is between them, and whether any is."""
-    position = torch.arange(h_feature * w_feature, device=like.device)
-    row, column = position // w_feature, position % w_feature
-    down = row[:, None] - row + (h_mask - 1) // 2
-    right = column[:, None] - column + (w_mask - 1) // 2
-    inside = (down >= 0) & (down < h_mask) & (right >= 0) & (right < w_mask)
-    return (down.clamp(0, h_mask - 1) * w_mask + right.clamp(0, w_mask - 1))[None], inside
+    gradient = gradient if psa_type == COLLECT else gradient.transpose(1, 2)
+    window = sizes["h_mask"], sizes["w_mask"]
+    grad_input.copy_(gathered(gradient, sizes["h_feature"], sizes["w_feature"], window))
 
 
 install()

@@ -23,7 +23,10 @@ CONFIG = """# mmsegmentation: {architecture} of {path}, all layers trained.
 # `_base_` is any configuration of mmsegmentation with a ResNet of this depth: edit this line to change head or data.
 _base_ = '{base}'
 # Without mmcv's compiled operators (mmcv-lite) mls brings a stand-in, with all that FCN, PSPNet and PSANet need.
-custom_imports = dict(imports=['mls.exporting.mmcv_lite'], allow_failed_imports=True)
+# And it reads checkpoints safely: with torch's default mmengine cannot resume its own.
+custom_imports = dict(
+    imports=['mls.exporting.mmcv_lite', 'mls.exporting.mmengine_checkpoints'], allow_failed_imports=True
+)
 data_preprocessor = dict(
     type='SegDataPreProcessor',
     mean={mean},
@@ -33,10 +36,8 @@ data_preprocessor = dict(
 model = dict(
     pretrained=None,  # else the base's own weights would be loaded as well
     data_preprocessor=data_preprocessor,
-    backbone=dict(
-        type='{type}',  # not ResNetV1c, whose first layers are others
-        depth={depth},
-{groups}        style='pytorch',  # the stride is in the 3x3 convolution
+    backbone=dict(  # not ResNetV1c, whose first layers are others
+{network}        style='pytorch',  # the stride is in the 3x3 convolution
         init_cfg=dict(type='Pretrained', checkpoint='{{{{ fileDirname }}}}/backbone.pth'),
     ),
 )
@@ -48,19 +49,26 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
     if plan.name.startswith("wide_"):
         raise NoCounterpart(f"mmseg has no network with the layers of {plan.name}: leave mmseg out of --to")
     torch.save(dict(source.backbone.state_dict()), folder / FILE)
-    grouped = plan.groups > 1
     text = CONFIG.format(
         architecture=source.architecture,
         path=source.path,
         base=_base(plan),
         mean=source.mean,
         std=source.std,
-        type="ResNeXt" if grouped else "ResNet",
-        depth=plan.depth,
-        groups=f"        groups={plan.groups},\n        base_width={plan.width},\n" if grouped else "",
+        network="".join(f"        {key}={value!r},\n" for key, value in network(plan).items()),
     )
     (folder / RECIPE).write_text(text)
     return [RECIPE]
+
+
+def network(plan: ResNetPlan) -> dict[str, Any]:
+    """
+    >>> network(ResNetPlan.of("resnet18"))
+    {'type': 'ResNet', 'depth': 18}
+    """
+    if plan.groups == 1:
+        return {"type": "ResNet", "depth": plan.depth}
+    return {"type": "ResNeXt", "depth": plan.depth, "groups": plan.groups, "base_width": plan.width}
 
 
 def _base(plan: ResNetPlan) -> str:

@@ -62,7 +62,7 @@ def read(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from None
+        raise CheckpointError(refusal(path, str(error))) from None
     except Exception as error:  # each reader has its own kinds for a damaged file
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
     for key in INSIDE:
@@ -92,7 +92,8 @@ class _Arrays(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _refusal(path: Path, reason: str) -> str:
+def refusal(path: Path, reason: str) -> str:
+    """The sentence for a pickle that torch or ours would not read."""
     wanted = re.search(r"GLOBAL ([\w.]+)", reason)
     if wanted is None:
         return f"{path} cannot be read: {reason.splitlines()[0]}"

@@ -49,12 +49,15 @@ def test_mmseg_trains_from_the_configuration_wherever_the_folder_is(exported: Pa
     write("cityscapes", tmp_path / "city", 4, 2, size=64)
     moved = exported.rename(tmp_path / "elsewhere")
     train = Path(frameworks.load("mmseg").__file__).parent / ".mim" / "tools" / "train.py"
-    options = ["train_cfg.max_iters=2", "train_cfg.val_interval=2", "model.test_cfg.mode=whole"]
+    options = ["train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2", "model.test_cfg.mode=whole"]
     options += ["train_dataloader.dataset.pipeline.2.scale=(64,64)", "val_dataloader.dataset.pipeline.1.scale=(64,64)"]
     options += ["train_dataloader.dataset.pipeline.3.crop_size=(49,49)", "model.data_preprocessor.size=(49,49)"]
     for part in ("train_dataloader", "val_dataloader"):
         options += [f"{part}.dataset.data_root={tmp_path / 'city'}"]
         options += [f"{part}.num_workers=0", f"{part}.persistent_workers=False"]
-    said = run(train, moved / "mmseg_config.py", "--work-dir", tmp_path / "out", "--cfg-options", *options)
+    call = [train, moved / "mmseg_config.py", "--work-dir", tmp_path / "out"]
+    said = run(*call, "--cfg-options", "train_cfg.max_iters=2", *options)
     assert f"load model from: {moved / 'backbone.pth'}" in said
     assert "mIoU" in said
+    said = run(*call, "--resume", "--cfg-options", "train_cfg.max_iters=4", *options)
+    assert "resumed epoch: 0, iter: 2" in said and (tmp_path / "out" / "iter_4.pth").is_file()

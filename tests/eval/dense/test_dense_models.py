@@ -15,7 +15,6 @@ from mls.errors import ConfigError
 from mls.eval.data import objects, regions
 from mls.eval.dense.detector import Detector, Pool
 from mls.eval.dense.loop import build_optimizer
-from mls.eval.dense.psanet import spread
 from mls.eval.dense.schema import (
     Detection,
     DetectionData,
@@ -28,6 +27,7 @@ from mls.eval.dense.schema import (
 from mls.eval.dense.segmenter import Segmenter
 from mls.eval.dense.trunk import Trunk
 from mls.eval.dense.views import object_view, region_view
+from mls.exporting.psamask import spread
 from mls.models import load_backbone
 
 STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

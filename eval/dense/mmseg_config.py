@@ -1,0 +1,221 @@
+"""A protocol of `task: segmentation` in mmsegmentation's words: to be read beside its own configurations
+(mmseg/.mim/configs), whose keys stand here in their order. What mmsegmentation cannot do is refused here; with_mmseg.py
+trains by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mls import distributed
+from mls.errors import ConfigError
+from mls.eval.data.regions import VOID
+from mls.eval.dense.heads import POOL_SIZES
+from mls.eval.dense.psanet import SHRINK, WINDOW
+from mls.eval.dense.schema import Schedule, Segmentation, SegmentationData
+from mls.exporting import to_mmseg
+from mls.exporting.source import ResNetPlan
+from mls.models.momentum import precision_on
+
+Config = dict[str, Any]
+
+STRIDES: dict[int, Config] = {  # of the whole backbone
+    4: {"dilations": (1, 2, 4, 8), "strides": (1, 1, 1, 1)},
+    8: {"dilations": (1, 1, 2, 4), "strides": (1, 2, 1, 1)},
+    16: {"dilations": (1, 1, 1, 2), "strides": (1, 2, 2, 1)},
+    32: {"dilations": (1, 1, 1, 1), "strides": (1, 2, 2, 2)},
+}
+HEADS: dict[str, Config] = {
+    "fcn": {"type": "FCNHead", "num_convs": 2, "concat_input": True},
+    "pspnet": {"type": "PSPHead", "pool_scales": POOL_SIZES},
+    "psanet": {
+        "type": "PSAHead",
+        "mask_size": WINDOW,
+        "psa_type": "bi-direction",
+        "compact": False,
+        "shrink_factor": SHRINK,
+        "normalization_factor": 1.0,
+        "psa_softmax": True,
+    },
+}
+# For bf16 no scaling: its range is that of fp32.
+AMP = {"bf16": {"dtype": "bfloat16", "loss_scale": 1.0}, "fp16": {"dtype": "float16", "loss_scale": "dynamic"}}
+
+
+@dataclass(frozen=True)
+class Start:
+    """The backbone that training starts from, as a file that mmsegmentation reads."""
+
+    plan: ResNetPlan
+    mean: list[float]  # of pixels from 0 to 255
+    std: list[float]
+    checkpoint: str
+
+
+def check(protocol: Segmentation, device: torch.device) -> None:
+    """Refuse what mmsegmentation cannot do as the protocol says it."""
+    training, stride = protocol.training, protocol.model.output_stride
+    if training.precise_bn:
+        raise ConfigError(
+            f"training.precise_bn is {training.precise_bn}, which mmsegmentation does not have: set it to 0"
+        )
+    if training.norm_decay and not training.weight_decay:
+        raise ConfigError(
+            "mmseg takes training.norm_decay as a multiple of training.weight_decay, which is 0: set both or none"
+        )
+    if stride not in STRIDES:
+        raise ConfigError(f"model.output_stride is {stride}: choose one of {', '.join(map(str, STRIDES))}")
+    if training.batch_size % distributed.world():
+        raise ConfigError(
+            f"training.batch_size {training.batch_size} does not divide into {distributed.world()} processes"
+        )
+    if device.type == "cpu" and torch.cuda.is_available():
+        raise ConfigError(
+            "mmsegmentation takes the GPU that it sees: for training.device=cpu set CUDA_VISIBLE_DEVICES="
+        )
+    if device.type == "cpu" and precision_on(device, training.precision, "training.precision") != "fp32":
+        raise ConfigError(
+            f"mmsegmentation has training.precision={training.precision} on a GPU alone: use fp32 on a CPU"
+        )
+
+
+def configuration(protocol: Segmentation, start: Start, classes: int, device: torch.device) -> Config:
+    data, training = protocol.data, protocol.training
+    return {
+        "model": model(protocol, start, classes, device),
+        "train_pipeline": train_pipeline(data),
+        "test_pipeline": [
+            {"type": "LoadRegionImage"},
+            {"type": "Resize", "scale": data.resize, "keep_ratio": True},
+            {"type": "LoadRegionLabels"},
+            {"type": "PackSegInputs"},
+        ],
+        "optim_wrapper": optim_wrapper(training, device),
+        "param_scheduler": param_scheduler(training),
+        "train_cfg": {"type": "IterBasedTrainLoop", "max_iters": training.steps},
+        "test_cfg": {"type": "TestLoop"},
+        "test_evaluator": {"type": "UnroundedIoUMetric", "iou_metrics": ["mIoU"]},
+        "env_cfg": {"cudnn_benchmark": True, "mp_cfg": {"mp_start_method": "fork", "opencv_num_threads": 0}},
+        "default_scope": "mmseg",
+    }
+
+
+def model(protocol: Segmentation, start: Start, classes: int, device: torch.device) -> Config:
+    data, settings = protocol.data, protocol.model
+    synced = distributed.world() > 1 and device.type == "cuda"  # without another process it is BN; a CPU has none
+    norm_cfg = {"type": "SyncBN" if synced else "BN", "requires_grad": True}
+    of_both = {
+        "dropout_ratio": settings.dropout,
+        "num_classes": classes,
+        "norm_cfg": norm_cfg,
+        "align_corners": settings.align_corners,
+    }
+    return {
+        "type": "EncoderDecoder",
+        "data_preprocessor": {
+            "type": "SegDataPreProcessor",
+            "mean": start.mean,
+            "std": start.std,
+            "bgr_to_rgb": True,
+            "pad_val": 0,
+            "seg_pad_val": VOID,
+            "size": turned(data.crop),
+        },
+        "pretrained": None,
+        "backbone": {
+            **to_mmseg.network(start.plan),
+            "num_stages": 4,
+            "out_indices": (0, 1, 2, 3),
+            **STRIDES[settings.output_stride],
+            "norm_cfg": norm_cfg,
+            "norm_eval": False,
+            "style": "pytorch",
+            "contract_dilation": True,
+            "init_cfg": {"type": "Pretrained", "checkpoint": start.checkpoint},
+        },
+        "decode_head": {
+            **HEADS[settings.head],
+            "in_channels": start.plan.dim,
+            "in_index": 3,
+            "channels": settings.width,
+            **of_both,
+            "loss_decode": cross_entropy(1.0),
+        },
+        "auxiliary_head": {
+            "type": "FCNHead",
+            "in_channels": start.plan.dim // 2,
+            "in_index": 2,
+            "channels": settings.auxiliary_width,
+            "num_convs": 1,
+            "concat_input": False,
+            **of_both,
+            "loss_decode": cross_entropy(settings.auxiliary_weight),
+        },
+        "train_cfg": {},
+        "test_cfg": {"mode": "whole"}
+        if data.test == "whole"
+        else {"mode": "slide", "crop_size": turned(data.crop), "stride": turned(data.stride)},
+    }
+
+
+def cross_entropy(weight: float) -> Config:
+    return {"type": "CrossEntropyLoss", "use_sigmoid": False, "loss_weight": weight}
+
+
+def train_pipeline(data: SegmentationData) -> list[Config]:
+    return [
+        {"type": "LoadRegionImage"},
+        {"type": "LoadRegionLabels"},
+        {"type": "RandomResize", "scale": data.resize, "ratio_range": data.ratio, "keep_ratio": True},
+        {"type": "RandomCrop", "crop_size": turned(data.crop), "cat_max_ratio": data.most},
+        {"type": "RandomFlip", "prob": data.flip},
+        *([{"type": "PhotoMetricDistortion"}] if data.photometric else []),
+        {"type": "PackSegInputs"},
+    ]
+
+
+def turned(size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height, as scales have them, to height and width, as crops have them."""
+    return size[1], size[0]
+
+
+def optim_wrapper(training: Schedule, device: torch.device) -> Config:
+    precision = precision_on(device, training.precision, "training.precision")
+    wrapper: Config = {
+        "type": "AmpOptimWrapper" if precision in AMP else "OptimWrapper",
+        **AMP.get(precision, {}),
+        "optimizer": {
+            "type": "SGD",
+            "lr": training.lr,
+            "momentum": training.momentum,
+            "weight_decay": training.weight_decay,
+        },
+        "clip_grad": None,
+    }
+    if training.norm_decay != training.weight_decay:
+        wrapper["paramwise_cfg"] = {"norm_decay_mult": training.norm_decay / training.weight_decay}
+    return wrapper
+
+
+def param_scheduler(training: Schedule) -> list[Config]:
+    """After a warm-up `poly` begins anew, as mmsegmentation writes it; ours has come down a little by then."""
+    warmup = training.warmup_steps
+    rising = {
+        "type": "LinearLR",
+        "start_factor": training.warmup_from,
+        "begin": 0,
+        "end": warmup + 1,  # where it reaches 1
+        "by_epoch": False,
+    }
+    poly = {
+        "type": "PolyLR",
+        "eta_min": training.min_lr,
+        "power": training.power,
+        "begin": warmup,
+        "end": training.steps,
+        "by_epoch": False,
+    }
+    steps = {"type": "MultiStepLR", "milestones": training.falls, "gamma": 0.1, "by_epoch": False}
+    return [*([rising] if warmup else []), poly if training.schedule == "poly" else steps]

@@ -1,0 +1,86 @@
+"""What mmsegmentation's pipelines and evaluators call of ours: images and labels from our readers, so that every layout
+and the embedded scenes are read in one place, and its metric without the rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DefaultScope
+from mmseg.evaluation.metrics import IoUMetric
+from mmseg.registry import METRICS, TRANSFORMS
+from torch.utils.data import DataLoader
+
+from mls import distributed
+from mls.errors import UserError
+from mls.eval.data.regions import RegionImages
+from mls.eval.dense.schema import SegmentationData
+from mls.eval.dense.views import TrainingViews, loader
+
+
+@TRANSFORMS.register_module()
+class LoadRegionImage(BaseTransform):
+    """As LoadImageFromFile gives it: blue, green, red."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        pixels = results["images"].pixels(results["row"])
+        image = np.ascontiguousarray(pixels.flip(0).permute(1, 2, 0).numpy())
+        return {**results, "img": image, "img_shape": image.shape[:2], "ori_shape": image.shape[:2]}
+
+
+@TRANSFORMS.register_module()
+class LoadRegionLabels(BaseTransform):
+    """As LoadAnnotations gives them; in a test after Resize, which would scale them too."""
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        labels = results["images"].labels(results["row"]).numpy()
+        return {**results, "gt_seg_map": labels, "seg_fields": ["gt_seg_map"]}
+
+
+class MmsegViews(TrainingViews):
+    """Batches as mmsegmentation takes them. A view is a pure function of (seed, place) here too: its transforms draw
+    from numpy's global stream."""
+
+    def __init__(self, images: RegionImages, data: SegmentationData, seed: int, pipeline: Sequence[Any]) -> None:
+        super().__init__(images, data, seed)
+        with DefaultScope.overwrite_default_scope("mmseg"):  # else RandomResize would resize as mmcv does
+            self.pipeline = Compose([TRANSFORMS.build(one) for one in pipeline])
+        self.metainfo = {"classes": images.class_names}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, indices: list[tuple[int, int]]) -> Any:
+        batch = super().__getitems__(indices)
+        return batch if isinstance(batch, UserError) else pseudo_collate(batch)
+
+    def view(self, row: int, seed: int) -> Any:
+        np.random.seed(seed % 2**32)
+        return self.pipeline({"images": self.images, "row": row})
+
+
+def test_loader(views: MmsegViews) -> DataLoader[Any]:
+    """One image at a time, this process' share. All processes take equally many; mmengine leaves out what is double."""
+    count, world = len(views), distributed.world()
+    rows = [(distributed.rank() + world * number) % count for number in range(-(-count // world))]
+    return loader(views, [[(row, row)] for row in rows])
+
+
+@METRICS.register_module()
+class UnroundedIoUMetric(IoUMetric):
+    """As shares; IoUMetric rounds to a hundredth of a per cent. `collect_dir`: where processes put what they counted,
+    instead of a folder in the working directory."""
+
+    def __init__(self, collect_dir: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.collect_dir = collect_dir
+
+    def compute_metrics(self, results: list[Any]) -> dict[str, float]:
+        counts: list[Any] = [torch.stack(of_images).double().sum(0) for of_images in zip(*results, strict=True)]
+        right, either, found, true = counts
+        values = self.total_area_to_metrics(right, either, found, true, self.metrics, self.nan_to_num, self.beta)
+        return {name: float(np.nanmean(of_classes)) for name, of_classes in values.items()}

@@ -1,0 +1,216 @@
+"""`backend: mmseg`: mmsegmentation's networks, transforms, losses, schedule and metric, run by mmengine's Runner. Ours
+is what happens between its steps: checkpoints, signals, progress. Its configuration is in mmseg_config.py."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.dist import broadcast
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from mls import distributed
+from mls.engine.checkpoint import Checkpoints
+from mls.engine.preempt import StopFlag
+from mls.errors import ConfigError, Stopped, UserError
+from mls.eval.data.regions import RegionImages
+from mls.eval.dense import mmseg_config
+from mls.eval.dense.loop import SAVE_EVERY, SEE_EVERY, told
+from mls.eval.dense.mmseg_config import Config, Start
+from mls.eval.dense.mmseg_parts import MmsegViews, test_loader
+from mls.eval.dense.prepare import backbone_source, load_images
+from mls.eval.dense.schema import Segmentation
+from mls.eval.dense.views import training_loader
+from mls.eval.outcome import Outcome
+from mls.exporting import frameworks, to_mmseg, to_torchvision
+from mls.exporting.source import NoCounterpart
+from mls.monitor.progress import TrainingProgress, counting
+from mls.streams import derive
+
+# mmengine's own log and checkpoints: ours are in their place.
+WITHOUT: dict[str, Any] = dict.fromkeys(("runtime_info", "timer", "logger", "checkpoint", "sampler_seed"))
+NAMES = {"IoU": "miou", "Acc": "macc", "aAcc": "aacc"}
+
+
+def run(
+    protocol: Segmentation, weights: str, seed: int, folder: Path | None, title: str = "", quiet: bool = False
+) -> Outcome:
+    """Train and test once. With a folder the same call goes on where it was stopped."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return run(protocol, weights, seed, Path(temporary), title, quiet)
+    began = time.monotonic()
+    device = distributed.start(protocol.training.device).device
+    mmseg_config.check(protocol, device)
+    data = load_images(protocol)
+    state = folder / "state"
+    start = write_backbone(protocol, weights, seed, state)
+    config = mmseg_config.configuration(protocol, start, len(data.train.class_names), device)
+    with frameworks.quiet():
+        training = Training(protocol, config, data.train, data.test, device, seed, state)
+        training.train(title or protocol.recipe, quiet)
+        values = training.test(quiet)
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
+    return Outcome(values, f"after {protocol.training.steps} steps", None, time.monotonic() - began, kept)
+
+
+def write_backbone(protocol: Segmentation, weights: str, seed: int, state: Path) -> Start:
+    """By the first process, for all."""
+    start = None
+    if distributed.rank() == 0:
+        state.mkdir(parents=True, exist_ok=True)
+        source = backbone_source(protocol, weights, seed, state)
+        try:
+            to_mmseg.write(source, state, state)
+        except NoCounterpart:
+            raise ConfigError(
+                f"mmsegmentation has no network with the layers of {source.architecture}: choose a ResNet such as "
+                "resnet50 (model.backbone, or --weights), or backend=torchvision"
+            ) from None
+        assert source.plan is not None
+        start = Start(source.plan, source.mean, source.std, str(state / to_torchvision.FILE))
+    return distributed.from_main(start)
+
+
+class Training(Hook):
+    """A Runner, and what it is told between its steps."""
+
+    priority = "VERY_LOW"  # a step is over when the learning rate has moved as well
+
+    def __init__(
+        self,
+        protocol: Segmentation,
+        config: Config,
+        train: RegionImages,
+        test: RegionImages,
+        device: torch.device,
+        seed: int,
+        state: Path,
+        save_every: float = SAVE_EVERY,
+    ) -> None:
+        self.protocol, self.device, self.seed, self.save_every = protocol, device, seed, save_every
+        self.checkpoints = Checkpoints(state, keep_last=1)
+        self.restored = self.checkpoints.newest(lambda text: None)
+        self.step = self.restored["step"] if self.restored else 0
+        config = ConfigDict(config)
+        seen, tested = (config.pop(f"{name}_pipeline") for name in ("train", "test"))
+        config["test_evaluator"] = {**config["test_evaluator"], "collect_dir": str(state / "counted")}
+        steps, batch = protocol.training.steps, protocol.training.batch_size
+        self.views = MmsegViews(train, protocol.data, seed, seen)
+        self.test_images = test_loader(MmsegViews(test, protocol.data, seed, tested))
+        self.runner: Any = Runner(
+            **config,
+            work_dir=str(state),
+            train_dataloader=training_loader(self.views, batch, self.step + 1, steps),
+            test_dataloader=self.test_images,
+            default_hooks=WITHOUT,
+            custom_hooks=[self],
+            launcher="pytorch" if distributed.world() > 1 else "none",  # the processes have met already
+            randomness={"seed": derive(seed, "mmseg") % 2**32},
+            experiment_name=f"{protocol.recipe} {time.monotonic_ns()}",  # mmengine keeps what it made under a name
+            cfg={"model_wrapper_cfg": parallel(device)},
+        )
+
+    @property
+    def network(self) -> nn.Module:
+        found = self.runner.model
+        return found.module if is_model_wrapper(found) else found
+
+    def train(self, title: str, quiet: bool) -> None:
+        show, total = not quiet and distributed.rank() == 0, self.protocol.training.steps
+        with StopFlag() as self.stop, TrainingProgress(total, self.step, title, show) as self.progress:
+            if self.step:
+                self.progress.say(f"{title} goes on after step {self.step} of {total}")
+            self.saved = time.monotonic()
+            try:
+                self.runner.train()
+            finally:  # the Runner keeps the iterator, and with it workers, which would wait for more to do for ever
+                self.runner.train_loop.dataloader_iterator = None
+
+    def before_train(self, runner: Any) -> None:
+        loop = runner.train_loop
+        # mmengine draws the batches of earlier steps again to leave them out: there is nothing to draw.
+        loop._iter = self.step
+        loop.dataloader_iterator = chain(repeat(None, self.step), loop.dataloader_iterator)
+        if self.restored is None:
+            return
+        self.network.load_state_dict(self.restored["weights"])
+        runner.optim_wrapper.load_state_dict(self.restored["optimizer"])
+        for scheduler, known in zip(runner.param_schedulers, self.restored["schedulers"], strict=True):
+            scheduler.load_state_dict(known)
+        self.restored = None
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        _raise(data_batch)
+        torch.manual_seed(derive(self.seed, "dense step", batch_idx + 1, distributed.rank()))  # for dropout
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
+    ) -> None:
+        self.step, total = batch_idx + 1, self.protocol.training.steps
+        self.progress.step(self.step)
+        if self.step % SEE_EVERY == 0 or self.step == total:
+            assert outputs is not None
+            losses = {"head": outputs["decode.loss_ce"], "auxiliary": outputs["aux.loss_ce"]}
+            epoch = 1 + (self.step * self.protocol.training.batch_size - 1) // len(self.views)
+            self.progress.update(self.step, epoch, told(losses, self.step))
+        due = time.monotonic() - self.saved > self.save_every
+        code, due = distributed.largest([float(self.stop.exit_code), float(due)], self.device)
+        if code or due or self.step == total:  # the test may take long
+            self.save()
+            self.saved = time.monotonic()
+        if code:
+            raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", int(code))
+
+    def save(self) -> None:
+        """mmengine's own checkpoints also hold objects, which cannot be read without running what a file says."""
+        if distributed.rank() != 0:
+            return
+        state = {
+            "step": self.step,
+            "weights": {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()},
+            "optimizer": self.runner.optim_wrapper.state_dict(),
+            "schedulers": [scheduler.state_dict() for scheduler in self.runner.param_schedulers],
+        }
+        self.checkpoints.save(self.step, state)
+
+    def test(self, quiet: bool) -> dict[str, float]:
+        for buffer in self.network.buffers():  # the statistics of the first process, as they were saved
+            broadcast(buffer)
+        count = len(self.test_images)
+        with counting("test images", count, not quiet and distributed.rank() == 0) as self.tested:
+            found = self.runner.test()
+        return {ours: found[theirs] for theirs, ours in NAMES.items()}
+
+    def before_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        _raise(data_batch)
+
+    def after_test_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] | None = None
+    ) -> None:
+        self.tested(batch_idx + 1)
+
+
+def _raise(batch: Any) -> None:
+    """An image that cannot be read: raised in a worker, its sentence would arrive wrapped in a traceback."""
+    if isinstance(batch, UserError):
+        raise batch
+
+
+def parallel(device: torch.device) -> Config:
+    """Of several processes. SyncBN keeps statistics equal on GPUs; on CPUs all have those of the first process."""
+    on_gpu = device.type == "cuda"
+    return {
+        "type": "MMDistributedDataParallel",
+        "device_ids": [device.index] if on_gpu else None,
+        "broadcast_buffers": not on_gpu,
+    }
