@@ -146,4 +146,4 @@ def mask_loss(
 ) -> Float[Tensor, ""]:
     if not len(labels):
         return logits.sum() * 0  # a mean over nothing is no number
-    return F.binary_cross_entropy_with_logits(logits[torch.arange(len(labels)), labels], truth)
+    return F.binary_cross_entropy_with_logits(logits[torch.arange(len(labels), device=labels.device), labels], truth)

@@ -29,7 +29,7 @@ EVERY = 100_000  # anchors or proposals an image: all that there are
 SIZES = [8, 16, 24, 32, 48]
 OPTIONS = [f"model.anchors={SIZES}", f"data.min_sizes=[{SIZE}]", f"data.test_size={SIZE}", f"data.max_size={2 * SIZE}"]
 OPTIONS += ["model.score=0.0", "training.device=cpu", "data.scenes.count=2", "data.scenes.test_count=1"]
-OPTIONS += [f"model.proposal_batch={EVERY}", f"model.box_batch={EVERY}"]
+OPTIONS += [f"model.proposal_batch={EVERY}", f"model.box_batch={EVERY}", "model.proposals=[20,30]"]
 BACKBONES = {"fpn": "scratch:resnet18", "c4": "scratch:resnet50"}
 
 # Our detector's parts in detectron2's names.
