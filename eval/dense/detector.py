@@ -109,7 +109,7 @@ class Pyramid(nn.Module):
         super().__init__()
         self.trunk, self.out_channels = trunk, settings.width
         self.strides = list(trunk.strides.values())
-        self.divisor = self.strides[-1]  # of the padded images' sides, so that each map is twice the next
+        self.divisor = self.strides[-1]  # of the padded images: each map is twice as large as the next
         levels, sizes = len(self.strides), len(settings.anchors)
         if sizes not in (levels, levels + 1):
             raise ConfigError(

@@ -4,6 +4,7 @@ does in another way than torchvision is written here; test_detectron2_networks.p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ class Anchors(nn.Module):
     def __init__(self, sizes: Sequence[Sequence[int]], strides: Sequence[int]) -> None:
         """`sizes`: those of each map, equally many."""
         super().__init__()
+        self.cells: Tensor
         self.strides, self.count = strides, len(sizes[0]) * len(RATIOS)
         sides = [[(size / ratio**0.5, size * ratio**0.5) for size in level for ratio in RATIOS] for level in sizes]
         halves = torch.tensor(sides) / 2
@@ -53,7 +55,7 @@ class Proposals(RegionProposalNetwork):
     """With an L1 loss, divided by how many anchors were asked for, and not by how many there are; a box needs no more
     than some area."""
 
-    def __init__(self, *parts: nn.Module, **settings: object) -> None:
+    def __init__(self, *parts: Any, **settings: Any) -> None:
         super().__init__(*parts, **settings)
         self.box_coder = Coder(self.box_coder.weights)
         self.min_size = torch.finfo(torch.float32).tiny

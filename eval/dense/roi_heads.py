@@ -20,7 +20,7 @@ from mls.eval.dense.proposals import Coder
 class Heads(RoIHeads):
     """Boxes, and masks where there is a predictor of them. C4 has no mask head: boxes and masks share their maps."""
 
-    def __init__(self, *parts: nn.Module, **settings: Any) -> None:
+    def __init__(self, *parts: Any, **settings: Any) -> None:
         super().__init__(*parts, **settings)
         self.box_coder = Coder(self.box_coder.weights)
 
@@ -34,7 +34,8 @@ class Heads(RoIHeads):
         if self.training:
             return [], self.losses(features, proposals, image_shapes, targets)
         maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        parts = self.postprocess_detections(*self.box_predictor(maps), proposals, image_shapes)
+        scores, deltas = self.box_predictor(maps)
+        parts = self.postprocess_detections(scores, deltas, proposals, image_shapes)
         found = [
             {"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in zip(*parts, strict=True)
         ]
@@ -57,8 +58,8 @@ class Heads(RoIHeads):
         assert targets is not None
         proposals, matched, labels, wanted = self.select_training_samples(proposals, targets)
         maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
-        classes = torch.cat(labels)
-        losses = box_losses(*self.box_predictor(maps), classes, torch.cat(wanted))
+        (scores, deltas), classes = self.box_predictor(maps), torch.cat(labels)
+        losses = box_losses(scores, deltas, classes, torch.cat(wanted))
         if self.mask_predictor is None:
             return losses
         held = [one > 0 for one in labels]
@@ -99,6 +100,9 @@ class BoxPredictor(FastRCNNPredictor):
 
 class MaskPredictor(MaskRCNNPredictor):
     """A mask of each class, twice as fine as the maps."""
+
+    conv5_mask: nn.ConvTranspose2d
+    mask_fcn_logits: nn.Conv2d
 
     def __init__(self, channels: int, width: int, classes: int) -> None:
         super().__init__(channels, width, classes + 1)
