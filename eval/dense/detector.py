@@ -1,6 +1,6 @@
 """Faster R-CNN and Mask R-CNN of torchvision's parts, on a feature pyramid or on the fourth stage (C4), as detectron2
-is configured for self-supervised backbones: all layers learn, heads are normalised, RoIAlign is aligned. The head of C4
-is in res5.py."""
+is configured for self-supervised backbones: all layers learn, heads are normalised, RoIAlign is aligned. What learns in
+another way than torchvision's is in proposals.py and roi_heads.py."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import roi_align
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from mls.errors import ConfigError
 from mls.eval.data.objects import encode
 from mls.eval.dense.coco_ap import Detections
-from mls.eval.dense.res5 import Res5Heads
+from mls.eval.dense.proposals import Anchors, Proposals
+from mls.eval.dense.roi_heads import BoxHead, BoxPredictor, Heads, MaskPredictor
 from mls.eval.dense.schema import Detection, DetectorConfig
 from mls.eval.dense.trunk import Maps, Trunk
 from mls.eval.dense.views import ObjectTarget
@@ -30,7 +29,6 @@ from mls.models.backbones import Backbone
 
 BOX_SIZE, MASK_SIZE = 7, 14  # of the maps that the heads see of a proposal
 CANONICAL = 224  # pixels: a box of this size is read from the map of stride 16
-RATIOS = (0.5, 1.0, 2.0)
 
 
 class Detector(nn.Module):
@@ -57,12 +55,11 @@ class Detector(nn.Module):
         super().__init__()
         trunk, self.masks, data = Trunk(backbone), protocol.model.masks, protocol.data
         body, heads = PARTS[protocol.model.neck](trunk, protocol.model, classes)
-        levels = len(body.strides)
-        anchors = [(size,) for size in protocol.model.anchors] if levels > 1 else [tuple(protocol.model.anchors)]
-        generator = AnchorGenerator(tuple(anchors), (RATIOS,) * levels)
-        proposals = RegionProposalNetwork(
-            generator,
-            RPNHead(body.out_channels, generator.num_anchors_per_location()[0]),
+        sizes = protocol.model.anchors
+        anchors = Anchors([[size] for size in sizes] if protocol.model.neck == "fpn" else [sizes], body.strides)
+        proposals = Proposals(
+            anchors,
+            RPNHead(body.out_channels, anchors.count),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=protocol.model.proposal_batch,
@@ -71,9 +68,7 @@ class Detector(nn.Module):
             post_nms_top_n=dict(zip(("training", "testing"), protocol.model.proposals, strict=True)),
             nms_thresh=0.7,
         )
-        resize = GeneralizedRCNNTransform(
-            data.min_sizes, data.max_size, list(mean), list(std), max(trunk.strides.values())
-        )
+        resize = GeneralizedRCNNTransform(data.min_sizes, data.max_size, list(mean), list(std), body.divisor)
         self.model = GeneralizedRCNN(body, proposals, heads, resize)
         self.test_size, self.min_sizes = data.test_size, data.min_sizes
 
@@ -114,7 +109,14 @@ class Pyramid(nn.Module):
         super().__init__()
         self.trunk, self.out_channels = trunk, settings.width
         self.strides = list(trunk.strides.values())
-        more = LastLevelMaxPool() if len(settings.anchors) == len(self.strides) + 1 else None
+        self.divisor = self.strides[-1]  # of the padded images: each map is twice as large as the next
+        levels, sizes = len(self.strides), len(settings.anchors)
+        if sizes not in (levels, levels + 1):
+            raise ConfigError(
+                f"model.anchors has {sizes} sizes and the backbone's pyramid {levels} levels: give {levels} sizes, or "
+                f"{levels + 1} for one more level"
+            )
+        more = LastLevelMaxPool() if sizes > levels else None
         channels = list(trunk.channels.values())
         self.pyramid = FeaturePyramidNetwork(channels, settings.width, more, norm_layer=nn.BatchNorm2d)
         self.pooled = list(self.strides)  # proposals are never read from the subsampled level
@@ -127,6 +129,8 @@ class Pyramid(nn.Module):
 
 class FourthStage(nn.Module):
     """All stages but the last."""
+
+    divisor = 1  # images are padded to one another's size and no further
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
@@ -153,7 +157,7 @@ class Pool(nn.Module):
         level_of = self.level_of(rows[:, 1:])
         for number, (one, stride) in enumerate(zip(levels, self.strides, strict=True)):
             here = (level_of == number).nonzero()[:, 0]
-            part = roi_align(one, rows[here].to(one.dtype), self.size, 1 / stride, sampling_ratio=0, aligned=True)
+            part = roi_align(one, rows[here], self.size, 1 / stride, sampling_ratio=0, aligned=True)
             pooled = pooled.index_put((here,), part)
         return pooled
 
@@ -165,26 +169,27 @@ class Pool(nn.Module):
         return (wanted - first).clamp(0, len(self.strides) - 1).long()
 
 
-def _with_pyramid(trunk: Trunk, settings: DetectorConfig, classes: int) -> tuple[Pyramid, RoIHeads]:
+def _with_pyramid(trunk: Trunk, settings: DetectorConfig, classes: int) -> tuple[Pyramid, Heads]:
     body, width = Pyramid(trunk, settings), settings.width
-    box_head = FastRCNNConvFCHead((width, BOX_SIZE, BOX_SIZE), [width] * 4, [settings.box_width], nn.BatchNorm2d)
     parts = {}
     if settings.masks:
         parts = {
             "mask_roi_pool": Pool(MASK_SIZE, body.pooled),
             "mask_head": MaskRCNNHeads(width, [width] * 4, 1, nn.BatchNorm2d),
-            "mask_predictor": MaskRCNNPredictor(width, width, classes + 1),
+            "mask_predictor": MaskPredictor(width, width, classes),
         }
-    predictor = FastRCNNPredictor(settings.box_width, classes + 1)
-    return body, RoIHeads(Pool(BOX_SIZE, body.pooled), box_head, predictor, **_box_settings(settings), **parts)
+    box_head, predictor = BoxHead(width, BOX_SIZE, settings.box_width), BoxPredictor(settings.box_width, classes)
+    return body, Heads(Pool(BOX_SIZE, body.pooled), box_head, predictor, **_box_settings(settings), **parts)
 
 
-def _with_res5(trunk: Trunk, settings: DetectorConfig, classes: int) -> tuple[FourthStage, Res5Heads]:
+def _with_res5(trunk: Trunk, settings: DetectorConfig, classes: int) -> tuple[FourthStage, Heads]:
+    """The head is the backbone's last stage on every proposal, then one more normalisation (detectron2's Res5ROIHeads,
+    with the extra norm of MoCo's configuration)."""
     channels, last = trunk.channels[trunk.names[-1]], trunk.take_last()
-    body = FourthStage(trunk)
-    pool = Pool(2 * BOX_SIZE, body.strides)
-    masks = MaskRCNNPredictor(channels, settings.width, classes + 1) if settings.masks else None
-    return body, Res5Heads(pool, last, channels, classes, masks, **_box_settings(settings))
+    body, box_head = FourthStage(trunk), nn.Sequential(last, nn.BatchNorm2d(channels))
+    masks = MaskPredictor(channels, settings.width, classes) if settings.masks else None
+    pool, predictor = Pool(2 * BOX_SIZE, body.strides), BoxPredictor(channels, classes)
+    return body, Heads(pool, box_head, predictor, mask_predictor=masks, **_box_settings(settings))
 
 
 def _box_settings(settings: DetectorConfig) -> dict[str, float | int | None]:

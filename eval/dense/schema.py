@@ -149,7 +149,8 @@ def check(protocol: Dense) -> None:
     greater |= {"seeds": protocol.seeds, "model.width": model.width}
     if isinstance(protocol, Detection):
         greater |= {f"data.{key}": getattr(protocol.data, key) for key in ("test_size", "max_size")}
-        greater |= {"data.min_sizes": min(protocol.data.min_sizes, default=0)}
+        smallest = {"data.min_sizes": protocol.data.min_sizes, "model.anchors": protocol.model.anchors}
+        greater |= {key: min(sizes, default=0) for key, sizes in smallest.items()}
         for key in ("before_nms", "proposals"):
             if len(getattr(protocol.model, key)) != 2:
                 raise ConfigError(f"model.{key} needs two numbers, one for training and one for the test")
