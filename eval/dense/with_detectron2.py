@@ -60,6 +60,7 @@ def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[
     source = backbone_source(protocol, weights, seed, state / "backbone")
     refuse_unknown_to_detectron2(protocol, source)
     if distributed.rank() == 0:
+        state.mkdir(parents=True, exist_ok=True)
         to_detectron2.write(source, state, state)
         if protocol.data.name in SCENES:
             detectron2_data.write_scenes(data, state / "scenes")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mls.config import AugmentConfig
 from mls.data.layouts import write
 from mls.errors import CheckpointError, ConfigError, DataError, DivergedError, Stopped
 from mls.eval import cells, load_protocol
@@ -24,6 +25,7 @@ from mls.eval.dense.schema import Detection
 from mls.eval.dense.voc_ap import voc_ap
 from mls.eval.dense.with_detectron2 import Detectron2Training, prepare
 from mls.exporting import frameworks
+from mls.models import load_backbone, save_backbone
 from mls.models.resnet_names import to_detectron2
 from mls.results import Results
 
@@ -120,6 +122,20 @@ def test_the_embedded_scenes_are_trained_on_and_the_kept_network_has_the_stored_
     assert cells.run(protocol, "random", 0, root, quiet=True) == pytest.approx(values)
     assert sorted(path.name for path in folder.iterdir()) == ["classifier.safetensors", "protocol.yaml"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "spare"]
+
+
+@needs_detectron2
+def test_a_runs_weights_and_statistics_are_what_training_starts_from(tmp_path: Path) -> None:
+    augment = AugmentConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    (tmp_path / "run").mkdir()
+    save_backbone(tmp_path / "run", load_backbone("scratch:resnet18"), {"architecture": "resnet18"}, augment)
+    with frameworks.quiet():
+        protocol, state = scenes(), tmp_path / "cell" / "state"
+        cfg, images, _ = prepare(protocol, str(tmp_path / "run"), 0, state)
+        network = Detectron2Training(protocol, cfg, images, 0, state).network
+    stored = load_file(tmp_path / "run" / "backbone.safetensors")["conv1.weight"]
+    assert torch.equal(network.get_submodule("backbone.bottom_up.stem.conv1").weight, stored)
+    assert list(cfg.MODEL.PIXEL_MEAN) == pytest.approx([25.5, 51.0, 76.5])
 
 
 @needs_detectron2
