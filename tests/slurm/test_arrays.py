@@ -29,6 +29,30 @@ def test_four_evaluations_as_an_array_store_every_result_once(cluster: Any) -> N
     assert "nothing to submit" in cluster.mls("submit", "eval", *wanted, "--profile", "box").stderr
 
 
+def test_all_processes_of_a_profile_share_a_cell_if_its_task_can_be_shared(cluster: Any, tmp_path: Path) -> None:
+    suite = tmp_path / "two.yaml"
+    text = """title: Two
+compares: backbones
+columns:
+  - {name: A, protocol: PROTOCOL, set: [SET]}
+rows:
+  - {name: r, weights: random}
+"""
+    short = ", ".join([*FEW[:2], "training.steps=4", "seeds=1"])
+    suite.write_text(text.replace("PROTOCOL", "segmentation_scenes").replace("SET", short))
+    options = ["--profile", "box", "--slurm", "tasks_per_node=2", "--whole"]
+    folder = Path(cluster.mls("submit", "eval", str(suite), *options).stdout.strip())
+    (cell,) = folder.glob("0*")
+    cluster.wait_until_done(cell)
+    rows = Results(cluster.runs / "results.jsonl").rows(protocol="segmentation_scenes")
+    assert sorted(row["metric"] for row in rows) == [f"scenes_regions/{one}" for one in ("aacc", "macc", "miou")]
+    assert {one["rank"] for one in cluster.history(cell, "started")} == {0, 1}
+
+    suite.write_text(text.replace("PROTOCOL", "knn_scenes").replace("SET", ", ".join(FEW[:2])))
+    refused = cluster.mls("submit", "eval", str(suite), *options, fails=True)
+    assert "learns from frozen features in one process: leave out --whole" in refused.stderr
+
+
 def test_a_sweep_is_one_array_with_evaluations_behind_each_run_and_one_table(cluster: Any, tmp_path: Path) -> None:
     suite = tmp_path / "small.yaml"
     options = ", ".join([*FEW, "training.loss=an", "seeds=1"])

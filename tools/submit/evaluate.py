@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mls.errors import ConfigError
 from mls.tools.eval import ROWS
 from mls.tools.submit.options import Changes, DryRun, ProfileName, hand_over, say
 
@@ -30,9 +31,15 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="Holds results.jsonl; default: $MLS_RUNS.")] = None,
     profile: ProfileName = None,
     slurm: Changes = None,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Each cell gets all processes and GPUs of the profile.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run a suite as a job array: one task for each protocol, row, seed and weights. Finished cells are left out.
+
+    A task is one process with at most one GPU. With --whole all the profile's share each cell: detection, segmentation,
+    fine-tuning and weak labels can, frozen features cannot.
 
     Afterwards `mls eval suite` with the same arguments prints the table from the stored results.
 
@@ -41,6 +48,8 @@ def evaluate(
         mls submit eval scenes_single_positive --weights runs/a --weights runs/b --profile box
 
         mls submit eval paper_spml --weights torchvision:resnet50 --profile one_node_8gpu --slurm concurrency=4
+
+        mls submit eval paper_dense --weights MLS=runs/a --profile one_node_8gpu --whole
     """
     from mls.files import runs_folder
     from mls.slurm import submit as launch
@@ -48,12 +57,15 @@ def evaluate(
 
     name, *overrides = arguments
     root = (out or runs_folder()).absolute()
-    wanted = one_process(load_profile(profile, slurm or []))
+    given = load_profile(profile, slurm or [])
+    wanted = given if whole else one_process(given)
     weights = [_absolute_weights(one) for one in weights or ()]
     tasks = plan(name, weights, root, tiny, seeds, only or (), overrides)
     if not tasks:
         say(f"nothing to submit: every cell is in {root / 'results.jsonl'}")
         return
+    if whole:
+        refuse_frozen(tasks)
     title = f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = root / title
     made = orders(tasks, folder, folder / "submission")
@@ -73,6 +85,7 @@ class Task:
     function: Callable[..., None]
     arguments: dict[str, Any]
     protocol: str = ""  # a cell's, as YAML; empty for a row
+    frozen: bool = False  # it cannot be shared by processes
 
 
 def plan(
@@ -87,7 +100,7 @@ def plan(
     """What a suite has to run that is not finished, each cell once. A row that chooses a value on the validation part
     is one task, since its seeds wait for the choice."""
     from mls.eval import suite as suites
-    from mls.eval.protocol import to_yaml
+    from mls.eval.protocol import Frozen, to_yaml
 
     suite = suites.load_suite(name)
     tasks: dict[str, Task] = {}
@@ -102,8 +115,18 @@ def plan(
                 known, cell_name = _look_up(cell, root)
                 told = {"weights": cell.weights, "seed": cell.seed, "root": str(root)}
                 if not known:
-                    tasks.setdefault(cell_name, Task(cell_name, run_cell, told, to_yaml(cell.protocol)))
+                    frozen = isinstance(cell.protocol, Frozen)
+                    tasks.setdefault(cell_name, Task(cell_name, run_cell, told, to_yaml(cell.protocol), frozen))
     return list(tasks.values())
+
+
+def refuse_frozen(tasks: Sequence[Task]) -> None:
+    """Before anything is handed over."""
+    for task in tasks:
+        if task.frozen:
+            raise ConfigError(
+                f"{task.name} learns from frozen features in one process: leave out --whole, or use --only"
+            )
 
 
 def _look_up(cell: Cell, root: Path) -> tuple[bool, str]:
@@ -156,9 +179,12 @@ def orders(tasks: Sequence[Task], folder: Path, shared: Path) -> list[Order]:
 
 def run_cell(protocol: str, weights: str, seed: int, root: str) -> None:
     """In the job: one cell."""
+    from mls import distributed
     from mls.eval import cells
 
-    print(cells.run(protocol, weights, seed, Path(root), keep=False))
+    values = cells.run(protocol, weights, seed, Path(root), keep=False)
+    if distributed.rank() == 0:
+        print(values)
 
 
 def run_row(suite: str, weights: list[str], only: str, seeds: int | None, overrides: list[str], root: str) -> None:
