@@ -97,8 +97,11 @@ def test_a_cancelled_local_job_saves_and_is_not_started_again(
     assert mls_command("cancel", str(run.path)).returncode == 0
     ended = lambda: watch.look([order.read(run.path)], tmp_path)[0].state == "stopped"
     _wait_until(ended)
+    one = order.read(run.path)
     assert order.last_save(run.path) >= 6
-    assert len(order.read(run.path).history.rows(event="started")) == 1
+    assert len(one.history.rows(event="started")) == 1
+    # Training alone was asked: the controller would have asked it once more, and that saves nothing.
+    assert "KeyboardInterrupt" not in (Path(one.logs) / "controller.log").read_text()
 
 
 def test_debug_runs_in_this_process(mls_command: Call, tiny: list[str], tmp_path: Path) -> None:
