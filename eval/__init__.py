@@ -5,8 +5,8 @@ import importlib
 
 _HOME = {
     "extract": "mls.eval.extraction",
-    "knn": "mls.probe",
-    "linear_probe": "mls.probe",
+    "knn": "mls.frozen.probe",
+    "linear_probe": "mls.frozen.probe",
     "load_protocol": "mls.eval.protocol",
     "protocols": "mls.eval.protocol",
     "run": "mls.eval.cells",

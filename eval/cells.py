@@ -25,8 +25,8 @@ from mls.eval.dense.schema import Dense
 from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
-from mls.exporting import frameworks
 from mls.files import alone, runs_folder, sha256, write_atomically
+from mls.frameworks import installed as frameworks
 from mls.models import weights_file
 from mls.recipes import load_config
 from mls.results import Results

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mls.core.losses import at_least_fp32
 from mls.errors import ConfigError, unknown_name
-from mls.losses import at_least_fp32
 from mls.models import load_backbone
 from mls.models.backbones import Backbone
 from mls.streams import derive

@@ -1,5 +1,5 @@
 """Frozen features of labelled images: computed once for the same weights, images and size, then read from disk
-(`mls.features.kept`). What is learnt from them is in frozen.py."""
+(`mls.frozen.features.kept`). What is learnt from them is in frozen.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mls.eval.data import DataSet, LabelledImages
 from mls.eval.images import Batches
 from mls.eval.protocol import FeaturesConfig, Frozen, FrozenData, plain
 from mls.eval.splits import load
-from mls.features import hash_of_images, hash_of_weights, kept
+from mls.frozen.features import hash_of_images, hash_of_weights, kept
 from mls.models import load_backbone
 from mls.models.momentum import HALF, precision_on
 

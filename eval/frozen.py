@@ -1,5 +1,5 @@
 """`task: linear`, `knn` and `svm`: what frozen features know. Features come from extraction.py, the solvers from
-mls/probe; here is which images are learnt from, and what is chosen on which."""
+mls/frozen/probe; here is which images are learnt from, and what is chosen on which."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mls import probe
-from mls.baselines import IMAGES, calibrated
 from mls.distributed import start
 from mls.errors import ConfigError
 from mls.eval.data import LabelledImages
@@ -24,9 +22,11 @@ from mls.eval.outcome import Outcome, metrics
 from mls.eval.protocol import Frozen
 from mls.eval.splits import load
 from mls.eval.supervised import with_statistics_of
+from mls.frozen import probe
+from mls.frozen.probe.linear import Progress
+from mls.frozen.untrained import IMAGES, calibrated
 from mls.models import load_backbone, weights_file
 from mls.monitor.progress import counting
-from mls.probe.linear import Progress
 from mls.streams import derive, generator
 
 ALL_ASKED = 20000  # training images up to which kNN's k is chosen by leaving one out; above that

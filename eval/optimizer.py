@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mls.core.losses import Loss
 from mls.engine.schedule import cosine, stepwise
 from mls.eval.classifier import Classifier
 from mls.eval.protocol import TrainingConfig
-from mls.losses import Loss
 
 
 def build(training: TrainingConfig, classifier: Classifier, loss: Loss) -> torch.optim.Optimizer:

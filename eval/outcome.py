@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int8, Int64
 from torch import Tensor
 
-from mls.metrics import (
+from mls.frozen.metrics import (
     average_precision,
     f1,
     frequency_groups,

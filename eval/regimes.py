@@ -1,5 +1,5 @@
 """Label regimes: what a training sees of the truth, and the published way to hold out a validation part. Labels are +1
-present, -1 absent, 0 unknown. The losses that learn from them are in mls/losses."""
+present, -1 absent, 0 unknown. The losses that learn from them are in mls/core/losses."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from mls.eval.protocol import Classification, Supervised, TrainingData
 from mls.eval.regimes import observe, split
 from mls.eval.splits import load
 from mls.eval.training import Training, build_loss
+from mls.frozen.probe import few_shot
 from mls.models import card, weights_file
-from mls.probe import few_shot
 
 Protocol = TypeVar("Protocol", bound=Classification)
 Truth = Int8[Tensor, "images classes"] | Int64[Tensor, "images"]  # the second where every image has one label

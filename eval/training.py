@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int8, Int64
 from torch import Tensor, nn
 
-from mls import distributed, losses
+from mls import distributed
+from mls.core import losses
+from mls.core.losses import Loss
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.preempt import StopFlag
 from mls.errors import ConfigError, DivergedError, Stopped
@@ -23,7 +25,6 @@ from mls.eval.data import LabelledImages, presence
 from mls.eval.images import Batches, mixing, shares
 from mls.eval.optimizer import build, frozen_parts, set_lr, weight_penalty
 from mls.eval.protocol import Supervised
-from mls.losses import Loss
 from mls.models.momentum import HALF, precision_on
 from mls.monitor.progress import TrainingProgress
 from mls.streams import derive, generator

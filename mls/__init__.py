@@ -16,7 +16,7 @@ _HOME = {
     "export": "mls.exporting",
     "verify_export": "mls.exporting",
 }
-_PARTS = ("eval", "losses", "matching")  # modules that people reach through `mls.`
+_PARTS = ("eval", "losses", "matching", "methods")  # modules that people reach through `mls.`
 __all__ = ["Run", "__version__", "export", "load_backbone", "load_config", "pretrain", "resume", "verify_export"]
 
 

@@ -11,8 +11,16 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 # Before anything imports them. Files that only shuffle folders and text gain nothing from it.
-CHECKED = ["mls.dictionary", "mls.matching", "mls.losses", "mls.methods", "mls.models", "mls.probe", "mls.metrics"]
-CHECKED += ["mls.distributed", "mls.products", "mls.sharding", "mls.exporting"]
+CHECKED = [
+    "mls.core.dictionary",
+    "mls.core.matching",
+    "mls.core.losses",
+    "mls.core.methods",
+    "mls.models",
+    "mls.frozen.probe",
+    "mls.frozen.metrics",
+]
+CHECKED += ["mls.distributed", "mls.core.products", "mls.core.sharding", "mls.exporting"]
 CHECKED += ["mls.monitor.health", "mls.monitor.labels"]
 install_import_hook(CHECKED, "beartype.beartype")
 

@@ -90,7 +90,7 @@ def _table(found: dict[str, list[dict[str, Any]]], seeds: int, quick: bool) -> s
 
 
 def _picture(run: Path, target: Path) -> Path:
-    from mls.gallery import draw, gallery
+    from mls.frozen.gallery import draw, gallery
 
     draw(gallery(run)).save(target)
     return target

@@ -39,7 +39,7 @@ def _machine() -> None:
 
 def _frameworks() -> None:
     from mls.errors import ConfigError
-    from mls.exporting.frameworks import FRAMEWORKS, load, missing, quiet, version
+    from mls.frameworks.installed import FRAMEWORKS, load, missing, quiet, version
 
     for name, framework in FRAMEWORKS.items():
         absent = missing(name)

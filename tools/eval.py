@@ -152,7 +152,7 @@ def list_(
 
         print(to_yaml(load_protocol(name)), end="")
         return
-    from mls import losses
+    from mls.core import losses
     from mls.eval import data, protocols, suites
 
     lists = {"protocols": protocols(), "suites": suites(), "data sets": data.names(), "losses": losses.names()}

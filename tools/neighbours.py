@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from mls.data import Source
-    from mls.neighbours import Album, Calibration, Pair
+    from mls.frozen.neighbours import Album, Calibration, Pair
 
 SHOWN = 12  # pairs in a picture
 ASKED = 6  # images of the data set, where no query is given
@@ -40,9 +40,9 @@ def neighbours(
         mls neighbours runs/my-run --dataset /data/voc -k 20 --out voc.png
     """
     from mls.errors import ConfigError
-    from mls.features import embed
-    from mls.gallery import draw
-    from mls.neighbours import Album, Eye, InMemory, line, source_of
+    from mls.frozen.features import embed
+    from mls.frozen.gallery import draw
+    from mls.frozen.neighbours import Album, Eye, InMemory, line, source_of
 
     weights, source = _weights_and_data(run)
     source = source_of(dataset) if dataset is not None else source
@@ -108,7 +108,7 @@ def leakcheck(
     from dataclasses import asdict
 
     from mls.files import write_atomically
-    from mls.neighbours import Album, Eye, calibrate, near_duplicates, source_of
+    from mls.frozen.neighbours import Album, Eye, calibrate, near_duplicates, source_of
     from mls.tools.studies import markdown_table
 
     out.mkdir(parents=True, exist_ok=True)
@@ -147,8 +147,8 @@ def _explained(album: Album, calibration: Calibration, limit: float, given: bool
 
 def _draw(first: Album, second: Album, pairs: list[Pair], folder: Path) -> str:
     """Each line: an image of B in red, the image of A that it is like in yellow."""
-    from mls.gallery import draw
-    from mls.neighbours import line
+    from mls.frozen.gallery import draw
+    from mls.frozen.neighbours import line
     from mls.tools.studies import slug
 
     if not pairs:

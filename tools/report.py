@@ -1,5 +1,5 @@
 """`mls report`: one offline page about one or more runs. Words and looks are in report.html, charts in charts.py, the
-crops come from mls/gallery.py, the numbers from metrics.jsonl and nowhere else."""
+crops come from mls/frozen/gallery.py, the numbers from metrics.jsonl and nowhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mls.tools.charts import chart
 if TYPE_CHECKING:
     from mls.config import Config
     from mls.engine import Run
-    from mls.gallery import Pixels
+    from mls.frozen.gallery import Pixels
 
 # The first four are a plot's edges: whoever checks the page asks for them here.
 
@@ -87,7 +87,7 @@ def render(cards: Sequence[Card]) -> str:
 
 def _card(run: Run, label: str) -> Card:
     from mls.errors import UserError
-    from mls.gallery import gallery, meaning
+    from mls.frozen.gallery import gallery, meaning
 
     card = Card(label, run, run.config, run.metrics())
     reached, total = _progress(card)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def probe_on_scenes(backbone: nn.Module, config: Config) -> dict[str, float]:
     """Multi-label mAP of a linear probe and of kNN, in per cent, trained on the train split, told on the test split."""
     from mls.data.scenes import ScenesSource
-    from mls.features import embed
-    from mls.metrics import mean_average_precision
-    from mls.probe import knn_scores, linear_probe
+    from mls.frozen.features import embed
+    from mls.frozen.metrics import mean_average_precision
+    from mls.frozen.probe import knn_scores, linear_probe
 
     train, test = ScenesSource(config.data.scenes, "train"), ScenesSource(config.data.scenes, "test")
     features = embed(backbone, train, range(len(train)), config.augment)
@@ -41,7 +41,7 @@ def scene_type_alone(config: Config) -> dict[str, float]:
     import torch
 
     from mls.data.scenes import make_scenes
-    from mls.metrics import mean_average_precision
+    from mls.frozen.metrics import mean_average_precision
 
     scenes = config.data.scenes
     train = make_scenes(scenes.count, "train", scenes.size, scenes.seed)
@@ -98,8 +98,8 @@ def _measure(run: Run) -> dict[str, float]:
 
 
 def _measure_untrained(config: Config) -> dict[str, float]:
-    from mls.baselines import untrained
     from mls.data.scenes import ScenesSource
+    from mls.frozen.untrained import untrained
 
     return probe_on_scenes(untrained(config, ScenesSource(config.data.scenes)), config)
 

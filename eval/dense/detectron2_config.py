@@ -11,9 +11,9 @@ from mls.data.loader import worker_count
 from mls.errors import ConfigError
 from mls.eval.dense.prepare import SCENES
 from mls.eval.dense.schema import Detection
-from mls.exporting import detectron2_train
 from mls.exporting.source import Source
 from mls.exporting.to_detectron2 import C4, FPN
+from mls.frameworks import detectron2_train
 
 RECIPES = {"fpn": FPN, "c4": C4}
 NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")

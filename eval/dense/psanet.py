@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mls.eval.dense.heads import Classify, Map, convolution, resized
-from mls.exporting.psamask import spread
+from mls.frameworks.psamask import spread
 
 WINDOW = (97, 97)  # positions, height and width: what mmsegmentation's configurations say for every crop
 SHRINK = 2  # attention is between every second position

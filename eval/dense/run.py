@@ -22,7 +22,7 @@ from mls.eval.dense.schema import Dense, Detection, Segmentation
 from mls.eval.dense.segmenter import Segmenter
 from mls.eval.dense.voc_ap import voc_ap
 from mls.eval.outcome import Outcome
-from mls.exporting import frameworks
+from mls.frameworks import installed as frameworks
 from mls.monitor.progress import counting
 from mls.streams import derive
 

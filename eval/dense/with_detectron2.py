@@ -24,7 +24,8 @@ from mls.eval.dense.loop import SAVE_EVERY, SEE_EVERY
 from mls.eval.dense.prepare import SCENES, backbone_source, load_images
 from mls.eval.dense.schema import Detection
 from mls.eval.outcome import Outcome
-from mls.exporting import frameworks, to_detectron2
+from mls.exporting import to_detectron2
+from mls.frameworks import installed as frameworks
 from mls.models.momentum import HALF, precision_on
 from mls.monitor.progress import TrainingProgress, counting
 from mls.streams import derive

@@ -31,8 +31,9 @@ from mls.eval.dense.prepare import backbone_source, load_images
 from mls.eval.dense.schema import Segmentation
 from mls.eval.dense.views import training_loader
 from mls.eval.outcome import Outcome
-from mls.exporting import frameworks, to_mmseg, to_torchvision
+from mls.exporting import to_mmseg, to_torchvision
 from mls.exporting.source import NoCounterpart
+from mls.frameworks import installed as frameworks
 from mls.monitor.progress import TrainingProgress, counting
 from mls.streams import derive
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import mls
-from mls import distributed, methods
+from mls import distributed
 from mls.config import Config, to_dict
+from mls.core import methods
+from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch
 from mls.data.augment import Augment
 from mls.data.loader import Loader, remedy, steps_per_epoch
@@ -28,7 +30,6 @@ from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
 from mls.errors import DataError, DivergedError, Stopped
 from mls.files import write_atomically
-from mls.methods.base import StepOutput, gradient_norms
 from mls.models import build_pair, save_backbone
 from mls.models.momentum import HALF, precision_on
 from mls.monitor.health import health

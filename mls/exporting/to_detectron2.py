@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from mls.errors import ConfigError
-from mls.exporting import detectron2_train, frameworks, settings
+from mls.exporting import settings
 from mls.exporting.certify import Loaded, blank
 from mls.exporting.restated import BLOCKS, RestatedResNet
 from mls.exporting.source import STAGES, Pixels, ResNetPlan, Source, Stages, normalised, outputs
 from mls.exporting.to_torchvision import plan_of
+from mls.frameworks import detectron2_train
+from mls.frameworks import installed as frameworks
 from mls.models import foreign
 from mls.models.resnet_names import from_detectron2, to_detectron2
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from mls.errors import ConfigError
-from mls.exporting import frameworks, settings
+from mls.exporting import settings
 from mls.exporting.certify import Loaded, blank
 from mls.exporting.restated import BLOCKS, RestatedResNet
 from mls.exporting.source import NoCounterpart, Pixels, ResNetPlan, Source, Stages, normalised, stages_of
 from mls.exporting.to_torchvision import FILE, plan_of
+from mls.frameworks import installed as frameworks
 from mls.models import foreign
 from mls.models.resnet_names import to_detectron2
 
@@ -25,7 +26,7 @@ _base_ = '{base}'
 # Without mmcv's compiled operators (mmcv-lite) mls brings a stand-in, with all that FCN, PSPNet and PSANet need.
 # And it reads checkpoints safely: with torch's default mmengine cannot resume its own.
 custom_imports = dict(
-    imports=['mls.exporting.mmcv_lite', 'mls.exporting.mmengine_checkpoints'], allow_failed_imports=True
+    imports=['mls.frameworks.mmcv_lite', 'mls.frameworks.mmengine_checkpoints'], allow_failed_imports=True
 )
 data_preprocessor = dict(
     type='SegDataPreProcessor',

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from mls.exporting import frameworks
 from mls.exporting.certify import Loaded
 from mls.exporting.restated import RestatedResNet
 from mls.exporting.source import Source
 from mls.exporting.to_torchvision import FILE, filled, filled_network, plan_of, prepared, said_by
+from mls.frameworks import installed as frameworks
 from mls.models import foreign
 from mls.models.resnet_names import to_detectron2
 

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mls.dictionary import Rows
+from mls.core.dictionary import Rows
 
 SAMPLE = 1024  # rows: enough for a stable rank, cheap enough for a laptop
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mls.config import AugmentConfig, Config
 from mls.data import Source
-from mls.features import embed
-from mls.metrics import mean_average_precision, top1
-from mls.probe import knn_scores, linear_probe
+from mls.frozen.features import embed
+from mls.frozen.metrics import mean_average_precision, top1
+from mls.frozen.probe import knn_scores, linear_probe
 from mls.streams import generator
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mls.methods.base import StepOutput
+from mls.core.method import StepOutput
 
 
 class Window:

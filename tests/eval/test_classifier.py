@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mls import losses
 from mls.config import AugmentConfig
+from mls.core import losses
 from mls.errors import ConfigError
 from mls.eval.classifier import Classifier, CosineHead, build_classifier, last_map
 from mls.models import backbones, load_backbone, save_backbone

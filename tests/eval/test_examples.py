@@ -8,7 +8,7 @@ import pkgutil
 import pytest
 
 import mls.eval
-from mls.exporting import frameworks
+from mls.frameworks import installed as frameworks
 
 NEEDS = {"with_mmseg": "mmseg", "mmseg_parts": "mmseg"}  # files that import a framework
 MODULES = [

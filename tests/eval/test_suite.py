@@ -18,7 +18,7 @@ FEW = ["data.scenes.count=80", "data.scenes.test_count=32", "training.epochs=2",
 
 @pytest.mark.parametrize("name", protocols())
 def test_every_protocol_loads_and_names_a_known_data_set(name: str) -> None:
-    from mls import losses
+    from mls.core import losses
     from mls.eval import data
 
     protocol = load_protocol(name)

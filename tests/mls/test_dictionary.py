@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mls.dictionary import Dictionary
+from mls.core.dictionary import Dictionary
 from mls.errors import CheckpointError, ConfigError
 
 FEATURES, PROJECTION = 3, 2

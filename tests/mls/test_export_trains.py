@@ -9,7 +9,8 @@ import torch
 from torchvision.models import resnet18
 
 from mls.data.layouts import write
-from mls.exporting import export, frameworks
+from mls.exporting import export
+from mls.frameworks import installed as frameworks
 
 SMALL = """MODEL.DEVICE cpu SOLVER.IMS_PER_BATCH 2 SOLVER.MAX_ITER 2 INPUT.MIN_SIZE_TEST 64 DATALOADER.NUM_WORKERS 0
 MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE 8 MODEL.RPN.POST_NMS_TOPK_TEST 20 TEST.PRECISE_BN.NUM_ITER 2""".split()

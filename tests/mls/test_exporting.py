@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import mls
 from mls.errors import CheckpointError, ConfigError
-from mls.exporting import TARGETS, Checked, export, frameworks, verify_export
+from mls.exporting import TARGETS, Checked, export, verify_export
 from mls.exporting.certify import certify
 from mls.exporting.restated import RestatedResNet
 from mls.exporting.source import ResNetPlan, Source
+from mls.frameworks import installed as frameworks
 from mls.models import backbones
 from mls.models.resnet_names import to_detectron2
 

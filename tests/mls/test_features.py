@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mls.errors import UserError
-from mls.features import BLOCK, Kept, _in_blocks, kept
+from mls.frozen.features import BLOCK, Kept, _in_blocks, kept
 
 COUNT = 3 * BLOCK + 17
 ROWS = torch.arange(COUNT * 4, dtype=torch.float32).view(COUNT, 4)
@@ -119,7 +119,7 @@ def test_a_full_disk_is_one_sentence() -> None:
 def test_a_killed_process_loses_one_block_at_most(tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import time, torch
-        from mls.features import kept
+        from mls.frozen.features import kept
         rows = torch.arange({COUNT} * 4, dtype=torch.float32).view({COUNT}, 4)
         def compute(start):
             for at in range(start, {COUNT}, 64):

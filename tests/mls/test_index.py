@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mls import index
-from mls.index import Approximate, Exact
-from mls.matching import Matches
+from mls.core.matching import Matches
+from mls.frozen import index
+from mls.frozen.index import Approximate, Exact
 from mls.tools.bench.searches import features
 
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mls import losses
+from mls.core import losses
 from mls.errors import ConfigError
 
 Rows = list[list[float]]

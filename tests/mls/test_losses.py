@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mls import losses
+from mls.core import losses
+from mls.core.losses import info_nce
 from mls.errors import ConfigError
-from mls.losses import info_nce
 
 MINE = ["an", "bce_pos", "softmax"]
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from mls import matching
+from mls.core import matching
+from mls.core.matching import TorchMatcher
+from mls.core.products import OwnRows
 from mls.errors import ConfigError, UserError
-from mls.matching import TorchMatcher
-from mls.products import OwnRows
 
 
 @st.composite

@@ -5,11 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mls import methods
 from mls.config import Config
+from mls.core import methods
+from mls.core.method import gradient_norms
 from mls.data import Views
 from mls.errors import ConfigError
-from mls.methods.base import gradient_norms
 from mls.models import build_pair
 from mls.recipes import load_config
 

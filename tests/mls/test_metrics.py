@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score
 
-from mls import metrics
 from mls.errors import DataError
-from mls.metrics import (
+from mls.frozen import metrics
+from mls.frozen.metrics import (
     average_precision,
     f1,
     frequency_groups,

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mls.exporting import frameworks
-from mls.exporting.mmcv_lite import Operators, psamask_backward, psamask_forward
+from mls.frameworks import installed as frameworks
+from mls.frameworks.mmcv_lite import Operators, psamask_backward, psamask_forward
 
 
 def looped(x: Tensor, psa_type: int, mask: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mls.errors import CheckpointError
-from mls.exporting import frameworks
+from mls.frameworks import installed as frameworks
 
 if frameworks.missing("mmseg"):
     pytest.skip('mmsegmentation is not installed: pip install "mls[mmseg]"', allow_module_level=True)
@@ -33,7 +33,7 @@ def runner(tmp_path: Path) -> Callable[..., Any]:
         from mmengine.model import BaseModel
         from mmengine.runner import Runner
 
-        from mls.exporting import mmengine_checkpoints
+        from mls.frameworks import mmengine_checkpoints
 
     class Line(BaseModel):
         def __init__(self) -> None:
@@ -111,7 +111,7 @@ def test_a_file_that_would_run_code_is_refused(
 def test_torchs_own_reading_is_as_before_afterwards(runner: Callable[..., Any], tmp_path: Path) -> None:
     with frameworks.quiet():
         runner(2).train()
-        from mls.exporting.mmengine_checkpoints import read
+        from mls.frameworks.mmengine_checkpoints import read
 
         before = torch.serialization.get_safe_globals()
         assert read(str(tmp_path / "iter_2.pth"))["meta"]["iter"] == 2
@@ -119,7 +119,7 @@ def test_torchs_own_reading_is_as_before_afterwards(runner: Callable[..., Any], 
 
 
 def test_a_torn_file_is_one_sentence(tmp_path: Path) -> None:
-    from mls.exporting.mmengine_checkpoints import read
+    from mls.frameworks.mmengine_checkpoints import read
 
     torch.save({"state_dict": {}}, tmp_path / "torn.pth")
     (tmp_path / "torn.pth").write_bytes((tmp_path / "torn.pth").read_bytes()[:300])

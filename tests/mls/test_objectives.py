@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mls
-from mls import losses, methods
 from mls.config import Config
+from mls.core import losses, methods
+from mls.core.method import Seen, gradient_norms
+from mls.core.methods.positives import Positives
 from mls.data import Views
 from mls.engine import Run, optim
 from mls.engine.checkpoint import Checkpoints
 from mls.errors import ConfigError, Stopped
-from mls.methods.base import Seen, gradient_norms
-from mls.methods.positives import Positives
 from mls.models import build_pair
 from mls.recipes import load_config
 

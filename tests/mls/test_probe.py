@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from mls.errors import DataError
-from mls.metrics import mean_average_precision, top1
-from mls.probe import fit_linear, knn_scores, linear_probe
+from mls.frozen.metrics import mean_average_precision, top1
+from mls.frozen.probe import fit_linear, knn_scores, linear_probe
 
 
 def features_and_labels(count: int, seed: int = 0, dim: int = 24, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def test_knn_answers_the_same_in_portions(monkeypatch: pytest.MonkeyPatch) -> No
     test, _ = features_and_labels(23, seed=1)
     whole = knn_scores(train, labels, test)
     for name, size in {"QUERIES": 5, "ROWS": 7, "GATHERED": 100}.items():
-        monkeypatch.setattr(f"mls.probe.neighbours.{name}", size)
+        monkeypatch.setattr(f"mls.frozen.probe.neighbours.{name}", size)
     assert torch.allclose(knn_scores(train, labels, test), whole, atol=1e-6)
 
 

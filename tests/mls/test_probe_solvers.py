@@ -14,8 +14,8 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from mls.errors import ConfigError, DataError
-from mls.metrics import mean_average_precision
-from mls.probe import (
+from mls.frozen.metrics import mean_average_precision
+from mls.frozen.probe import (
     few_shot,
     fit_linear,
     held_out_split,
@@ -26,9 +26,9 @@ from mls.probe import (
     sgd_probe,
     svm_probe,
 )
-from mls.probe.design import principal_axes, standardised
-from mls.probe.linear import objective
-from mls.probe.solve import minimise
+from mls.frozen.probe.design import principal_axes, standardised
+from mls.frozen.probe.linear import objective
+from mls.frozen.probe.solve import minimise
 from mls.streams import generator
 
 

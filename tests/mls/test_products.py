@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mls import losses, methods, products
 from mls.config import Config
+from mls.core import losses, methods, products
+from mls.core.method import Keys, Queries
+from mls.core.products import OwnRows, log_sum_exp, over_parts
 from mls.data import Views
-from mls.methods.base import Keys, Queries
 from mls.models import build_pair
-from mls.products import OwnRows, log_sum_exp, over_parts
 from mls.recipes import load_config
 from mls.tools.bench.memory import peak_bytes
 

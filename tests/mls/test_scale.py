@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import mls
-from mls import matching
+from mls.core import matching
+from mls.core.matching import FaissMatcher, TorchMatcher
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
 from mls.errors import CheckpointError, Stopped
-from mls.matching import FaissMatcher, TorchMatcher
 
 SHORT = ["optim.epochs=1", "monitor.knn_every_epochs=0"]
 

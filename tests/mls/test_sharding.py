@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mls import distributed, methods
+from mls import distributed
+from mls.core import methods
+from mls.core.dictionary import Dictionary
+from mls.core.sharding import Sharding
 from mls.data import Views
-from mls.dictionary import Dictionary
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
 from mls.errors import ConfigError
 from mls.models import build_pair
 from mls.recipes import load_config
-from mls.sharding import Sharding
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 

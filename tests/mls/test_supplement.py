@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mls import losses
+from mls.core import losses
 
 TEMPERATURE = 0.2
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mls.errors import DataError
 from mls.eval.supervised import prepare
-from mls.metrics import average_precision
+from mls.frozen.metrics import average_precision
 from mls.tools.analyses import Finding, Study, distributions
 from mls.tools.analyses.distributions import annotated_loss, kinds, training_kinds
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mls import losses
+from mls.core import losses
 from mls.eval import supervised
 from mls.eval.classifier import build_classifier
 from mls.tools.analyses import Study

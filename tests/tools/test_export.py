@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torchvision.models import resnet18
 
-from mls.exporting import frameworks
-from mls.exporting.frameworks import DETECTRON2
+from mls.frameworks import installed as frameworks
+from mls.frameworks.installed import DETECTRON2
 
 
 def test_a_run_is_exported_checked_and_loaded_again(mls_command, tmp_path: Path) -> None:

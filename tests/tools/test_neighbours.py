@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 import mls
 from mls.errors import DataError
-from mls.neighbours import Album, Eye, InMemory, source_of
+from mls.frozen.neighbours import Album, Eye, InMemory, source_of
 from mls.tools.bench.input import write_photographs
 
 Call = Callable[..., subprocess.CompletedProcess[str]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mls import losses
+from mls.core import losses
 from mls.recipes import load_config
 from mls.results import Results
 from mls.tools.bench.objectives import NONE, TWINS, chosen

@@ -181,7 +181,7 @@ def annotated_loss(training: Training, annotated: Bool[Tensor, "images classes"]
 def class_precision(study: Study, loss: str) -> Float64[Tensor, "classes"]:
     """The test's average precision of each class, in per cent."""
     from mls.eval.supervised import prepare
-    from mls.metrics import average_precision
+    from mls.frozen.metrics import average_precision
 
     training = study.trained(loss, *apl_in_time(study, loss))
     test = prepare(training.protocol.data).test

@@ -1,5 +1,6 @@
 """What the paper on hyperspherical margins shows (HML, ECCV 2022): correlation of the label embeddings, fixed and
-adaptive margins with the gradients they give, top-5 predictions. The loss is in mls/losses, the cosine head in eval."""
+adaptive margins with the gradients they give, top-5 predictions. The loss is in mls/core/losses, the cosine
+head in eval."""
 
 from __future__ import annotations
 
@@ -166,7 +167,7 @@ def total_gradients(
     >>> total_gradients(flat, torch.tensor([[1, 0, 0]]), torch.tensor([[1, 1, -1]]), margin=0.0, scale=20.0)
     {'positives': 0.5, 'negatives': 1.0, 'of which false negatives': 0.5}
     """
-    from mls import losses
+    from mls.core import losses
 
     loss = losses.build("hml", scale=scale, margin=margin, learn=False, adaptive=False)
     assert isinstance(loss, losses.Loss)

@@ -88,7 +88,7 @@ def moved_loss(classifier: nn.Module, batches: Iterable[Batch], moves: Iterable[
     """BCE over all annotated entries, with the classifier's weights moved by the sum of step times direction."""
     from torch.func import functional_call
 
-    from mls import losses
+    from mls.core import losses
 
     weights: dict[str, Tensor] = dict(classifier.named_parameters())
     for step, direction in moves:

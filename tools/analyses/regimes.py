@@ -1,5 +1,5 @@
 """What the paper on entropy maximisation (https://arxiv.org/abs/2203.16219) says of regimes: the losses' gradients over
-the logit, and mAP over the share of labels. The losses themselves are in mls/losses."""
+the logit, and mAP over the share of labels. The losses themselves are in mls/core/losses."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def largest(logits: Float[Tensor, "points"], gradient: Float[Tensor, "points"]) 
 
 def _summed(study: Study, name: str, epoch: int) -> nn.Module:
     """The loss as the protocol trains with it in that epoch, but a sum, so that each entry has its own gradient."""
-    from mls import losses
+    from mls.core import losses
 
     loss = losses.build(name, **{**study.load(name).loss_options(), "reduction": "sum"})
     assert isinstance(loss, losses.Loss)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
 
     from mls.config import Config
+    from mls.core.methods import MoCo
     from mls.data import Views
-    from mls.methods import MoCo
 
 NONE, PAPER = "none (MoCo-v2)", "bce"  # the two references of every table
 # Of losses that have no recipe of their own (LOSS_scenes_tiny). Weights make the term pull about a tenth as hard as
@@ -103,7 +103,7 @@ def chosen(wanted: list[str] | None = None) -> dict[str, list[str]]:
     >>> chosen(["em"])["none (MoCo-v2)"], list(chosen(["em"]))
     (['objective.method=moco_v2'], ['none (MoCo-v2)', 'bce', 'em'])
     """
-    from mls import losses
+    from mls.core import losses
 
     if wanted is None:  # a loss that needs the index of a training sample cannot label dictionary rows
         wanted = [name for name in losses.names() if name not in TWINS and not losses.build(name).needs_index]
@@ -129,7 +129,8 @@ def relative_times(configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[
 
     import torch
 
-    from mls import distributed, methods
+    from mls import distributed
+    from mls.core import methods
     from mls.engine import optim
     from mls.models import build_pair
     from mls.models.momentum import precision_on

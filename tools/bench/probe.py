@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from mls.probe import Labels
+    from mls.frozen.probe import Labels
 
 STRONG, WEAK = -0.5, -5.0  # decades between which the penalties lie
 MANY = 10  # penalties where images have many labels: scikit-learn takes a minute for each
@@ -130,7 +130,7 @@ def logistic(name: str, penalties: int, features: Tensor, labels: Tensor, test: 
     """Beside scikit-learn from zero each time, then beside scikit-learn from the last solution."""
     import torch
 
-    from mls.probe import fit_linear, read_labels
+    from mls.frozen.probe import fit_linear, read_labels
 
     grid = torch.logspace(STRONG, WEAK, penalties, dtype=torch.float64).tolist()
     kind, known, found = read_labels(labels), read_labels(truth), []
@@ -189,7 +189,7 @@ def neighbours(images: int, dim: int, classes: int, _: int) -> list[Row]:
     import numpy as np
     from sklearn.neighbors import KNeighborsClassifier
 
-    from mls.probe import knn
+    from mls.frozen.probe import knn
 
     features, labels, test, truth = drawn(images, dim, classes, several=False)
     vote = lambda distances: np.exp((1 - distances) / 0.07)
@@ -205,7 +205,7 @@ def neighbours(images: int, dim: int, classes: int, _: int) -> list[Row]:
 
 def machines(images: int, dim: int, classes: int, _: int) -> list[Row]:
     """Cross-validated linear support vector machines."""
-    from mls.probe import svm_probe
+    from mls.frozen.probe import svm_probe
 
     features, labels, test, truth = drawn(images // 5, dim, classes, several=True)
     chosen = slice(classes - SVM_CLASSES, classes)  # the most frequent

@@ -1,5 +1,5 @@
-"""Searches of growing dictionaries, timed in turns: the exact back-ends of mls/matching.py, and mls/index.py's
-approximate index with its recall."""
+"""Searches of growing dictionaries, timed in turns: the exact back-ends of mls/core/matching.py, and the
+approximate index of mls/frozen/index.py with its recall."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mls import matching
-from mls.index import Approximate
+from mls.core import matching
+from mls.frozen.index import Approximate
 from mls.tools.bench.memory import peak_bytes, peak_of_process
 
 GROUPS = 1000  # clusters of the synthetic rows

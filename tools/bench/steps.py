@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from mls import methods, products
+from mls.core import methods, products
+from mls.core.method import Keys, Queries
 from mls.data import Views
 from mls.engine import optim
-from mls.methods.base import Keys, Queries
 from mls.models import build_pair
 from mls.recipes import load_config
 from mls.tools.bench.memory import peak_bytes
 
 if TYPE_CHECKING:
-    from mls.methods import MLS, MoCo
+    from mls.core.methods import MLS, MoCo
 
 
 def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ from mls.eval.dense.schema import (
 from mls.eval.dense.segmenter import Segmenter
 from mls.eval.dense.trunk import Trunk
 from mls.eval.dense.views import object_view, region_view
-from mls.exporting.psamask import spread
+from mls.frameworks.psamask import spread
 from mls.models import load_backbone
 
 STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

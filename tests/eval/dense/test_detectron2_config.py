@@ -14,7 +14,7 @@ from mls.eval.dense.detectron2_config import RECIPES, configuration, refuse_unkn
 from mls.eval.dense.loop import lr_share
 from mls.eval.dense.prepare import backbone_source
 from mls.eval.dense.schema import Detection, check
-from mls.exporting import frameworks
+from mls.frameworks import installed as frameworks
 
 needs_detectron2 = pytest.mark.skipif(
     bool(frameworks.missing("detectron2")),

@@ -20,7 +20,7 @@ from mls.eval.dense.coco_ap import Detections, coco_ap
 from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import Detection
 from mls.eval.dense.voc_ap import voc_ap
-from mls.exporting import frameworks
+from mls.frameworks import installed as frameworks
 
 pytestmark = pytest.mark.skipif(
     bool(frameworks.missing("detectron2")),

@@ -17,7 +17,7 @@ from mls.eval.dense.prepare import load_images
 from mls.eval.dense.run import build_network
 from mls.eval.dense.views import ObjectTarget
 from mls.eval.dense.with_detectron2 import prepare
-from mls.exporting import frameworks
+from mls.frameworks import installed as frameworks
 from mls.models.resnet_names import to_detectron2
 
 pytestmark = pytest.mark.skipif(

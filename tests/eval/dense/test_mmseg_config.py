@@ -12,7 +12,7 @@ from mls.eval import load_protocol
 from mls.eval.dense import mmseg_config
 from mls.eval.dense.loop import lr_share
 from mls.eval.dense.schema import Schedule, Segmentation
-from mls.exporting import frameworks
+from mls.frameworks import installed as frameworks
 
 if frameworks.missing("mmseg"):
     pytest.skip('mmsegmentation is not installed: pip install "mls[mmseg]"', allow_module_level=True)

@@ -24,7 +24,7 @@ from mls.eval.dense.prepare import backbone_source, load_images
 from mls.eval.dense.schema import Detection
 from mls.eval.dense.voc_ap import voc_ap
 from mls.eval.dense.with_detectron2 import Detectron2Training, prepare
-from mls.exporting import frameworks
+from mls.frameworks import installed as frameworks
 from mls.models import load_backbone, save_backbone
 from mls.models.resnet_names import to_detectron2
 from mls.results import Results

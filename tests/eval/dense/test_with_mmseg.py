@@ -23,7 +23,7 @@ from mls.eval import cells, load_protocol
 from mls.eval.dense.confusion import confusion, segmentation_metrics
 from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import Segmentation
-from mls.exporting import frameworks
+from mls.frameworks import installed as frameworks
 from mls.models import load_backbone, save_backbone
 from mls.results import Results
 

@@ -1,0 +1,200 @@
+"""Losses by name, one file a family. A family's file defines classes with `@register(name)`; naming the file in the
+last lines here is all it takes to add one. Every loss serves both ends: labels from neighbours or from annotations.
+
+What a loss does with the labels 0 (unknown) and -1 (known negative):
+
+    name                0                               -1
+    an (bce)            negative                        negative
+    bce_pos             not used                        not used
+    softmax             negative                        negative
+    iu                  not used                        negative
+    wan                 negative of weight 1/(C-1)      the same
+    dw                  negative of weight alpha        the same
+    an_ls               negative, smoothed              the same
+    n_ls                negative, smoothed              negative
+    epr                 only in the expected count      negative, and in the expected count
+    role                estimated, in the count         negative, estimated from a sure start, in the count
+    pairwise_rank       negative                        negative
+    ent_min             its entropy is minimised        negative
+    em                  its entropy is maximised        negative
+    em_apl              as em; its soft label, if any   negative
+    focal               negative                        negative
+    asl                 negative                        negative
+    ll_r                negative, large losses dropped  negative
+    ll_ct               negative, large losses flipped  negative
+    ll_cp               as ll_ct                        negative
+    two_way             negative (unless ignore_unknown) negative
+    hml                 negative                        negative
+    symmetric_ce        negative                        negative
+
+docs/losses.md tells which to choose.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
+
+import torch
+from jaxtyping import Float, Int64, Num
+from torch import Tensor, nn
+
+from mls.errors import ConfigError, unknown_name
+
+Takes = Literal["logits", "cosines"]
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Loss(nn.Module):
+    """What all losses share. An element-wise loss defines `entries`, its formula for each (sample, class); another
+    kind says `elementwise = False` and defines `forward`. Each parameter is kept in an attribute of its name."""
+
+    takes: Takes = "logits"  # the caller applies its temperature to logits, never to cosines
+    elementwise: bool = True  # reduction="none" gives the matrix [batch, classes]
+    separable: bool = False  # an entry depends on its own logit and label alone: the classes may come in parts
+    needs_index: bool = False  # `forward` needs the samples' row numbers, and `observe` all their labels
+    lr_multiplier: float = 1.0  # what the loss learns takes this many times the network's learning rate
+
+    def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__()
+        require(temperature > 0, "temperature", temperature, "a number above 0")
+        if reduction not in REDUCTIONS:
+            raise unknown_name("reduction", reduction, REDUCTIONS)
+        self.temperature = temperature
+        self.reduction = reduction
+
+    def forward(
+        self,
+        logits: Float[Tensor, "batch classes"],
+        labels: Num[Tensor, "batch classes"],
+        pseudo: Float[Tensor, "batch classes"] | None = None,
+        index: Int64[Tensor, "batch"] | None = None,
+    ) -> Tensor:
+        entries = self.entries(self.scaled(logits), labels, pseudo, index)
+        if self.reduction == "none":
+            return entries
+        return entries.mean() if self.reduction == "mean" else entries.sum()
+
+    def predict(self, outputs: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+        """Probabilities, each class by itself, as the loss trained them."""
+        return torch.sigmoid(self.scaled(outputs))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called before each epoch, counted from 1, for losses that have a schedule."""
+
+    def observe(self, labels: Num[Tensor, "samples classes"]) -> None:
+        """Called once with the labels of all training samples, before the optimizer is built."""
+
+    def entries(
+        self,
+        logits: Float[Tensor, "batch classes"],
+        labels: Num[Tensor, "batch classes"],
+        pseudo: Float[Tensor, "batch classes"] | None,
+        index: Int64[Tensor, "batch"] | None,
+    ) -> Float[Tensor, "batch classes"]:
+        raise NotImplementedError
+
+    def scaled(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+        """Divided by the loss's own temperature, in fp32 or better whatever precision they came in."""
+        return at_least_fp32(logits) / self.temperature
+
+    def extra_repr(self) -> str:
+        options = {name: getattr(self, name) for name in inspect.signature(type(self)).parameters}
+        shown = {name: f"{value.item():g}" if isinstance(value, Tensor) else value for name, value in options.items()}
+        return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def require(right: bool, option: str, value: object, wanted: str) -> None:
+    """Refuse a value that a loss cannot work with."""
+    if not right:
+        raise ConfigError(f"a loss cannot use {option} {value}: give {wanted}")
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+_LOSSES: dict[str, type[Loss]] = {}
+_ALIASES: dict[str, str] = {}
+
+LossClass = TypeVar("LossClass", bound=type[Loss])
+
+
+def register(name: str, aliases: Sequence[str] = ()) -> Callable[[LossClass], LossClass]:
+    """Class decorator: `build(name)` makes this loss, and so do its aliases. Its options are its parameters."""
+
+    def enter(loss: LossClass) -> LossClass:
+        for word in (name, *aliases):
+            if word in _LOSSES or word in _ALIASES:
+                raise ValueError(f"two losses are called '{word}': give one of them another name")
+        _LOSSES[name] = loss
+        _ALIASES.update(dict.fromkeys(aliases, name))
+        return loss
+
+    return enter
+
+
+def names() -> list[str]:
+    """Every loss once, without its aliases."""
+    return sorted(_LOSSES)
+
+
+def build(name: str, **options: Any) -> Loss:
+    """
+    >>> build("an", temperature=0.2)
+    AssumedNegative(temperature=0.2, reduction=mean)
+    """
+    name = _ALIASES.get(name, name)
+    if name not in _LOSSES:
+        raise unknown_name("loss", name, [*_LOSSES, *_ALIASES])
+    return _LOSSES[name](**_checked(name, options))
+
+
+def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options as YAML gives them, in the types of the loss's defaults, or the error that says which is wrong."""
+    known, checked = inspect.signature(_LOSSES[name]).parameters, {}
+    for option, value in options.items():
+        if option not in known:
+            raise unknown_name(f"option of loss {name}", option, known)
+        default = known[option].default
+        if isinstance(default, float) and type(value) is int:
+            value = float(value)
+        if default not in (None, inspect.Parameter.empty) and type(value) is not type(default):
+            raise ConfigError(f"option {option} of loss {name} cannot be {value!r}: give a value such as {default!r}")
+        checked[option] = value
+    return checked
+
+
+# After `register`, which these files use.
+from mls.core.losses import (  # noqa: E402
+    assumed_negative,
+    asymmetric,
+    contrastive,
+    entropy,
+    hyperspherical,
+    large_loss,
+    ranking,
+    robust,
+    role,
+    two_way,
+)
+from mls.core.losses.contrastive import info_nce  # noqa: E402
+
+__all__ = [
+    "Loss",
+    "assumed_negative",
+    "asymmetric",
+    "at_least_fp32",
+    "build",
+    "contrastive",
+    "entropy",
+    "hyperspherical",
+    "info_nce",
+    "large_loss",
+    "names",
+    "ranking",
+    "register",
+    "require",
+    "robust",
+    "role",
+    "two_way",
+]

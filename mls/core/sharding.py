@@ -1,0 +1,88 @@
+"""A dictionary spread over the processes: slot s lies on process s % world, at place s // world. What each works out on
+its part, for the queries of all, becomes what the whole dictionary says. With one process all here is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from mls import distributed
+from mls.core.matching import Matcher, Matches
+from mls.core.products import Mask
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Every step enqueues at least a row for each process, so from the first on each holds some.
+
+    >>> second = Sharding(rank=1, world=2)
+    >>> second.of(torch.arange(6)), second.held(filled=4)
+    (tensor([1, 3, 5]), 2)
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def over_processes(cls, sharded: bool) -> Sharding:
+        return cls(distributed.rank(), distributed.world()) if sharded else WHOLE
+
+    def of(self, whole: Shaped[Tensor, "slots ..."]) -> Shaped[Tensor, "here ..."]:
+        """This process' part of something that has a value for every slot. A view."""
+        return whole[self.rank :: self.world]
+
+    def held(self, filled: int) -> int:
+        """How many of the first `filled` slots lie here."""
+        return (filled - self.rank + self.world - 1) // self.world
+
+    def share_of(self, rows: Shaped[Tensor, "batch ..."], head: int) -> tuple[Shaped[Tensor, "share ..."], int]:
+        """Of rows to be written from slot `head` on: those that belong here, and the place of the first."""
+        first = (self.rank - head) % self.world
+        return rows[first :: self.world], (head + first) // self.world
+
+    def everyones(self, tensors: Sequence[Float[Tensor, "batch ..."]]) -> list[Float[Tensor, "everyone ..."]]:
+        """The queries of all processes, in rank order; the gradient finds its way back to each."""
+        return list(tensors) if self.world == 1 else distributed.gather_with_gradient(tensors)
+
+    def totals(self, parts: Float[Tensor, "sums everyone"]) -> Float[Tensor, "sums batch"]:
+        """Each process' sums over its rows, added up; of the queries of all only this process' own."""
+        return parts if self.world == 1 else distributed.own_totals(parts)
+
+    def log_totals(self, parts: Float[Tensor, "everyone"]) -> Float[Tensor, "batch"]:
+        """`totals` for logarithms of sums."""
+        if self.world == 1:
+            return parts
+        largest = distributed.maximum(parts.detach())
+        own = largest.view(self.world, -1)[self.rank]
+        return distributed.own_totals((parts - largest).exp()[None])[0].log() + own
+
+    def topk(
+        self,
+        matcher: Matcher,
+        queries: Float[Tensor, "everyone dim"],
+        rows: Float[Tensor, "here dim"],
+        k: int,
+        exclude: Mask | None = None,
+    ) -> Matches:
+        """For the queries of all: the k nearest of all rows, as slots; the same on every process."""
+        if self.world == 1:
+            return matcher.topk(queries, rows, k, exclude)
+        here = min(k, len(rows))
+        slots = torch.zeros(len(queries), k, dtype=torch.int64, device=queries.device)
+        scores = torch.full((len(queries), k), -torch.inf, device=queries.device)
+        found = matcher.topk(queries, rows, here, exclude)
+        slots[:, :here], scores[:, :here] = found.indices * self.world + self.rank, found.scores
+        slots, scores = (self._side_by_side(part) for part in distributed.gather([slots, scores]))
+        # A stable sort, so that all processes settle a tie alike.
+        order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        return Matches(slots.gather(1, order), scores.gather(1, order))
+
+    def _side_by_side(self, parts: Shaped[Tensor, "all k"]) -> Shaped[Tensor, "everyone candidates"]:
+        return parts.view(self.world, -1, parts.shape[1]).transpose(0, 1).flatten(1)
+
+
+WHOLE = Sharding()

@@ -1,0 +1,222 @@
+"""Which images of a data set are nearest to an image, and which images of two data sets are near-duplicates. Features
+are kept on disk by features.py and searched by index.py."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from mls.config import AugmentConfig, DataConfig
+from mls.data import Source
+from mls.data.crops import UnreadableImage, decode
+from mls.data.sources import build_source
+from mls.errors import DataError
+from mls.frozen.features import Kept, embed, embedded, hash_of_images, hash_of_weights, kept
+from mls.frozen.gallery import GalleryRow
+from mls.frozen.index import Index, build
+from mls.models import card, load_backbone, weights_file
+
+SIDE = 16  # of a thumbnail
+CALIBRATED = 200  # images of which altered copies are made
+FOUND = 0.95  # of the altered copies lie above the threshold
+
+
+class Thumbnail(nn.Module):
+    """An image as 16 x 16 pixels without their mean, so that a cosine is the correlation of two thumbnails. It needs no
+    weights, and sees a copy that was compressed, scaled or brightened, but not one that was cropped or mirrored."""
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
+        small = F.adaptive_avg_pool2d(images, SIDE).flatten(1)
+        return small - small.mean(dim=1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Eye:
+    """How images are turned into features: a backbone that was trained, or thumbnails."""
+
+    network: nn.Module
+    augment: AugmentConfig
+
+    @classmethod
+    def of(cls, weights: str | None, size: int | None = None) -> Eye:
+        if weights is None:
+            return cls(Thumbnail(), AugmentConfig(size=size or 64))
+        file = weights_file(weights)
+        facts = {} if file is None else card(file)
+        statistics = {key: tuple(facts[key]) for key in ("mean", "std") if key in facts}
+        return cls(load_backbone(weights), AugmentConfig(size=size or facts.get("input_size", 224), **statistics))
+
+
+@dataclass
+class Album:
+    """A data set with its features, embedded once and kept."""
+
+    source: Source
+    eye: Eye
+    kept: Kept = field(init=False)
+    index: Index = field(init=False)
+
+    def __post_init__(self) -> None:
+        from mls.distributed import start
+
+        device = start().device
+        augment, count = self.eye.augment, len(self.source)
+        facts = {"images": hash_of_images(self.source), "weights": hash_of_weights(self.eye.network)}
+        facts |= {"size": augment.size, "statistics": [*augment.mean, *augment.std]}
+
+        def compute(first: int) -> Iterator[Tensor]:
+            workers = min(8, len(os.sched_getaffinity(0)) - 1) if count - first > 2000 else 0
+            return embedded(self.eye.network, self.source, range(first, count), augment, device, 64, workers)
+
+        self.kept = kept(facts, count, compute, f"features of {self.source.name}")
+        self.index = build(self.kept.features, self.kept.folder / "ivfpq.index")
+
+    def nearest(self, queries: Album | Float[Tensor, "batch dim"], k: int) -> list[list[tuple[int, float]]]:
+        """For each query the k nearest images of this album: their numbers and cosines."""
+        features = queries.kept.features if isinstance(queries, Album) else queries
+        found = self.index.search(features, min(k, len(self.source)))
+        return [
+            list(zip(ids.tolist(), cosines.tolist(), strict=True))
+            for ids, cosines in zip(found.indices, found.scores, strict=True)
+        ]
+
+
+def source_of(text: str) -> Source:
+    """Anything that pretraining reads: a folder, a list, COCO, VOC, shards on disk or behind a URL; `scenes` and
+    `scenes:test` are the embedded ones."""
+    name, _, split = text.partition(":")
+    if name == "scenes":
+        return build_source(DataConfig(source="scenes"), split or "train")
+    return build_source(DataConfig(root=text))
+
+
+@dataclass
+class InMemory:
+    """A source of a few images that are there already."""
+
+    name: str
+    names: Sequence[str]
+    pixels: Sequence[UInt8[Tensor, "3 height width"]]
+    class_names: Sequence[str] | None = None
+    labels: Tensor | None = None
+
+    @classmethod
+    def of_files(cls, paths: Sequence[Path]) -> InMemory:
+        pixels = []
+        for path in paths:
+            try:
+                pixels.append(decode(path.expanduser().read_bytes()))
+            except (UnreadableImage, OSError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise DataError(f"{path} cannot be read ({reason}): give the path of an image file") from None
+        return cls("queries", [str(path) for path in paths], pixels)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, index: int) -> UInt8[Tensor, "3 height width"]:
+        return self.pixels[index]
+
+    def describe(self, index: int) -> str:
+        return self.names[index]
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        return np.arange(len(self))
+
+
+# ------------------------------------------------------------------------------------------------- near-duplicates
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Cosines of images with altered copies of themselves, and with the nearest other image of their data set."""
+
+    copies: Float[Tensor, "copies"]
+    others: Float[Tensor, "images"]
+
+    @property
+    def threshold(self) -> float:
+        """Above it lie FOUND of the copies."""
+        return float(self.copies.quantile(1 - FOUND))
+
+    def alarms(self, threshold: float) -> float:
+        """The share of images that have another image of their own data set above the threshold: what a data set
+        without duplicates would be accused of."""
+        return float((self.others >= threshold).float().mean())
+
+
+def calibrate(album: Album) -> Calibration:
+    chosen = torch.randperm(len(album.source), generator=torch.Generator().manual_seed(0))[:CALIBRATED]
+    images = [decode(album.source.read(int(i))) for i in chosen]
+    features = album.kept.features[chosen]
+    cosines = []
+    for alter in (compressed, cropped, brightened):
+        altered = InMemory("altered copies", [""] * len(images), [alter(image) for image in images])
+        seen = embed(album.eye.network, altered, range(len(altered)), album.eye.augment, batch=64)
+        cosines.append(F.cosine_similarity(seen, features))
+    nearest = album.nearest(features, 2) if len(album.source) > 1 else []
+    others = [
+        next(score for i, score in found if i != own) for own, found in zip(chosen.tolist(), nearest, strict=False)
+    ]
+    return Calibration(torch.cat(cosines), torch.tensor(others))
+
+
+def compressed(image: UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 smaller narrower"]:
+    """Two thirds of the size, JPEG quality 50."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    small = picture.resize([max(1, 2 * side // 3) for side in picture.size], Image.Resampling.BILINEAR)
+    small.save(stream := io.BytesIO(), "JPEG", quality=50)
+    return decode(stream.getvalue())
+
+
+def cropped(image: UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 lower narrower"]:
+    """Without a twentieth at each edge."""
+    height, width = (side // 20 for side in image.shape[1:])
+    return image[:, height : image.shape[1] - height, width : image.shape[2] - width]
+
+
+def brightened(image: UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 height width"]:
+    return (image.float() * 0.8 + 40).clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Image `first` of the pretraining set and image `second` of an evaluation set."""
+
+    first: int
+    second: int
+    cosine: float
+
+
+def near_duplicates(first: Album, second: Album, threshold: float) -> list[Pair]:
+    """Each image of the second with its nearest of the first, where they are alike; the most alike first."""
+    pairs = [Pair(found[0][0], number, found[0][1]) for number, found in enumerate(first.nearest(second, 1))]
+    return sorted((pair for pair in pairs if pair.cosine >= threshold), key=lambda pair: -pair.cosine)
+
+
+# ------------------------------------------------------------------------------------------------- pictures
+
+
+def line(query: Any, query_id: int, source: Source, found: Sequence[tuple[int, float]]) -> GalleryRow:
+    """A line of `gallery.draw`: a query (as a source gives it) and the images found for it."""
+    pictures = [_pixels(source.read(i)) for i, _ in found]
+    return GalleryRow(_pixels(query), pictures, [cosine for _, cosine in found], None, query_id, [i for i, _ in found])
+
+
+def _pixels(image: Any) -> UInt8[np.ndarray, "height width 3"]:
+    """The middle square, as the network saw it."""
+    pixels = decode(image)
+    side = min(pixels.shape[1:])
+    top, left = ((length - side) // 2 for length in pixels.shape[1:])
+    return pixels[:, top : top + side, left : left + side].permute(1, 2, 0).contiguous().numpy()

@@ -1,0 +1,178 @@
+"""Logistic regression on frozen features: the whole grid of penalties at once, to convergence, and the choice among
+them. Stochastic gradient descent is in sgd.py, the support vector machine in svm.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from mls.frozen.probe.design import Axes, Design, centred, principal_axes, standardised
+from mls.frozen.probe.labels import Labels, Metric, held_out_split, read_labels
+from mls.frozen.probe.objectives import Logistic, Softmax
+from mls.frozen.probe.solve import TOLERANCE, minimise
+
+HELD_OUT = 0.2  # of the training images, to choose settings on
+Progress = Callable[[int, int], None]  # what is done, and how much there is or is left
+quiet: Progress = lambda done, of: None
+
+
+@dataclass(frozen=True)
+class Tried:
+    settings: dict[str, float]
+    value: float  # the metric on the held-out images; NaN where the fit diverged or nothing could be measured
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A chosen linear classifier. `test_features @ weight + bias` are its scores."""
+
+    scores: Float[Tensor, "test classes"]  # logits
+    weight: Float[Tensor, "dim classes"]
+    bias: Float[Tensor, "classes"]
+    chosen: dict[str, float]  # settings
+    tried: list[Tried]
+    metric: Metric
+    value: float | None  # the metric on the test images, where their labels were given
+
+
+Validation = tuple[Float[Tensor, "validation dim"], Shaped[Tensor, "validation ..."]]
+
+
+def linear_probe(
+    train_features: Float[Tensor, "train dim"],
+    train_labels: Shaped[Tensor, "train ..."],
+    test_features: Float[Tensor, "test dim"],
+    test_labels: Shaped[Tensor, "test ..."] | None = None,
+    l2: Sequence[float] = (1e-4, 1e-3, 1e-2),
+    seed: int = 0,
+    multilabel: bool | None = None,
+    validation: Validation | None = None,
+    held_out: float = HELD_OUT,
+    refit: bool = True,
+    tolerance: float = TOLERANCE,
+    progress: Progress = quiet,
+) -> Probe:
+    """Logistic regression on standardised features: softmax where an image has one label, else a classifier a class.
+
+    The penalty is chosen by the metric on the held-out share of the training images, or on a validation set; equal
+    values go to the stronger one. Then, as in Kornblith et al. 2019 (https://arxiv.org/abs/1805.08974), the fit is
+    repeated on all training images, unless `refit` is off. A validation set is only ever used to choose. `progress` is
+    told of (penalties done, penalties) of each of the two fits. Labels: `read_labels`. Same arguments, same result.
+    Memory: `mls.frozen.probe.solve`.
+
+    >>> x = torch.tensor([-2.0, -1.5, -1.0, -0.5, -0.2, 0.2, 0.5, 1.0, 1.5, 2.0])[:, None]
+    >>> labels = torch.cat([x < 0, x > 0], dim=1)
+    >>> linear_probe(x, labels, x, labels).value
+    1.0
+    """
+    labels = read_labels(train_labels.to(train_features.device), multilabel)
+    design = standardised(train_features.detach())
+    axes = principal_axes(design)
+
+    def fit(penalties: Sequence[float], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        part = design if rows is None else Design(design.features, design.mean, design.scale, rows)
+        return _fit(part, labels, penalties, axes, tolerance, progress)
+
+    choice = Choice(train_features, labels, seed, validation, held_out)
+    weight, bias = fit(l2, choice.rows)
+    tried = [Tried({"l2": penalty}, choice.measure(w, b)) for penalty, w, b in zip(l2, weight, bias[:, 0], strict=True)]
+    best = max(range(len(l2)), key=lambda i: (rank(tried[i].value), l2[i]))
+    if refit and choice.rows is not None:
+        path = [l2[best], *(penalty for penalty in l2 if penalty > l2[best])]  # the stronger ones lead there
+        weight, bias = fit(path, None)
+        return finish(weight[0], bias[0, 0], tried, best, labels, test_features, test_labels)
+    return finish(weight[best], bias[best, 0], tried, best, labels, test_features, test_labels)
+
+
+@torch.no_grad()
+def fit_linear(
+    features: Float[Tensor, "images dim"],
+    labels: Shaped[Tensor, "images ..."],
+    l2: Sequence[float],
+    multilabel: bool | None = None,
+    tolerance: float = TOLERANCE,
+    progress: Progress = quiet,
+) -> tuple[Float[Tensor, "penalties dim classes"], Float[Tensor, "penalties 1 classes"]]:
+    """All penalties at once: loss + l2 |weight|^2 for each, where the loss is the mean over images of the sum over
+    classes of binary cross-entropy, or of the softmax cross-entropy. The features are taken as they are."""
+    design = centred(features.detach())
+    return _fit(design, read_labels(labels, multilabel), l2, principal_axes(design), tolerance, progress)
+
+
+def _fit(
+    design: Design, labels: Labels, l2: Sequence[float], axes: Axes, tolerance: float, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    fits = minimise(design, objective(labels, design), l2, axes, tolerance, progress=progress)
+    weight = torch.stack([fit.weight.flatten(0, 1).T for fit in fits])
+    return weight, torch.stack([fit.bias.view(1, -1) for fit in fits])
+
+
+def objective(labels: Labels, design: Design, copies: int = 1) -> Softmax | Logistic:
+    """The loss of the design's images, for `copies` classifiers side by side."""
+    device = design.features.device
+    here = labels if design.rows is None else labels.take(design.rows)
+    if labels.numbers is not None:
+        assert here.numbers is not None
+        # Half an image more: a class that nobody has here would start at minus infinity.
+        counts = torch.bincount(here.numbers, minlength=labels.classes).double() + 0.5
+        return Softmax(labels.numbers.to(device), (counts / counts.sum()).to(device), copies)
+    known = torch.full((labels.classes,), len(here)) if here.known is None else here.known.sum(dim=0)
+    positives = (here.matrix if here.known is None else here.matrix & here.known).sum(dim=0).double()
+    weight = (len(here) / known.clamp(min=1)).to(device, design.dtype)
+    return Logistic(
+        labels.matrix.T.to(device).contiguous(),
+        None if labels.known is None else labels.known.T.to(device).contiguous(),
+        ((positives + 0.5) / (known + 1)).to(device).repeat(copies),
+        weight.repeat(copies),
+        torch.arange(labels.classes, device=device).repeat(copies),
+    )
+
+
+class Choice:
+    """What settings are chosen on: a validation set, or the training images that are not fitted."""
+
+    def __init__(
+        self, features: Tensor, labels: Labels, seed: int, validation: Validation | None, held_out: float
+    ) -> None:
+        if validation is not None:
+            self.rows = self.held = None  # all training images are fitted, all of the set are asked about
+            self.features = validation[0]
+            self.labels = read_labels(validation[1].to(features.device), not labels.single)
+            return
+        self.rows, self.held = (rows.to(features.device) for rows in held_out_split(labels, held_out, seed))
+        self.features, self.labels = features, labels.take(self.held)
+
+    def measure(self, weight: Tensor, bias: Tensor) -> float:
+        return self.labels.measure(_scores(self.features, weight, bias, self.held))
+
+
+def rank(value: float) -> float:
+    """NaN (no positive among the held out, or a fit that diverged) is worse than anything."""
+    return value if value == value else -1.0
+
+
+def finish(
+    weight: Tensor,
+    bias: Tensor,
+    tried: list[Tried],
+    best: int,
+    labels: Labels,
+    test_features: Tensor,
+    test_labels: Tensor | None,
+) -> Probe:
+    scores = _scores(test_features, weight, bias)
+    value = (
+        None if test_labels is None else read_labels(test_labels.to(scores.device), not labels.single).measure(scores)
+    )
+    return Probe(scores, weight, bias, tried[best].settings, tried, labels.metric, value)
+
+
+def _scores(
+    features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None = None
+) -> Float[Tensor, "images classes"]:
+    parts = features.split(8192) if rows is None else (features[some] for some in rows.split(8192))
+    return torch.cat([part.detach().to(weight) @ weight + bias for part in parts])
