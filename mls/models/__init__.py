@@ -18,12 +18,24 @@ from mls.models.heads import projection_head
 from mls.models.momentum import Encoder, EncoderPair, Precision
 from mls.streams import derive
 
-__all__ = ["Encoder", "EncoderPair", "build_pair", "card", "load_backbone", "save_backbone", "weights_file"]
+__all__ = [
+    "Backbone",
+    "Encoder",
+    "EncoderPair",
+    "Precision",
+    "build_encoder",
+    "build_pair",
+    "card",
+    "load_backbone",
+    "save_backbone",
+    "weights_file",
+]
 PREFIXES = ("random", "scratch", "timm", "torchvision")
 
 
-def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") -> EncoderPair:
-    """The query encoder with the weights that the seed's `init` stream gives, and its copy, the key encoder."""
+def build_encoder(config: ModelConfig, seed: int, precision: Precision = "fp32") -> Encoder:
+    """Backbone and projection head with the weights that the seed's `init` stream gives, or the backbone's from
+    `model.weights`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
         backbone = backbones.build(config.backbone)
@@ -31,7 +43,12 @@ def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") ->
         head = projection_head(width, config.hidden or width, config.projection, config.head_norm)
     if config.weights:
         start_from(backbone, config.weights)
-    return EncoderPair(Encoder(backbone, head, precision))
+    return Encoder(backbone, head, precision)
+
+
+def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") -> EncoderPair[Encoder]:
+    """The query encoder and its copy, the key encoder."""
+    return EncoderPair(build_encoder(config, seed, precision))
 
 
 def start_from(backbone: nn.Module, weights: str) -> None:
