@@ -134,7 +134,7 @@ def test_training_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(
 
     def stop_in_the_second_epoch(*arguments: torch.Tensor) -> torch.Tensor:
         if first.step == 6:  # of 4 an epoch
-            first.stop.exit_code = 75
+            first.session.stop.exit_code = 75
         return step(*arguments)
 
     first.train_step = stop_in_the_second_epoch  # type: ignore[method-assign]
