@@ -1,5 +1,5 @@
 """`backend: detectron2` of `task: detection`: its network, data, step, schedule and evaluators on the protocol's
-configuration (detectron2_config.py, detectron2_data.py). The loop is ours: it stops, resumes and shows its progress as others do."""
+configuration (detectron2_config.py, detectron2_data.py). The loop is ours: a session, as around every loop."""
 
 from __future__ import annotations
 

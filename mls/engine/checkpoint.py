@@ -19,7 +19,7 @@ import torch
 
 from mls.engine.preempt import SIGNALS
 from mls.errors import CheckpointError
-from mls.files import atomic_file, write_atomically
+from mls.files import atomic_file, telling_disk_errors, write_atomically
 
 PATTERN = re.compile(r"step-(\d{8})\.pt$")
 
@@ -32,7 +32,8 @@ class Checkpoints:
         self.keep_last = keep_last
 
     def save(self, step: int, state: dict[str, Any], milestone: bool = False) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with telling_disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
         with atomic_file(path) as file:
             hashing = HashingFile(file)

@@ -107,7 +107,7 @@ class Session:
     def agree(self, *flags: bool) -> list[bool]:
         """Whether any rank raised each of these flags. The one exchange of a step, which also settles whether to save
         and to stop: a loop that has flags of its own calls it once in its step, otherwise `end_step` does."""
-        due = self.main and self.saving is not None and time.monotonic() - self.saved_at > self._patience()
+        due = self.main and self.saving is not None and time.monotonic() - self.saved_at >= self._patience()
         own = [float(self.stop.exit_code), float(due), float(self.writer.error is not None), *map(float, flags)]
         code, due, failed, *agreed = distributed.largest(own, self.device)
         if failed:
