@@ -148,6 +148,10 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._run, args=(write,), name="checkpoint writer", daemon=True)
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         if self._thread is not None:
             self._thread.join()
