@@ -134,6 +134,7 @@ class EngineConfig:
     accumulate: int = 1  # micro-batches per step
     threads: int | None = None  # CPU threads per process; default: torch's own choice
     checkpoint_every: int = 1000  # steps
+    checkpoint_minutes: float = 10.0  # and after so many minutes at the latest: what a kill -9 may cost
     keep_last: int = 2
     milestone_epochs: int | None = None  # also keep a checkpoint every n epochs for good
     max_steps: int | None = None  # stop after this step of the schedule, as if interrupted there
@@ -199,6 +200,7 @@ POSITIVE = [
     "optim.lr",
     "engine.accumulate",
     "engine.checkpoint_every",
+    "engine.checkpoint_minutes",
     "engine.keep_last",
     "engine.max_bad_steps",
     "augment.size",
