@@ -317,10 +317,9 @@ class Trainer:
 
     def export_backbone(self, state: dict[str, Any]) -> None:
         """From the copy of a state, while training goes on."""
-        card = {"architecture": self.config.model.backbone, "method": self.config.objective.method}
+        card: dict[str, Any] = {"architecture": self.config.model.backbone, "method": self.config.objective.method}
         card |= {"step": state["step"], "epochs": state["step"] / self.steps_per_epoch, "run": self.run.name}
-        card["versions"] = versions()
-        card["config"] = to_dict(self.config)
+        card |= {"versions": versions(), "config": to_dict(self.config)}
         backbone = self.method.pair.query.backbone
         (prefix,) = (f"{name}." for name, module in self.method.named_modules() if module is backbone)
         weights = {
