@@ -120,8 +120,14 @@ class HashingFile:
         self.file.flush()
 
 
+class Copied(dict[str, Any]):
+    """A part of a state that was copied to host memory already, such as a memory gathered from all processes."""
+
+
 def snapshot(state: Any) -> Any:
     """A copy of a state in host memory, which goes on being what it is while training changes the original."""
+    if isinstance(state, Copied):
+        return dict(state)
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, Mapping):

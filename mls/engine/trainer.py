@@ -21,7 +21,7 @@ from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
 from mls.distributed import Process
 from mls.engine import optim
-from mls.engine.checkpoint import Checkpoints
+from mls.engine.checkpoint import Checkpoints, Copied
 from mls.engine.events import versions
 from mls.engine.preempt import leave_signals_to_the_parent
 from mls.engine.run import Run, refuse_another_configuration
@@ -293,7 +293,7 @@ class Trainer:
             "step": self.step,
             "config": to_dict(self.config),
             "method": self.method.state_dict(),
-            "dictionary": self.method.dictionary.state_dict() if main or sharded else {},
+            "dictionary": Copied(self.method.dictionary.state_dict() if main or sharded else {}),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),

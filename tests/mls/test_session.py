@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mls.engine import checkpoint
-from mls.engine.checkpoint import Checkpoints, HashingFile, snapshot
+from mls.engine.checkpoint import Checkpoints, Copied, HashingFile, snapshot
 from mls.engine.session import Saving, Session
 from mls.errors import CheckpointError, Stopped, UserError
 
@@ -259,6 +259,8 @@ def test_a_snapshot_keeps_values_kinds_and_layout_and_shares_nothing() -> None:
     assert copied["module"]._metadata == state["module"]._metadata
     assert copied["module"]["weight"].stride() == module.weight.stride()
     assert copied["row"].untyped_storage().nbytes() == 16
+    gathered = Copied(whole=torch.ones(3))
+    assert snapshot(gathered)["whole"] is gathered["whole"] and type(snapshot(gathered)) is dict
     with torch.no_grad():
         module.weight.zero_()
     assert copied["module"]["weight"].abs().sum() > 0
