@@ -241,6 +241,7 @@ class EngineConfig:
     accumulate: int = positive(1)  # micro-batches per step
     threads: int | None = None  # CPU threads per process; default: torch's own choice
     checkpoint_every: int = positive(1000)  # steps
+    checkpoint_minutes: float = positive(10.0)  # and after so many minutes at the latest: what a kill -9 may cost
     keep_last: int = positive(2)
     milestone_epochs: int | None = None  # also keep a checkpoint every n epochs for good
     max_steps: int | None = None  # stop after this step of the schedule, as if interrupted there

@@ -82,8 +82,9 @@ def _fresh_name(config: Config) -> str:
 
 # What may change between a checkpoint and its resume, because it changes nothing that is computed.
 FREE = ("run.name", "run.root", "run.recipe", "data.root", "data.annotations", "data.workers", "data.max_unreadable")
-FREE += ("engine.device", "engine.threads", "engine.checkpoint_every", "engine.keep_last", "engine.milestone_epochs")
-FREE += ("engine.max_steps", "engine.max_bad_steps", "engine.compile", "dictionary.sharded")
+FREE += ("engine.device", "engine.threads", "engine.checkpoint_every", "engine.checkpoint_minutes")
+FREE += ("engine.keep_last", "engine.milestone_epochs", "engine.max_steps", "engine.max_bad_steps", "engine.compile")
+FREE += ("dictionary.sharded",)
 
 
 def refuse_another_configuration(stored: Config, now: Config, where: Path) -> None:

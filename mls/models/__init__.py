@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError, unknown_name
@@ -60,11 +61,19 @@ def start_from(backbone: nn.Module, weights: str) -> None:
         raise ConfigError(f"model.weights={weights} does not fit model.backbone: {reason}") from None
 
 
-def save_backbone(folder: Path, backbone: Backbone, card: dict[str, Any], augment: AugmentConfig) -> None:
-    """`backbone.safetensors` and `backbone.json`: all that a user of the weights has to know."""
+def save_backbone(
+    folder: Path,
+    backbone: Backbone,
+    card: dict[str, Any],
+    augment: AugmentConfig,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """`backbone.safetensors` and `backbone.json`: all that a user of the weights has to know. `weights` may be a copy
+    of the backbone's state: while it trains, its own changes."""
     from safetensors.torch import save
 
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    weights = backbone.state_dict() if weights is None else weights
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     facts = {
         **card,
         "feature_dim": backbone.feature_dim,
