@@ -76,7 +76,7 @@ def cancel(name: Annotated[str, typer.Argument(metavar="RUN", help="A run, a swe
 
 
 def table(seen: Sequence[Watched]) -> str:
-    from mls.tools.studies import markdown_table
+    from mls.tables import markdown_table, terminal_width
 
     metrics = sorted({metric for one in seen for metric in one.results})
     header = ["run", "job", "state", "step", "left", "restarts", "loss", *metrics, "because"]
@@ -86,7 +86,7 @@ def table(seen: Sequence[Watched]) -> str:
         values = [f"{100 * one.results[metric]:.2f}" if metric in one.results else "" for metric in metrics]
         cells = [one.name, one.order.job or "", one.state, one.step, one.eta, str(one.restarts), loss, *values, one.why]
         rows.append(cells)
-    return markdown_table(header, rows)
+    return markdown_table(header, rows, terminal_width())
 
 
 def _follow(one: Order, root: Path) -> None:
