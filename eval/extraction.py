@@ -1,5 +1,5 @@
-"""Frozen features of labelled images: computed once for the same weights, images and size, then read from disk
-(`mls.frozen.features.kept`). What is learnt from them is in frozen.py."""
+"""Frozen features of labelled images, computed once for the same weights, images and size, then read from disk
+(`mls.frozen.features.cached_features`). The probes are in frozen.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mls.eval.data import DataSet, LabelledImages
 from mls.eval.images import Batches
 from mls.eval.protocol import FeaturesConfig, Frozen, FrozenData, plain
 from mls.eval.splits import load
-from mls.frozen.features import hash_of_images, hash_of_weights, kept
+from mls.frozen.features import cached_features, hash_of_images, hash_of_weights
 from mls.models import load_backbone
 from mls.models.momentum import HALF, precision_on
 
@@ -108,7 +108,7 @@ def features_of(
     if number:
         augment = protocol.augment
         facts["pass"] = [number, seed, protocol.data.train_crop, *augment.scale, *augment.ratio, augment.flip]
-    found = kept(facts, len(images), compute, f"features {title}".strip(), quiet)
+    found = cached_features(facts, len(images), compute, f"features {title}".strip(), quiet)
     return Features(found.features, images.truth, images.class_names, found.sha256)
 
 
