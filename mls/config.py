@@ -20,6 +20,7 @@ class RunConfig:
     name: str | None = None  # folder name; default: recipe + date + short hash
     root: str | None = None  # where run folders go; default: $MLS_RUNS, else ./runs
     recipe: str = "custom"  # filled in from the recipe's file name
+    plugins: list[str] = field(default_factory=list)  # files and modules imported first; --import adds to them
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ScenesConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: Literal["auto", "folder", "list", "coco", "voc", "tar", "scenes"] = "auto"
+    source: str = "auto"  # folder, list, coco, voc, tar, scenes, a plug-in's, or auto: found out from root
     root: str | None = None
     annotations: str | None = None  # COCO json or VOC split, where labels come from; a text list's image folder is root
     batch_size: int = 256  # images per step over all processes together

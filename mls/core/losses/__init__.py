@@ -31,14 +31,14 @@ docs/losses.md tells which to choose.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64, Num
 from torch import Tensor, nn
 
 from mls.errors import ConfigError, unknown_name
+from mls.plugins import Registry
 
 Takes = Literal["logits", "cosines"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -113,29 +113,10 @@ def at_least_fp32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-_LOSSES: dict[str, type[Loss]] = {}
-_ALIASES: dict[str, str] = {}
-
-LossClass = TypeVar("LossClass", bound=type[Loss])
-
-
-def register(name: str, aliases: Sequence[str] = ()) -> Callable[[LossClass], LossClass]:
-    """Class decorator: `build(name)` makes this loss, and so do its aliases. Its options are its parameters."""
-
-    def enter(loss: LossClass) -> LossClass:
-        for word in (name, *aliases):
-            if word in _LOSSES or word in _ALIASES:
-                raise ValueError(f"two losses are called '{word}': give one of them another name")
-        _LOSSES[name] = loss
-        _ALIASES.update(dict.fromkeys(aliases, name))
-        return loss
-
-    return enter
-
-
-def names() -> list[str]:
-    """Every loss once, without its aliases."""
-    return sorted(_LOSSES)
+LOSSES = Registry[type[Loss]]("loss")
+# Class decorator: `build(name)` makes this loss, and so do its aliases. Its options are its parameters.
+register = LOSSES.register
+names = LOSSES.names  # every loss once, without its aliases
 
 
 def build(name: str, **options: Any) -> Loss:
@@ -143,15 +124,12 @@ def build(name: str, **options: Any) -> Loss:
     >>> build("an", temperature=0.2)
     AssumedNegative(temperature=0.2, reduction=mean)
     """
-    name = _ALIASES.get(name, name)
-    if name not in _LOSSES:
-        raise unknown_name("loss", name, [*_LOSSES, *_ALIASES])
-    return _LOSSES[name](**_checked(name, options))
+    return LOSSES[name](**_checked(LOSSES.aliases.get(name, name), options))
 
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options as YAML gives them, in the types of the loss's defaults, or the error that says which is wrong."""
-    known, checked = inspect.signature(_LOSSES[name]).parameters, {}
+    known, checked = inspect.signature(LOSSES[name]).parameters, {}
     for option, value in options.items():
         if option not in known:
             raise unknown_name(f"option of loss {name}", option, known)
