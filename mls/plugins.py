@@ -122,7 +122,9 @@ def _import_file(path: Path) -> ModuleType:
             f"there is no plug-in file {path}: put it back, or say where it is with --import or in run.plugins"
         )
     if path.suffix != ".py" or "." in path.stem:
-        raise ConfigError(f"the plug-in {path} cannot be imported under this name: call it NAME.py, without another dot")
+        raise ConfigError(
+            f"the plug-in {path} cannot be imported under this name: call it NAME.py, without another dot"
+        )
     # A worker process that does not inherit our memory finds the module by its name in the last folder of sys.path, so
     # the name must be the file's own and nobody else's.
     other = sys.modules.get(path.stem) or importlib.util.find_spec(path.stem)
