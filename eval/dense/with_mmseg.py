@@ -31,8 +31,8 @@ from mls.eval.dense.schema import Segmentation
 from mls.eval.dense.views import training_loader
 from mls.eval.outcome import Outcome
 from mls.exporting import to_mmseg, to_torchvision
-from mls.exporting.source import NoCounterpart
 from mls.frameworks import installed as frameworks
+from mls.frameworks.resnet_plan import NoCounterpart
 from mls.monitor.progress import counting
 from mls.streams import derive
 
