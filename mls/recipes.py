@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mls import plugins
 from mls.config import Config, check, flatten
 from mls.errors import ConfigError, unknown_name
 
@@ -54,9 +55,33 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Resolved[Config]:
     path = find_recipe(recipe)
-    values, origins = read_yaml(path, RECIPE)
-    values.setdefault("run", {}).setdefault("recipe", path.stem)
-    return build(RECIPE, values, origins, overrides, path.name)
+    rest = [override for override in overrides if not override.startswith("run.plugins=")]
+    changed = [override for override in overrides if override not in rest]
+    named = OmegaConf.select(_parsed(changed[-1]), "run.plugins") if changed else _plugins_of(path)
+    imported = plugins.load(_plugin_names(named, changed[-1] if changed else path.name))
+    values, origins = read_yaml(path, RECIPE)  # after the import, which adds to the values that are valid
+    run = values.setdefault("run", {})
+    run.setdefault("recipe", path.stem)
+    if imported or plugins.loaded():
+        run["plugins"] = list(dict.fromkeys([*imported, *plugins.loaded()]))
+        origins["run.plugins"] = "override" if changed else origins.get("run.plugins", "--import")
+    return build(RECIPE, values, origins, rest, path.name)
+
+
+def _plugins_of(path: Path) -> list[str]:
+    """`run.plugins` of a recipe or of its base. A relative path counts from the recipe's folder."""
+    values, _ = load_yaml(path)
+    run = values.get("run")
+    if isinstance(run, dict) and "plugins" in run:
+        return [plugins.absolute(name, path.parent) for name in _plugin_names(run["plugins"], path.name)]
+    return _plugins_of(_base_of(path, values["base"], RECIPE)) if values.get("base") else []
+
+
+def _plugin_names(value: Any, where: str) -> list[str]:
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where}: run.plugins is {value}: list files and modules, such as [my_loss.py]")
+    return list(names)
 
 
 def build(
@@ -68,12 +93,7 @@ def build(
         key, separator, _ = override.partition("=")
         if not separator or not key:
             raise ConfigError(f"'{override}' is not an override: write key=value, for example data.root=/images")
-        try:
-            dotted = OmegaConf.from_dotlist([override])
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"'{override}' cannot be read as key=value: {reason}") from None
-        change = cast(dict[str, Any], OmegaConf.to_container(dotted))
+        change = cast(dict[str, Any], OmegaConf.to_container(_parsed(override)))
         _check_keys(change, "the command line", kind)
         node = _merge(node, change, override)
         origins[key] = "override"
@@ -81,6 +101,14 @@ def build(
     assert isinstance(config, kind.schema)
     kind.check(config)
     return Resolved(config, {key: _origin(key, origins) for key, _ in flatten(config)})
+
+
+def _parsed(override: str) -> DictConfig:
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"'{override}' cannot be read as key=value: {reason}") from None
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -142,12 +170,15 @@ def read_yaml(path: Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, st
     origins.pop("base", None)
     _check_keys(values, path.name, kind)
     if base is not None:
-        beside = path.parent / f"{base}.yaml"
-        found = beside if beside.is_file() else find(base, kind.folder, kind.word)
-        base_values, base_origins = read_yaml(found, kind)
+        base_values, base_origins = read_yaml(_base_of(path, base, kind), kind)
         values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(base_values, values)))
         origins = base_origins | origins
     return values, origins
+
+
+def _base_of(path: Path, base: str, kind: Kind[Any]) -> Path:
+    beside = path.parent / f"{base}.yaml"
+    return beside if beside.is_file() else find(base, kind.folder, kind.word)
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
