@@ -45,6 +45,7 @@ class Program:
         """What the certificate compares: the tensors that the file holds, and the features that it gives."""
         network = torch.export.load(file).module()
 
+        @torch.no_grad()
         def stages(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
             return {"features": network(normalised(pixels, source.mean, source.std))}
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from mls.errors import CheckpointError, UserError
 from mls.exporting import to_detectron2, to_mmseg, to_safetensors, to_timm, to_torchvision
@@ -36,14 +36,16 @@ class Target(Protocol):
         ...
 
 
+TargetClass = TypeVar("TargetClass", bound=Callable[[], Target])
+
 TARGETS = Registry[Target]("export target")
 RECIPES: dict[str, str] = {}  # a recipe's name, by which a file's target is known
 
 
-def register(name: str, recipes: Sequence[str] = ()) -> Callable[[type[Target]], type[Target]]:
+def register(name: str, recipes: Sequence[str] = ()) -> Callable[[TargetClass], TargetClass]:
     """Decorator of a class that is a Target and writes recipes of these names."""
 
-    def enter(target: type[Target]) -> type[Target]:
+    def enter(target: TargetClass) -> TargetClass:
         add(name, target(), recipes)
         return target
 
