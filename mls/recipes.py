@@ -15,6 +15,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mls import plugins
 from mls.config import Config, check, check_limits, defaults, flatten, methods_with
 from mls.errors import ConfigError, unknown_name
 
@@ -49,8 +50,7 @@ class Resolved(Generic[Schema]):
 
 def load_run_config(file: Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration that a run stored. Version 0.1 stored the keys of all methods together."""
-    values, origins = load_yaml(file)
-    return build(RECIPE, _of_method(values, values), origins, overrides, file.name).config
+    return resolve(file, overrides, stored=True).config
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -62,11 +62,36 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     return resolve(recipe, overrides).config
 
 
-def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Resolved[Config]:
+def resolve(recipe: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> Resolved[Config]:
+    """`stored`: a run's own file, in which keys of other methods than the run's mean nothing."""
     path = find_recipe(recipe)
-    values, origins = read_yaml(path, RECIPE)
-    values.setdefault("run", {}).setdefault("recipe", path.stem)
-    return build(RECIPE, values, origins, overrides, path.name)
+    rest = [override for override in overrides if not override.startswith("run.plugins=")]
+    changed = [override for override in overrides if override not in rest]
+    named = _parsed(changed[-1])["run"]["plugins"] if changed else _plugins_of(path)
+    imported = plugins.load(_plugin_names(named, changed[-1] if changed else path.name))
+    values, origins = read_yaml(path, RECIPE, stored)  # after the import, which adds to the values that are valid
+    run = values.setdefault("run", {})
+    run.setdefault("recipe", path.stem)
+    if imported or plugins.loaded():
+        run["plugins"] = list(dict.fromkeys([*imported, *plugins.loaded()]))
+        origins["run.plugins"] = "override" if changed else origins.get("run.plugins", "--import")
+    return build(RECIPE, values, origins, rest, path.name)
+
+
+def _plugins_of(path: Path) -> list[str]:
+    """`run.plugins` of a recipe or of its base. A relative path counts from the recipe's folder."""
+    values, _ = load_yaml(path)
+    run = values.get("run")
+    if isinstance(run, dict) and "plugins" in run:
+        return [plugins.absolute(name, path.parent) for name in _plugin_names(run["plugins"], path.name)]
+    return _plugins_of(_base_of(path, values["base"], RECIPE)) if values.get("base") else []
+
+
+def _plugin_names(value: Any, where: str) -> list[str]:
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where}: run.plugins is {value}: list files and modules, such as [my_loss.py]")
+    return list(names)
 
 
 def build(
@@ -168,20 +193,24 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return values, {key: f"{path.name}:{line}" for key, line in _lines(node)}
 
 
-def read_yaml(path: Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def read_yaml(path: Path, kind: Kind[Any], stored: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
     """The same for a file of this kind, its keys checked; `base: NAME` starts from another one."""
     values, origins = load_yaml(path)
     base = values.pop("base", None)
     origins.pop("base", None)
+    values = _of_method(values, values) if stored else values
     base_values: dict[str, Any] = {}
     if base is not None:
-        beside = path.parent / f"{base}.yaml"
-        found = beside if beside.is_file() else find(base, kind.folder, kind.word)
-        base_values, base_origins = read_yaml(found, kind)
+        base_values, base_origins = read_yaml(_base_of(path, base, kind), kind)
         base_values, origins = _of_method(base_values, values), base_origins | origins
     merged = _merged(base_values, values)
     _check_keys(values, path.name, kind.defaults(merged), kind)
     return merged, origins
+
+
+def _base_of(path: Path, base: str, kind: Kind[Any]) -> Path:
+    beside = path.parent / f"{base}.yaml"
+    return beside if beside.is_file() else find(base, kind.folder, kind.word)
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -17,6 +17,7 @@ from mls.models import backbones, foreign, pretrained
 from mls.models.backbones import Backbone
 from mls.models.heads import projection_head
 from mls.models.momentum import Encoder, EncoderPair, Precision
+from mls.recipes import load_config
 from mls.streams import derive
 
 __all__ = [
@@ -121,11 +122,21 @@ def _by_name(name: str) -> Backbone:
 
 def _from_file(path: Path, architecture: str | None, prefix: str | None) -> Backbone:
     facts = _card_beside(path)
-    found = foreign.find(foreign.read(path), path, architecture or (facts or {}).get("architecture"), prefix)
+    architecture = architecture or (facts or {}).get("architecture")
+    _know(architecture, path.parent)
+    found = foreign.find(foreign.read(path), path, architecture, prefix)
     backbone = backbones.build(found.architecture)
     backbone.load_state_dict(found.state)
     backbone.card = facts or _card_of(found)
     return backbone
+
+
+def _know(architecture: str | None, folder: Path) -> None:
+    """A backbone of a plug-in: the configuration of its run, in the same folder, says which. No code is imported for
+    a backbone that is known without."""
+    known = architecture is None or ":" in architecture or architecture in backbones.names()
+    if not known and (folder / "config.yaml").is_file():
+        load_config(folder / "config.yaml")
 
 
 def weights_file(weights: str | Path) -> Path | None:
