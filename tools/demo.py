@@ -85,7 +85,7 @@ def demo(
 
 
 def _picture(run: Path, target: Path) -> Path:
-    from mls.frozen.gallery import draw, gallery
+    from mls.engine.gallery import draw, gallery
 
     draw(gallery(run)).save(target)
     return target

@@ -21,9 +21,9 @@ from mls.config import AugmentConfig, DataConfig
 from mls.data import Source
 from mls.data.crops import UnreadableImage, decode
 from mls.data.sources import build_source
+from mls.engine.gallery import GalleryRow
 from mls.errors import DataError
 from mls.frozen.features import CachedFeatures, cached_features, embed, embed_batches, hash_of_images, hash_of_weights
-from mls.frozen.gallery import GalleryRow
 from mls.frozen.index import Index, build
 from mls.models import card, load_backbone, weights_file
 
