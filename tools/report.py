@@ -18,7 +18,7 @@ from mls.tools.charts import chart
 if TYPE_CHECKING:
     from mls.config import Config
     from mls.engine import Run
-    from mls.engine.gallery import Pixels
+    from mls.frozen.match_picture import Pixels
 
 # The first four are a plot's edges: whoever checks the page asks for them here.
 

@@ -25,7 +25,7 @@ from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.listing import FileSource, show
 from mls.data.loader import in_workers
 from mls.data.tar import MANIFEST
-from mls.errors import DataError, UserError
+from mls.errors import DataError, UserError, reason
 from mls.files import atomic_file, sha256, write_atomically
 
 VERSION = 1
@@ -77,8 +77,8 @@ def pack(
         done += len(_ids(number, packing, len(source)))
         progress(done)
     if not any(record["images"] for record in manifest["shards"].values()):
-        reason = manifest["shards"][names[0]]["left_out"][0][1]
-        raise DataError(f"none of the {len(source)} images of {source.name} can be read (first: {reason})")
+        first = manifest["shards"][names[0]]["left_out"][0][1]
+        raise DataError(f"none of the {len(source)} images of {source.name} can be read (first: {first})")
     manifest["complete"] = True
     _save(out, manifest)
     return manifest
@@ -145,7 +145,7 @@ class _Shards(Dataset[dict[str, Any] | UserError]):
                 try:
                     data, suffix = packed(self.source.read(i), self.packing)
                 except (UnreadableImage, OSError) as error:
-                    left_out.append((self.source.describe(i), getattr(error, "strerror", None) or str(error)))
+                    left_out.append((self.source.describe(i), reason(error)))
                     continue
                 about: dict[str, Any] = {"path": self.source.describe(i)}
                 if self.pairs is not None:

@@ -25,7 +25,7 @@ from mls.data import Source
 from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, centre, decode
 from mls.data.loader import in_workers
-from mls.errors import DataError, Stopped, UserError
+from mls.errors import DataError, Stopped, UserError, reason
 from mls.files import alone, cache_folder, telling_disk_errors, write_atomically
 from mls.progress import counting
 from mls.signals import StopFlag
@@ -94,9 +94,8 @@ class WholeImages(Dataset[UInt8[Tensor, "batch 3 size size"] | UserError]):
         try:
             return centre(decode(self.source.read(index)), self.size)
         except (UnreadableImage, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
-                f"{self.source.describe(index)} cannot be read ({reason}): `mls data check` finds all such images"
+                f"{self.source.describe(index)} cannot be read ({reason(error)}): `mls data check` finds all of them"
             ) from None
 
 
