@@ -17,31 +17,35 @@ from mls.data.listing import (
     locate,
     root_text,
 )
-from mls.errors import DataError, unknown_name
+from mls.errors import DataError
+from mls.plugins import Registry
 
 if TYPE_CHECKING:
     from mls.data.tar import TarSource
 
-# What other files ask for by this name; it lives below.
+# Each makes a source of `data.*`. (Any: for pyright a lazy `labels` is no attribute of a Source.)
+SOURCES = Registry[Callable[[DataConfig], Any]]("data.source", DataError)
+register = SOURCES.register  # decorator of such a function
 
 
 def build_source(config: DataConfig, split: str = "train") -> Source:
     """The source that `data.*` describes. Only the embedded scenes have a split beside "train"."""
     if config.limit is not None and config.limit < 1:
         raise DataError(f"data.limit is {config.limit}: it must be 1 or more, or null for all images")
-    if config.source == "scenes":
-        from mls.data.scenes import ScenesSource
-
-        few = config.limit or max(config.scenes.count, config.scenes.test_count)
-        scenes = config.scenes
-        scenes = replace(scenes, count=min(scenes.count, few), test_count=min(scenes.test_count, few))
-        return ScenesSource(scenes, split=split)
-    if split != "train":
+    if split != "train" and config.source != "scenes":
         raise DataError(f"only data.source=scenes has a split '{split}': point data.root to the images of that split")
-    kind = detect(config) if config.source == "auto" else config.source
-    if kind not in BUILDERS:
-        raise unknown_name("data.source", kind, ["auto", "scenes", *BUILDERS], DataError)
-    return BUILDERS[kind](config)
+    if config.source == "scenes":
+        return scenes(config, split)
+    return SOURCES[detect(config) if config.source == "auto" else config.source](config)
+
+
+@register("scenes")
+def scenes(config: DataConfig, split: str = "train") -> Source:
+    from mls.data.scenes import ScenesSource
+
+    few = config.limit or max(config.scenes.count, config.scenes.test_count)
+    count, test_count = min(config.scenes.count, few), min(config.scenes.test_count, few)
+    return ScenesSource(replace(config.scenes, count=count, test_count=test_count), split=split)
 
 
 def detect(config: DataConfig) -> str:
@@ -66,14 +70,15 @@ def detect(config: DataConfig) -> str:
     return "folder"
 
 
+@register("tar")
 def _tar(config: DataConfig) -> TarSource:
     from mls.data.tar import TarSource, expand_braces
 
     text = root_text(config)
     if "://" in text:
-        from mls.data.remote import bring
+        from mls.data.remote import download
 
-        shards = bring(expand_braces(text))
+        shards = download(expand_braces(text))
     else:
         shards = [locate(name) for name in expand_braces(text)]
     if len(shards) == 1 and shards[0].is_dir():
@@ -83,10 +88,4 @@ def _tar(config: DataConfig) -> TarSource:
     return TarSource(shards, limit=config.limit)
 
 
-BUILDERS: dict[str, Callable[[DataConfig], Any]] = {  # Any: for pyright a lazy `labels` is no attribute of a Source
-    "folder": from_folder,
-    "list": from_list,
-    "coco": from_coco,
-    "voc": from_voc,
-    "tar": _tar,
-}
+SOURCES |= {"folder": from_folder, "list": from_list, "coco": from_coco, "voc": from_voc}

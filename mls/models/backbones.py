@@ -1,6 +1,8 @@
 """Backbones by name: torchvision's ResNets, a tiny one for demos, any of timm's. Each maps images to one feature a
 image and says its width in `feature_dim`. Parameter names are the library's own, so exports need no renaming."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
 from mls.errors import ConfigError, unknown_name
+from mls.plugins import Registry
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 RESNETS += ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
@@ -25,8 +28,11 @@ else:
     Backbone = nn.Module
 
 
-def names() -> list[str]:
-    return sorted({*RESNETS, "resnet_tiny"})
+BACKBONES = Registry[Callable[[], Backbone]]("backbone")
+# Decorator of a class or function without arguments that gives a randomly initialised backbone, its features' width in
+# `feature_dim`. With parts called layer1 to layer4 it fits whatever a ResNet fits.
+register = BACKBONES.register
+names = BACKBONES.names
 
 
 def build(name: str) -> Backbone:
@@ -35,16 +41,18 @@ def build(name: str) -> Backbone:
     >>> build("resnet18").feature_dim
     512
     """
-    if name == "resnet_tiny":
-        return TinyResNet()
-    if name.startswith("timm:"):
-        return _timm(name.removeprefix("timm:"))
-    if name not in RESNETS:
-        raise unknown_name("backbone", name, [*names(), "timm:NAME"])
+    return _timm(name.removeprefix("timm:")) if name.startswith("timm:") else BACKBONES[name]()
+
+
+def _resnet(name: str) -> Backbone:
     model = getattr(torchvision_resnet, name)(weights=None)
     model.feature_dim = model.fc.in_features
     model.fc = nn.Identity()
     return cast(Backbone, model)
+
+
+for resnet in RESNETS:
+    BACKBONES.add(resnet, partial(_resnet, resnet))
 
 
 def _timm(name: str) -> Backbone:
@@ -75,6 +83,7 @@ class Block(nn.Module):
         return torch.relu(self.bn2(self.conv2(y)) + self.downsample(x))
 
 
+@register("resnet_tiny")
 class TinyResNet(Backbone):
     """Three one-block stages for 32-pixel images: 0.3 million parameters, features of width 128."""
 
@@ -90,6 +99,9 @@ class TinyResNet(Backbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def maps(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim rows columns"]:
         x = torch.relu(self.bn1(self.conv1(images)))
-        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        return self.maps(images).mean((2, 3))

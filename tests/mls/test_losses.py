@@ -185,7 +185,7 @@ def test_whole_numbers_serve_where_yaml_leaves_out_the_point() -> None:
 
 
 def test_two_losses_cannot_share_a_name() -> None:
-    with pytest.raises(ValueError, match="two losses are called 'bce'"):
+    with pytest.raises(ConfigError, match="there is a loss called 'bce' already"):
         losses.register("bce")(losses.Loss)
 
 

@@ -64,7 +64,7 @@ def objectives(
     from mls.config import runs_root
     from mls.eval.cells import over_seeds
     from mls.eval.pretraining import MEASURED, Pretraining, table_of
-    from mls.recipes import load_config
+    from mls.recipes import applicable, load_config
     from mls.tables import Column, Row, render, terminal_width
     from mls.tools.bench.ablations import SHORT
 
@@ -74,7 +74,7 @@ def objectives(
     if short:
         quick = [change for change in SHORT if not change.startswith("data.scenes") or "scenes" in recipe]
         overrides = [*quick, *overrides]
-    losses = {name: [*overrides, *changes] for name, changes in chosen(loss).items()}
+    losses = {name: applicable(recipe, [*overrides, *changes]) for name, changes in chosen(loss).items()}
     base = load_config(recipe, overrides)
     times = relative_times({name: load_config(recipe, changes) for name, changes in losses.items()})
 
@@ -127,7 +127,6 @@ def relative_times(configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[
     from mls import distributed
     from mls.core import methods
     from mls.engine import optim
-    from mls.models import build_pair
     from mls.models.momentum import precision_on
 
     base = configs[PAPER]
@@ -136,18 +135,15 @@ def relative_times(configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[
         torch.set_num_threads(base.engine.threads)
     # One network and one dictionary for all: only what the losses do differs.
     layout = torch.channels_last if base.engine.channels_last else torch.contiguous_format
-    pair = (
-        build_pair(base.model, base.run.seed, precision_on(device, base.engine.precision))
-        .to(device)
-        .to(memory_format=layout)
-    )
-    trained = {name: methods.build(config, pair).to(device) for name, config in configs.items()}
+    precision = precision_on(device, base.engine.precision)
+    trained = {name: methods.build(config, precision).to(device) for name, config in configs.items()}
+    shared = trained[PAPER].to(memory_format=layout)
     views = _random_batch(base, trained[PAPER], device)
     optimizers = {}
     for name, method in trained.items():
-        method.dictionary, method.measuring = trained[PAPER].dictionary, False
+        method.pair, method.dictionary, method.measuring = shared.pair, shared.dictionary, False
         method.set_progress(step=base.optim.epochs, epoch=base.optim.epochs, steps_per_epoch=1)  # schedules at work
-        optimizers[name] = optim.build(configs[name], method)
+        optimizers[name] = optim.build(configs[name], method, method.own_rates())
         optim.set_lr(optimizers[name], 0.0)  # the random batch teaches nothing
     ratios: dict[str, list[float]] = {name: [] for name in trained}
     for number in range(-2, rounds):  # two to warm up
@@ -173,8 +169,7 @@ def _random_batch(config: Config, method: MoCo, device: torch.device) -> Views:
     from mls.data import Views
 
     count, size, rows = config.data.batch_size, config.augment.size, config.dictionary.size
-    method.dictionary.to(device)
-    widths = method.pair.query.backbone.feature_dim, config.model.projection
+    widths = method.backbone.feature_dim, config.model.projection
     memory = [F.normalize(torch.randn(rows, width, device=device), dim=1) for width in widths]
     method.dictionary.enqueue(*memory, ids=torch.arange(rows, device=device))
     images = [torch.randn(count, 3, size, size, device=device) for _ in range(2)]

@@ -18,7 +18,7 @@ from mls.tools.submit.options import Changes, DryRun, ProfileName, hand_over, sa
 
 if TYPE_CHECKING:
     from mls.eval.cells import Evaluation
-    from mls.slurm.order import Order
+    from mls.slurm.job_spec import JobSpec
     from mls.slurm.profile import Profile
 
 
@@ -68,7 +68,7 @@ def evaluate(
         refuse_frozen(tasks)
     title = f"{Path(name).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = root / title
-    made = orders(tasks, folder, folder / "submission")
+    made = job_specs(tasks, folder, folder / "submission")
     if dry_run:
         print(launch.sbatch_script(made[0], wanted, title, len(made)), end="")
         return
@@ -155,9 +155,9 @@ def _absolute(name: str) -> str:
     return str(Path(name).absolute()) if Path(name).is_file() else name
 
 
-def orders(tasks: Sequence[Task], folder: Path, shared: Path) -> list[Order]:
+def job_specs(tasks: Sequence[Task], folder: Path, shared: Path) -> list[JobSpec]:
     """A folder for each task: its protocol, and what SLURM is to call."""
-    from mls.slurm import submit as launch
+    from mls.slurm import job_spec
 
     made = []
     for number, task in enumerate(tasks, start=1):
@@ -169,7 +169,7 @@ def orders(tasks: Sequence[Task], folder: Path, shared: Path) -> list[Order]:
             (inside / "protocol.yaml").write_text(task.protocol)
             arguments["protocol"] = str(inside / "protocol.yaml")
         call = f"{task.function.__module__}:{task.function.__name__}"
-        made.append(launch.order(inside, call, arguments, shared, "slurm"))
+        made.append(job_spec.create(inside, call, arguments, shared, "slurm"))
     return made
 
 

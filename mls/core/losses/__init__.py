@@ -31,14 +31,14 @@ docs/losses.md tells which to choose.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int64, Num
 from torch import Tensor, nn
 
 from mls.errors import ConfigError, unknown_name
+from mls.plugins import Registry
 
 Takes = Literal["logits", "cosines"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -53,6 +53,7 @@ class Loss(nn.Module):
     separable: bool = False  # an entry depends on its own logit and label alone: the classes may come in parts
     needs_index: bool = False  # `forward` needs the samples' row numbers, and `observe` all their labels
     lr_multiplier: float = 1.0  # what the loss learns takes this many times the network's learning rate
+    relabels: Literal["never", "step", "epoch"] = "never"  # when `relabel` completes the training labels
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
@@ -84,6 +85,24 @@ class Loss(nn.Module):
     def observe(self, labels: Num[Tensor, "samples classes"]) -> None:
         """Called once with the labels of all training samples, before the optimizer is built."""
 
+    def relabel(
+        self,
+        labels: Num[Tensor, "samples classes"],
+        pseudo: Float[Tensor, "samples classes"] | None,
+        outputs: Float[Tensor, "samples classes"],
+        share: float = 0.0,
+        rounds: int = 1,
+    ) -> tuple[Num[Tensor, "samples classes"], Float[Tensor, "samples classes"] | None]:
+        """What becomes of the labels and soft labels that training goes on with: `relabels="step"` with the outputs of
+        the step that was just taken, for its samples; `relabels="epoch"` with the probabilities of all samples, `share`
+        of whose unknown labels get soft ones in `rounds` rounds together."""
+        return labels, pseudo
+
+    @classmethod
+    def defaults_for(cls, positives: float) -> dict[str, Any]:
+        """Options whose default follows from how many positive labels a sample has."""
+        return {}
+
     def entries(
         self,
         logits: Float[Tensor, "batch classes"],
@@ -113,29 +132,10 @@ def at_least_fp32(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-_LOSSES: dict[str, type[Loss]] = {}
-_ALIASES: dict[str, str] = {}
-
-LossClass = TypeVar("LossClass", bound=type[Loss])
-
-
-def register(name: str, aliases: Sequence[str] = ()) -> Callable[[LossClass], LossClass]:
-    """Class decorator: `build(name)` makes this loss, and so do its aliases. Its options are its parameters."""
-
-    def enter(loss: LossClass) -> LossClass:
-        for word in (name, *aliases):
-            if word in _LOSSES or word in _ALIASES:
-                raise ValueError(f"two losses are called '{word}': give one of them another name")
-        _LOSSES[name] = loss
-        _ALIASES.update(dict.fromkeys(aliases, name))
-        return loss
-
-    return enter
-
-
-def names() -> list[str]:
-    """Every loss once, without its aliases."""
-    return sorted(_LOSSES)
+LOSSES = Registry[type[Loss]]("loss")
+# Class decorator: `build(name)` makes this loss, and so do its aliases. Its options are its parameters.
+register = LOSSES.register
+names = LOSSES.names  # every loss once, without its aliases
 
 
 def build(name: str, **options: Any) -> Loss:
@@ -143,15 +143,26 @@ def build(name: str, **options: Any) -> Loss:
     >>> build("an", temperature=0.2)
     AssumedNegative(temperature=0.2, reduction=mean)
     """
-    name = _ALIASES.get(name, name)
-    if name not in _LOSSES:
-        raise unknown_name("loss", name, [*_LOSSES, *_ALIASES])
-    return _LOSSES[name](**_checked(name, options))
+    return LOSSES[name](**_checked(LOSSES.aliases.get(name, name), options))
+
+
+def defaults(name: str, positives: float) -> dict[str, Any]:
+    """Options of a loss that follow from the number of positive labels a sample has."""
+    return LOSSES[name].defaults_for(positives)
+
+
+RATED_FOR = 64 * 80  # labels of a downstream batch: a loss's lr_multiplier is chosen for these
+
+
+def own_rate(loss: Loss, entries: int, adaptive: bool) -> float:
+    """The rate of what a loss learns itself, times the network's, with a batch of this many entries. hml's scale and
+    margin are pulled by a sum over all entries; an adaptive optimizer takes no account of a gradient's size."""
+    return 1.0 if adaptive else loss.lr_multiplier * RATED_FOR / entries
 
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options as YAML gives them, in the types of the loss's defaults, or the error that says which is wrong."""
-    known, checked = inspect.signature(_LOSSES[name]).parameters, {}
+    known, checked = inspect.signature(LOSSES[name]).parameters, {}
     for option, value in options.items():
         if option not in known:
             raise unknown_name(f"option of loss {name}", option, known)

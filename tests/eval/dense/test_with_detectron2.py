@@ -323,10 +323,10 @@ def test_a_killed_command_goes_on_from_the_last_checkpoint(
         assert first.wait(60) == 130, first.stderr.read()
     with begin() as second:
         assert second.stderr is not None
-        next(text for text in second.stderr if "goes on after step" in text)
+        next(text for text in second.stderr if "resumed after step" in text)
         time.sleep(3)
         os.killpg(second.pid, signal.SIGKILL)
     (saved,) = tmp_path.glob("eval/*/state/step-*.pt")
     assert 0 < int(saved.stem.split("-")[1]) < 100
     third = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
-    assert third.returncode == 0 and "goes on after step" in third.stderr, third.stderr
+    assert third.returncode == 0 and "resumed after step" in third.stderr, third.stderr
