@@ -21,7 +21,7 @@ CHECKED = [
     "mls.frozen.metrics",
 ]
 CHECKED += ["mls.distributed", "mls.core.products", "mls.core.sharding", "mls.exporting"]
-CHECKED += ["mls.monitor.health", "mls.monitor.labels"]
+CHECKED += ["mls.core.health", "mls.core.queried_rows", "mls.monitor.labels"]
 install_import_hook(CHECKED, "beartype.beartype")
 
 settings.register_profile("mls", deadline=None)  # how long a test takes on a busy machine decides nothing

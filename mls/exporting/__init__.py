@@ -1,5 +1,5 @@
-"""Backbones for other programs: written in their layout, with the recipe that goes with it, and with the proof that
-they give the same features there. (The public names are `mls.export` and `mls.verify_export`; a package called `export`
+"""Exports backbones for other programs: files in their layout, a recipe that uses them, and a certificate that they
+give the same features there. (The public names are `mls.export` and `mls.verify_export`; a package called `export`
 would hide the function.)"""
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ add("safetensors", to_safetensors, [to_safetensors.RECIPE])
 
 @dataclass(frozen=True)
 class Checked:
-    """One file that was loaded by its target, as one recipe says, and found equal."""
+    """One file that its target loaded with one recipe, and that equals the source."""
 
     target: str
     file: Path
@@ -74,7 +74,7 @@ class Checked:
 
     @property
     def worst(self) -> float:
-        """The largest difference of all stages, as a share of the stage's largest value."""
+        """The largest difference of all stages, relative to the stage's largest value."""
         stages = self.facts["stages"].values()
         return max(one["max_abs_difference"] / (one["largest_value"] or 1.0) for one in stages)
 
@@ -88,7 +88,7 @@ def export(
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Checked]:
     """Write the backbone of a run or a checkpoint for other programs, by default for all that have such a network, into
-    `RUN/export`. Either all of it is there afterwards, checked, or nothing is."""
+    `RUN/export`. All files are checked; after an error none is written."""
     load_installed()
     for name in to or ():
         TARGETS[name]  # a wrong name is told before anything is read
@@ -150,9 +150,9 @@ def verify_export(
     against: str | Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Checked]:
-    """Check a file that somebody else made, as each recipe beside it uses it: nothing of it is executed. It is
-    compared with `against`, a run or a checkpoint; without, with the same tensors in torchvision's network, RGB, and
-    the mean and std of the certificate beside it or else of ImageNet."""
+    """Check a file of any origin with each recipe beside it; nothing in it is executed. It is compared with `against`,
+    a run or a checkpoint, or else with its own tensors in torchvision's network on RGB images, with the mean and std of
+    the certificate beside it, or else of ImageNet."""
     file = Path(file).expanduser()
     if not file.is_file():
         raise CheckpointError(f"{file} is not a file: give a backbone.pkl, a .pth or a .safetensors file")
@@ -178,7 +178,7 @@ def _target_of(recipe: Path) -> str:
 
 
 def _beside(file: Path) -> list[tuple[Path | None, str]]:
-    """The recipes that go with a file, by its suffix and their names; None where a file stands alone."""
+    """The recipes of a file, by its suffix and their names; None if there is none."""
     fitting = [name for name, target in TARGETS.items() if Path(target.FILE).suffix == file.suffix]
     if file.suffix == ".pkl":
         found = [(path, "detectron2") for path in sorted(file.parent.glob("*.yaml"))]
@@ -188,7 +188,7 @@ def _beside(file: Path) -> list[tuple[Path | None, str]]:
 
 
 def _certified(file: Path) -> dict[str, Any]:
-    """The mean and std in the certificate beside a file, if it is this file's."""
+    """The mean and std of the certificate beside a file, if it belongs to this file."""
     for path in sorted(file.parent.glob("*.certificate.json")):
         facts = json.loads(path.read_text())
         if facts.get("file") == file.name:

@@ -1,5 +1,5 @@
-"""The convex losses that solve.py minimises: softmax, one logistic loss a class, one squared hinge a class. Penalties
-are added there."""
+"""The convex losses that solve.py minimises: softmax, and per class a logistic loss or a squared hinge. solve.py adds
+the penalties."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Rows: TypeAlias = Int64[Tensor, "some"] | slice
 
 @dataclass
 class Softmax:
-    """Cross-entropy of class numbers: one group of all classes; sgd.py has a group for each of its settings."""
+    """Cross-entropy of class numbers: one group with all classes; sgd.py has a group for each of its settings."""
 
     numbers: Int64[Tensor, "images"]
-    share: Float[Tensor, "classes"]  # of the images that are fitted
+    share: Float[Tensor, "classes"]  # of each class among the fitted images
     groups: int = 1
     free_bias = True
 
@@ -42,12 +42,12 @@ class Softmax:
 
 @dataclass
 class Logistic:
-    """Binary cross-entropy. A group is one class; its mean is over the images where it is known."""
+    """Binary cross-entropy. A group is one class; its mean is over the images in which it is annotated."""
 
     positive: Bool[Tensor, "classes images"]
     known: Bool[Tensor, "classes images"] | None
     share: Float[Tensor, "groups"]  # of positives
-    weight: Float[Tensor, "groups"]  # of a known image, so that the mean over all images is that over the known ones
+    weight: Float[Tensor, "groups"]  # of an annotated image: makes the mean over all images that over annotated ones
     row: Int64[Tensor, "groups"]  # of the class
     free_bias = True
 
@@ -77,7 +77,7 @@ class SquaredHinge:
     fold_of: Shaped[Tensor, "classes images"]
     positive_weight: float
     row: Int64[Tensor, "groups"]  # of the class
-    fold: Int64[Tensor, "groups"]  # that is left out; -2: none is
+    fold: Int64[Tensor, "groups"]  # that is left out; -2: none
     free_bias = False
 
     def start(self) -> tuple[Tensor, Tensor]:
