@@ -40,6 +40,9 @@ from torch import Tensor, nn
 from mls.errors import ConfigError, unknown_name
 from mls.plugins import Registry
 
+Matrix = Float[Tensor, "batch classes"]
+Labels = Num[Tensor, "batch classes"]  # +1 positive, 0 unknown, -1 known negative
+Index = Int64[Tensor, "batch"] | None  # the samples' row numbers
 Takes = Literal["logits", "cosines"]
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -63,19 +66,13 @@ class Loss(nn.Module):
         self.temperature = temperature
         self.reduction = reduction
 
-    def forward(
-        self,
-        logits: Float[Tensor, "batch classes"],
-        labels: Num[Tensor, "batch classes"],
-        pseudo: Float[Tensor, "batch classes"] | None = None,
-        index: Int64[Tensor, "batch"] | None = None,
-    ) -> Tensor:
+    def forward(self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None) -> Tensor:
         entries = self.entries(self.scaled(logits), labels, pseudo, index)
         if self.reduction == "none":
             return entries
         return entries.mean() if self.reduction == "mean" else entries.sum()
 
-    def predict(self, outputs: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+    def predict(self, outputs: Matrix) -> Matrix:
         """Probabilities, each class by itself, as the loss trained them."""
         return torch.sigmoid(self.scaled(outputs))
 
@@ -103,16 +100,10 @@ class Loss(nn.Module):
         """Options whose default follows from how many positive labels a sample has."""
         return {}
 
-    def entries(
-        self,
-        logits: Float[Tensor, "batch classes"],
-        labels: Num[Tensor, "batch classes"],
-        pseudo: Float[Tensor, "batch classes"] | None,
-        index: Int64[Tensor, "batch"] | None,
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, pseudo: Matrix | None, index: Index) -> Matrix:
         raise NotImplementedError
 
-    def scaled(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+    def scaled(self, logits: Matrix) -> Matrix:
         """Divided by the loss's own temperature, in fp32 or better whatever precision they came in."""
         return at_least_fp32(logits) / self.temperature
 

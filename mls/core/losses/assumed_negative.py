@@ -3,10 +3,8 @@ its variants that weigh, smooth or leave out the negatives."""
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Num
-from torch import Tensor
 
-from mls.core.losses import Loss, register, require
+from mls.core.losses import Labels, Loss, Matrix, register, require
 
 
 @register("an", aliases=("bce",))
@@ -27,9 +25,7 @@ class AssumedNegative(Loss):
 
     separable = True
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         return F.binary_cross_entropy_with_logits(logits, (labels > 0).to(logits.dtype), reduction="none")
 
 
@@ -48,15 +44,11 @@ class PositiveOnly(Loss):
 
     separable = True
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         return -F.logsigmoid(logits).masked_fill(labels <= 0, 0.0)
 
 
-def of_known(
-    logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"]
-) -> Float[Tensor, "batch classes"]:
+def of_known(logits: Matrix, labels: Labels) -> Matrix:
     """Binary cross-entropy where the label is known, 0 where it is not."""
     entries = F.binary_cross_entropy_with_logits(logits, (labels > 0).to(logits.dtype), reduction="none")
     return entries.masked_fill(labels == 0, 0.0)
@@ -76,9 +68,7 @@ class IgnoreUnknown(Loss):
 
     separable = True
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         return of_known(logits, labels)
 
 
@@ -104,9 +94,7 @@ class DownWeighted(AssumedNegative):
             require(isinstance(alpha, (int, float)) and alpha >= 0, "alpha", alpha, "a number from 0 up, or null")
         self.alpha = alpha
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         weight = 1 / max(logits.shape[1] - 1, 1) if self.alpha is None else self.alpha
         entries = super().entries(logits, labels)
         return torch.where(labels > 0, entries, weight * entries)
@@ -147,14 +135,10 @@ class SmoothedAssumedNegative(Loss):
         require(0 <= epsilon <= 1, "epsilon", epsilon, "a number from 0 to 1")
         self.epsilon = epsilon
 
-    def target(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"]
-    ) -> Float[Tensor, "batch classes"]:
+    def target(self, logits: Matrix, labels: Labels) -> Matrix:
         return torch.full_like(logits, self.epsilon).masked_fill(labels > 0, 1 - self.epsilon)
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         return F.binary_cross_entropy_with_logits(logits, self.target(logits, labels), reduction="none")
 
 
@@ -170,7 +154,5 @@ class SmoothedUnknown(SmoothedAssumedNegative):
     0.2269
     """
 
-    def target(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"]
-    ) -> Float[Tensor, "batch classes"]:
+    def target(self, logits: Matrix, labels: Labels) -> Matrix:
         return (labels > 0).to(logits.dtype).masked_fill(labels == 0, self.epsilon)

@@ -4,10 +4,8 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Num
-from torch import Tensor
 
-from mls.core.losses import Loss, register, require
+from mls.core.losses import Labels, Loss, Matrix, register, require
 
 
 @register("focal")
@@ -33,9 +31,7 @@ class Focal(Loss):
         require(gamma_neg >= 0, "gamma_neg", gamma_neg, "a number from 0 up")
         self.gamma_pos, self.gamma_neg = gamma_pos, gamma_neg
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         log_f, log_rest = F.logsigmoid(logits), F.logsigmoid(-logits)
         # Powers as exp(gamma log ...): below 1 the gradient of f^gamma itself is infinite where f rounds to 0.
         pull = -(self.gamma_pos * log_rest).exp() * log_f
@@ -77,9 +73,7 @@ class Asymmetric(Loss):
         require(0 <= clip < 1, "clip", clip, "a number from 0 to below 1")
         self.gamma_neg, self.gamma_pos, self.clip, self.detach_weight = gamma_neg, gamma_pos, clip, detach_weight
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         log_f, log_rest = F.logsigmoid(logits), F.logsigmoid(-logits)
         shifted = (torch.sigmoid(logits) - self.clip).clamp(min=0)
         log_shifted_rest = log_rest

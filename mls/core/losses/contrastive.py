@@ -2,10 +2,10 @@
 positives, a loss on logits), and what it shares with the two-way loss."""
 
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, Num
+from jaxtyping import Float, Num
 from torch import Tensor
 
-from mls.core.losses import Loss, at_least_fp32, register
+from mls.core.losses import Index, Labels, Loss, Matrix, at_least_fp32, register
 from mls.core.products import Mask, log_sum_exp
 from mls.errors import ConfigError, unknown_name
 
@@ -65,13 +65,7 @@ class Contrast(Loss):
     ) -> Float[Tensor, "rows"]:
         raise NotImplementedError
 
-    def forward(
-        self,
-        logits: Float[Tensor, "batch classes"],
-        labels: Num[Tensor, "batch classes"],
-        pseudo: Float[Tensor, "batch classes"] | None = None,
-        index: Int64[Tensor, "batch"] | None = None,
-    ) -> Tensor:
+    def forward(self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None) -> Tensor:
         logits = self.scaled(logits)
         if self.ways == "both":
             return self.one_way(logits, labels) + self.one_way(logits.T, labels.T)

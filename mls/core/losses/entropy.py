@@ -2,14 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
-from mls.core.losses import Loss, register, require
+from mls.core.losses import Index, Labels, Loss, Matrix, register, require
 from mls.core.losses.assumed_negative import of_known
 
 
-def entropy(logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+def entropy(logits: Matrix) -> Matrix:
     """-f log f - (1 - f) log(1 - f), f = sigmoid(logits)."""
     return -torch.sigmoid(logits) * F.logsigmoid(logits) - torch.sigmoid(-logits) * F.logsigmoid(-logits)
 
@@ -34,9 +33,7 @@ class EntropyMinimisation(Loss):
         require(alpha >= 0, "alpha", alpha, "a number from 0 up")
         self.alpha = alpha
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         return torch.where(labels == 0, self.alpha * entropy(logits), of_known(logits, labels))
 
 
@@ -62,13 +59,7 @@ class EntropyMaximisation(Loss):
         require(alpha >= 0, "alpha", alpha, "a number from 0 up")
         self.alpha = alpha
 
-    def entries(
-        self,
-        logits: Float[Tensor, "batch classes"],
-        labels: Num[Tensor, "batch classes"],
-        pseudo: Float[Tensor, "batch classes"] | None,
-        index: Int64[Tensor, "batch"] | None,
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, pseudo: Matrix | None, index: Index) -> Matrix:
         return torch.where(labels == 0, -self.alpha * entropy(logits), of_known(logits, labels))
 
 
@@ -99,13 +90,7 @@ class PseudoLabelled(EntropyMaximisation):
         require(beta >= 0, "beta", beta, "a number from 0 up")
         self.beta = beta
 
-    def entries(
-        self,
-        logits: Float[Tensor, "batch classes"],
-        labels: Num[Tensor, "batch classes"],
-        pseudo: Float[Tensor, "batch classes"] | None,
-        index: Int64[Tensor, "batch"] | None,
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, pseudo: Matrix | None, index: Index) -> Matrix:
         entries = super().entries(logits, labels, pseudo, index)
         if pseudo is None:
             return entries

@@ -5,10 +5,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, Num
 from torch import Tensor, nn
 
-from mls.core.losses import Loss, at_least_fp32, register, require
+from mls.core.losses import Index, Labels, Loss, Matrix, at_least_fp32, register, require
 
 
 @register("hml")
@@ -55,7 +54,7 @@ class HypersphericalMargin(Loss):
                 self.register_buffer(name, torch.tensor(value))
         self.learn, self.adaptive = learn, adaptive
 
-    def logits(self, cosines: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+    def logits(self, cosines: Matrix) -> Matrix:
         """scale cos(theta + margin) without the arc cosine, whose gradient is infinite at cosines of 1 and -1."""
         cosines = at_least_fp32(cosines)
         sines = ((1 - cosines) * (1 + cosines)).clamp(min=1e-6).sqrt()
@@ -63,17 +62,11 @@ class HypersphericalMargin(Loss):
         margin = self.margin + (self.margin.clamp(0, math.pi / 2) - self.margin).detach()
         return self.scale * (cosines * margin.cos() - sines * margin.sin())
 
-    def predict(self, cosines: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+    def predict(self, cosines: Matrix) -> Matrix:
         """Probabilities: the margin acts in a test too."""
         return torch.sigmoid(self.logits(cosines))
 
-    def forward(
-        self,
-        logits: Float[Tensor, "batch classes"],
-        labels: Num[Tensor, "batch classes"],
-        pseudo: Float[Tensor, "batch classes"] | None = None,
-        index: Int64[Tensor, "batch"] | None = None,
-    ) -> Tensor:
+    def forward(self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None) -> Tensor:
         positive = labels > 0
         scores = self.logits(logits)
         loss = F.binary_cross_entropy_with_logits(scores, positive.to(scores.dtype))

@@ -5,10 +5,10 @@ import math
 from fractions import Fraction
 
 import torch
-from jaxtyping import Bool, Float, Num
+from jaxtyping import Bool
 from torch import Tensor
 
-from mls.core.losses import register, require
+from mls.core.losses import Labels, Matrix, register, require
 from mls.core.losses.assumed_negative import AssumedNegative
 
 
@@ -35,9 +35,7 @@ class LargeLoss(AssumedNegative):
         return math.ceil(Fraction(str(self.delta_rel)) * entries * self.rounds() / 100)
 
     @torch.no_grad()
-    def large(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"]
-    ) -> Bool[Tensor, "batch classes"]:
+    def large(self, logits: Matrix, labels: Labels) -> Bool[Tensor, "batch classes"]:
         """The unknown labels with the largest losses, ties included."""
         unknown = labels == 0
         count = min(self.count(logits.numel()), logits.numel())
@@ -71,9 +69,7 @@ class LargeLossRejection(LargeLoss):
     def __init__(self, delta_rel: float = 0.5, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__(delta_rel, temperature, reduction)
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         return super().entries(logits, labels).masked_fill(self.large(logits, labels), 0.0)
 
 
@@ -97,9 +93,7 @@ class TemporaryCorrection(LargeLoss):
     def __init__(self, delta_rel: float = 0.2, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__(delta_rel, temperature, reduction)
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         return super().entries(logits, labels.masked_fill(self.large(logits, labels), 1))
 
 
@@ -132,9 +126,7 @@ class PermanentCorrection(LargeLoss):
     def rounds(self) -> int:
         return min(self.epoch - 1, 1)
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         return super().entries(logits, labels.masked_fill(self.large(logits, labels), 1))
 
     def relabel(

@@ -1,10 +1,9 @@
 """The pairwise ranking loss: every positive of a sample should score above every negative of it."""
 
 import torch
-from jaxtyping import Float, Int64, Num
 from torch import Tensor
 
-from mls.core.losses import Loss, register
+from mls.core.losses import Index, Labels, Loss, Matrix, register
 
 
 @register("pairwise_rank")
@@ -24,13 +23,7 @@ class PairwiseRank(Loss):
 
     elementwise = False
 
-    def forward(
-        self,
-        logits: Float[Tensor, "batch classes"],
-        labels: Num[Tensor, "batch classes"],
-        pseudo: Float[Tensor, "batch classes"] | None = None,
-        index: Int64[Tensor, "batch"] | None = None,
-    ) -> Tensor:
+    def forward(self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None) -> Tensor:
         logits, positive = self.scaled(logits), labels > 0
         short = torch.sigmoid(-logits).masked_fill(~positive, 0.0).sum(dim=1)  # of 1, over the positives: [batch]
         over = torch.sigmoid(logits).masked_fill(positive, 0.0).sum(dim=1)  # 0, over the negatives

@@ -1,10 +1,8 @@
 """Losses that tolerate wrong labels as such, whatever made them wrong."""
 
 import torch
-from jaxtyping import Float, Num
-from torch import Tensor
 
-from mls.core.losses import register, require
+from mls.core.losses import Labels, Matrix, register, require
 from mls.core.losses.assumed_negative import AssumedNegative
 
 LOG_OF_ZERO = -4.0  # the paper's A
@@ -31,8 +29,6 @@ class SymmetricCrossEntropy(AssumedNegative):
         require(beta >= 0, "beta", beta, "a number from 0 up")
         self.alpha, self.beta = alpha, beta
 
-    def entries(
-        self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
-    ) -> Float[Tensor, "batch classes"]:
+    def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         reverse = -LOG_OF_ZERO * torch.sigmoid(torch.where(labels > 0, -logits, logits))
         return self.alpha * super().entries(logits, labels) + self.beta * reverse

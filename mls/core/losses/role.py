@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, Num
+from jaxtyping import Float, Num
 from torch import Tensor, nn
 
-from mls.core.losses import Loss, at_least_fp32, register, require
+from mls.core.losses import Index, Labels, Loss, Matrix, at_least_fp32, register, require
 from mls.core.losses.assumed_negative import of_known
 from mls.errors import ConfigError
 from mls.streams import generator
@@ -17,7 +17,7 @@ SURE = math.log(0.995 / 0.005)  # the logit that an estimate of a known label st
 UNSURE = math.log(0.6 / 0.4)  # the others start within this of 0
 
 
-def surplus(logits: Float[Tensor, "batch classes"], expected: float) -> Float[Tensor, ""]:
+def surplus(logits: Matrix, expected: float) -> Float[Tensor, ""]:
     """((mean over samples of the sum of f) - expected)^2 / classes^2."""
     return ((torch.sigmoid(logits).sum(dim=1).mean() - expected) / logits.shape[1]).square()
 
@@ -50,13 +50,7 @@ class ExpectedPositives(Loss):
         require(expected_positives >= 0, "expected_positives", expected_positives, "a number from 0 up")
         self.expected_positives = expected_positives
 
-    def forward(
-        self,
-        logits: Float[Tensor, "batch classes"],
-        labels: Num[Tensor, "batch classes"],
-        pseudo: Float[Tensor, "batch classes"] | None = None,
-        index: Int64[Tensor, "batch"] | None = None,
-    ) -> Tensor:
+    def forward(self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None) -> Tensor:
         logits = self.scaled(logits)
         return of_known(logits, labels).mean() + surplus(logits, self.expected_positives)
 
@@ -99,13 +93,7 @@ class Role(ExpectedPositives):
         start = UNSURE * (2 * chance - 1)
         self.estimates = nn.Parameter(torch.where(labels == 0, start, SURE * labels.sign()))
 
-    def forward(
-        self,
-        logits: Float[Tensor, "batch classes"],
-        labels: Num[Tensor, "batch classes"],
-        pseudo: Float[Tensor, "batch classes"] | None = None,
-        index: Int64[Tensor, "batch"] | None = None,
-    ) -> Tensor:
+    def forward(self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None) -> Tensor:
         if self.estimates is None:
             raise ConfigError(
                 "loss role has no labels to estimate: call observe(labels) with those of all samples first"
@@ -126,6 +114,6 @@ class Role(ExpectedPositives):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
-def cross_entropy(logits: Float[Tensor, "batch classes"], target: Float[Tensor, "batch classes"]) -> Float[Tensor, ""]:
+def cross_entropy(logits: Matrix, target: Matrix) -> Float[Tensor, ""]:
     """Of one prediction to another, both logits; the target gets no gradient."""
     return F.binary_cross_entropy_with_logits(logits, torch.sigmoid(target.detach()).to(logits.dtype))
