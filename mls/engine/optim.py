@@ -24,14 +24,14 @@ def build(config: Config, method: nn.Module) -> torch.optim.Optimizer:
     """Parameters of a method's `loss` get no weight decay and `loss.lr_multiplier` times the rate."""
     optim, lr = config.optim, scaled_lr(config)
     loss = getattr(method, "loss", None)
-    own = [p for p in loss.parameters() if p.requires_grad] if loss is not None else []
-    network = [p for p in method.parameters() if p.requires_grad and not any(p is mine for mine in own)]
-    weights = [p for p in network if p.ndim > 1 or optim.decay_norm_and_bias]
-    rest = [p for p in network if not (p.ndim > 1 or optim.decay_norm_and_bias)]
+    of_loss = [p for p in loss.parameters() if p.requires_grad] if loss is not None else []
+    network = [p for p in method.parameters() if p.requires_grad and not any(p is other for other in of_loss)]
+    decayed = [p for p in network if p.ndim > 1 or optim.decay_norm_and_bias]
+    others = [p for p in network if not (p.ndim > 1 or optim.decay_norm_and_bias)]
     groups = [
-        {"params": weights, "weight_decay": optim.weight_decay, "share": 1.0},
-        {"params": rest, "weight_decay": 0.0, "share": 1.0, "adapt": False},
-        {"params": own, "weight_decay": 0.0, "share": getattr(loss, "lr_multiplier", 1.0), "adapt": False},
+        {"params": decayed, "weight_decay": optim.weight_decay, "share": 1.0},
+        {"params": others, "weight_decay": 0.0, "share": 1.0, "adapt": False},
+        {"params": of_loss, "weight_decay": 0.0, "share": getattr(loss, "lr_multiplier", 1.0), "adapt": False},
     ]
     groups = [{"adapt": True, **group} for group in groups if group["params"]]
     if optim.name == "sgd":
