@@ -1,5 +1,4 @@
-"""Any backbone as a classifier: a linear or a cosine head of as many classes as the data have. How it is trained is in
-training.py."""
+"""A backbone with a linear or a cosine head. Training is in training.py."""
 
 from __future__ import annotations
 
@@ -21,8 +20,8 @@ from mls.streams import derive
 
 
 class CosineHead(nn.Linear):
-    """The cosines of the features with one direction per class, which is the class' label embedding: a row of `weight`
-    (the hyperspherical classifier, ECCV 2022). In fp32 or better whatever precision the features come in."""
+    """The cosines of the features with a label embedding per class, a row of `weight` (the hyperspherical classifier,
+    ECCV 2022). Computed in fp32 or better for features of any precision."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__(dim, classes, bias=False)
@@ -50,7 +49,7 @@ class Classifier(nn.Module):
         self.frozen: list[nn.Module] = []
 
     def freeze(self, modules: Iterable[nn.Module]) -> None:
-        """From now on these parts stay as they are: no gradients, and evaluation mode even while the rest trains."""
+        """Freeze these parts: no gradients, and evaluation mode while the rest trains."""
         self.frozen = list(modules)
         for module in self.frozen:
             module.requires_grad_(False).eval()
@@ -81,13 +80,13 @@ def build_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
         backbone = load_backbone(weights)
-        # A stream of its own: the head is the same whatever the backbone has drawn.
+        # A stream of its own: the head does not depend on how many numbers the backbone draws.
         torch.manual_seed(derive(seed, "init", "classifier"))
         return Classifier(backbone, HEADS[head](backbone.feature_dim, classes)).eval()
 
 
 class _GlobalPooling(TorchFunctionMode):
-    """Notes the last map that is averaged over its positions, whether a module or a line of code does it."""
+    """Stores the last map that is averaged over its positions, by a module or in code."""
 
     POOLS = (F.adaptive_avg_pool2d, torch.mean, Tensor.mean)
 

@@ -1,5 +1,5 @@
-"""Frozen features of labelled images: computed once for the same weights, images and size, then read from disk
-(`mls.frozen.features.kept`). What is learnt from them is in frozen.py."""
+"""Frozen features of labelled images, computed once for the same weights, images and size, then read from disk
+(`mls.frozen.features.cached_features`). The probes are in frozen.py."""
 
 from __future__ import annotations
 
@@ -20,9 +20,18 @@ from mls.eval.data import DataSet, LabelledImages
 from mls.eval.images import Batches
 from mls.eval.protocol import FeaturesConfig, Frozen, FrozenData, plain
 from mls.eval.splits import load
-from mls.frozen.features import hash_of_images, hash_of_weights, kept
+from mls.frozen.features import cached_features, hash_of_images, hash_of_weights
 from mls.models import load_backbone
 from mls.models.momentum import HALF, precision_on
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How `extract` reads a data set."""
+
+    root: str | Path | None = None  # default: the data set's folder under $MLS_DATA
+    check_sizes: bool = True  # refuse another number of images than published
+    workers: int | None = None  # default: the cores this process may use, at most 8
 
 
 @dataclass(frozen=True)
@@ -39,15 +48,13 @@ def extract(
     split: str = "train",
     size: int | None = None,
     resize: float | None = None,
-    root: str | Path | None = None,
-    check_sizes: bool = True,
-    workers: int | None = None,
+    reading: Reading = Reading(),
     device: str = "auto",
     quiet: bool = False,
 ) -> Features:
     """Features of a split of a data set, with its labels: the middle square of each image, no augmentation.
 
-    dataset  a name (`mls eval list`), a folder of class folders, or what `mls.eval.data` gives
+    dataset  a name (`mls eval list`), a folder of class folders, or a data set of `mls.eval.data`
     size     of the input; default: what the backbone was pretrained with, else 224 (32 for the embedded scenes)
     resize   the short side is scaled to this many times the size before the crop; default: 256 / 224 (scenes: 1)
 
@@ -58,8 +65,9 @@ def extract(
     (torch.Size([2000, 128]), torch.Size([2000, 10]))
     """
     if isinstance(dataset, str | Path) and Path(dataset).expanduser().is_dir():
-        dataset, root = "folder", dataset
-    data = FrozenData(root=None if root is None else str(root), check_sizes=check_sizes, workers=workers)
+        dataset, reading = "folder", replace(reading, root=dataset)
+    root = None if reading.root is None else str(reading.root)
+    data = FrozenData(root=root, check_sizes=reading.check_sizes, workers=reading.workers)
     if isinstance(dataset, str | Path):
         dataset = load(replace(data, name=str(dataset)))
     images = _split(dataset, split) if isinstance(dataset, DataSet) else dataset
@@ -83,7 +91,7 @@ def features_of(
     seed: int = 0,
     quiet: bool = False,
 ) -> Features:
-    """Pass `number` over the images as the protocol sees them: 0 without augmentation, the others with."""
+    """Pass `number` over the images with the protocol's sizes: 0 without augmentation, each other with its own."""
     device = start(protocol.features.device).device
     reduced = HALF.get(precision_on(device, protocol.features.precision, "features.precision"))
     network = backbone.eval().to(device)
@@ -108,7 +116,7 @@ def features_of(
     if number:
         augment = protocol.augment
         facts["pass"] = [number, seed, protocol.data.train_crop, *augment.scale, *augment.ratio, augment.flip]
-    found = kept(facts, len(images), compute, f"features {title}".strip(), quiet)
+    found = cached_features(facts, len(images), compute, f"features {title}".strip(), quiet)
     return Features(found.features, images.truth, images.class_names, found.sha256)
 
 

@@ -1,5 +1,5 @@
-"""`task: linear`, `knn` and `svm`: what frozen features know. Features come from extraction.py, the solvers from
-mls/frozen/probe; here is which images are learnt from, and what is chosen on which."""
+"""`task: linear`, `knn` and `svm` on frozen features. Features come from extraction.py, the solvers from
+mls/frozen/probe; here is which images each fit is trained on, and on which its settings are chosen."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from mls.eval.splits import load
 from mls.eval.supervised import with_statistics_of
 from mls.frozen import probe
 from mls.frozen.probe.linear import Progress
-from mls.frozen.untrained import IMAGES, calibrated
+from mls.frozen.untrained import STATISTICS_IMAGES, with_batch_statistics
 from mls.models import load_backbone, weights_file
-from mls.monitor.progress import counting
+from mls.progress import counting
 from mls.streams import derive, generator
 
-ALL_ASKED = 20000  # training images up to which kNN's k is chosen by leaving one out; above that
-ASKED = 10000  # so many are asked of the others
+LEAVE_ONE_OUT_UP_TO = 20000  # training images: then kNN's k is chosen by leaving one out
+CHOICE_QUERIES = 10000  # with more training images, these are queries and the others are their neighbours
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a probe says of the test images."""
+class ProbeResult:
+    """A probe's scores of the test images, and how its settings were chosen."""
 
     scores: Float[Tensor, "test classes"]  # probabilities
     selection: str
     validation: float | None
-    values: dict[str, float] = field(default_factory=dict)  # beside what is measured of the scores
+    values: dict[str, float] = field(default_factory=dict)  # metrics that do not follow from the scores
     weights: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -51,17 +51,17 @@ class Split:
     train: Features
     test: Features
     val: Features | None
-    passes: int  # augmented ones, in train below the plain one
+    passes: int  # augmented ones; their rows of `train` follow those without augmentation
 
     @property
-    def many(self) -> bool:
+    def multilabel(self) -> bool:
         return self.train.labels.ndim == 2
 
 
 def run(
     protocol: Frozen, weights: str, seed: int, folder: Path | None, title: str = "", quiet: bool = False
 ) -> Outcome:
-    """Embed, choose, fit, test once. Stopped, the same call goes on with the features that are there."""
+    """Embed, choose, fit, test once. After a stop the same call continues with the features that are cached."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError(f"task {protocol.task} runs in one process: start it without torchrun")
     began = time.monotonic()
@@ -79,7 +79,7 @@ def run(
 
 
 def build_backbone(protocol: Frozen, weights: str, seed: int, train: LabelledImages) -> nn.Module:
-    """The network, an untrained one with batch statistics of the training images: else it is compared with noise."""
+    """The network; an untrained one gets the batch statistics of the training images (mls/frozen/untrained.py)."""
     wanted = protocol.model.backbone if weights == "random" else weights
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
@@ -88,14 +88,15 @@ def build_backbone(protocol: Frozen, weights: str, seed: int, train: LabelledIma
         return backbone
     device = start(protocol.features.device).device
     batches = Batches(train, protocol, seed, device)
-    rows = torch.arange(min(IMAGES, len(train)))
-    return calibrated(backbone.to(device), (images for _, images in batches.plain(rows)))
+    rows = torch.arange(min(STATISTICS_IMAGES, len(train)))
+    return with_batch_statistics(backbone.to(device), (images for _, images in batches.plain(rows)))
 
 
 def training_features(
     backbone: nn.Module, images: LabelledImages, protocol: Frozen, seed: int, quiet: bool
 ) -> Features:
-    """As they are, then the augmented passes, one below the other; of all images, or of a few of each class."""
+    """Features without augmentation, followed by the rows of the augmented passes; of all images, or of a few of each
+    class."""
     passes = [
         features_of(backbone, images, protocol, f"of {protocol.data.name} train, pass {number}", number, seed, quiet)
         for number in range(1 + protocol.features.passes)
@@ -104,64 +105,58 @@ def training_features(
     if protocol.data.shots:
         rows = probe.few_shot(labels, protocol.data.shots, draw=seed, multilabel=labels.ndim == 2)
         labels, parts = labels[rows], [features[rows] for features in parts]
-    if len(parts) == 1:  # still a file mapped into memory, unless few were picked
+    if len(parts) == 1:  # still memory-mapped, unless few images were chosen
         return replace(first, features=parts[0], labels=labels)
     return replace(first, features=torch.cat(parts), labels=labels.repeat(len(parts), *[1] * (labels.ndim - 1)))
 
 
-def _knn(protocol: Frozen, split: Split, seed: int, progress: Progress) -> Found:
-    """Every k is told; the one in the table is the best when each training image is asked of the others."""
+def _knn(protocol: Frozen, split: Split, seed: int, progress: Progress) -> ProbeResult:
+    """Reports every k. The table's k is the best one on the validation images, or else among the training images, each
+    of which is a query to the others."""
     settings, train, test = protocol.probe, split.train, split.test
-    options = {"k": settings.k, "temperature": settings.temperature, "multilabel": split.many}
+    options = {"k": settings.k, "temperature": settings.temperature, "multilabel": split.multilabel}
     known = (train.features, train.labels)
     if split.val is not None:
         chosen = probe.knn(*known, split.val.features, split.val.labels, **options)
-    elif len(train.features) <= ALL_ASKED:
+    elif len(train.features) <= LEAVE_ONE_OUT_UP_TO:
         chosen = probe.knn(*known, **options)
-    else:  # all pairs of a large set would take longer than the test itself
+    else:  # comparing all pairs of a large set would take longer than the test itself
         order = torch.randperm(len(train.features), generator=generator(seed, "knn choice"))
-        ask = lambda rows: (train.features[rows], train.labels[rows])
-        chosen = probe.knn(*ask(order[ASKED:].sort().values), *ask(order[:ASKED].sort().values), **options)
+        part = lambda rows: (train.features[rows], train.labels[rows])
+        others, queries = order[CHOICE_QUERIES:].sort().values, order[:CHOICE_QUERIES].sort().values
+        chosen = probe.knn(*part(others), *part(queries), **options)
     best = max(chosen.values, key=lambda k: chosen.values[k])
     found = probe.knn(*known, test.features, test.labels, **options)
     scores = probe.knn_scores(*known, test.features, best, settings.temperature)
     values = {f"{found.metric}_k{k}": value for k, value in found.values.items()}
     chosen_on = "training images" if split.val is None else "validation images"
-    return Found(scores, f"k = {best}, best on the {chosen_on}", chosen.values[best], values)
+    return ProbeResult(scores, f"k = {best}, best on the {chosen_on}", chosen.values[best], values)
 
 
-def _linear(protocol: Frozen, split: Split, seed: int, progress: Progress) -> Found:
+def _linear(protocol: Frozen, split: Split, seed: int, progress: Progress) -> ProbeResult:
     settings, features, labels = protocol.probe, split.train.features, split.train.labels
     validation = None if split.val is None else (split.val.features, split.val.labels)
-    if validation is None and split.passes:  # no other view of an image may be learnt from when it chooses
+    if validation is None and split.passes:  # no view of a held-out image may be trained on
         rows = torch.arange(len(features)).view(1 + split.passes, -1)
-        plain = probe.read_labels(labels[rows[0]], split.many)
-        kept, held = probe.held_out_split(plain, protocol.data.validation, seed)
+        plain = probe.read_labels(labels[rows[0]], split.multilabel)
+        fitted, held = probe.held_out_split(plain, protocol.data.validation, seed)
         validation = (features[held], labels[held])
-        features, labels = features[rows[:, kept].flatten()], labels[rows[:, kept].flatten()]
-    common = {"seed": seed, "multilabel": split.many, "validation": validation, "progress": progress}
-    common["held_out"] = protocol.data.validation
+        features, labels = features[rows[:, fitted].flatten()], labels[rows[:, fitted].flatten()]
+    options = probe.ProbeOptions(
+        seed, split.multilabel, validation, held_out=protocol.data.validation, progress=progress
+    )
     if settings.solver == "lbfgs":
-        found = probe.linear_probe(features, labels, split.test.features, l2=settings.l2, **common)
+        found = probe.linear_probe(features, labels, split.test.features, l2=settings.l2, options=options)
     else:
-        found = probe.sgd_probe(
-            features,
-            labels,
-            split.test.features,
-            lr=settings.lr,
-            weight_decay=settings.weight_decay,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            schedule=settings.schedule,
-            **common,
-        )
+        sgd = probe.Sgd(settings.lr, settings.weight_decay, settings.epochs, settings.batch_size, settings.schedule)
+        found = probe.sgd_probe(features, labels, split.test.features, sgd=sgd, options=options)
     chosen = ", ".join(f"{name} = {value:g}" for name, value in found.chosen.items())
-    best = max(tried.value for tried in found.tried if tried.value == tried.value)
-    scores = found.scores.sigmoid() if split.many else found.scores
-    return Found(scores, f"{chosen}, best on held-out images", best, weights=_kept(found))
+    best = max(candidate.value for candidate in found.tried if candidate.value == candidate.value)
+    scores = found.scores.sigmoid() if split.multilabel else found.scores
+    return ProbeResult(scores, f"{chosen}, best on held-out images", best, weights=_as_linear(found))
 
 
-def _svm(protocol: Frozen, split: Split, seed: int, progress: Progress) -> Found:
+def _svm(protocol: Frozen, split: Split, seed: int, progress: Progress) -> ProbeResult:
     settings, train = protocol.probe, split.train
     found = probe.svm_probe(
         train.features,
@@ -169,21 +164,21 @@ def _svm(protocol: Frozen, split: Split, seed: int, progress: Progress) -> Found
         split.test.features,
         costs=settings.costs,
         folds=settings.folds,
-        multilabel=split.many,
+        multilabel=split.multilabel,
         progress=progress,
     )
-    scores = found.scores.sigmoid() if split.many else found.scores
+    scores = found.scores.sigmoid() if split.multilabel else found.scores
     best = found.tried.max(dim=0).values.mean().item()
     how = f"the cost of each class best in {settings.folds}-fold cross-validation"
-    return Found(scores, how, best, weights=_kept(found))
+    return ProbeResult(scores, how, best, weights=_as_linear(found))
 
 
-def _kept(found: probe.Probe | probe.Svm) -> dict[str, Tensor]:
-    """As nn.Linear names them."""
+def _as_linear(found: probe.Probe | probe.Svm) -> dict[str, Tensor]:
+    """Weights under the names of nn.Linear."""
     return {"weight": found.weight.T.float().contiguous(), "bias": found.bias.float().contiguous()}
 
 
-PROBES: dict[str, Callable[[Frozen, Split, int, Progress], Found]] = {
+PROBES: dict[str, Callable[[Frozen, Split, int, Progress], ProbeResult]] = {
     "linear": _linear,
     "knn": _knn,
     "svm": _svm,

@@ -1,5 +1,5 @@
-"""Labelled images to batches: read, cut to size in the worker, finish on the device. Training crops are a pure function
-of (seed, epoch, row); test images are never augmented."""
+"""Batches of labelled images: read and cropped in the worker, finished on the device. Training crops are a pure
+function of (seed, epoch, row); test images are not augmented."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mls.config import AugmentConfig
 from mls.data import Batch
 from mls.data.augment import Augment, normalise
 from mls.data.crops import CROP_DRAWS, UnreadableImage, centre, crop_box, cut
-from mls.data.loader import Telling, as_it_is, worker_count
+from mls.data.loader import ErrorsAsItems, already_collated, worker_count
 from mls.data.scenes import ScenesSource
-from mls.errors import DataError, UserError
+from mls.errors import DataError, UserError, reason
 from mls.eval.data import LabelledImages
 from mls.eval.data.cifar import PixelSource
 from mls.eval.protocol import Classification, DataConfig, Supervised
@@ -30,7 +30,7 @@ VARIANCES = (0.2175, 0.0188, 0.0045)
 
 
 class Pixels:
-    """Whole batches of uint8 images. An index is (epoch, row); epoch 0 means: as the test sees it."""
+    """Whole batches of uint8 images. An index is (epoch, row); epoch 0 has the test's crop."""
 
     def __init__(
         self, images: LabelledImages, data: DataConfig, augment: AugmentConfig, seed: int, operations: int = 0
@@ -45,18 +45,14 @@ class Pixels:
         for place, row in enumerate(rows.tolist()):
             pixels[place] = self._to_size(self._read(row), epoch, draws[place].tolist())
             if epoch and self.rand_augment is not None:
-                pixels[place] = self._changed(pixels[place], epoch, row)
+                pixels[place] = self._rand_augmented(pixels[place], epoch, row)
         return Batch([pixels], [torch.zeros(len(rows), 4)], torch.from_numpy(rows), epoch)
 
     def _read(self, row: int) -> UInt8[Tensor, "3 height width"]:
         try:
             return self.images.pixels(row)
         except (UnreadableImage, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(
-                f"{self.images.describe(row)} cannot be read ({reason}): a benchmark needs all of its images, "
-                "so download this one again"
-            ) from None
+            raise unreadable(self.images.describe(row), reason(error)) from None
 
     def _to_size(self, image: Tensor, epoch: int, draws: Sequence[float]) -> UInt8[Tensor, "3 size size"]:
         size, (height, width) = self.augment.size, image.shape[1:]
@@ -66,12 +62,16 @@ class Pixels:
             return _centre(image, size, self.data.test_resize)
         return cut(image, (0, 0, height, width), size)
 
-    def _changed(self, crop: UInt8[Tensor, "3 size size"], epoch: int, row: int) -> UInt8[Tensor, "3 size size"]:
+    def _rand_augmented(self, crop: UInt8[Tensor, "3 size size"], epoch: int, row: int) -> UInt8[Tensor, "3 size size"]:
         assert self.rand_augment is not None
         with torch.random.fork_rng(devices=[]):
-            # Of the CPU alone: torch.manual_seed would change a GPU's stream too.
+            # Only the CPU's stream: torch.manual_seed would seed a GPU's, too.
             torch.default_generator.manual_seed(derive(self.seed, "rand augment", epoch, row))
             return self.rand_augment(crop)
+
+
+def unreadable(image: str, why: str) -> DataError:
+    return DataError(f"{image} cannot be read ({why}): a benchmark needs all of its images, so download this one again")
 
 
 def rand_augment(operations: int) -> Callable[[Tensor], Tensor]:
@@ -82,14 +82,14 @@ def rand_augment(operations: int) -> Callable[[Tensor], Tensor]:
 
 
 def shares(rows: Int64[Tensor, "batch"]) -> Int64[Tensor, "processes share"]:
-    """The rows of a batch dealt to the processes, a block to each; the first rows fill up what is left of the last."""
+    """The rows of a batch as one block per process; the last block is filled up with the first rows."""
     world = distributed.world()
     share = -(-len(rows) // world)
     return rows[torch.arange(world * share) % len(rows)].view(world, share)
 
 
 def mixing(alpha: float, count: int, seed: int) -> tuple[float, Int64[Tensor, "count"]]:
-    """Of mixup (https://arxiv.org/abs/1710.09412): the share that a batch's images keep, and each one's partner.
+    """For mixup (https://arxiv.org/abs/1710.09412): the weight of a batch's images, and the partner of each.
 
     >>> share, partners = mixing(0.2, 3, seed=0)
     >>> 0 <= share <= 1, partners.sort().values.tolist()
@@ -118,23 +118,23 @@ class Batches:
         self.finish = Augment(protocol.augment, seed, device)
         self.workers = worker_count(protocol.data.workers)
         if isinstance(images.images, ScenesSource | PixelSource):
-            self.workers = 0  # they are in memory: handing them over would cost more than cutting them
+            self.workers = 0  # in memory: passing images between processes would take longer than cropping
 
     def training(self, epoch: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, views) of one epoch in its order, after `done` batches; the last batch may be smaller. Views are those
-        of this process' share of the rows."""
+        """(rows, views) of one epoch in its order, after `done` batches; the last batch may be smaller. Views are
+        those of this process' share of the rows."""
         order = torch.randperm(len(self.pixels.images), generator=generator(self.seed, "order", epoch))
         batches = order.split(self.protocol.training.batch_size)[done:]
         loaded = self._load(epoch, [shares(rows)[distributed.rank()] for rows in batches])
         for rows, batch in zip(batches, loaded, strict=True):
-            yield rows, self._lit(self.finish(batch).images[0], batch, epoch)
+            yield rows, self._with_lighting(self.finish(batch).images[0], batch, epoch)
 
     def plain(self, rows: Tensor | None = None, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows, images) without augmentation, in order."""
         yield from self.frozen(0, torch.arange(len(self.pixels.images)) if rows is None else rows, size)
 
     def frozen(self, number: int, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(rows, images) in the order given: pass 0 without augmentation, each other with its own."""
+        """(rows, images) in the order of `rows`: pass 0 without augmentation, each other pass with its own."""
         for batch in self._load(number, rows.split(size)):
             if number:
                 yield batch.ids, self.finish(batch).images[0]
@@ -144,25 +144,25 @@ class Batches:
     def _load(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Batch]:
         indices = [[(epoch, int(row)) for row in rows] for rows in batches]
         loader = DataLoader(
-            Telling(self.pixels),
+            ErrorsAsItems(self.pixels),
             batch_sampler=indices,
             num_workers=min(self.workers, len(indices)),
-            collate_fn=as_it_is,  # type: ignore[arg-type] (Pixels makes whole batches)
+            collate_fn=already_collated,  # type: ignore[arg-type] (Pixels makes whole batches)
             pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # its own, so that the global stream stays untouched
+            generator=torch.Generator(),  # its own: the global stream is not used
         )
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
 
-    def _lit(self, views: Float[Tensor, "batch 3 size size"], batch: Batch, epoch: int) -> Tensor:
+    def _with_lighting(self, views: Float[Tensor, "batch 3 size size"], batch: Batch, epoch: int) -> Tensor:
         deviation = self.protocol.training.lighting
         if not deviation:
             return views
-        bell = [
+        normal = [
             torch.randn(3, generator=generator(self.seed, "lighting", epoch, int(row))) for row in batch.ids.tolist()
         ]
-        shift = deviation * torch.stack(bell) * torch.tensor(VARIANCES) @ torch.tensor(COMPONENTS).T
+        shift = deviation * torch.stack(normal) * torch.tensor(VARIANCES) @ torch.tensor(COMPONENTS).T
         shift = shift / torch.tensor(self.protocol.augment.std)  # the views are standardised already
         return views + shift.to(views.device)[..., None, None]

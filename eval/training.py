@@ -51,7 +51,7 @@ class Training:
         refuse_impossible(protocol, self.loss, self.single_label)
         self.observed = observed.clone()  # LL-Cp changes it
         self.pseudo: Tensor | None = None
-        if protocol.training.loss == "em_apl":
+        if self.loss.relabels == "epoch":
             self.pseudo = torch.full(observed.shape, torch.nan)  # soft labels; NaN where there is none
         if not self.single_label:
             self.loss.observe(self.observed)
@@ -139,9 +139,9 @@ class Training:
         self.scaler.scale(loss + weight_penalty(training, self.classifier)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        flipped = getattr(self.loss, "flipped", None)
-        if flipped is not None:  # LL-Cp: what it corrected stays corrected
-            self.observed[rows] = self.observed[rows].masked_fill(flipped.cpu(), 1)
+        if self.loss.relabels == "step":
+            relabelled, _ = self.loss.relabel(self.observed[rows].to(self.device), None, outputs.detach().float())
+            self.observed[rows] = relabelled.cpu()
         return loss.detach()
 
     def loss_of(self, outputs: Float[Tensor, "batch classes"], rows: Tensor) -> Float[Tensor, ""]:
@@ -202,19 +202,16 @@ class Training:
         return torch.cat(distributed.objects(mine))[: len(rows)]
 
     def add_pseudo_labels(self, epoch: int) -> None:
-        """Asymmetric pseudo-labelling (https://arxiv.org/abs/2203.16219): after an epoch, each class' lowest scores
-        among the labels that are still unknown become soft negatives, for good. The last round would train nothing."""
+        """Once an epoch the loss may complete the labels by the scores of all images. The last round would train
+        nothing."""
         training = self.protocol.training
         rounds = training.epochs - training.pseudo_from
-        if self.pseudo is None or not training.pseudo_from <= epoch < training.epochs:
+        if self.loss.relabels != "epoch" or not training.pseudo_from <= epoch < training.epochs:
             return
         scores = self.scores()
-        unannotated = self.observed == 0
-        unknown = unannotated & self.pseudo.isnan()
-        for column, count in enumerate((training.pseudo_share * unannotated.sum(0) / rounds).int().tolist()):
-            candidates = unknown[:, column].nonzero()[:, 0]
-            lowest = scores[candidates, column].argsort(stable=True)[:count]
-            self.pseudo[candidates[lowest], column] = scores[candidates[lowest], column]
+        self.observed, self.pseudo = self.loss.relabel(
+            self.observed, self.pseudo, scores, training.pseudo_share, rounds
+        )
 
     def judge(self, entry: dict[str, float]) -> None:
         """Copy the weights of the best epoch so far, and set `ended` where it is time to stop."""
@@ -281,7 +278,7 @@ class Training:
 
 def refuse_impossible(protocol: Supervised, loss: Loss, single_label: bool) -> None:
     training = protocol.training
-    if not (loss.needs_index or hasattr(loss, "flipped") or training.loss == "em_apl"):
+    if not loss.needs_index and loss.relabels == "never":
         return
     if single_label:
         raise ConfigError(

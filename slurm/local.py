@@ -7,29 +7,29 @@ import os
 import signal
 from pathlib import Path
 
-from mls.slurm.order import Order
+from mls.slurm.job_spec import JobSpec
 
 CONTROLLER = b"submitit.local._local"
 
 
-def alive(one: Order) -> bool:
-    """Whether its controller still runs; another program may have got its number."""
-    return one.logs.encode() in _command(one.job)
+def alive(spec: JobSpec) -> bool:
+    """Whether its controller still runs. Process numbers are reused, so the command line is compared."""
+    return spec.logs.encode() in _command(spec.job)
 
 
-def interrupt(one: Order) -> None:
-    """Ctrl-C for the training processes: they save, and are not started again. Not for submitit's controller, below
-    the job's shell: it would pass it on, and a second Ctrl-C saves nothing."""
-    for pid in descendants(int(one.job or 0)):
+def interrupt(spec: JobSpec) -> None:
+    """Send SIGINT to the training processes: they save, and are not started again. submitit's controller gets none: it
+    would pass it on, and at a second SIGINT training ends without saving."""
+    for pid in descendants(int(spec.job or 0)):
         if CONTROLLER not in _command(pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGINT)
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that this one started, and theirs."""
+    """The child processes of `pid`, and their children."""
     children = [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/stat") if _parent(path) == pid]
-    return children + [below for child in children for below in descendants(child)]
+    return children + [pid for child in children for pid in descendants(child)]
 
 
 def _command(pid: int | str | None) -> bytes:

@@ -1,4 +1,4 @@
-"""Cluster profiles (configs/slurm/): what to ask a scheduler for. The only place where their defaults stand."""
+"""Cluster profiles (configs/slurm/): the resources of a job, and their defaults."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mls.slurm import scheduler
 class Profile:
     nodes: int = 1
     tasks_per_node: int = 1  # processes; one for each GPU
-    gpus_per_node: int | None = None  # None: do not ask for any
+    gpus_per_node: int | None = None  # None: request none
     cpus_per_task: int = 4
-    memory_gb: float | None = None  # a node; None: the cluster's own default
-    minutes: int = 24 * 60  # a start of the job; a longer run goes on in the next one
+    memory_gb: float | None = None  # of one node; None: the cluster's own default
+    minutes: int = 24 * 60  # time limit of one start of the job; a longer run is queued again and resumes
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    signal_seconds: int = 120  # before the time limit; must cover two steps and a save
+    signal_seconds: int = 120  # the signal comes this long before the time limit; must cover two steps and a save
     max_timeouts: int = 30  # how often a run may reach its time limit and be queued again
     concurrency: int = 16  # tasks of an array that run at the same time
     setup: list[str] = field(default_factory=list)  # shell lines before the start, such as `module load cuda`
@@ -66,7 +66,7 @@ def load_profile(name: str | Path | None, overrides: Sequence[str] = ()) -> Prof
 
 
 def sbatch_parameters(profile: Profile, title: str, after: str | None = None) -> dict[str, Any]:
-    """What submitit's SlurmExecutor wants to know. `after`: the job that must have succeeded before."""
+    """The parameters of submitit's SlurmExecutor. `after`: the job that must have succeeded before."""
     extra = {"requeue": True, **profile.options}
     if after is not None:
         extra |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
@@ -85,7 +85,7 @@ def sbatch_parameters(profile: Profile, title: str, after: str | None = None) ->
         "signal_delay_s": profile.signal_seconds,
         "array_parallelism": profile.concurrency,
         "setup": setup_lines(profile),
-        # A failed process must not leave the others waiting for it; and srun does not take sbatch's CPUs by itself.
+        # When one process fails, srun ends the others, which would wait for it. srun does not inherit --cpus-per-task.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={profile.cpus_per_task}"],
         "additional_parameters": extra,
         **memory,
@@ -98,9 +98,9 @@ def setup_lines(profile: Profile) -> list[str]:
 
 
 def guess() -> str:
-    """A profile for the cluster at hand, as YAML, from what `sinfo` says of its default partition."""
-    said = scheduler.ask("sinfo", "-h", "-o", "%P|%c|%m|%l|%G")
-    rows = [line.split("|") for line in (said or "").splitlines()]
+    """A profile for this cluster, as YAML, from what `sinfo` lists for its default partition."""
+    listing = scheduler.query("sinfo", "-h", "-o", "%P|%c|%m|%l|%G")
+    rows = [line.split("|") for line in (listing or "").splitlines()]
     if not rows:
         raise LaunchError(
             "sinfo does not answer: run this where jobs are submitted from, or try `mls slurm box start`, a SLURM on "

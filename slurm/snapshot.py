@@ -1,7 +1,7 @@
-"""The code a job runs: a copy taken when it is submitted; an edit while it waits or is requeued changes nothing.
+"""The code a job runs: a copy made at submission, so that an edit while the job waits or is requeued changes nothing.
 
-It has the layout of an installation (mls/eval, mls/slurm and so on inside mls), not of the checkout: a room that is not
-found inside the copied `mls` would silently come from an editable install.
+The copy has the layout of an installation (mls/eval, mls/slurm and so on inside mls), not of the checkout: a package
+that is not found inside the copied `mls` would be imported from an editable install instead.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import shutil
 import subprocess
 from pathlib import Path
 
-ROOMS = ("eval", "slurm", "tools", "configs")
-LEAVE_OUT = ("__pycache__", "*.pyc", ".*")
+PACKAGES = ("eval", "slurm", "tools", "configs")
+IGNORED = ("__pycache__", "*.pyc", ".*")
 
 
 def take(target: Path) -> Path:
-    """Copy `mls` with all its rooms to `target`/mls; beside it what git says of them. Returns `target`."""
+    """Copy `mls` with all its packages to `target`/mls, and its git state beside it. Returns `target`."""
     shutil.rmtree(target, ignore_errors=True)
     copy_package(package_folder("mls"), target / "mls")
-    for room in ROOMS:
-        copy_package(package_folder(f"mls.{room}"), target / "mls" / room)
+    for name in PACKAGES:
+        copy_package(package_folder(f"mls.{name}"), target / "mls" / name)
     write_origin(package_folder("mls"), target)
     return target
 
@@ -32,10 +32,10 @@ def package_folder(name: str) -> Path:
 
 
 def copy_package(source: Path, target: Path) -> None:
-    """What git tracks or would track; everything where git is missing, or where git knows nothing of the folder."""
+    """The files that git tracks or would track; all files where git is missing or does not know the folder."""
     wanted = _git(source, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     if "__init__.py" not in wanted:
-        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*LEAVE_OUT))
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*IGNORED))
         return
     for name in wanted:
         if name and (source / name).is_file():  # a deleted file is listed until the deletion is committed
@@ -44,7 +44,7 @@ def copy_package(source: Path, target: Path) -> None:
 
 
 def write_origin(source: Path, target: Path) -> None:
-    """origin.json (commit, files that git does not know yet) and code.diff (what was changed since the commit)."""
+    """Write origin.json (commit, untracked files) and code.diff (changes since the commit)."""
     commit = _git(source, "rev-parse", "HEAD").strip()
     new = _git(source, "ls-files", "--others", "--exclude-standard", "--full-name", ":/").split("\n")
     origin = {"copied_from": str(source), "commit": commit or None, "not_in_git": [name for name in new if name]}
@@ -53,7 +53,7 @@ def write_origin(source: Path, target: Path) -> None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git answers; nothing where there is no git, or no repository that it trusts."""
+    """git's output; empty where there is no git, or no repository that it trusts."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Sweeps: `--sweep objective.k=1,5 --sweep seed=0,1` is every combination, each a run of its own in one folder."""
+"""Sweeps: `--sweep objective.k=1,5 --sweep seed=0,1` gives every combination, each a run in one folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of submitted jobs. A job's end is judged by its own files and by SLURM's word, and both are named."""
+"""The state of submitted jobs, from their own files and from SLURM; the reason names which of the two."""
 
 from __future__ import annotations
 
@@ -11,81 +11,81 @@ from typing import Any
 from mls.config import Config
 from mls.errors import ConfigError, LaunchError
 from mls.monitor.log import read_metrics
-from mls.monitor.progress import duration
+from mls.progress import duration
 from mls.recipes import load_config
 from mls.results import Results
-from mls.slurm import local, order, scheduler
-from mls.slurm.order import Order
+from mls.slurm import job_spec, local, scheduler
+from mls.slurm.job_spec import JobSpec
 
 
 @dataclass(frozen=True)
-class Watched:
+class JobStatus:
     """One job, as `mls jobs` shows it."""
 
     name: str
-    order: Order
-    state: str  # one word: queued, running, done, failed, cancelled, lost ...
-    why: str  # who says so
+    spec: JobSpec
+    state: str  # queued, queued again, running, done, failed, cancelled, stopped or lost
+    reason: str  # and whether the run's files or SLURM gave it
     step: str
     eta: str
     restarts: int
     loss: float | None
-    results: dict[str, float]  # metric to value, of evaluations of this run
+    results: dict[str, float]  # {metric: value} of the evaluations of this run
 
 
-def find(root: Path, wanted: str | None = None) -> list[Order]:
+def find(root: Path, wanted: str | None = None) -> list[JobSpec]:
     """The submitted jobs under `root`, oldest first: runs, the runs of a sweep, evaluations. `wanted`: a folder, or the
     name of one under `root`."""
     if wanted is None:
-        places = [*root.glob("*/submission/order.json"), *root.glob("*/*/submission/order.json")]
+        folders = [folder for path in root.glob("*") for folder in job_spec.find(path)]
     else:
-        base = next((place for place in (Path(wanted), root / wanted) if place.is_dir()), None)
+        base = next((path for path in (Path(wanted), root / wanted) if path.is_dir()), None)
         if base is None:
             raise LaunchError(f"there is no run {wanted} here or under {root}: `mls jobs` lists what was submitted")
-        places = [*base.glob("submission/order.json"), *base.glob("*/submission/order.json")]
-        if not places:
+        folders = job_spec.find(base)
+        if not folders:
             raise LaunchError(f"{base} was not submitted: `mls submit pretrain` makes runs that can be watched")
-    found = [order.read(place.parents[1]) for place in places]
-    return sorted(found, key=lambda one: (one.submitted, one.folder))
+    specs = [job_spec.read(folder) for folder in folders]
+    return sorted(specs, key=lambda spec: (spec.submitted, spec.folder))
 
 
-def look(orders: list[Order], root: Path) -> list[Watched]:
-    """One question to SLURM for all of them."""
-    active = [one.job for one in orders if one.cluster == "slurm" and one.job and not one.done]
+def status_of(specs: list[JobSpec], root: Path) -> list[JobStatus]:
+    """The status of each job. SLURM is queried once for all of them."""
+    active = [spec.job for spec in specs if spec.cluster == "slurm" and spec.job and not spec.done]
     known = scheduler.states(active) if active else {}
     results = Results(root / "results.jsonl").rows()
-    return [_watch(one, known.get(one.job or ""), root, results) for one in orders]
+    return [_status(spec, known.get(spec.job or ""), root, results) for spec in specs]
 
 
-def judge(one: Order, word: str | None) -> tuple[str, str]:
-    """(state, who says so) from the run's files and SLURM's word."""
-    events = one.history.rows(job=one.job)
+def state_and_reason(spec: JobSpec, slurm_state: str | None) -> tuple[str, str]:
+    """What `mls jobs` shows as state and reason, from the run's files and the job's state in SLURM."""
+    events = spec.history.rows(job=spec.job)
     last = next((row for row in reversed(events) if row["event"] in ("failed", "stopped", "done")), None)
-    if one.done:
+    if spec.done:
         return "done", "DONE is there"
-    if one.cluster != "slurm":
-        if local.alive(one):
-            return "running", f"process {one.job}"
-        word = "no such process"
-    says = f"SLURM: {word}" if word else "SLURM does not know the job any more"
-    if word and not word.startswith(scheduler.ENDED) and word != "no such process":
-        waits = word.startswith("PENDING")
+    if spec.cluster != "slurm":
+        if local.alive(spec):
+            return "running", f"process {spec.job}"
+        slurm_state = "no such process"
+    in_slurm = f"SLURM: {slurm_state}" if slurm_state else "SLURM does not know the job any more"
+    if slurm_state and not slurm_state.startswith(scheduler.ENDED) and slurm_state != "no such process":
+        waits = slurm_state.startswith("PENDING")
         again = waits and any(row["event"] == "started" for row in events)
-        return ("queued again" if again else "queued" if waits else "running"), says
+        return ("queued again" if again else "queued" if waits else "running"), in_slurm
     failed = [row for row in events if row["event"] == "failed"]
     if failed:
-        return "failed", f"{failed[-1]['error']} ({says})"
-    if word == "CANCELLED":
+        return "failed", f"{failed[-1]['error']} ({in_slurm})"
+    if slurm_state == "CANCELLED":
         saved = f"saved at step {last['saved']}, " if last and last["saved"] else ""
-        return "cancelled", f"{saved}{says}"
+        return "cancelled", f"{saved}{in_slurm}"
     if last is not None and last["event"] == "stopped":
-        return "stopped", f"{last['message']} ({says})"
-    return "lost", f"it left no word of its own, {says}; it goes on from step {order.last_save(one.folder)}"
+        return "stopped", f"{last['message']} ({in_slurm})"
+    return "lost", f"its end was not recorded, {in_slurm}; it resumes from step {job_spec.last_save(spec.folder)}"
 
 
-def progress(one: Order) -> tuple[str, str, float | None]:
-    """(step of all, time left, last loss) of a pretraining run, from its metrics and its last save."""
-    folder = Path(one.folder)
+def progress(spec: JobSpec) -> tuple[str, str, float | None]:
+    """(step/steps, time left, last loss) of a pretraining run, from its metrics and its last checkpoint."""
+    folder = Path(spec.folder)
     rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("loss") is not None]
     if not rows:
         return "", "", None
@@ -95,7 +95,7 @@ def progress(one: Order) -> tuple[str, str, float | None]:
         card = json.loads((folder / "backbone.json").read_text())
         total = round(config.optim.epochs * card["step"] / card["epochs"]) if config else None
     except (OSError, ValueError, ZeroDivisionError):
-        pass  # nothing was saved yet
+        pass  # there is no checkpoint yet
     if config is None or total is None:
         return str(step), "", loss
     speed = rows[-1].get("images_per_second")
@@ -103,24 +103,24 @@ def progress(one: Order) -> tuple[str, str, float | None]:
     return f"{step}/{total}", left, loss
 
 
-def log_tail(one: Order, lines: int = 10) -> list[str]:
-    """The last lines of what rank 0 printed, its errors first."""
-    for file in one.log_files():
+def log_tail(spec: JobSpec, lines: int = 10) -> list[str]:
+    """The last lines of rank 0's output; of its standard error where that is not empty."""
+    for file in spec.log_files():
         text = file.read_text(errors="replace").rstrip().splitlines()
         if text:
             return text[-lines:]
     return []
 
 
-def _watch(one: Order, word: str | None, root: Path, results: list[dict[str, Any]]) -> Watched:
-    state, why = judge(one, word)
-    step, eta, loss = progress(one)
-    folder = Path(one.folder)
+def _status(spec: JobSpec, slurm_state: str | None, root: Path, results: list[dict[str, Any]]) -> JobStatus:
+    state, reason = state_and_reason(spec, slurm_state)
+    step, eta, loss = progress(spec)
+    folder = Path(spec.folder)
     name = os.path.relpath(folder, root) if folder.is_relative_to(root.resolve()) else str(folder)
-    starts = one.history.rows(event="started", rank=0)
-    mine = {row["metric"]: row["value"] for row in results if row.get("weights") == one.folder}
+    starts = spec.history.rows(event="started", rank=0)
+    mine = {row["metric"]: row["value"] for row in results if row.get("weights") == spec.folder}
     eta = eta if state == "running" else ""
-    return Watched(name, one, state, why, step, eta, max(0, len(starts) - 1), loss, mine)
+    return JobStatus(name, spec, state, reason, step, eta, max(0, len(starts) - 1), loss, mine)
 
 
 def _config(folder: Path) -> Config | None:

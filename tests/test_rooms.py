@@ -1,6 +1,7 @@
-"""The house: a room imports only from floors below it (docs/architecture.md)."""
+"""The house: a package imports only from floors below it (docs/architecture.md), and functions stay short."""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,29 @@ MAY_NOT = {
     "eval": ("mls.slurm", "mls.tools"),
     "slurm": ("mls.eval", "mls.tools"),
     "tools": (),
+}
+# Inside mls/, from the ground up: a module imports from its own floor and those below.
+FLOORS: list[set[str]] = [
+    {"errors", "chunks", "signals", "progress"},
+    {"files", "streams", "distributed", "results", "tables", "plugins"},
+    {"config", "recipes"},
+    {"models", "data"},
+    {"core"},
+    {"losses", "matching", "methods"},  # public names of core
+    {"frozen"},
+    {"monitor"},
+    {"engine"},
+    {"frameworks"},
+    {"exporting"},
+]
+MOST_LINES, MOST_PARAMETERS = 50, 8  # of a function
+LONGER = {  # known functions over a limit
+    "eval/cells.py run",
+    "tools/neighbours.py neighbours",
+    "tools/pretrain.py pretrain",
+    "tools/results.py results",
+    "tools/submit/evaluate.py evaluate",
+    "tools/submit/pretrain.py pretrain",
 }
 
 
@@ -51,3 +75,51 @@ def test_every_file_opens_with_what_lives_there() -> None:
 def test_no_file_is_called_utils() -> None:
     vague = {"utils.py", "common.py", "misc.py", "helpers.py"}
     assert [path for room in MAY_NOT for path in (ROOT / room).rglob("*.py") if path.name in vague] == []
+
+
+def test_inside_mls_a_module_imports_only_from_floors_below() -> None:
+    floor_of = {name: number for number, names in enumerate(FLOORS) for name in names}
+    upward = set()
+    for path in (ROOT / "mls").rglob("*.py"):
+        own = path.relative_to(ROOT / "mls").with_suffix("").parts[0]
+        if own == "__init__":
+            continue
+        assert own in floor_of, f"{own} has no floor in FLOORS"
+        for name in imported_modules(path):
+            part = name.partition(".")[2].partition(".")[0]
+            if floor_of.get(part, -1) > floor_of[own]:
+                upward.add((str(path.relative_to(ROOT)), name))
+    assert upward == set()
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The modules of mls that a file imports, also inside functions."""
+    tree = ast.parse(path.read_text())
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names = {node.module for node in froms if node.module != "mls"}
+    names |= {f"mls.{alias.name}" for node in froms if node.module == "mls" for alias in node.names}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return {name for name in names if name.startswith("mls.")}
+
+
+def test_functions_are_short_and_have_few_parameters() -> None:
+    over = {
+        f"{path.relative_to(ROOT)} {function.name}"
+        for path, function in functions()
+        if function.end_lineno - function.lineno >= MOST_LINES or parameters(function) > MOST_PARAMETERS
+    }
+    assert over == LONGER
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
+    for room in MAY_NOT:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    yield path, node
+
+
+def parameters(function: ast.FunctionDef) -> int:
+    """Without self, cls, *args and **kwargs."""
+    parts = function.args
+    return len([one for one in (*parts.posonlyargs, *parts.args, *parts.kwonlyargs) if one.arg not in ("self", "cls")])

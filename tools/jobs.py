@@ -13,8 +13,8 @@ from mls.errors import LaunchError
 from mls.files import runs_folder
 
 if TYPE_CHECKING:
-    from mls.slurm.order import Order
-    from mls.slurm.watch import Watched
+    from mls.slurm.job_spec import JobSpec
+    from mls.slurm.watch import JobStatus
 
 OVER = ("done", "failed", "cancelled", "stopped", "lost")
 Name = Annotated[str | None, typer.Argument(metavar="RUN", help="A run, a sweep or an evaluation; default: all.")]
@@ -46,7 +46,7 @@ def jobs(
         if len(found) > 1:
             raise LaunchError(f"--follow takes one run, {name or root} holds {len(found)}: name one of them")
         return _follow(found[0], root)
-    seen = watch.look(found, root)
+    seen = watch.status_of(found, root)
     print(table(seen))
     if len(seen) == 1 and name is not None:
         print("\n".join(["", *watch.log_tail(found[0], lines)]))
@@ -62,21 +62,21 @@ def cancel(name: Annotated[str, typer.Argument(metavar="RUN", help="A run, a swe
     from mls.slurm import local, scheduler, watch
 
     root = _root(name)
-    seen = [one for one in watch.look(watch.find(root, name), root) if one.state not in OVER]
+    seen = [one for one in watch.status_of(watch.find(root, name), root) if one.state not in OVER]
     if not seen:
         print(f"nothing of {name} waits or runs")
         return
     for one in seen:
-        if one.order.cluster == "local":
-            local.interrupt(one.order)
-    numbers = [one.order.job for one in seen if one.order.cluster == "slurm" and one.order.job]
+        if one.spec.cluster == "local":
+            local.interrupt(one.spec)
+    numbers = [one.spec.job for one in seen if one.spec.cluster == "slurm" and one.spec.job]
     if numbers:
         scheduler.cancel(numbers)
-    print(f"asked {', '.join(str(one.order.job) for one in seen)} to end; `mls jobs {name}` says when")
+    print(f"asked {', '.join(str(one.spec.job) for one in seen)} to end; `mls jobs {name}` says when")
 
 
-def table(seen: Sequence[Watched]) -> str:
-    from mls.tools.studies import markdown_table
+def table(seen: Sequence[JobStatus]) -> str:
+    from mls.tables import markdown_table, terminal_width
 
     metrics = sorted({metric for one in seen for metric in one.results})
     header = ["run", "job", "state", "step", "left", "restarts", "loss", *metrics, "because"]
@@ -84,18 +84,19 @@ def table(seen: Sequence[Watched]) -> str:
     for one in seen:
         loss = "" if one.loss is None else f"{one.loss:.4f}"
         values = [f"{100 * one.results[metric]:.2f}" if metric in one.results else "" for metric in metrics]
-        cells = [one.name, one.order.job or "", one.state, one.step, one.eta, str(one.restarts), loss, *values, one.why]
+        status = [one.name, one.spec.job or "", one.state, one.step, one.eta, str(one.restarts)]
+        cells = [*status, loss, *values, one.reason]
         rows.append(cells)
-    return markdown_table(header, rows)
+    return markdown_table(header, rows, terminal_width())
 
 
-def _follow(one: Order, root: Path) -> None:
+def _follow(one: JobSpec, root: Path) -> None:
     """The log of rank 0 as it grows. A requeued job goes on in the same file."""
     from mls.slurm import watch
 
     read: dict[Path, int] = {}
     while True:
-        (seen,) = watch.look([one], root)
+        (seen,) = watch.status_of([one], root)
         for file in [file for file in one.log_files() if "_0_log" in file.name]:
             with open(file, errors="replace") as text:
                 text.seek(read.get(file, 0))

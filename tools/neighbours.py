@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from mls.data import Source
-    from mls.frozen.neighbours import Album, Calibration, Pair
+    from mls.frozen.neighbours import Calibration, EmbeddedSource, Pair
 
 SHOWN = 12  # pairs in a picture
 ASKED = 6  # images of the data set, where no query is given
@@ -41,21 +41,21 @@ def neighbours(
     """
     from mls.errors import ConfigError
     from mls.frozen.features import embed
-    from mls.frozen.gallery import draw
-    from mls.frozen.neighbours import Album, Eye, InMemory, line, source_of
+    from mls.frozen.match_picture import draw
+    from mls.frozen.neighbours import EmbeddedSource, Embedder, InMemorySource, gallery_row, source_from
 
     weights, source = _weights_and_data(run)
-    source = source_of(dataset) if dataset is not None else source
+    source = source_from(dataset) if dataset is not None else source
     if source is None:
         raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
-    asked = InMemory.of_files(query) if query else source
-    album = Album(source, Eye.of(weights))
+    asked = InMemorySource.of_files(query) if query else source
+    embedded = EmbeddedSource(source, Embedder.of(weights))
     if query:
         numbers = list(range(len(query)))
-        found = album.nearest(embed(album.eye.network, asked, numbers, album.eye.augment), k)
+        found = embedded.nearest(embed(embedded.embedder.network, asked, numbers, embedded.embedder.augment), k)
     else:
         numbers = list(range(0, len(source), max(1, len(source) // ASKED)))[:ASKED]
-        with_itself = album.nearest(album.kept.features[numbers], k + 1)
+        with_itself = embedded.nearest(embedded.cached.features[numbers], k + 1)
         found = [
             [pair for pair in pairs if pair[0] != own][:k] for own, pairs in zip(numbers, with_itself, strict=True)
         ]
@@ -64,7 +64,7 @@ def neighbours(
         print(asked.describe(number))
         for image, cosine in pairs:
             print(f"  {cosine:.3f}  {source.describe(image)}")
-        lines.append(line(asked.read(number), number, source, pairs))
+        lines.append(gallery_row(asked.read(number), number, source, pairs))
     draw(lines).save(out)
     print(out)
 
@@ -108,34 +108,36 @@ def leakcheck(
     from dataclasses import asdict
 
     from mls.files import write_atomically
-    from mls.frozen.neighbours import Album, Eye, calibrate, near_duplicates, source_of
-    from mls.tools.studies import markdown_table
+    from mls.frozen.neighbours import EmbeddedSource, Embedder, calibrate, near_duplicates, source_from
+    from mls.tables import print_table
 
     out.mkdir(parents=True, exist_ok=True)
     weights = None if weights is None else _weights_and_data(weights)[0]
-    album = Album(source_of(first), Eye.of(weights))
-    calibration = calibrate(album)
+    embedded = EmbeddedSource(source_from(first), Embedder.of(weights))
+    calibration = calibrate(embedded)
     limit = calibration.threshold if threshold is None else threshold
-    print(_explained(album, calibration, limit, given=threshold is not None))
+    print(_explained(embedded, calibration, limit, given=threshold is not None))
     lines, report = [], {"first": first, "threshold": limit, "false_alarms": calibration.alarms(limit), "second": {}}
     for text in second:
-        other = Album(source_of(text), album.eye)
-        pairs, total = near_duplicates(album, other, limit), len(other.source)
+        other = EmbeddedSource(source_from(text), embedded.embedder)
+        pairs, total = near_duplicates(embedded, other, limit), len(other.source)
         share = f"{len(pairs) / total:.2%}"
-        lines.append([text, f"{total:,}", f"{len(pairs):,}", share, _draw(album, other, pairs, out)])
+        lines.append([text, f"{total:,}", f"{len(pairs):,}", share, _draw(embedded, other, pairs, out)])
         named = [
-            {**asdict(pair), "names": [album.source.describe(pair.first), other.source.describe(pair.second)]}
+            {**asdict(pair), "names": [embedded.source.describe(pair.first), other.source.describe(pair.second)]}
             for pair in pairs
         ]
         report["second"][text] = {"images": total, "pairs": named}
-    print(f"\n{markdown_table(['B', 'images', 'near-duplicates in A', 'share', 'picture'], lines)}\n")
+    print()
+    print_table(["B", "images", "near-duplicates in A", "share", "picture"], lines)
+    print()
     write_atomically(out / "leakcheck.json", json.dumps(report, indent=1).encode())
     print(out / "leakcheck.json")
 
 
-def _explained(album: Album, calibration: Calibration, limit: float, given: bool) -> str:
+def _explained(embedded: EmbeddedSource, calibration: Calibration, limit: float, given: bool) -> str:
     found = float((calibration.copies >= limit).float().mean())
-    words = f"A: {len(album.source):,} images. An image counts as a near-duplicate from a cosine of {limit:.3f}: "
+    words = f"A: {len(embedded.source):,} images. An image counts as a near-duplicate from a cosine of {limit:.3f}: "
     alarms = calibration.alarms(limit)
     words += f"{'as you said; ' if given else ''}{found:.0%} of altered copies lie above it, and {alarms:.1%} of the "
     words += "images of A have another image of A there."
@@ -145,16 +147,16 @@ def _explained(album: Album, calibration: Calibration, limit: float, given: bool
     return words
 
 
-def _draw(first: Album, second: Album, pairs: list[Pair], folder: Path) -> str:
+def _draw(first: EmbeddedSource, second: EmbeddedSource, pairs: list[Pair], folder: Path) -> str:
     """Each line: an image of B in red, the image of A that it is like in yellow."""
-    from mls.frozen.gallery import draw
-    from mls.frozen.neighbours import line
-    from mls.tools.studies import slug
+    from mls.files import slug
+    from mls.frozen.match_picture import draw
+    from mls.frozen.neighbours import gallery_row
 
     if not pairs:
         return ""
     shown = [
-        line(second.source.read(pair.second), pair.second, first.source, [(pair.first, pair.cosine)])
+        gallery_row(second.source.read(pair.second), pair.second, first.source, [(pair.first, pair.cosine)])
         for pair in pairs[:SHOWN]
     ]
     path = folder / f"leaks-{slug(second.source.name)}.png"

@@ -11,23 +11,22 @@ from torch import Tensor
 
 from mls.eval.data.objects import ObjectImages, RunLengths
 
-# Of the twelve numbers that COCO's programs print, the six that papers do.
+# The six of COCO's twelve numbers that papers report.
 NUMBERS = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}
 
 
 @dataclass(frozen=True)
 class Detections:
-    """Of one image, best first."""
+    """The detections of one image, in descending order of their scores."""
 
-    boxes: Float[Tensor, "detections 4"]  # x0 y0 x1 y1 in pixels of the image as it lies on disk
+    boxes: Float[Tensor, "detections 4"]  # x0 y0 x1 y1 in pixels of the image file
     scores: Float[Tensor, "detections"]
     classes: Int64[Tensor, "detections"]
     outlines: list[RunLengths] | None = None
 
 
 def coco_ap(found: Sequence[Detections], truth: ObjectImages, masks: bool) -> dict[str, float]:
-    """box_ap and so on, as shares; a size of which there is no object is left out. One entry of `found` for each
-    image."""
+    """box_ap and so on, as shares; sizes without objects are left out. `found` has one entry per image."""
     from faster_coco_eval import COCO, COCOeval_faster
 
     true = COCO(as_coco(truth))
@@ -37,19 +36,19 @@ def coco_ap(found: Sequence[Detections], truth: ObjectImages, masks: bool) -> di
         if not rows:
             values |= dict.fromkeys((f"{name}_ap", f"{name}_ap50", f"{name}_ap75"), 0.0)
             continue
-        if kind == "segm":  # else small, medium and large would be said by the box; detectron2 does the same
+        if kind == "segm":  # so that small, medium and large follow from the mask's area, as in detectron2
             rows = [{key: value for key, value in row.items() if key != "bbox"} for row in rows]
         evaluation = COCOeval_faster(true, true.loadRes(rows), kind, print_function=lambda *text: None)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
         stats = {f"{name}_{number}": float(evaluation.stats[place]) for number, place in NUMBERS.items()}
-        values |= {number: value for number, value in stats.items() if value >= 0}  # COCO says -1: nothing to find
+        values |= {number: value for number, value in stats.items() if value >= 0}  # -1: no objects
     return values
 
 
 def as_coco(truth: ObjectImages) -> dict[str, Any]:
-    """The truth as an instances file would say it."""
+    """The true objects in the format of an instances file."""
     objects, annotations = truth.everything, []
     owner = [row for row, count in enumerate(truth.starts.diff().tolist()) for _ in range(count)]
     for number, row in enumerate(owner):
@@ -70,7 +69,7 @@ def as_coco(truth: ObjectImages) -> dict[str, Any]:
 
 
 def detections_as_coco(found: Sequence[Detections], masks: bool) -> list[dict[str, Any]]:
-    """What COCO's servers take."""
+    """In COCO's results format."""
     rows = []
     for image, one in enumerate(found, start=1):
         for place in range(len(one.scores)):

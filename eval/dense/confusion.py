@@ -1,4 +1,4 @@
-"""What semantic segmentation is measured by: mIoU, mAcc and aAcc, all of one matrix of counts."""
+"""The metrics of semantic segmentation, mIoU, mAcc and aAcc, from a confusion matrix."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mls.eval.data.regions import VOID
 def confusion(
     found: Int64[Tensor, "height width"], truth: UInt8[Tensor, "height width"], classes: int
 ) -> Int64[Tensor, "classes classes"]:
-    """Pixels by their true class (rows) and the one that was found; void pixels are left out.
+    """The number of pixels by true class (rows) and predicted class; void pixels are left out.
 
     >>> confusion(torch.tensor([[0, 1, 1]]), torch.tensor([[0, 0, 255]], dtype=torch.uint8), 2)
     tensor([[1, 1],
@@ -24,8 +24,8 @@ def confusion(
 
 
 def segmentation_metrics(counts: Int64[Tensor, "classes classes"]) -> dict[str, float]:
-    """As shares. miou, macc: means over the classes that occur (mIoU: in the truth or in what was found); aacc: of all
-    pixels.
+    """As shares. miou, macc: means over the classes that occur (mIoU: in the labels or the predictions); aacc: over
+    all pixels.
 
     >>> segmentation_metrics(torch.tensor([[1, 1], [0, 2]]))
     {'miou': 0.5833333333333333, 'macc': 0.75, 'aacc': 0.75}

@@ -1,6 +1,6 @@
 """Faster R-CNN and Mask R-CNN of torchvision's parts, on a feature pyramid or on the fourth stage (C4), as detectron2
-is configured for self-supervised backbones: all layers learn, heads are normalised, RoIAlign is aligned. What learns in
-another way than torchvision's is in proposals.py and roi_heads.py."""
+is configured for self-supervised backbones: all layers are trained, heads have batch normalisation, RoIAlign is
+aligned. Losses that differ from torchvision's are in proposals.py and roi_heads.py."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from mls.eval.dense.trunk import Maps, Trunk
 from mls.eval.dense.views import ObjectTarget
 from mls.models.backbones import Backbone
 
-BOX_SIZE, MASK_SIZE = 7, 14  # of the maps that the heads see of a proposal
-CANONICAL = 224  # pixels: a box of this size is read from the map of stride 16
+BOX_SIZE, MASK_SIZE = 7, 14  # of the pooled maps of a proposal
+CANONICAL = 224  # pixels: a box of this size is pooled from the map of stride 16
 
 
 class Detector(nn.Module):
-    """Images of any size, uint8, to losses while training; `predict` gives detections.
+    """uint8 images of any size to losses; `predict` returns detections.
 
     >>> from mls.eval.dense.schema import DetectionData
     >>> from mls.models import load_backbone
@@ -77,17 +77,17 @@ class Detector(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         device = next(self.parameters()).device
         self.model.transform.min_size = self.min_sizes
-        told = []
+        truth = []
         for target in targets:
             one = {"boxes": target.boxes.to(device), "labels": target.classes.to(device) + 1}
             if self.masks:
                 one["masks"] = target.masks.to(device)
-            told.append(one)
-        return self.model([image.to(device) / 255 for image in images], told)
+            truth.append(one)
+        return self.model([image.to(device) / 255 for image in images], truth)
 
     @torch.no_grad()
     def predict(self, images: Sequence[UInt8[Tensor, "3 height width"]]) -> list[Detections]:
-        """In pixels of the images as they are given."""
+        """Boxes are in pixels of `images`, before they are scaled."""
         device = next(self.parameters()).device
         self.model.transform.min_size = [self.test_size]
         found = self.model([image.to(device) / 255 for image in images])
@@ -103,13 +103,13 @@ class Detector(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid on all stages. One more level, by subsampling, where the settings have one more anchor."""
+    """A feature pyramid on all stages. One more level, by subsampling, if the settings have one more anchor."""
 
     def __init__(self, trunk: Trunk, settings: DetectorConfig) -> None:
         super().__init__()
         self.trunk, self.out_channels = trunk, settings.width
         self.strides = list(trunk.strides.values())
-        self.divisor = self.strides[-1]  # of the padded images: each map is twice as large as the next
+        self.divisor = self.strides[-1]  # of the padded sides: each map must be twice as large as the next
         levels, sizes = len(self.strides), len(settings.anchors)
         if sizes not in (levels, levels + 1):
             raise ConfigError(
@@ -119,7 +119,7 @@ class Pyramid(nn.Module):
         more = LastLevelMaxPool() if sizes > levels else None
         channels = list(trunk.channels.values())
         self.pyramid = FeaturePyramidNetwork(channels, settings.width, more, norm_layer=nn.BatchNorm2d)
-        self.pooled = list(self.strides)  # proposals are never read from the subsampled level
+        self.pooled = list(self.strides)  # boxes are not pooled from the subsampled level
         if more is not None:
             self.strides.append(2 * self.strides[-1])
 
@@ -130,7 +130,7 @@ class Pyramid(nn.Module):
 class FourthStage(nn.Module):
     """All stages but the last."""
 
-    divisor = 1  # images are padded to one another's size and no further
+    divisor = 1  # images are padded to the largest of a batch
 
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class FourthStage(nn.Module):
 
 
 class Pool(nn.Module):
-    """RoIAlign on the level that fits a box's size, aligned as detectron2's (torchvision's own is half a pixel off)."""
+    """RoIAlign on the level for a box's size, aligned as in detectron2 (torchvision's default is half a pixel off)."""
 
     def __init__(self, size: int, strides: Sequence[int]) -> None:
         super().__init__()
@@ -156,13 +156,13 @@ class Pool(nn.Module):
         pooled = levels[0].new_zeros(len(rows), levels[0].shape[1], self.size, self.size)
         level_of = self.level_of(rows[:, 1:])
         for number, (one, stride) in enumerate(zip(levels, self.strides, strict=True)):
-            here = (level_of == number).nonzero()[:, 0]
-            part = roi_align(one, rows[here], self.size, 1 / stride, sampling_ratio=0, aligned=True)
-            pooled = pooled.index_put((here,), part)
+            on_level = (level_of == number).nonzero()[:, 0]
+            part = roi_align(one, rows[on_level], self.size, 1 / stride, sampling_ratio=0, aligned=True)
+            pooled = pooled.index_put((on_level,), part)
         return pooled
 
     def level_of(self, boxes: Float[Tensor, "boxes 4"]) -> Tensor:
-        """A box of 224 pixels belongs to the map of stride 16, half of it to that of stride 8."""
+        """A box of 224 pixels belongs to the map of stride 16, one of 112 pixels to that of stride 8."""
         side = (boxes[:, 2:] - boxes[:, :2]).prod(1).clamp(min=0).sqrt()
         wanted = (4 + torch.log2(side / CANONICAL + 1e-8)).floor()
         first = torch.tensor(float(self.strides[0])).log2().item()

@@ -1,5 +1,5 @@
-"""A detection protocol in detectron2's keys. What no protocol changes is said by the recipe that `mls export` writes
-(configs/export/detectron2_*.yaml); what the protocol says lies over it. The training is in with_detectron2.py."""
+"""A detection protocol in detectron2's keys, merged over the recipe that `mls export` writes
+(configs/export/detectron2_*.yaml), which holds what no protocol changes. The training is in with_detectron2.py."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ RECIPES = {"fpn": FPN, "c4": C4}
 NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 
 
-def said(protocol: Detection) -> dict[str, Any]:
-    """
-    >>> said(Detection())["SOLVER.STEPS"], said(Detection())["MODEL.RPN.IN_FEATURES"]
+def overrides(protocol: Detection) -> dict[str, Any]:
+    """The protocol's settings by detectron2's keys.
+
+    >>> overrides(Detection())["SOLVER.STEPS"], overrides(Detection())["MODEL.RPN.IN_FEATURES"]
     ((60000, 80000), ['p2', 'p3', 'p4', 'p5', 'p6'])
     """
     data, model, training = protocol.data, protocol.model, protocol.training
@@ -55,7 +56,7 @@ def said(protocol: Detection) -> dict[str, Any]:
         "SOLVER.MOMENTUM": training.momentum,
         "SOLVER.WEIGHT_DECAY": training.weight_decay,
         "SOLVER.WEIGHT_DECAY_NORM": training.norm_decay,
-        "SOLVER.STEPS": tuple(training.falls),  # each a tenth
+        "SOLVER.STEPS": tuple(training.falls),  # the rate is multiplied by 0.1 at each
         "SOLVER.WARMUP_ITERS": training.warmup_steps,
         "SOLVER.WARMUP_FACTOR": training.warmup_from,
     }
@@ -67,29 +68,22 @@ def said(protocol: Detection) -> dict[str, Any]:
 
 
 def refuse_unknown_to_detectron2(protocol: Detection, source: Source) -> None:
-    """What depends on the protocol alone, schema.py refuses as soon as it is read."""
-    if source.plan is None:
+    """Refuse a backbone that it cannot build. schema.py refuses what depends on the protocol alone."""
+    plan = source.plan_for("detectron2", "take a ResNet such as resnet50, or set backend=torchvision")
+    if protocol.model.neck == "c4" and not plan.bottleneck:
         raise ConfigError(
-            f"detectron2 has no network with the layers of {source.architecture}: take a ResNet such as resnet50, or "
-            "set backend=torchvision"
-        )
-    if protocol.model.neck == "c4" and not source.plan.bottleneck:
-        raise ConfigError(
-            f"detectron2's C4 needs a ResNet of 50 layers or more, {source.plan.name} has fewer: set model.neck=fpn, "
-            "or backend=torchvision"
+            f"detectron2's C4 needs a ResNet of 50 layers or more, {plan.name} has fewer: set model.neck=fpn, or "
+            "backend=torchvision"
         )
 
 
 def configuration(
     protocol: Detection, recipe: Path, train: Sequence[str], test: str, classes: int, device: str, world: int
 ) -> Any:
-    """detectron2's CfgNode. Normalisation is over all processes where there are several GPUs."""
-    from detectron2.config import get_cfg
-
-    detectron2_train.register_extra_norm()
-    cfg = get_cfg()
+    """detectron2's CfgNode. SyncBN is used only with several GPUs."""
+    cfg = detectron2_train.new_config()
     cfg.merge_from_file(str(recipe))
-    cfg.merge_from_list([part for pair in said(protocol).items() for part in pair])
+    cfg.merge_from_list([part for pair in overrides(protocol).items() for part in pair])
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
     cfg.MODEL.DEVICE = device
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), (test,)

@@ -1,5 +1,5 @@
 """The decoders of semantic segmentation, as mmsegmentation builds them: FCN and PSPNet; PSANet is in psanet.py. Each
-takes the backbone's map and gives class scores at its resolution."""
+maps the backbone's last map to class scores of the same resolution."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Classify(nn.Sequential):
 
 
 class FCN(nn.Module):
-    """Convolutions, and one over their result beside what they were given (https://arxiv.org/abs/1411.4038)."""
+    """Convolutions, and one over the concatenation of their input and output (https://arxiv.org/abs/1411.4038)."""
 
     def __init__(self, inputs: int, width: int, classes: int, dropout: float, convolutions: int = 2) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class FCN(nn.Module):
 
 
 class PSPNet(nn.Module):
-    """The map beside its means over 1, 2 x 2, 3 x 3 and 6 x 6 parts (https://arxiv.org/abs/1612.01105)."""
+    """The map concatenated with its means over 1, 2 x 2, 3 x 3 and 6 x 6 parts (https://arxiv.org/abs/1612.01105)."""
 
     def __init__(self, inputs: int, width: int, classes: int, dropout: float, align_corners: bool = False) -> None:
         super().__init__()

@@ -1,6 +1,5 @@
-"""A protocol of `task: segmentation` in mmsegmentation's words: to be read beside its own configurations
-(mmseg/.mim/configs), whose keys stand here in their order. What mmsegmentation cannot do is refused here; with_mmseg.py
-trains by it."""
+"""A protocol of `task: segmentation` as a configuration of mmsegmentation, with the keys of its own configurations
+(mmseg/.mim/configs) in their order. What mmsegmentation cannot do is refused here; with_mmseg.py trains with it."""
 
 from __future__ import annotations
 
@@ -15,18 +14,13 @@ from mls.eval.data.regions import VOID
 from mls.eval.dense.heads import POOL_SIZES
 from mls.eval.dense.psanet import SHRINK, WINDOW
 from mls.eval.dense.schema import Schedule, Segmentation, SegmentationData
-from mls.exporting import to_mmseg
-from mls.exporting.source import ResNetPlan
+from mls.frameworks import mmseg_network
+from mls.frameworks.mmseg_network import STRIDES
+from mls.frameworks.resnet_plan import ResNetPlan
 from mls.models.momentum import precision_on
 
 Config = dict[str, Any]
 
-STRIDES: dict[int, Config] = {  # of the whole backbone
-    4: {"dilations": (1, 2, 4, 8), "strides": (1, 1, 1, 1)},
-    8: {"dilations": (1, 1, 2, 4), "strides": (1, 2, 1, 1)},
-    16: {"dilations": (1, 1, 1, 2), "strides": (1, 2, 2, 1)},
-    32: {"dilations": (1, 1, 1, 1), "strides": (1, 2, 2, 2)},
-}
 HEADS: dict[str, Config] = {
     "fcn": {"type": "FCNHead", "num_convs": 2, "concat_input": True},
     "pspnet": {"type": "PSPHead", "pool_scales": POOL_SIZES},
@@ -40,7 +34,7 @@ HEADS: dict[str, Config] = {
         "psa_softmax": True,
     },
 }
-# For bf16 no scaling: its range is that of fp32.
+# bf16 needs no loss scaling: its range is that of fp32.
 AMP = {"bf16": {"dtype": "bfloat16", "loss_scale": 1.0}, "fp16": {"dtype": "float16", "loss_scale": "dynamic"}}
 
 
@@ -55,7 +49,7 @@ class Start:
 
 
 def check(protocol: Segmentation, device: torch.device) -> None:
-    """Refuse what mmsegmentation cannot do as the protocol says it."""
+    """Refuse settings of the protocol that mmsegmentation does not have."""
     training, stride = protocol.training, protocol.model.output_stride
     if training.precise_bn:
         raise ConfigError(
@@ -103,44 +97,27 @@ def configuration(protocol: Segmentation, start: Start, classes: int, device: to
 
 
 def model(protocol: Segmentation, start: Start, classes: int, device: torch.device) -> Config:
-    data, settings = protocol.data, protocol.model
-    synced = distributed.world() > 1 and device.type == "cuda"  # without another process it is BN; a CPU has none
+    settings = protocol.model
+    synced = distributed.world() > 1 and device.type == "cuda"  # one process needs none, and CPUs have none
     norm_cfg = {"type": "SyncBN" if synced else "BN", "requires_grad": True}
-    of_both = {
-        "dropout_ratio": settings.dropout,
-        "num_classes": classes,
-        "norm_cfg": norm_cfg,
-        "align_corners": settings.align_corners,
-    }
+    head = {"dropout_ratio": settings.dropout, "num_classes": classes, "norm_cfg": norm_cfg}
+    head |= {"align_corners": settings.align_corners}
     return {
         "type": "EncoderDecoder",
         "data_preprocessor": {
-            "type": "SegDataPreProcessor",
-            "mean": start.mean,
-            "std": start.std,
-            "bgr_to_rgb": True,
+            **mmseg_network.preprocessor(start.mean, start.std),
             "pad_val": 0,
             "seg_pad_val": VOID,
-            "size": turned(data.crop),
+            "size": turned(protocol.data.crop),
         },
         "pretrained": None,
-        "backbone": {
-            **to_mmseg.network(start.plan),
-            "num_stages": 4,
-            "out_indices": (0, 1, 2, 3),
-            **STRIDES[settings.output_stride],
-            "norm_cfg": norm_cfg,
-            "norm_eval": False,
-            "style": "pytorch",
-            "contract_dilation": True,
-            "init_cfg": {"type": "Pretrained", "checkpoint": start.checkpoint},
-        },
+        "backbone": backbone(start, settings.output_stride, norm_cfg),
         "decode_head": {
             **HEADS[settings.head],
             "in_channels": start.plan.dim,
             "in_index": 3,
             "channels": settings.width,
-            **of_both,
+            **head,
             "loss_decode": cross_entropy(1.0),
         },
         "auxiliary_head": {
@@ -150,14 +127,31 @@ def model(protocol: Segmentation, start: Start, classes: int, device: torch.devi
             "channels": settings.auxiliary_width,
             "num_convs": 1,
             "concat_input": False,
-            **of_both,
+            **head,
             "loss_decode": cross_entropy(settings.auxiliary_weight),
         },
         "train_cfg": {},
-        "test_cfg": {"mode": "whole"}
-        if data.test == "whole"
-        else {"mode": "slide", "crop_size": turned(data.crop), "stride": turned(data.stride)},
+        "test_cfg": test_cfg(protocol.data),
     }
+
+
+def backbone(start: Start, output_stride: int, norm_cfg: Config) -> Config:
+    return {
+        **mmseg_network.network(start.plan),
+        "num_stages": 4,
+        "out_indices": (0, 1, 2, 3),
+        **STRIDES[output_stride],
+        "norm_cfg": norm_cfg,
+        "norm_eval": False,
+        "contract_dilation": True,
+        "init_cfg": mmseg_network.pretrained(start.checkpoint),
+    }
+
+
+def test_cfg(data: SegmentationData) -> Config:
+    if data.test == "whole":
+        return {"mode": "whole"}
+    return {"mode": "slide", "crop_size": turned(data.crop), "stride": turned(data.stride)}
 
 
 def cross_entropy(weight: float) -> Config:
@@ -177,45 +171,28 @@ def train_pipeline(data: SegmentationData) -> list[Config]:
 
 
 def turned(size: tuple[int, int]) -> tuple[int, int]:
-    """Width and height, as scales have them, to height and width, as crops have them."""
+    """(width, height), the order of scales, to (height, width), the order of crops."""
     return size[1], size[0]
 
 
 def optim_wrapper(training: Schedule, device: torch.device) -> Config:
     precision = precision_on(device, training.precision, "training.precision")
-    wrapper: Config = {
-        "type": "AmpOptimWrapper" if precision in AMP else "OptimWrapper",
-        **AMP.get(precision, {}),
-        "optimizer": {
-            "type": "SGD",
-            "lr": training.lr,
-            "momentum": training.momentum,
-            "weight_decay": training.weight_decay,
-        },
-        "clip_grad": None,
-    }
+    sgd = {"type": "SGD", "lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay}
+    kind = "AmpOptimWrapper" if precision in AMP else "OptimWrapper"
+    wrapper: Config = {"type": kind, **AMP.get(precision, {}), "optimizer": sgd, "clip_grad": None}
     if training.norm_decay != training.weight_decay:
         wrapper["paramwise_cfg"] = {"norm_decay_mult": training.norm_decay / training.weight_decay}
     return wrapper
 
 
 def param_scheduler(training: Schedule) -> list[Config]:
-    """After a warm-up `poly` begins anew, as mmsegmentation writes it; ours has come down a little by then."""
+    """After a warm-up `poly` starts at its full rate, as mmsegmentation's configurations have it; ours has fallen a
+    little by then."""
     warmup = training.warmup_steps
-    rising = {
-        "type": "LinearLR",
-        "start_factor": training.warmup_from,
-        "begin": 0,
-        "end": warmup + 1,  # where it reaches 1
-        "by_epoch": False,
-    }
-    poly = {
-        "type": "PolyLR",
-        "eta_min": training.min_lr,
-        "power": training.power,
-        "begin": warmup,
-        "end": training.steps,
-        "by_epoch": False,
-    }
-    steps = {"type": "MultiStepLR", "milestones": training.falls, "gamma": 0.1, "by_epoch": False}
-    return [*([rising] if warmup else []), poly if training.schedule == "poly" else steps]
+    # The factor is 1 at `end`.
+    rising = {"type": "LinearLR", "start_factor": training.warmup_from, "begin": 0, "end": warmup + 1}
+    poly = {"type": "PolyLR", "eta_min": training.min_lr, "power": training.power}
+    poly |= {"begin": warmup, "end": training.steps}
+    steps = {"type": "MultiStepLR", "milestones": training.falls, "gamma": 0.1}
+    schedules = [*([rising] if warmup else []), poly if training.schedule == "poly" else steps]
+    return [{**schedule, "by_epoch": False} for schedule in schedules]

@@ -1,5 +1,5 @@
-"""What mmsegmentation's pipelines and evaluators call of ours: images and labels from our readers, so that every layout
-and the embedded scenes are read in one place, and its metric without the rounding."""
+"""Transforms, loader and metric for mmsegmentation: images and labels come from our readers, which know every layout
+and the embedded scenes; its metric without the rounding."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mls.eval.dense.views import TrainingViews, loader
 
 @TRANSFORMS.register_module()
 class LoadRegionImage(BaseTransform):
-    """As LoadImageFromFile gives it: blue, green, red."""
+    """Like LoadImageFromFile: BGR."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         pixels = results["images"].pixels(results["row"])
@@ -34,7 +34,7 @@ class LoadRegionImage(BaseTransform):
 
 @TRANSFORMS.register_module()
 class LoadRegionLabels(BaseTransform):
-    """As LoadAnnotations gives them; in a test after Resize, which would scale them too."""
+    """Like LoadAnnotations. In the test it follows Resize, which would scale labels, too."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         labels = results["images"].labels(results["row"]).numpy()
@@ -42,12 +42,12 @@ class LoadRegionLabels(BaseTransform):
 
 
 class MmsegViews(TrainingViews):
-    """Batches as mmsegmentation takes them. A view is a pure function of (seed, place) here too: its transforms draw
-    from numpy's global stream."""
+    """Batches in mmsegmentation's format. A view is a pure function of (seed, place): numpy's global stream, from which
+    its transforms draw, is seeded for each view."""
 
     def __init__(self, images: RegionImages, data: SegmentationData, seed: int, pipeline: Sequence[Any]) -> None:
         super().__init__(images, data, seed)
-        with DefaultScope.overwrite_default_scope("mmseg"):  # else RandomResize would resize as mmcv does
+        with DefaultScope.overwrite_default_scope("mmseg"):  # otherwise RandomResize would use mmcv's Resize
             self.pipeline = Compose([TRANSFORMS.build(one) for one in pipeline])
         self.metainfo = {"classes": images.class_names}
 
@@ -64,7 +64,7 @@ class MmsegViews(TrainingViews):
 
 
 def test_loader(views: MmsegViews) -> DataLoader[Any]:
-    """One image at a time, this process' share. All processes take equally many; mmengine leaves out what is double."""
+    """This process' share, one image at a time. All processes have the same number; mmengine drops the duplicates."""
     count, world = len(views), distributed.world()
     rows = [(distributed.rank() + world * number) % count for number in range(-(-count // world))]
     return loader(views, [[(row, row)] for row in rows])
@@ -72,8 +72,8 @@ def test_loader(views: MmsegViews) -> DataLoader[Any]:
 
 @METRICS.register_module()
 class UnroundedIoUMetric(IoUMetric):
-    """As shares; IoUMetric rounds to a hundredth of a per cent. `collect_dir`: where processes put what they counted,
-    instead of a folder in the working directory."""
+    """As shares; IoUMetric rounds to a hundredth of a per cent. `collect_dir`: the folder for the counts of all
+    processes, instead of one in the working directory."""
 
     def __init__(self, collect_dir: str, **options: Any) -> None:
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""`found.png`: some test images beside what was found in them and what is true, for the eye."""
+"""`found.png`: some test images with their predictions and labels."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Pixels = UInt8[Tensor, "3 height width"]
 
 SHOWN = 6  # images
 HEIGHT, GAP, CAPTION = 200, 6, 18  # pixels of the drawn picture
-SURE = 0.3  # detections with a lower score are not drawn
+MIN_SCORE = 0.3  # detections with a lower score are not drawn
 FONT = ImageFont.load_default(11)
 
 
 def chosen(images: ObjectImages | RegionImages) -> list[int]:
-    """Rows that lie evenly in a split: the same in every run."""
+    """Evenly spaced rows of a split, the same in every run."""
     count = min(SHOWN, len(images))
     return [number * len(images) // count for number in range(count)]
 
 
 def save(file: Path, images: ObjectImages | RegionImages, rows: Sequence[int], found: Sequence[object]) -> None:
-    """A line an image: the image, what `found` says of it (a network's `predict`), the truth."""
-    lines, painted_ones = [], set()
+    """A line per image: the image, its prediction in `found` (a network's `predict`), its labels."""
+    lines, classes = [], set()
     for row, one in zip(rows, found, strict=True):
         pixels, names = images.pixels(row), images.class_names
         if isinstance(images, ObjectImages):
@@ -41,11 +41,11 @@ def save(file: Path, images: ObjectImages | RegionImages, rows: Sequence[int], f
         else:
             assert isinstance(one, Tensor)
             views = [painted(pixels, one), painted(pixels, images.labels(row))]
-            painted_ones |= {*one.unique().tolist(), *images.labels(row).unique().tolist()} - {VOID}
+            classes |= {*one.unique().tolist(), *images.labels(row).unique().tolist()} - {VOID}
         lines.append([scaled(pixels), *views])
     with atomic_file(file, "free some, and run the same again") as out:
         sheet = _table(lines, ["", "found", "true"])
-        _with_legend(sheet, {images.class_names[i]: colour(i) for i in sorted(painted_ones)}).save(out, "PNG")
+        _with_legend(sheet, {images.class_names[i]: colour(i) for i in sorted(classes)}).save(out, "PNG")
 
 
 def scaled(pixels: Pixels) -> Image.Image:
@@ -54,14 +54,14 @@ def scaled(pixels: Pixels) -> Image.Image:
 
 
 def with_boxes(pixels: Pixels, objects: Detections | Objects, names: Sequence[str]) -> Image.Image:
-    known = objects.scores if isinstance(objects, Detections) else torch.ones(len(objects.boxes))
-    shown = (known >= SURE).nonzero()[:, 0].tolist()
+    scores = objects.scores if isinstance(objects, Detections) else torch.ones(len(objects.boxes))
+    shown = (scores >= MIN_SCORE).nonzero()[:, 0].tolist()
     columns = objects.classes.tolist()
     image = scaled(with_masks(pixels, [(objects.outlines[i], columns[i]) for i in shown] if objects.outlines else []))
     draw = ImageDraw.Draw(image)
     for i in shown:
         column, box = columns[i], (objects.boxes[i] * (HEIGHT / pixels.shape[1])).tolist()
-        text = f"{names[column]} {known[i]:.2f}" if isinstance(objects, Detections) else names[column]
+        text = f"{names[column]} {scores[i]:.2f}" if isinstance(objects, Detections) else names[column]
         draw.rectangle(box, outline=colour(column), width=2)
         draw.rectangle(draw.textbbox((box[0] + 3, box[1] + 2), text, font=FONT), fill=colour(column))
         draw.text((box[0] + 3, box[1] + 2), text, fill="white", font=FONT)
@@ -79,7 +79,7 @@ def with_masks(pixels: Pixels, masks: Sequence[tuple[RunLengths, int]]) -> Pixel
 
 
 def painted(pixels: Pixels, classes: Int[Tensor, "height width"]) -> Image.Image:
-    """The image under its classes' colours; void stays black."""
+    """The image blended with the colours of its classes; void is black."""
     flat = torch.tensor([colour(number) if number != VOID else (0, 0, 0) for number in range(256)], dtype=torch.uint8)
     over = flat[classes.long()].permute(2, 0, 1)
     mixed = (0.35 * pixels + 0.65 * over).to(torch.uint8)
@@ -87,7 +87,7 @@ def painted(pixels: Pixels, classes: Int[Tensor, "height width"]) -> Image.Image
 
 
 def colour(column: int) -> tuple[int, int, int]:
-    """Neighbouring classes lie far apart on the colour circle.
+    """Consecutive classes are far apart on the colour circle.
 
     >>> len({colour(number) for number in range(150)})
     150
@@ -110,7 +110,7 @@ def _table(lines: Sequence[Sequence[Image.Image]], heads: Sequence[str]) -> Imag
 
 
 def _with_legend(sheet: Image.Image, colours: dict[str, tuple[int, int, int]]) -> Image.Image:
-    """The names of the classes that are painted, below the sheet."""
+    """The sheet with the names of its classes below."""
     places, left, line = {}, GAP, 0
     for name in colours:
         width = CAPTION + round(FONT.getlength(name)) + 2 * GAP

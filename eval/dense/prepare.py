@@ -1,5 +1,4 @@
-"""What training starts from, whoever trains: the images of a protocol, and the backbone, in memory or as a file that
-another framework reads."""
+"""The images of a protocol and its backbone, in memory or as a file that another framework reads, for all back-ends."""
 
 from __future__ import annotations
 
@@ -22,12 +21,12 @@ from mls.models.backbones import Backbone
 from mls.streams import derive
 
 SCENES = {"scenes_objects": objects.scenes, "scenes_regions": regions.scenes}
-TAKES = {Detection: ObjectImages, Segmentation: RegionImages}
+IMAGES = {Detection: ObjectImages, Segmentation: RegionImages}
 
 
 def load_images(protocol: Dense) -> DataSet[Any]:
     found = _load(without_workers(protocol.data))
-    wanted = TAKES[type(protocol)]
+    wanted = IMAGES[type(protocol)]
     if not isinstance(found.train, wanted):
         fitting = "coco2017, voc0712, scenes_objects" if wanted is ObjectImages else "cityscapes, scenes_regions"
         raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
@@ -40,14 +39,14 @@ def without_workers(data: DenseData) -> tuple[str, str | None, bool, ScenesConfi
     return data.name, data.root, data.check_sizes, data.scenes
 
 
-@lru_cache(maxsize=2)  # the cells of a suite share it
+@lru_cache(maxsize=2)  # shared by the cells of a suite
 def _load(facts: tuple[str, str | None, bool, ScenesConfig]) -> DataSet[Any]:
     name, root, check_sizes, scenes = facts
     return SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
 
 
 def build_backbone(protocol: Dense, weights: str, seed: int) -> tuple[Backbone, list[float], list[float]]:
-    """With the mean and std of a pixel, from 0 to 1, that it was pretrained with."""
+    """The backbone, with the mean and std (of pixels from 0 to 1) of its pretraining."""
     wanted = backbone_name(protocol, weights)
     file = weights_file(wanted) if ":" not in wanted else None
     facts = {"mean": AugmentConfig().mean, "std": AugmentConfig().std} if file is None else card(file)
@@ -61,7 +60,7 @@ def backbone_name(protocol: Dense, weights: str) -> str:
 
 
 def backbone_source(protocol: Dense, weights: str, seed: int, folder: Path) -> Source:
-    """The same backbone as the exporters take it: a backbone that has no file is written into the folder first."""
+    """The same backbone for the exporters: a backbone that has no file is written into the folder first."""
     wanted = backbone_name(protocol, weights)
     if weights_file(wanted) is not None:
         return Source.open(wanted)

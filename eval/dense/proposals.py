@@ -1,5 +1,5 @@
-"""Where a detector looks for objects: anchors, and the network that scores and moves them (RPN). Only what detectron2
-does in another way than torchvision is written here; test_detectron2_networks.py compares the two."""
+"""Anchors and the region proposal network (RPN): torchvision's, changed where detectron2 differs from it;
+test_detectron2_networks.py compares the two."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ RATIOS = (0.5, 1.0, 2.0)  # height to width
 
 
 class Anchors(nn.Module):
-    """Boxes around every place of the maps, by size and then by ratio. Their sides are not rounded, and places are a
-    whole stride apart wherever the image ends.
+    """Boxes around every position of the maps, by size and then by ratio. Their sides are not rounded, and positions
+    are exactly a stride apart, also if the image size is not a multiple of it.
 
     >>> anchors = Anchors([[16, 32]], [8])
     >>> anchors.count, anchors(ImageList(torch.zeros(1, 3, 9, 8), [(9, 8)]), [torch.zeros(1, 4, 2, 1)])[0].shape
@@ -27,7 +27,7 @@ class Anchors(nn.Module):
     """
 
     def __init__(self, sizes: Sequence[Sequence[int]], strides: Sequence[int]) -> None:
-        """`sizes`: those of each map, equally many."""
+        """`sizes`: of the anchors of each map; the same number for all maps."""
         super().__init__()
         self.cells: Tensor
         self.strides, self.count = strides, len(sizes[0]) * len(RATIOS)
@@ -45,15 +45,15 @@ class Anchors(nn.Module):
 
 
 class Coder(BoxCoder):
-    """Moves boxes in full precision: bf16 knows no odd pixel beyond 256."""
+    """Decodes boxes in fp32: above 256, bf16 cannot represent odd numbers."""
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         return super().decode_single(rel_codes.float(), boxes)
 
 
 class Proposals(RegionProposalNetwork):
-    """With an L1 loss, divided by how many anchors were asked for, and not by how many there are; a box needs no more
-    than some area."""
+    """With an L1 loss, divided by the number of anchors that should be sampled, not of those that are; boxes of any
+    area above 0 are kept."""
 
     def __init__(self, *parts: Any, **settings: Any) -> None:
         super().__init__(*parts, **settings)
@@ -68,8 +68,8 @@ class Proposals(RegionProposalNetwork):
         regression_targets: list[Float[Tensor, "_ 4"]],
     ) -> tuple[Tensor, Tensor]:
         objects, others = (torch.cat(one).bool() for one in self.fg_bg_sampler(labels))
-        taken, wanted = objects | others, torch.cat(regression_targets)
-        scores = F.binary_cross_entropy_with_logits(objectness[taken, 0], torch.cat(labels)[taken], reduction="sum")
+        sampled, wanted = objects | others, torch.cat(regression_targets)
+        scores = F.binary_cross_entropy_with_logits(objectness[sampled, 0], torch.cat(labels)[sampled], reduction="sum")
         boxes = F.l1_loss(pred_bbox_deltas[objects], wanted[objects], reduction="sum")
-        asked = self.fg_bg_sampler.batch_size_per_image * len(labels)
-        return scores / asked, boxes / asked
+        count = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        return scores / count, boxes / count

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mls.eval.dense.heads import Classify, Map, convolution, resized
 from mls.frameworks.psamask import spread
 
-WINDOW = (97, 97)  # positions, height and width: what mmsegmentation's configurations say for every crop
+WINDOW = (97, 97)  # positions, height and width, as in all of mmsegmentation's configurations
 SHRINK = 2  # attention is between every second position
 
 
@@ -20,8 +20,8 @@ class PSANet(nn.Module):
     def __init__(self, inputs: int, width: int, classes: int, dropout: float, window: tuple[int, int] = WINDOW) -> None:
         super().__init__()
         self.collect, self.distribute = Attention(inputs, width, window), Attention(inputs, width, window)
-        # mmsegmentation pads this convolution of size 1, which draws the map a little to its middle when it is resized.
-        # Kept: it is the network of the published tables.
+        # mmsegmentation pads this 1x1 convolution, so that resizing shrinks the map a little towards its centre. So do
+        # we, because the published tables were made with this network.
         self.project = convolution(2 * width, inputs, 1)
         self.project[0].padding = (1, 1)
         self.join = convolution(2 * inputs, width)
@@ -39,7 +39,7 @@ class PSANet(nn.Module):
 
 
 class Attention(nn.Module):
-    """What a position has to give, and its weights for every pair of positions [batch, other, this]."""
+    """The values of all positions, and the attention weights of every pair of positions [batch, other, this]."""
 
     def __init__(self, inputs: int, width: int, window: tuple[int, int]) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Attention(nn.Module):
 
 
 def shrunk(size: Sequence[int]) -> tuple[tuple[int, int], bool]:
-    """The size that attention is taken at, and whether resizing keeps the corners: mmsegmentation's rule.
+    """The size of the map for attention, and whether resizing aligns corners: mmsegmentation's rule.
 
     >>> shrunk((97, 97)), shrunk((64, 128))
     (((49, 49), True), ((32, 64), False))

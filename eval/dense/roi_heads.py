@@ -1,5 +1,5 @@
-"""What says of each proposal which object it is, where it ends and its mask, and what that is taught by. Layers are
-torchvision's; their first weights and the losses are detectron2's; test_detectron2_networks.py compares the two."""
+"""The heads that classify proposals and predict boxes and masks, and their losses. Layers are torchvision's;
+initialisation and losses are detectron2's; test_detectron2_networks.py compares the two."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mls.eval.dense.proposals import Coder
 
 
 class Heads(RoIHeads):
-    """Boxes, and masks where there is a predictor of them. C4 has no mask head: boxes and masks share their maps."""
+    """Boxes, and masks if there is a mask predictor. C4 has no mask head: boxes and masks share their maps."""
 
     def __init__(self, *parts: Any, **settings: Any) -> None:
         super().__init__(*parts, **settings)
@@ -54,7 +54,7 @@ class Heads(RoIHeads):
         image_shapes: list[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None,
     ) -> dict[str, Tensor]:
-        """Masks are learnt on the proposals that hold an object."""
+        """Masks are trained on the proposals that are matched with an object."""
         assert targets is not None
         proposals, matched, labels, wanted = self.select_training_samples(proposals, targets)
         maps = self.box_head(self.box_roi_pool(features, proposals, image_shapes))
@@ -62,11 +62,11 @@ class Heads(RoIHeads):
         losses = box_losses(scores, deltas, classes, torch.cat(wanted))
         if self.mask_predictor is None:
             return losses
-        held = [one > 0 for one in labels]
-        boxes = [one[here] for one, here in zip(proposals, held, strict=True)]
-        numbers = [one[here] for one, here in zip(matched, held, strict=True)]
+        positive = [one > 0 for one in labels]
+        boxes = [one[rows] for one, rows in zip(proposals, positive, strict=True)]
+        numbers = [one[rows] for one, rows in zip(matched, positive, strict=True)]
         if self.mask_head is None:
-            maps = maps[torch.cat(held)]
+            maps = maps[torch.cat(positive)]
         else:
             maps = self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
         logits = self.mask_predictor(maps)
@@ -87,19 +87,19 @@ class BoxHead(FastRCNNConvFCHead):
 
 
 class BoxPredictor(FastRCNNPredictor):
-    """A class and, of each class, a box. Maps are averaged over their places (C4)."""
+    """Class scores, and a box for each class. Maps are averaged over their positions (C4)."""
 
     def __init__(self, channels: int, classes: int) -> None:
         super().__init__(channels, classes + 1)
-        _begin_with(self.cls_score, std=0.01)
-        _begin_with(self.bbox_pred, std=0.001)
+        _initialise(self.cls_score, std=0.01)
+        _initialise(self.bbox_pred, std=0.001)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x.mean((2, 3)) if x.dim() == 4 else x)
 
 
 class MaskPredictor(MaskRCNNPredictor):
-    """A mask of each class, twice as fine as the maps."""
+    """A mask for each class, of twice the maps' resolution."""
 
     conv5_mask: nn.ConvTranspose2d
     mask_fcn_logits: nn.Conv2d
@@ -107,10 +107,10 @@ class MaskPredictor(MaskRCNNPredictor):
     def __init__(self, channels: int, width: int, classes: int) -> None:
         super().__init__(channels, width, classes + 1)
         nn.init.zeros_(self.conv5_mask.bias)
-        _begin_with(self.mask_fcn_logits, std=0.001)
+        _initialise(self.mask_fcn_logits, std=0.001)
 
 
-def _begin_with(layer: nn.Linear | nn.Conv2d, std: float) -> None:
+def _initialise(layer: nn.Linear | nn.Conv2d, std: float) -> None:
     nn.init.normal_(layer.weight, std=std)
     assert layer.bias is not None
     nn.init.zeros_(layer.bias)
@@ -122,13 +122,13 @@ def box_losses(
     labels: Int64[Tensor, "boxes"],
     wanted: Float[Tensor, "boxes 4"],
 ) -> dict[str, Float[Tensor, ""]]:
-    """Label 0 is the background, which has no box. Divided by the number of all boxes, so that an object counts as much
-    where there are few."""
-    held = (labels > 0).nonzero()[:, 0]
-    moved = deltas.unflatten(1, (-1, 4))[held, labels[held]]
+    """Label 0 is the background, which has no box. The box loss is divided by the number of all boxes, so that
+    the weight of an object does not depend on the number of objects."""
+    positive = (labels > 0).nonzero()[:, 0]
+    own = deltas.unflatten(1, (-1, 4))[positive, labels[positive]]
     return {
         "loss_classifier": F.cross_entropy(scores, labels),
-        "loss_box_reg": F.l1_loss(moved, wanted[held], reduction="sum") / len(labels),
+        "loss_box_reg": F.l1_loss(own, wanted[positive], reduction="sum") / len(labels),
     }
 
 
@@ -138,7 +138,7 @@ def masks_in_boxes(
     numbers: Int64[Tensor, "boxes"],
     size: int,
 ) -> Float[Tensor, "boxes size size"]:
-    """Of each box its object's mask, 1 where at least half of a cell is covered."""
+    """The mask of each box's object, 1 where at least half of a cell is covered."""
     rows = torch.cat([numbers[:, None].to(boxes), boxes], 1)
     return (roi_align(masks[:, None].to(boxes), rows, size, aligned=True)[:, 0] >= 0.5).to(boxes)
 
@@ -149,5 +149,5 @@ def mask_loss(
     truth: Float[Tensor, "boxes size size"],
 ) -> Float[Tensor, ""]:
     if not len(labels):
-        return logits.sum() * 0  # a mean over nothing is no number
+        return logits.sum() * 0  # the mean of no boxes would be NaN
     return F.binary_cross_entropy_with_logits(logits[torch.arange(len(labels), device=labels.device), labels], truth)

@@ -1,5 +1,5 @@
-"""What the protocols of `task: detection` and `task: segmentation` say, and what cannot work. The dataclasses here are
-the only place where a default of theirs stands; defaults are those of the published Mask R-CNN and FCN schedules."""
+"""The protocols of `task: detection` and `task: segmentation`, their defaults and their checks. Defaults are those of
+the published Mask R-CNN and FCN schedules."""
 
 from __future__ import annotations
 
@@ -22,50 +22,54 @@ class DenseData:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Of both tasks: SGD, counted in steps."""
+    """The training of both tasks: SGD, counted in steps."""
 
     steps: int = 90000
-    batch_size: int = 16  # images a step, of all processes together
+    batch_size: int = 16  # images per step, of all processes together
     lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 1e-4
     norm_decay: float = 0.0  # the weight decay of normalisation layers
-    schedule: Literal["steps", "poly"] = "steps"  # poly: lr * (1 - share of the steps done) ** power
-    falls: list[int] = field(default_factory=lambda: [60000, 80000])  # steps: a tenth after each
+    schedule: Literal["steps", "poly"] = "steps"  # poly: lr * (1 - step / steps) ** power
+    falls: list[int] = field(default_factory=lambda: [60000, 80000])  # the rate is multiplied by 0.1 after each
     power: float = 0.9
-    min_lr: float = 0.0  # poly ends here
-    warmup_steps: int = 1000  # the rate rises linearly
-    warmup_from: float = 0.001  # from this share of it
-    precise_bn: int = 200  # batches that the statistics of batch normalisation are measured on after training; 0: none
+    min_lr: float = 0.0  # final rate of poly
+    warmup_steps: int = 1000  # the rate rises linearly over these steps
+    warmup_from: float = 0.001  # from this share of the rate
+    precise_bn: int = 200  # batches to measure batch normalisation's statistics on after training; 0: not measured
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 @dataclass(frozen=True)
 class DetectionData(DenseData):
-    min_sizes: list[int] = field(default_factory=lambda: [640, 672, 704, 736, 768, 800])  # one is drawn for an image
-    test_size: int = 800  # of the short side, too
-    max_size: int = 1333  # of the long side: a longer image is scaled down
+    min_sizes: list[int] = field(default_factory=lambda: [640, 672, 704, 736, 768, 800])  # one is drawn per image
+    test_size: int = 800  # of the short side in the test
+    max_size: int = 1333  # of the long side: longer images are scaled down
 
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """Faster R-CNN, and Mask R-CNN where `masks` is true. All layers learn; heads are normalised."""
+    """Faster R-CNN, or Mask R-CNN if `masks`. All layers are trained; heads have batch normalisation."""
 
-    backbone: str = "resnet50"  # what `--weights random` builds
-    weights: str = "torchvision:resnet50@IMAGENET1K_V1"  # where no --weights are given
-    neck: Literal["fpn", "c4"] = "fpn"  # c4: proposals on the last stage but one, which is then part of the head
+    backbone: str = "resnet50"  # with `--weights random`
+    weights: str = "torchvision:resnet50@IMAGENET1K_V1"  # without --weights
+    neck: Literal["fpn", "c4"] = "fpn"  # c4: proposals on the last stage but one; the last is in the head
     masks: bool = True
     width: int = 256  # of the feature pyramid and the convolutions of the heads
     box_width: int = 1024  # of the box head's hidden layer
-    anchors: list[int] = field(default_factory=lambda: [32, 64, 128, 256, 512])  # fpn: one a level; c4: all at once
-    before_nms: list[int] = field(default_factory=lambda: [2000, 1000])  # proposals a level, in training and in test
-    proposals: list[int] = field(default_factory=lambda: [1000, 1000])  # kept, in training and in test
-    proposal_batch: int = 256  # anchors an image that the proposals' loss is taken on
-    box_batch: int = 512  # proposals an image that the boxes' loss is taken on
-    score: float = 0.05  # detections below are left out
+    anchors: list[int] = field(
+        default_factory=lambda: [32, 64, 128, 256, 512]
+    )  # fpn: one per level; c4: all on one map
+    before_nms: list[int] = field(
+        default_factory=lambda: [2000, 1000]
+    )  # proposals per level, in training and in the test
+    proposals: list[int] = field(default_factory=lambda: [1000, 1000])  # after suppression, in training and in the test
+    proposal_batch: int = 256  # anchors per image in the loss of the proposals
+    box_batch: int = 512  # proposals per image in the loss of the boxes
+    score: float = 0.05  # detections with a lower score are left out
     nms: float = 0.5
-    detections: int = 100  # an image
+    detections: int = 100  # per image
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Detection:
 
     task: str = "detection"
     recipe: str = "custom"  # filled in from the file's name
-    backend: Literal["torchvision", "detectron2"] = "torchvision"  # whose networks are trained, and by whom
+    backend: Literal["torchvision", "detectron2"] = "torchvision"  # whose network and trainer are used
     metric: str = "box_ap"
     seeds: int = 1
     data: DetectionData = field(default_factory=DetectionData)
@@ -85,10 +89,10 @@ class Detection:
 @dataclass(frozen=True)
 class SegmentationData(DenseData):
     name: str = "cityscapes"
-    resize: tuple[int, int] = (2048, 1024)  # width, height: the image is scaled to fit, times a factor in training
-    ratio: tuple[float, float] = (0.5, 2.0)  # of that factor
+    resize: tuple[int, int] = (2048, 1024)  # width, height: images are scaled to fit, in training times a factor
+    ratio: tuple[float, float] = (0.5, 2.0)  # range of that factor
     crop: tuple[int, int] = (1024, 512)  # width, height
-    most: float = 0.75  # share of a crop that one class may cover; after ten draws it may cover more
+    most: float = 0.75  # share of a crop that one class may cover (after ten draws: any)
     photometric: bool = True  # brightness, contrast, saturation and hue of SSD
     test: Literal["whole", "slide"] = "whole"  # slide: windows as large as the crop, their scores averaged
     stride: tuple[int, int] = (513, 513)  # of the windows
@@ -96,7 +100,7 @@ class SegmentationData(DenseData):
 
 @dataclass(frozen=True)
 class SegmenterConfig:
-    """A head on the last map of a dilated backbone, and a small FCN on the map before it while training."""
+    """A head on the last map of a dilated backbone; in training also a small FCN on the map before it."""
 
     backbone: str = "resnet50"
     weights: str = "torchvision:resnet50@IMAGENET1K_V1"
@@ -110,7 +114,7 @@ class SegmenterConfig:
 
 
 def poly() -> Schedule:
-    """That of mmsegmentation's 40k schedules."""
+    """mmsegmentation's 40k schedule."""
     return Schedule(
         steps=40000,
         batch_size=8,
@@ -131,7 +135,7 @@ class Segmentation:
 
     task: str = "segmentation"
     recipe: str = "custom"
-    backend: Literal["torchvision", "mmseg"] = "torchvision"  # torchvision: ours, of its parts (segmenter.py)
+    backend: Literal["torchvision", "mmseg"] = "torchvision"  # torchvision: segmenter.py, made of its parts
     metric: str = "miou"
     seeds: int = 3
     data: SegmentationData = field(default_factory=SegmentationData)
@@ -143,7 +147,7 @@ Dense = Detection | Segmentation
 
 
 def check(protocol: Dense) -> None:
-    """Refuse what cannot work, before anything is loaded."""
+    """Refuse invalid settings, before anything is loaded."""
     training, model = protocol.training, protocol.model
     greater = {f"training.{key}": getattr(training, key) for key in ("steps", "batch_size", "lr", "warmup_from")}
     greater |= {"seeds": protocol.seeds, "model.width": model.width}
@@ -177,7 +181,7 @@ def check(protocol: Dense) -> None:
 
 
 def _check_detectron2(protocol: Detection) -> None:
-    """What detectron2 has no setting for."""
+    """Refuse settings that detectron2 does not have."""
     data, model, training = protocol.data, protocol.model, protocol.training
     if data.flip not in (0.0, 0.5):
         raise ConfigError(f"data.flip is {data.flip}: detectron2 mirrors half of the images or none, set 0.5 or 0")

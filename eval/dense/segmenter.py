@@ -1,5 +1,5 @@
-"""A dilated backbone, a head and an auxiliary FCN (mmsegmentation's EncoderDecoder): images to losses while training,
-to a class for every pixel in the test."""
+"""A dilated backbone, a head and an auxiliary FCN (mmsegmentation's EncoderDecoder): images to losses in training, to a
+class for every pixel in the test."""
 
 from __future__ import annotations
 
@@ -67,13 +67,14 @@ class Segmenter(nn.Module):
     def loss(
         self, scores: Float[Tensor, "batch classes map_height map_width"], labels: Int64[Tensor, "batch height width"]
     ) -> Float[Tensor, ""]:
-        """Cross-entropy; void pixels count as right, so that a crop full of them weighs less."""
+        """Cross-entropy, averaged over all pixels; void pixels count with loss 0, so that a crop full of them weighs
+        less."""
         scores = resized(scores, labels.shape[1:], self.settings.align_corners).float()
         return F.cross_entropy(scores, labels, ignore_index=VOID, reduction="sum") / labels.numel()
 
     @torch.no_grad()
     def predict(self, images: Sequence[UInt8[Tensor, "3 height width"]]) -> list[Int64[Tensor, "height width"]]:
-        """One image after the other: they may differ in size."""
+        """Images are processed one by one, as they may differ in size."""
         return [self._predict(image) for image in images]
 
     def _predict(self, image: UInt8[Tensor, "3 height width"]) -> Int64[Tensor, "height width"]:
@@ -89,20 +90,20 @@ class Segmenter(nn.Module):
         return resized(scores, view.shape[2:], self.settings.align_corners).float()
 
     def _slide(self, view: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 classes height width"]:
-        """The mean over overlapping windows; the last of a row or column is moved back to end with the image."""
+        """The mean over overlapping windows; the last one of a row or column ends with the image."""
         height, width = view.shape[2:]
         total = view.new_zeros(1, self.classes, height, width)
         times = view.new_zeros(1, 1, height, width)
         for top in starts(height, self.data.crop[1], self.data.stride[1]):
             for left in starts(width, self.data.crop[0], self.data.stride[0]):
-                here = (..., slice(top, top + self.data.crop[1]), slice(left, left + self.data.crop[0]))
-                total[here] += self._scores(view[here])
-                times[here] += 1
+                window = (..., slice(top, top + self.data.crop[1]), slice(left, left + self.data.crop[0]))
+                total[window] += self._scores(view[window])
+                times[window] += 1
         return total / times
 
 
 def starts(length: int, window: int, stride: int) -> list[int]:
-    """Where the windows begin.
+    """The first pixel of each window.
 
     >>> starts(1024, 769, 513), starts(2048, 769, 513), starts(500, 769, 513)
     ([0, 255], [0, 513, 1026, 1279], [0])

@@ -1,5 +1,5 @@
-"""A backbone's stages as maps instead of one feature an image, dilated where a task wants finer maps. Parameters keep
-their places, so pretrained weights are in them already."""
+"""The feature maps of a backbone's stages, dilated for a smaller output stride. The modules are the backbone's own,
+with its pretrained weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Trunk(nn.Module):
     """
 
     def __init__(self, backbone: Backbone, output_stride: int | None = None) -> None:
-        """`output_stride`: stages that would go beyond it are dilated."""
+        """`output_stride`: stages with a larger stride are dilated."""
         super().__init__()
         parts = dict(backbone.named_children())
         self.names = [name for name in parts if name.startswith("layer")]
@@ -51,7 +51,7 @@ class Trunk(nn.Module):
         return maps
 
     def take_last(self) -> nn.Module:
-        """The last stage, which is no longer part of the trunk: C4's detector uses it as its head."""
+        """Remove the last stage and return it: C4's detector uses it as its head."""
         name = self.names.pop()
         last = self.get_submodule(name)
         delattr(self, name)
@@ -59,29 +59,30 @@ class Trunk(nn.Module):
 
 
 def dilate(trunk: Trunk, output_stride: int) -> None:
-    """Stages that would go beyond the stride keep their size instead, and what lies behind the convolution that did not
-    stride sees as far as before: torchvision's `replace_stride_with_dilation`, mmsegmentation's `contract_dilation`."""
+    """In stages with a larger stride, replace strides by dilation: convolutions after the one whose stride is removed
+    keep their receptive field. As torchvision's `replace_stride_with_dilation`, mmsegmentation's
+    `contract_dilation`."""
     strides, before, dilation = _measure(trunk)[1], 1, 1
     for name in trunk.names:
         if strides[name] <= output_stride:
             continue
         dilation = strides[name] // output_stride
-        seen_stride = False
+        after_stride = False
         for part in trunk.get_submodule(name).modules():
             if not isinstance(part, nn.Conv2d):
                 continue
             strided = part.stride != (1, 1)
             part.stride = (1, 1)
             if part.kernel_size == (3, 3):
-                width = before if strided or not seen_stride else dilation
-                seen_stride = seen_stride or strided
+                width = before if strided or not after_stride else dilation
+                after_stride = after_stride or strided
                 part.dilation = part.padding = (width, width)
         before = dilation
 
 
 @torch.no_grad()
 def _measure(trunk: Trunk) -> tuple[Mapping[str, int], Mapping[str, int]]:
-    """The channels of each stage, and how many pixels of the image a step on its map is."""
+    """The channels of each stage, and its stride in pixels of the image."""
     training, size = trunk.training, 64
     device = next(trunk.parameters()).device
     maps = trunk.eval()(torch.zeros(1, 3, size, size, device=device))

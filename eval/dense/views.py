@@ -1,5 +1,5 @@
-"""Training images of the dense tasks: read, scaled, cut, mirrored and coloured in the worker, still uint8. A view is a
-pure function of (seed, its place in the training), so that workers, processes and a resume change nothing."""
+"""Training images of the dense tasks: read, scaled, cropped, flipped and colour-jittered in the worker, as uint8. A
+view is a pure function of (seed, its place in the training), so that workers, processes and a resume change nothing."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from torchvision.transforms.v2 import functional as tv
 
 from mls import distributed
 from mls.data.crops import UnreadableImage
-from mls.data.loader import as_it_is, worker_count
-from mls.engine.preempt import leave_signals_to_the_parent
-from mls.errors import DataError, UserError
+from mls.data.loader import already_collated, worker_count
+from mls.errors import DataError, UserError, reason
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import VOID, RegionImages
 from mls.eval.dense.schema import DenseData, SegmentationData
+from mls.eval.images import unreadable
+from mls.signals import leave_signals_to_the_parent
 from mls.streams import derive, generator
 
-CROP_DRAWS = 10  # until no class covers too much of the crop
+CROP_DRAWS = 10  # tries until no class covers too much of the crop
 Image = UInt8[Tensor, "3 height width"]
 
 
@@ -37,7 +38,7 @@ class ObjectTarget:
 
 
 def object_view(images: ObjectImages, row: int, data: DenseData, seed: int) -> tuple[Image, ObjectTarget]:
-    """Mirrored or not; it is scaled on the device."""
+    """Flipped or not. Scaling is done on the device."""
     pixels, objects = images.pixels(row), images.objects(row)
     objects = objects.some(~objects.crowd)
     boxes, masks = objects.boxes, None if objects.outlines is None else objects.masks()
@@ -51,8 +52,8 @@ def object_view(images: ObjectImages, row: int, data: DenseData, seed: int) -> t
 def region_view(
     images: RegionImages, row: int, data: SegmentationData, seed: int
 ) -> tuple[Image, UInt8[Tensor, "height width"]]:
-    """mmsegmentation's order: scaled by a random factor, cut, mirrored, coloured. Smaller than the crop where the
-    scaled image is."""
+    """mmsegmentation's order: scaled by a random factor, cropped, flipped, colour-jittered. Smaller than the crop size
+    if the scaled image is."""
     draws = np.random.default_rng(seed)
     pixels, labels = images.pixels(row), images.labels(row)
     size = fitting(pixels, data.resize, draws.uniform(*data.ratio))
@@ -111,18 +112,14 @@ class TrainingViews(Dataset[list[Any] | UserError]):
     def __getitems__(self, indices: list[tuple[int, int]]) -> list[Any] | UserError:
         try:
             return [self._view(place, row) for place, row in indices]
-        except UserError as error:  # raised in a worker, its sentence would arrive wrapped in a traceback
+        except UserError as error:  # raised in a worker, its message would be wrapped in a traceback
             return error
 
     def _view(self, place: int, row: int) -> Any:
         try:
             return self.view(row, derive(self.seed, "dense view", place))
         except (UnreadableImage, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(
-                f"{self.images.describe(row)} cannot be read ({reason}): a benchmark needs all of its images, "
-                "so download this one again"
-            ) from None
+            raise unreadable(self.images.describe(row), reason(error)) from None
 
     def view(self, row: int, seed: int) -> tuple[Image, Any]:
         if isinstance(self.images, ObjectImages):
@@ -134,7 +131,7 @@ class TrainingViews(Dataset[list[Any] | UserError]):
 def training_batches(
     images: ObjectImages | RegionImages, data: DenseData, batch_size: int, seed: int, first: int, last: int
 ) -> Iterator[list[tuple[Image, Any]]]:
-    """The batches of the steps `first` to `last`, of each only this process' share."""
+    """This process' share of the batches of the steps `first` to `last`."""
     for batch in training_loader(TrainingViews(images, data, seed), batch_size, first, last):
         if isinstance(batch, UserError):
             raise batch
@@ -150,25 +147,25 @@ def training_loader(views: TrainingViews, batch_size: int, first: int, last: int
 
 
 def loader(views: TrainingViews, batches: Places | list[list[tuple[int, int]]]) -> DataLoader[Any]:
-    """Gives a UserError where a batch cannot be read."""
+    """Yields a UserError in place of a batch that cannot be read."""
     return DataLoader(
         views,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=min(worker_count(views.data.workers), len(batches)) if not in_memory(views.images) else 0,
-        collate_fn=as_it_is,  # type: ignore[arg-type]
+        collate_fn=already_collated,  # type: ignore[arg-type]
         worker_init_fn=leave_signals_to_the_parent,
-        generator=torch.Generator(),  # its own, so that the global stream stays untouched
+        generator=torch.Generator(),  # its own: the global stream is not used
     )
 
 
 def in_memory(images: ObjectImages | RegionImages) -> bool:
-    """Then workers would cost more than they do."""
+    """Workers would then take longer than reading."""
     return images.images.name == "scenes"
 
 
 @dataclass(frozen=True)
 class Places:
-    """An endless row of shuffled epochs, cut into batches without regard for where one ends.
+    """An endless sequence of shuffled epochs, cut into batches that may span two of them.
 
     >>> rows = torch.tensor([5, 6, 7])
     >>> sorted(row for batch in Places(rows, 2, 0, range(1, 4)) for _, row in batch)

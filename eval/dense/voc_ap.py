@@ -1,5 +1,5 @@
-"""VOC's average precision: of VOC 2007's eleven recalls, or the area under the curve of later years. COCO's thresholds
-are taken in VOC's way, as the tables of MoCo and its followers do."""
+"""VOC's average precision: VOC 2007's mean over eleven recalls, or the area under the curve of later years, at each of
+COCO's thresholds, as in the tables of MoCo and later papers."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def voc_ap(found: Sequence[Detections], truth: ObjectImages, eleven_points: bool
 def _of_class(
     number: int, found: Sequence[Detections], truth: ObjectImages, eleven_points: bool
 ) -> Float[Tensor, "thresholds"] | None:
-    """Of one class at each threshold; None where nothing is to be found. Difficult objects are neither right nor wrong:
-    a detection that fits one best is not counted."""
+    """The values of one class at each threshold; None if it has no objects. A detection whose best match is a difficult
+    object is ignored."""
     total, scores, right, counted = 0, [], [], []
     for row, one in enumerate(found):
         objects = truth.objects(row)
@@ -40,18 +40,18 @@ def _of_class(
         total += int((~difficult).sum())
         picked = (one.classes == number).nonzero()[:, 0]
         picked = picked[one.scores[picked].argsort(descending=True, stable=True)]
-        hit, told = _match(one.boxes[picked], boxes, difficult)
+        hit, known = _match(one.boxes[picked], boxes, difficult)
         scores.append(one.scores[picked])
         right.append(hit)
-        counted.append(told)
+        counted.append(known)
     if not total:
         return None
     order = torch.cat(scores).argsort(descending=True, stable=True)
-    hits, told = torch.cat(right)[order].double(), torch.cat(counted)[order].double()
+    hits, known = torch.cat(right)[order].double(), torch.cat(counted)[order].double()
     values = []
     for place in range(len(THRESHOLDS)):
         true = hits[:, place].cumsum(0)
-        recall, precision = true / total, true / told[:, place].cumsum(0).clamp(min=1e-12)
+        recall, precision = true / total, true / known[:, place].cumsum(0).clamp(min=1e-12)
         values.append(_eleven(recall, precision) if eleven_points else _area(recall, precision))
     return torch.tensor(values, dtype=torch.float64)
 
@@ -59,8 +59,8 @@ def _of_class(
 def _match(
     boxes: Float[Tensor, "detections 4"], true: Float[Tensor, "objects 4"], difficult: Bool[Tensor, "objects"]
 ) -> tuple[Bool[Tensor, "detections thresholds"], Bool[Tensor, "detections thresholds"]]:
-    """Which detections of one image are right, and which are counted at all. Each takes the object it covers best; the
-    first, best scored, has it."""
+    """Which detections of one image are correct, and which are counted. Each is matched with the object of largest
+    overlap; of several for one object the one with the highest score is correct."""
     right = torch.zeros(len(boxes), len(THRESHOLDS), dtype=torch.bool)
     counted = torch.ones_like(right)
     if len(boxes) and len(true):
@@ -77,14 +77,14 @@ def _match(
 
 
 def _eleven(recall: Float[Tensor, "n"], precision: Float[Tensor, "n"]) -> float:
-    """The mean of the best precision at recall 0, 0.1 ... 1 or more. Multiples of 0.1, as the devkit and detectron2
-    count them: three of ten objects are not yet 3 * 0.1."""
+    """The mean of the best precision at recall 0, 0.1 ... 1 or more. Multiples of 0.1 in floating point, as in the
+    devkit and detectron2: a recall of 3 / 10 is below 3 * 0.1."""
     best = [precision[recall >= step * 0.1] for step in range(11)]
     return sum(float(one.max()) if len(one) else 0.0 for one in best) / 11
 
 
 def _area(recall: Float[Tensor, "n"], precision: Float[Tensor, "n"]) -> float:
-    """Under the curve, made to fall."""
+    """The area under the curve, with precision made monotonically decreasing."""
     falling = precision.flip(0).cummax(0).values.flip(0) if len(precision) else precision
     steps = torch.diff(recall, prepend=recall.new_zeros(1)) if len(recall) else recall
     return float((steps * falling).sum())

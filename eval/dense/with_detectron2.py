@@ -26,7 +26,7 @@ from mls.eval.outcome import Outcome
 from mls.exporting import to_detectron2
 from mls.frameworks import installed as frameworks
 from mls.models.momentum import HALF, precision_on
-from mls.monitor.progress import counting
+from mls.progress import counting
 from mls.streams import derive
 
 
@@ -236,7 +236,7 @@ def tested(cfg: Any, network: nn.Module, metric: str, quiet: bool) -> dict[str, 
     show = not quiet and distributed.rank() == 0
     with counting("test images", len(loader), show) as progress, contextlib.redirect_stdout(io.StringIO()):
         results = inference_on_dataset(network, loader, DatasetEvaluators([evaluator, Counted(progress)]))
-    return distributed.from_main(detectron2_data.in_our_names(results))
+    return distributed.from_main(detectron2_data.renamed(results))
 
 
 @dataclass

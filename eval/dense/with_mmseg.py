@@ -31,9 +31,9 @@ from mls.eval.dense.schema import Segmentation
 from mls.eval.dense.views import training_loader
 from mls.eval.outcome import Outcome
 from mls.exporting import to_mmseg, to_torchvision
-from mls.exporting.source import NoCounterpart
 from mls.frameworks import installed as frameworks
-from mls.monitor.progress import counting
+from mls.frameworks.resnet_plan import NoCounterpart
+from mls.progress import counting
 from mls.streams import derive
 
 # mmengine's own log and checkpoints: ours are in their place.

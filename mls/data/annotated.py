@@ -1,5 +1,5 @@
-"""Images with annotations in a published layout: COCO instances and VOC. Labels are for monitoring and probing, never
-to train. Writing these layouts is in layouts.py."""
+"""Images with annotations in a published layout: COCO instances and VOC. Labels serve monitoring and probes,
+pretraining does not use them. Writing these layouts is in layouts.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOC_CLASSES: list[str] = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 ]
-FIRST_FEW = 20  # files looked for on disk before an annotation file is believed
+FIRST_FEW = 20  # files of an annotation file of which one must exist in the image folder
 
 
 class CocoSource(FileSource):
@@ -36,9 +36,9 @@ class CocoSource(FileSource):
             categories = sorted(content["categories"], key=lambda category: category["id"])
             row = {image["id"]: i for i, image in enumerate(images)}
             column = {category["id"]: j for j, category in enumerate(categories)}
-            kept = [a for a in content["annotations"] if a["image_id"] in row]
-            pairs = np.array([(row[a["image_id"]], column[a["category_id"]]) for a in kept], np.int64).reshape(-1, 2)
-            boxes = np.array([a["bbox"] for a in kept], np.float64).reshape(-1, 4)
+            objects = [a for a in content["annotations"] if a["image_id"] in row]
+            pairs = np.array([(row[a["image_id"]], column[a["category_id"]]) for a in objects], np.int64).reshape(-1, 2)
+            boxes = np.array([a["bbox"] for a in objects], np.float64).reshape(-1, 4)
             sizes = np.array([(image.get("width", 0), image.get("height", 0)) for image in images], np.float64)
             paths = [os.fsencode(image["file_name"]) for image in images]
             names = [str(category["name"]) for category in categories]
@@ -58,12 +58,12 @@ class CocoSource(FileSource):
 
     def boxes(self, index: int) -> tuple[Float[Tensor, "objects 4"], Int64[Tensor, " objects"]]:
         """The objects of one image: x0 y0 x1 y1 as shares of its width and height, and their classes."""
-        here = slice(self._starts[index], self._starts[index + 1])
+        rows = slice(self._starts[index], self._starts[index + 1])
         if not self._sizes[index].all():
             raise DataError(f"{show(self._annotations)} gives no width and height for {self.describe(index)}: add them")
-        corner, extent = self._boxes[here, :2], self._boxes[here, 2:]
+        corner, extent = self._boxes[rows, :2], self._boxes[rows, 2:]
         shares = np.concatenate([corner, corner + extent], axis=1) / np.tile(self._sizes[index], 2)
-        return torch.from_numpy(shares.clip(0, 1)).float(), torch.from_numpy(self._classes[here])
+        return torch.from_numpy(shares.clip(0, 1)).float(), torch.from_numpy(self._classes[rows])
 
 
 def from_coco(config: DataConfig) -> CocoSource:
@@ -131,10 +131,10 @@ def voc_years(root: Path) -> list[Path]:
 def _voc_stems(year: Path, split: str | None, files: list[str]) -> list[str]:
     lists = year / "ImageSets" / "Main"
     if split is None and not lists.is_dir():
-        return files  # an own data set in VOC's layout often has no splits
+        return files  # data sets in VOC's layout often have no splits
     file = lists / f"{split or 'trainval'}.txt"
     if not file.is_file():
-        # class lists such as cat_train.txt are there too: they are no splits
+        # class lists such as cat_train.txt are in the same folder and are no splits
         known = ", ".join(show(f.stem) for f in sorted(lists.glob("*.txt")) if "_" not in f.stem) or "none"
         raise DataError(f"no split {show(file)}: set data.annotations to one of those there ({known})")
     return [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
@@ -146,13 +146,13 @@ def _voc_objects(file: Path) -> set[str]:
             ""
         }
     except FileNotFoundError:
-        return set()  # as COCO: an image without annotations is kept
+        return set()  # as for COCO, an image without annotations stays in the source
     except ElementTree.ParseError as error:
         raise DataError(f"{show(file)} is not valid XML ({error}): repair it or delete it") from None
 
 
 def folder_with(folders: Sequence[Path], paths: Sequence[bytes], named_by: Path) -> Path:
-    """The folder in which any of the first few paths exists. The rest may be missing until it is read."""
+    """The folder in which any of the first few paths exists. Other files are not checked until they are read."""
     for folder in folders:
         if any(os.path.isfile(os.path.join(os.fsencode(folder), path)) for path in paths[:FIRST_FEW]):
             return folder

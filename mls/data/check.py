@@ -1,5 +1,5 @@
-"""What is odd about the files of a source, and what the loader does with each: what `mls data check` finds. Nothing is
-changed; the decoding itself is in decode.py."""
+"""`mls data check`: unreadable and unusual files of a source, and what the loader does with each kind. Nothing is
+changed; decoding is in decode.py."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch.utils.data import Dataset
 from mls.data import Source
 from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.loader import in_workers
+from mls.errors import reason
 
 REPLACED = "another image takes its place, and the run lists it in unreadable.txt"
-KINDS = {  # what may be odd: what the loader does
+KINDS = {  # kind of file: what the loader does with it
     "empty": REPLACED,
     "no image": REPLACED,
     "truncated": REPLACED,
@@ -33,7 +34,7 @@ KINDS = {  # what may be odd: what the loader does
 }
 UNREADABLE = ("empty", "no image", "truncated", "too large", "unreadable")
 LARGE = 50_000_000  # pixels: 150 MB in memory, in every worker
-CHUNK = 64  # images a worker looks at before it reports
+CHUNK = 64  # images that a worker inspects before it reports
 SUFFIXES = {"JPEG": ("jpg", "jpeg"), MPO: ("jpg", "jpeg"), "TIFF": ("tif", "tiff"), "PPM": ("ppm", "pgm", "pbm")}
 
 Progress = Callable[[int], None]  # images done
@@ -41,7 +42,7 @@ Progress = Callable[[int], None]  # images done
 
 @dataclass
 class Report:
-    """For every kind the (image, detail) pairs that it was found in."""
+    """For every kind the (image, detail) pairs in which it was found."""
 
     images: int
     found: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
@@ -55,12 +56,11 @@ def check(
     source: Source,
     workers: int = 0,
     progress: Progress = lambda done: None,
-    on_worker_start: Callable[[int], None] | None = None,
 ) -> Report:
-    """Decodes every image once."""
+    """Decode every image once."""
     report = Report(len(source))
     done = 0
-    for findings in in_workers(_Chunks(source), workers, on_worker_start):
+    for findings in in_workers(_Chunks(source), workers):
         for kind, image, detail in findings:
             report.found.setdefault(kind, []).append((image, detail))
         done = min(done + CHUNK, len(source))
@@ -69,7 +69,7 @@ def check(
 
 
 class _Chunks(Dataset[list[tuple[str, str, str]]]):
-    """An item is what was found in CHUNK images: (kind, image, detail)."""
+    """An item is the list of (kind, image, detail) found in CHUNK images."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -82,15 +82,15 @@ class _Chunks(Dataset[list[tuple[str, str, str]]]):
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.source))):
             name = self.source.describe(i)
             try:
-                oddities = inspect(self.source.read(i), name)
+                findings = inspect(self.source.read(i), name)
             except OSError as error:
-                oddities = [("unreadable", error.strerror or str(error))]
-            found += [(kind, name, detail) for kind, detail in oddities]
+                findings = [("unreadable", reason(error))]
+            found += [(kind, name, detail) for kind, detail in findings]
         return found
 
 
 def inspect(data: bytes | UInt8[Tensor, "3 height width"], name: str) -> list[tuple[str, str]]:
-    """The kinds of oddity of one image, each with a detail.
+    """The kinds of one image, each with a detail.
 
     >>> inspect(b"", "a.jpg")
     [('empty', 'the file is empty')]
@@ -102,7 +102,7 @@ def inspect(data: bytes | UInt8[Tensor, "3 height width"], name: str) -> list[tu
         found = _of_header(image, name)
         image.pixels()
     except UnreadableImage as error:
-        return [(_why(str(error)), str(error))]
+        return [(_kind_of_error(str(error)), str(error))]
     return found
 
 
@@ -110,7 +110,7 @@ def _of_header(image: Encoded, name: str) -> list[tuple[str, str]]:
     header, size = image.header, f"{image.width} × {image.height}"
     kind, mode = header.format or "", header.mode
     suffix = os.path.splitext(name)[1].lower().removeprefix(".")
-    odd = {
+    details = {
         "large": size if image.width * image.height > LARGE else "",
         "CMYK": mode if mode in ("CMYK", "YCCK", "LAB", "YCbCr") else "",
         "16-bit": mode if mode.startswith("I") or _is_deep_colour(image) else "",
@@ -120,16 +120,16 @@ def _of_header(image: Encoded, name: str) -> list[tuple[str, str]]:
         "rotated": f"orientation {image.orientation}" if image.orientation != 1 else "",
         "other suffix": f"it is a {kind}" if suffix not in SUFFIXES.get(kind, (kind.lower(),)) else "",
     }
-    return [(kind, detail) for kind, detail in odd.items() if detail]
+    return [(kind, detail) for kind, detail in details.items() if detail]
 
 
 def _is_deep_colour(image: Encoded) -> bool:
-    """A PNG with 16 bits a channel, which Pillow opens as plain RGB: the byte after the size says so."""
+    """A PNG with 16 bits per channel, which Pillow opens as 8-bit RGB: byte 24 of the file is its bit depth."""
     return image.header.format == "PNG" and isinstance(image.data, bytes) and image.data[24] == 16
 
 
-def _why(reason: str) -> str:
-    text = reason.lower()
+def _kind_of_error(message: str) -> str:
+    text = message.lower()
     for kind, words in {
         "empty": ("is empty",),
         "no image": ("not an image",),

@@ -1,5 +1,5 @@
 """From the bytes of an image file to its pixels: the header first, then as many pixels as are needed. torchvision
-decodes what it can, Pillow the rest. Which crops are cut from the pixels is crops.py's business."""
+decodes what it can, Pillow the rest. Crops are cut in crops.py."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-# Named, because Pillow would also open formats that start other programs (EPS).
+# An explicit list: Pillow would also open formats that start other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-FACTORS = (8, 4, 2)  # by which a JPEG can be decoded smaller: its blocks are 8 × 8, and others have no fast code
+FACTORS = (8, 4, 2)  # of fast scaled JPEG decoding: its blocks are 8 × 8 pixels
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 lie on their side
-MPO = "MPO"  # what Pillow calls a JPEG with more pictures behind the first
+MPO = "MPO"  # Pillow's name of a JPEG with further pictures after the first
 
 
 class UnreadableImage(Exception):
-    """Bytes that give no image. The message is the reason; the caller knows where the bytes came from."""
+    """The bytes cannot be decoded. The message is the reason; the caller adds the file's name."""
 
 
 class Encoded:
     """An image of which only the header was read: its size (upright) is known before any pixel.
 
-    Raises UnreadableImage for what is no image, or so large that decoding it would eat the memory. `pixels` raises it
-    for what is not whole.
+    Raises UnreadableImage for bytes that are no image, or so large an image that decoding it would exhaust the memory.
+    `pixels` raises it for truncated images.
     """
 
     def __init__(self, data: bytes | UInt8[Tensor, "3 height width"]) -> None:
@@ -52,7 +52,7 @@ class Encoded:
         if self.header.mode not in ("L", "RGB"):
             return 1
         for factor in FACTORS:
-            # A turned image may begin with its last column, which is only a part of a pixel if it does not divide.
+            # If a side does not divide, the last scaled pixel is cut off; a rotated image may begin with it.
             whole = self.orientation == 1 or not (self.height % factor or self.width % factor)
             if factor <= most and whole:
                 return factor
@@ -61,8 +61,8 @@ class Encoded:
     def pixels(self, factor: int = 1) -> UInt8[Tensor, "3 _ _"]:
         """RGB, upright by the EXIF orientation; the first frame of an animation; transparency is dropped.
 
-        With a factor a pixel is the mean of factor × factor of them, made while decoding: what lies over the last
-        whole one is kept as a part of a pixel.
+        With a factor each pixel is the mean of factor × factor pixels, computed by the JPEG decoder; a remainder at the
+        edge becomes a pixel, too.
         """
         if isinstance(self.data, Tensor):
             return self.data
@@ -74,16 +74,16 @@ class Encoded:
             return _by_pillow(self.header)
 
     def _by_torchvision(self, data: bytes) -> UInt8[Tensor, "3 height width"] | None:
-        """In three quarters of Pillow's time; None for what only Pillow can read."""
+        """Takes three quarters of Pillow's time; None for files that only Pillow can read."""
         if self.header.format not in ("JPEG", MPO, "PNG") or self.header.mode not in ("L", "LA", "RGB", "RGBA"):
             return None
         try:
             pixels = decode_image(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB, True)
         except RuntimeError:
-            return None  # Pillow reads some files with small faults; what is really broken it refuses too
-        # 16-bit colour comes as uint16; of a damaged EXIF block the two may read another orientation.
-        fits = pixels.dtype == torch.uint8 and pixels.shape[1:] == (self.height, self.width)
-        return pixels if fits else None
+            return None  # Pillow reads some files with small faults, and refuses those that are broken
+        # 16-bit colour is decoded to uint16; from a damaged EXIF block the two may read different orientations.
+        usable = pixels.dtype == torch.uint8 and pixels.shape[1:] == (self.height, self.width)
+        return pixels if usable else None
 
 
 def decode(data: bytes | UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 height width"]:
@@ -103,15 +103,15 @@ def _by_pillow(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
 
 @contextmanager
 def _reasons() -> Iterator[None]:
-    """Whatever a decoder raises becomes an UnreadableImage; its warnings about odd metadata are not heard."""
+    """Turn all exceptions of a decoder into UnreadableImage, and suppress its warnings about metadata."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # also torch's, that bytes cannot be written to: nobody does
+            warnings.simplefilter("ignore")  # also torch's, that the buffer is not writable
             yield
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
         raise UnreadableImage(f"not an image of a known format ({', '.join(FORMATS)})") from None
-    except Exception as error:  # there is no end to what decoders raise at broken files
+    except Exception as error:  # decoders raise many kinds of exceptions for broken files
         text = str(error).strip().split("\n")[0]
         raise UnreadableImage(text or type(error).__name__) from error

@@ -1,5 +1,5 @@
 """Writes the embedded scenes to disk as COCO, VOC, Cityscapes or class folders: the published layouts, with real image
-files, so that whatever reads the published data sets can be tried without them. Drawing the scenes is in scenes.py."""
+files, so that readers of the published data sets can be tried without them. Drawing the scenes is in scenes.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL import Image
 from mls.data.pictures import VOID, Export, Picture, polygons, save_photo, with_folder, write_text
 from mls.data.scenes import CLASS_NAMES, SPLITS
 from mls.data.voc_layout import voc
-from mls.errors import DataError, unknown_name
+from mls.errors import DataError, reason, unknown_name
 
 COCO_IDS = [1, 2, 3, 5, 6, 7, 9, 10, 11, 13]  # with gaps, as COCO's own: an id is not a column
 THINGS = {0: 24, 1: 25, 2: 26, 3: 27, 4: 28, 5: 31, 6: 32, 7: 33}  # digit: Cityscapes id of a class with instances
@@ -34,7 +34,8 @@ def write(
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Write `train` and `test` scenes into the empty or new folder `out`. What an error or Ctrl-C leaves is removed."""
+    """Write `train` and `test` scenes into the empty or new folder `out`. After an error or Ctrl-C the files are
+    removed."""
     if layout not in LAYOUTS:
         raise unknown_name("layout", layout, LAYOUTS, DataError)
     for split, count in zip(SPLITS, (train, test), strict=True):
@@ -51,8 +52,7 @@ def write(
         if existed:
             out.mkdir(exist_ok=True)
         if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise DataError(f"cannot write the scenes to {out} ({reason}): choose another --out") from error
+            raise DataError(f"cannot write the scenes to {out} ({reason(error)}): choose another --out") from error
         raise
 
 
@@ -126,11 +126,11 @@ def _cityscapes_ids(picture: Picture) -> tuple[UInt8[np.ndarray, "size size"], U
     size = len(picture.image)
     labels = np.full((size, size), GROUND_IDS[picture.type % len(GROUND_IDS)], np.uint8)
     instances = labels.astype(np.uint16)
-    met: Counter[int] = Counter()
+    instance_count: Counter[int] = Counter()
     for digit, mask in zip(picture.classes, picture.masks, strict=True):
         labels[mask] = number = DIGIT_IDS[digit]
-        instances[mask] = number * 1000 + met[digit] if digit in THINGS else number
-        met[digit] += 1
+        instances[mask] = number * 1000 + instance_count[digit] if digit in THINGS else number
+        instance_count[digit] += 1
     border = np.ones((size, size), bool)
     border[BORDER:-BORDER, BORDER:-BORDER] = False
     labels[border] = instances[border] = OUT_OF_ROI
@@ -149,7 +149,7 @@ def _cityscapes_polygons(picture: Picture, names: dict[int, str]) -> str:
 
 
 def folders(export: Export) -> None:
-    """train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet. The class is the digit of which most pixels are seen."""
+    """train/CLASS/*.jpg and val/CLASS/*.jpg, as ImageNet. The class is the digit with the most visible pixels."""
     for split, folder in zip(SPLITS, ("train", "val"), strict=True):
         counts: Counter[str] = Counter()
         for number, picture in enumerate(export.pictures(split), start=1):

@@ -1,5 +1,5 @@
-"""Where image files lie: the paths a user means, the walk through a folder, text lists, and the source that reads them.
-Annotation files are in annotated.py, tar shards in tar.py. Nothing is decoded here."""
+"""Image files: resolving a user's paths, listing a folder, text lists, and the source that reads the files. Annotation
+files are in annotated.py, tar shards in tar.py. Nothing is decoded here."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _SUFFIXES = frozenset(f".{suffix}".encode() for suffix in EXTENSIONS)
 
 
 class Names:
-    """Many byte strings in two arrays. A million Python strings would cost twice the memory, and every forked worker
-    would copy them, because reading an object writes its reference count.
+    """Many byte strings in two arrays. A million Python strings would take twice the memory, and every forked worker
+    would copy them, because reading a Python object writes its reference count.
 
     >>> names = Names.of([b"a.jpg", b"", b"bc.png"])
     >>> len(names), names[2], list(names.part(0, 2))
@@ -65,8 +65,8 @@ class Names:
 class FileSource:
     """Image files under one folder, with labels where the layout or an annotation file gives some.
 
-    `pairs` holds one row (image, class) for each label. The float matrix is made when somebody asks for it: for a
-    million images of a thousand classes it takes 4 GB, and training never asks.
+    `pairs` holds one row (image, class) for each label. The float matrix is made on first access: for a million images
+    of a thousand classes it takes 4 GB, and training does not need it.
     """
 
     def __init__(
@@ -133,8 +133,8 @@ def from_folder(config: DataConfig) -> FileSource:
 
 
 def from_list(config: DataConfig) -> FileSource:
-    """data.root is the list, or data.annotations is and data.root is where its paths start. Every line counts, so a
-    path named twice is two images."""
+    """data.root is the list; or data.annotations is the list, and data.root the folder of its paths. Every line is an
+    image, so a path that is listed twice is two images."""
     file = locate(config.annotations, "data.annotations") if config.annotations else locate(root_text(config))
     if not file.is_file():
         raise DataError(f"{show(file)} is a folder where a text list was expected: name the .txt file itself")
@@ -158,18 +158,18 @@ def from_list(config: DataConfig) -> FileSource:
 
 
 def list_images(root: Path) -> list[bytes]:
-    """The image files under a folder as sorted relative paths, without hidden ones. Links are followed; what can be
-    reached twice is listed once, under its real path if that lies in the folder. A broken link is listed: that it
-    cannot be read should be heard of, and later ids should not depend on it."""
+    """The image files under a folder as sorted relative paths, without hidden ones. Links are followed; a file
+    that can be reached twice is listed once, under its real path if that is in the folder. A broken link is listed, so
+    that it is reported as unreadable and the ids of later images do not depend on it."""
     top = os.path.join(os.fsencode(root), b"")
     files: list[bytes] = []
     file_links: list[bytes] = []
-    seen: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
     waiting = [top]
-    while waiting:  # each round walks the folders that links of the round before lead to
+    while waiting:  # each round walks the folders to which links of the round before lead
         folder_links: list[bytes] = []
         for start in sorted(waiting):
-            _walk(start, seen, files, folder_links, file_links)
+            _walk(start, visited, files, folder_links, file_links)
         waiting = folder_links
     known = {_identity(path) for path in files} if file_links else set()
     for path in sorted(file_links):
@@ -181,16 +181,16 @@ def list_images(root: Path) -> list[bytes]:
 
 
 def _walk(
-    start: bytes, seen: set[tuple[int, int]], files: list[bytes], folder_links: list[bytes], file_links: list[bytes]
+    start: bytes, visited: set[tuple[int, int]], files: list[bytes], folder_links: list[bytes], file_links: list[bytes]
 ) -> None:
-    """Lists a folder and its real sub-folders into `files` and leaves links for later."""
+    """Append the images of a folder and its real sub-folders to `files`, and links to the other two lists."""
     stack = [start]
     while stack:
         folder = stack.pop()
         identity = _identity(folder)
-        if identity in seen:
+        if identity in visited:
             continue
-        seen.add(identity or (0, 0))
+        visited.add(identity or (0, 0))
         for entry in _entries(folder):
             if entry.is_symlink():
                 kind = _kind(entry.path)
@@ -200,7 +200,7 @@ def _walk(
                     file_links.append(entry.path)
             elif entry.is_dir(follow_symlinks=False):
                 stack.append(entry.path)
-            elif is_image(entry.name) and entry.is_file(follow_symlinks=False):  # a pipe would block its reader
+            elif is_image(entry.name) and entry.is_file(follow_symlinks=False):  # no pipe: it would block
                 files.append(entry.path)
 
 
@@ -243,7 +243,8 @@ def show(path: str | Path) -> str:
 
 
 def locate(text: str, key: str = "data.root") -> Path:
-    """The existing path a user means: ~ and variables expanded, a relative path also tried under $MLS_DATA."""
+    """The existing path that `text` names: ~ and variables are expanded, a relative path is also tried under
+    $MLS_DATA."""
     expanded = os.path.expandvars(os.path.expanduser(text))
     if (unset := re.search(r"\$\{?(\w+)\}?", expanded)) and not os.path.exists(expanded):
         name = unset[1]

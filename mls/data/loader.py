@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mls.config import Config
-from mls.data import Batch, Source
+from mls.data import Batch, Source, ViewPlan
 from mls.data.crops import CropDataset
 from mls.data.listing import FileSource
 from mls.distributed import Process
 from mls.errors import ConfigError, DataError, UserError
+from mls.signals import leave_signals_to_the_parent
 
 Result = TypeVar("Result")
 
@@ -100,19 +101,20 @@ class Loader:
         process: Process,
         first: int,
         last: int,
-        on_worker_start: Callable[[int], None] | None = None,
+        plan: ViewPlan | None = None,
     ) -> None:
         workers = worker_count(config.data.workers)
         self.waited = 0.0
+        buffers = PREFETCH + config.engine.accumulate
         self.batches = DataLoader(
-            Telling(CropDataset(source, config.augment, config.run.seed, PREFETCH + config.engine.accumulate)),
+            ErrorsAsItems(CropDataset(source, config.augment, config.run.seed, buffers, plan)),
             batch_sampler=StepSampler(source, config, process, first, last),
             num_workers=workers,
-            collate_fn=as_it_is,  # type: ignore[arg-type] (CropDataset makes whole batches)
+            collate_fn=already_collated,  # type: ignore[arg-type] (CropDataset makes whole batches)
             pin_memory=process.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=on_worker_start if workers else None,
+            worker_init_fn=leave_signals_to_the_parent if workers else None,
             generator=torch.Generator(),  # its own, so that the global stream stays untouched
         )
 
@@ -130,18 +132,15 @@ class Loader:
             yield batch
 
 
-def in_workers(
-    dataset: Dataset[Result | UserError], workers: int, on_worker_start: Callable[[int], None] | None = None
-) -> Iterator[Result]:
+def in_workers(dataset: Dataset[Result | UserError], workers: int) -> Iterator[Result]:
     """The items of a data set, in order, made by worker processes. An error of the user is an item that is raised here:
     raised in a worker, its one sentence would arrive wrapped in the worker's traceback."""
-    start = on_worker_start if workers else None
     for item in DataLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
-        collate_fn=as_it_is,
-        worker_init_fn=start,
+        collate_fn=already_collated,
+        worker_init_fn=leave_signals_to_the_parent if workers else None,
         generator=torch.Generator(),
     ):
         if isinstance(item, UserError):
@@ -153,7 +152,7 @@ class WholeBatches(Protocol):
     def __getitems__(self, indices: list[tuple[int, int]]) -> Batch: ...
 
 
-class Telling(Dataset[Batch | UserError]):
+class ErrorsAsItems(Dataset[Batch | UserError]):
     """Hands over a user's error in the place of the batch: raised in a worker, its one sentence would arrive wrapped in
     the worker's traceback."""
 
@@ -167,6 +166,6 @@ class Telling(Dataset[Batch | UserError]):
             return error
 
 
-def as_it_is(item: Result) -> Result:
-    """Collates what is whole already."""
+def already_collated(item: Result) -> Result:
+    """A collate function for items that are whole batches already."""
     return item

@@ -1,5 +1,5 @@
-"""Many image files packed into few tar shards in WebDataset's layout, smaller if wanted: what `mls data pack` does.
-Reading shards is tar.py's business."""
+"""`mls data pack`: packs many image files into few tar shards in WebDataset's layout, scaled down on request. Reading
+shards is in tar.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.listing import FileSource, show
 from mls.data.loader import in_workers
 from mls.data.tar import MANIFEST
-from mls.errors import DataError, UserError
+from mls.errors import DataError, UserError, reason
 from mls.files import atomic_file, sha256, write_atomically
 
 VERSION = 1
@@ -40,7 +40,7 @@ Progress = Callable[[int], None]  # images done
 class Packing:
     """How images are packed. Two packs with the same settings of the same source are the same, byte for byte."""
 
-    short_side: int | None = None  # pixels; a larger image is scaled down to it, a smaller one is kept as it is
+    short_side: int | None = None  # pixels; a larger image is scaled down to it, a smaller one is not changed
     quality: int = 90  # of the JPEG files that scaled images become
     per_shard: int = 2000  # images
 
@@ -51,9 +51,8 @@ def pack(
     packing: Packing,
     workers: int = 0,
     progress: Progress = lambda done: None,
-    on_worker_start: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes the shards that `out` does not hold yet, whole and as they should be; returns the manifest.
+    """Write the shards that are missing or damaged in `out`; returns the manifest.
 
     An image that cannot be read is left out and listed in the manifest with its reason.
     """
@@ -72,23 +71,21 @@ def pack(
     for leftover in out.glob(".*.tmp"):  # of a process that was killed
         leftover.unlink()
     missing = [number for number, name in enumerate(names) if name not in manifest["shards"]]
-    for number, record in zip(
-        missing, in_workers(_Shards(source, out, packing, names, missing), workers, on_worker_start), strict=True
-    ):
+    for number, record in zip(missing, in_workers(_Shards(source, out, packing, names, missing), workers), strict=True):
         manifest["shards"] = dict(sorted([*manifest["shards"].items(), (names[number], record)]))
         _save(out, manifest)
         done += len(_ids(number, packing, len(source)))
         progress(done)
     if not any(record["images"] for record in manifest["shards"].values()):
-        reason = manifest["shards"][names[0]]["left_out"][0][1]
-        raise DataError(f"none of the {len(source)} images of {source.name} can be read (first: {reason})")
+        first = manifest["shards"][names[0]]["left_out"][0][1]
+        raise DataError(f"none of the {len(source)} images of {source.name} can be read (first: {first})")
     manifest["complete"] = True
     _save(out, manifest)
     return manifest
 
 
 def _begin(source: Source, out: Path, packing: Packing) -> dict[str, Any]:
-    """The manifest that lies in `out`, if it is of the same packing of the same source; a new one if `out` is empty."""
+    """The manifest in `out`, if it has the same packing and source; a new one if `out` is empty."""
     digest = hashlib.blake2b(digest_size=16)
     for i in range(len(source)):
         digest.update(source.describe(i).encode() + b"\0")
@@ -120,7 +117,7 @@ def _ids(number: int, packing: Packing, images: int) -> range:
 
 
 class _Shards(Dataset[dict[str, Any] | UserError]):
-    """An item is a missing shard: reading it writes it, in a worker process, and gives its record."""
+    """An item is a missing shard: `__getitem__` writes it, in a worker process, and returns its record."""
 
     def __init__(self, source: Source, out: Path, packing: Packing, names: list[str], missing: list[int]) -> None:
         self.source, self.out, self.packing = source, out, packing
@@ -148,7 +145,7 @@ class _Shards(Dataset[dict[str, Any] | UserError]):
                 try:
                     data, suffix = packed(self.source.read(i), self.packing)
                 except (UnreadableImage, OSError) as error:
-                    left_out.append((self.source.describe(i), getattr(error, "strerror", None) or str(error)))
+                    left_out.append((self.source.describe(i), reason(error)))
                     continue
                 about: dict[str, Any] = {"path": self.source.describe(i)}
                 if self.pairs is not None:
@@ -170,14 +167,14 @@ def _pairs(source: Source) -> np.ndarray | None:
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # without times and owners, so that a shard made again is the same
+    member = tarfile.TarInfo(name)  # without times and owners, so that packing again gives the same bytes
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
 def packed(data: bytes | UInt8[Tensor, "3 height width"], packing: Packing) -> tuple[bytes, str]:
-    """The bytes to keep of an image, and the suffix that says what they are. All pixels are decoded, so that a pack
-    holds no image that training would have to replace."""
+    """The bytes of an image for the shard, and their suffix. All pixels are decoded, so that a pack holds no image that
+    training would have to replace."""
     image = Encoded(data)
     short = min(image.height, image.width)
     if packing.short_side is not None and short > packing.short_side:

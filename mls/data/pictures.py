@@ -1,5 +1,5 @@
-"""Scenes on their way to disk: drawn a few at a time, saved as photographs, their masks turned into polygons.
-What a published layout makes of them is in layouts.py and voc_layout.py."""
+"""Scenes for writing to disk: drawn a chunk at a time, saved as image files, their masks converted to polygons. The
+published layouts are in layouts.py and voc_layout.py."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from PIL import Image
 from mls.data.scenes import scene_chunks
 
 QUALITY = 95  # of the JPEG files
-VOID = 255  # VOC's and Cityscapes' "not to be counted"
+VOID = 255  # the label of pixels that VOC and Cityscapes leave out
 
 
 @dataclass
 class Picture:
-    """One scene on its way to disk; the objects are those that are seen."""
+    """One scene and its visible objects."""
 
     image: UInt8[np.ndarray, "size size 3"]
     type: int
@@ -31,34 +31,34 @@ class Picture:
 
 @dataclass
 class Export:
-    """What to write and where. Scenes are drawn a few at a time, so the number of images is bounded by the disk."""
+    """What to write and where. Scenes are drawn a chunk at a time, so that memory does not limit their number."""
 
     out: Path
     train: int = 500
     test: int = 200
     size: int = 128
     seed: int = 0
-    progress: Callable[[int], None] = lambda done: None  # told the number of images written so far
+    progress: Callable[[int], None] = lambda done: None  # called with the number of images written so far
     done: int = 0
 
     def pictures(self, split: str) -> Iterator[Picture]:
         for scenes in scene_chunks(getattr(self, split), split, self.size, self.seed, masks=True):
             assert scenes.masks is not None
             for i in range(len(scenes)):
-                seen = scenes.classes[i] >= 0
+                visible = scenes.classes[i] >= 0
                 yield Picture(
                     image=scenes.images[i].permute(1, 2, 0).numpy(),
                     type=int(scenes.types[i]),
-                    classes=scenes.classes[i, seen].tolist(),
-                    boxes=scenes.boxes[i, seen].tolist(),
-                    masks=scenes.masks[i, seen].numpy(),
+                    classes=scenes.classes[i, visible].tolist(),
+                    boxes=scenes.boxes[i, visible].tolist(),
+                    masks=scenes.masks[i, visible].numpy(),
                 )
                 self.done += 1
                 self.progress(self.done)
 
 
 def save_photo(picture: Picture, path: Path) -> None:
-    Image.fromarray(picture.image).save(with_folder(path), quality=QUALITY)  # which PNG has no use for
+    Image.fromarray(picture.image).save(with_folder(path), quality=QUALITY)  # PNG ignores it
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,8 +71,8 @@ def with_folder(path: Path) -> Path:
 
 
 def polygons(mask: Bool[np.ndarray, "height width"]) -> list[list[int]]:
-    """Polygons x y x y ... that cover exactly the mask's pixels. A polygon cannot have a hole, so each is a stack of
-    runs, one a row; where runs part, meet or end, so does the stack.
+    """Polygons x y x y ... that cover exactly the mask's pixels. A polygon cannot have a hole, so each one is a
+    stack of runs, one per row; a stack ends where a run splits, merges or ends.
 
     >>> polygons(np.ones((2, 3), dtype=bool))
     [[3, 0, 3, 2, 0, 2, 0, 0]]
@@ -97,7 +97,7 @@ def polygons(mask: Bool[np.ndarray, "height width"]) -> list[list[int]]:
 
 
 def _outline(stack: list[tuple[int, int, int]]) -> list[int]:
-    """Down the right side, up the left; corners only."""
+    """The corners of a stack, down its right side and up its left."""
     right = [point for row, _, end in stack for point in ((end, row), (end, row + 1))]
     left = [point for row, start, _ in reversed(stack) for point in ((start, row + 1), (start, row))]
     ring = right + left

@@ -1,5 +1,5 @@
-"""Shards behind a URL (http, https, s3 and whatever else fsspec knows) brought whole into a local folder, once for all
-processes of a machine. What is read from them then is tar.py's business."""
+"""Downloads shards from a URL (http, https, s3 and the other protocols of fsspec) into a local folder, once for all
+processes of a machine. Reading them is in tar.py."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from mls.files import alone, cache_folder, sha256, write_atomically
 
 TRIES = 5
 FIRST_PAUSE = 1.0  # seconds before the second try; doubled before each further one
-PATIENCE = 30.0  # seconds without a byte before a try counts as failed
+TIMEOUT = 30.0  # seconds without a byte until a try has failed
 PACKAGES = {"http": "fsspec[http]", "https": "fsspec[http]", "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-REFUSED = (401, 403, 404, 410)  # HTTP's ways to say that another try will not help
+REFUSED = (401, 403, 404, 410)  # HTTP status codes after which another try does not help
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
 class Refused(Exception):
-    """The server answered, and the answer is no."""
+    """The server refused: another try does not help."""
 
 
-def bring(urls: list[str]) -> list[Path]:
-    """Local copies of the shards, in their order.
+def download(urls: list[str]) -> list[Path]:
+    """Local copies of the shards, in the order of `urls`.
 
-    A copy that is there is used without asking the server, unless a manifest of `mls data pack` lies beside the shards
-    and gives another checksum.
+    An existing copy is used without contacting the server, unless a manifest of `mls data pack` beside the shards has
+    another checksum for it.
     """
     files = _file_system(urls[0])
     bar = IndexingBar(text="downloading shards")
@@ -68,7 +68,7 @@ def _file_system(url: str) -> Any:
             return fsspec.filesystem(protocol)
         from aiohttp import ClientTimeout
 
-        limits = ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
+        limits = ClientTimeout(total=None, sock_connect=TIMEOUT, sock_read=TIMEOUT)
         return fsspec.filesystem(protocol, client_kwargs={"timeout": limits})
     except ImportError:
         package = PACKAGES.get(protocol, f"fsspec[{protocol}]")
@@ -80,7 +80,7 @@ def _file_system(url: str) -> Any:
 
 
 def _folder(url: str) -> Path:
-    """One local folder for each remote one: shards keep their names, and their index lies beside them."""
+    """A local folder for each remote one: shards keep their names, and their index is written beside them."""
     name = hashlib.blake2b(_show(url).rpartition("/")[0].encode(), digest_size=8).hexdigest()
     folder = cache_folder("shards") / name
     folder.mkdir(exist_ok=True)
@@ -88,18 +88,18 @@ def _folder(url: str) -> Path:
 
 
 def _checksums(files: Any, url: str, folder: Path) -> dict[str, str]:
-    """By shard name, from the manifest beside the shards or the one that was seen last; nothing where there is none."""
-    kept = folder / MANIFEST
+    """By shard name, from the manifest beside the shards, or from its last copy; empty without a manifest."""
+    copy = folder / MANIFEST
     try:
-        found = _insist(files.cat_file, url.partition("?")[0].rpartition("/")[0] + "/" + MANIFEST, tries=2)
+        found = _with_retries(files.cat_file, url.partition("?")[0].rpartition("/")[0] + "/" + MANIFEST, tries=2)
         checksums = _by_name(found)
-        write_atomically(kept, found)
+        write_atomically(copy, found)
         return checksums
     except Refused:
         return {}
     except DataError as error:
         log.warning("%s; going on with what is in %s", error, show(folder))
-        return _by_name(kept.read_bytes()) if kept.is_file() else {}
+        return _by_name(copy.read_bytes()) if copy.is_file() else {}
 
 
 def _by_name(manifest: bytes) -> dict[str, str]:
@@ -110,16 +110,16 @@ def _by_name(manifest: bytes) -> dict[str, str]:
 
 
 def _copy(files: Any, url: str, path: Path, checksum: str | None) -> Path:
-    """The local copy; made by one process while the others wait."""
-    note = path.with_name(f".{path.name}.sha256")
+    """The local copy. One process downloads it while the others wait."""
+    digest_file = path.with_name(f".{path.name}.sha256")
     with alone(path.with_name(f".{path.name}.lock")):
-        if path.is_file() and note.is_file() and checksum in (None, note.read_text()):
+        if path.is_file() and digest_file.is_file() and checksum in (None, digest_file.read_text()):
             return path
         part = path.with_name(f".{path.name}.part")
         try:
-            digest = _insist(lambda url: _download(files, url, part, checksum), url)
+            digest = _with_retries(lambda url: _download(files, url, part, checksum), url)
             os.replace(part, path)
-            write_atomically(note, digest.encode())
+            write_atomically(digest_file, digest.encode())
         except Refused as error:
             raise DataError(f"{_show(url)} cannot be had ({error}): check the address and your permission") from None
         finally:
@@ -138,11 +138,11 @@ def _download(files: Any, url: str, part: Path, checksum: str | None) -> str:
     return digest
 
 
-def _insist(ask: Callable[[str], Result], url: str, tries: int = TRIES) -> Result:
-    """Asks again, after longer and longer pauses, until there is an answer."""
+def _with_retries(fetch: Callable[[str], Result], url: str, tries: int = TRIES) -> Result:
+    """Call `fetch` until it succeeds, with a doubled pause before each further try."""
     for number in range(1, tries + 1):
         try:
-            return ask(url)
+            return fetch(url)
         except Exception as error:  # every protocol has its own
             if isinstance(error, (FileNotFoundError, PermissionError)) or getattr(error, "status", 0) in REFUSED:
                 raise Refused(_reason(error, url)) from error

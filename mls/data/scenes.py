@@ -22,17 +22,17 @@ from mls.streams import generator
 
 CLASS_NAMES = [str(digit) for digit in range(10)]
 SPLITS = ("train", "test")
-CHUNK = 64  # scenes drawn together from one stream; another value makes other scenes
-SMALLEST = 16  # pixels: below this nobody can read the digits
+CHUNK = 64  # scenes that are drawn together from one stream; another value gives other scenes
+SMALLEST = 16  # pixels; below this size digits are not readable
 GLYPH = 32  # pixels of a digit before it is placed; the originals have 8
 
 
 @dataclass(frozen=True)
 class SceneStyle:
-    """What is drawn. Lengths are shares of the image's side, so that a style looks alike at every size.
+    """How scenes are drawn. Lengths are shares of the image's side, so that a style is similar at every size.
 
-    Each scene type has a stripe texture and a few classes of its own: the background is a hint, as streets are for
-    cars, and never the answer.
+    Each scene type has a stripe texture and a few classes of its own: as in photographs, the background is correlated
+    with the classes and does not determine them.
     """
 
     types: int = 8
@@ -68,14 +68,14 @@ EASY = SceneStyle(types=6, in_type=1.0, texture=0.3, clutter=0.1)
 
 @dataclass
 class Scenes:
-    """Scenes and all that is known about them. Objects that nothing is seen of are left out everywhere."""
+    """Scenes with their annotations. Objects that are completely hidden are left out."""
 
     images: UInt8[Tensor, "scenes 3 size size"]
-    labels: Float[Tensor, "scenes 10"]  # 1 where at least one digit of the class is seen
-    boxes: Int64[Tensor, "scenes objects 4"]  # x0 y0 x1 y1 around the seen pixels, half-open; zeros where padded
-    classes: Int64[Tensor, "scenes objects"]  # -1 where padded, always at the end
+    labels: Float[Tensor, "scenes 10"]  # 1 if at least one digit of the class is visible
+    boxes: Int64[Tensor, "scenes objects 4"]  # x0 y0 x1 y1 around the visible pixels, half-open; zeros in padding
+    classes: Int64[Tensor, "scenes objects"]  # -1 in padding, which is at the end
     types: Int64[Tensor, " scenes"]
-    masks: Bool[Tensor, "scenes objects size size"] | None = None  # the seen pixels
+    masks: Bool[Tensor, "scenes objects size size"] | None = None  # the visible pixels
 
     def __len__(self) -> int:
         return len(self.images)
@@ -91,8 +91,8 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Digits:
-    """One split's handwritten digits, sorted by class. No digit is in both splits, so a test scene shows no digit
-    that a training scene shows."""
+    """One split's handwritten digits, sorted by class. No digit image is in both splits, nor
+    therefore in both training and test scenes."""
 
     glyphs: Float[Tensor, "digits 1 glyph glyph"]
     numbers: Int64[Tensor, " digits"]  # rows of sklearn.datasets.load_digits
@@ -102,7 +102,7 @@ class Digits:
 
 @cache
 def digits(split: str) -> Digits:
-    """60 % of the digits for training, 40 % for testing, whatever the seed of the scenes is."""
+    """60 % of the digits for training, 40 % for testing, for every seed of the scenes."""
     from sklearn.datasets import load_digits  # half a second
 
     if split not in SPLITS:
@@ -121,8 +121,8 @@ def digits(split: str) -> Digits:
 
 
 def type_classes(style: SceneStyle = STANDARD) -> Int64[Tensor, "types classes_per_type"]:
-    """Each scene type's own classes: the same for every seed, because they are what a scene type means."""
-    # This seed gave the table with which the reference values of the scenes were measured; it covers all ten classes.
+    """Each scene type's own classes, which are the same for every seed."""
+    # With this seed all ten classes occur, and the documented reference values were measured.
     stream = torch.Generator().manual_seed(4242)
     rows = [torch.randperm(len(CLASS_NAMES), generator=stream) for _ in range(style.types)]
     return torch.stack(rows)[:, : style.classes_per_type]
@@ -153,7 +153,7 @@ def scene_chunks(
     style: SceneStyle = STANDARD,
     masks: bool = False,
 ) -> Iterator[Scenes]:
-    """As `make_scenes`, a few at a time: for sets that are larger than the memory."""
+    """The scenes of `make_scenes` a chunk at a time, for sets that are larger than the memory."""
     if split not in SPLITS:
         raise unknown_name("split of the scenes", split, SPLITS, DataError)
     if count < 1:
@@ -169,7 +169,8 @@ def scene_chunks(
 
 
 class ScenesSource:
-    """The embedded scenes as a source of images. They are made once and held: 6000 of 32 pixels take 18 MB."""
+    """The embedded scenes as a source of images. They are drawn once and stay in memory: 6000 of 32 pixels take 18
+    MB."""
 
     name = "scenes"
 
@@ -193,13 +194,13 @@ class ScenesSource:
 
     def boxes(self, index: int) -> tuple[Float[Tensor, "objects 4"], Int64[Tensor, " objects"]]:
         """The objects of one scene: x0 y0 x1 y1 as shares of its width and height, and their classes."""
-        seen = self.scenes.classes[index] >= 0
-        return self.scenes.boxes[index, seen] / self.scenes.images.shape[-1], self.scenes.classes[index, seen]
+        visible = self.scenes.classes[index] >= 0
+        return self.scenes.boxes[index, visible] / self.scenes.images.shape[-1], self.scenes.classes[index, visible]
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # Where threads divide a tensor decides which elements take the vectorised path, whose last bit may differ.
+    # The partition among threads decides which elements use vectorised code, whose last bit may differ.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -209,14 +210,14 @@ def _one_thread() -> Iterator[None]:
 
 
 def _draw(stream: Generator, digits: Digits, size: int, style: SceneStyle) -> Scenes:
-    """One chunk. Draws that depend on the size come last, so that a scene has the same objects at every size."""
+    """One chunk. Random draws that depend on the size come last, so that a scene has the same objects at every size."""
     types = torch.randint(style.types, (CHUNK,), generator=stream)
     classes = _choose_classes(stream, types, style)
-    alpha = _place(stream, digits, classes, size, style)  # how much each digit covers each pixel
+    alpha = _place(stream, digits, classes, size, style)  # the opacity of each digit at each pixel
     images = _paint(stream, _background(stream, types, size, style), alpha, style)
     images += style.noise * torch.randn(images.shape, generator=stream)
     masks = alpha > 0.5
-    covered = masks.flip(1).cumsum(1).flip(1) - masks.long() > 0  # by an object that was painted later
+    covered = masks.flip(1).cumsum(1).flip(1) - masks.long() > 0  # by an object that is painted later
     return _describe((images.clamp(0, 1) * 255).round().to(torch.uint8), masks & ~covered, classes, types)
 
 
@@ -225,9 +226,9 @@ def _choose_classes(stream: Generator, types: Int64[Tensor, " n"], style: SceneS
     shape = (len(types), high)
     number = torch.randint(low, high + 1, (len(types), 1), generator=stream)
     column = torch.randint(style.classes_per_type, shape, generator=stream)
-    anything = torch.randint(len(CLASS_NAMES), shape, generator=stream)
+    any_class = torch.randint(len(CLASS_NAMES), shape, generator=stream)
     in_type = torch.rand(shape, generator=stream) < style.in_type
-    classes = torch.where(in_type, type_classes(style)[types[:, None], column], anything)
+    classes = torch.where(in_type, type_classes(style)[types[:, None], column], any_class)
     return torch.where(torch.arange(high) < number, classes, -1)
 
 
@@ -251,7 +252,7 @@ def _place(
     down = torch.stack([-sin, cos, sin * x - cos * y], -1) / half[..., None]
     grid = F.affine_grid(torch.stack([across, down], -2).flatten(0, 1), [n * most, 1, size, size], align_corners=False)
     ink = F.grid_sample(digits.glyphs[instance.flatten()], grid, align_corners=False).view(n, most, size, size)
-    alpha = (14 * (ink - 0.45)).sigmoid() - 1 / (1 + math.exp(14 * 0.45))  # sharp edges, and nothing where no ink is
+    alpha = (14 * (ink - 0.45)).sigmoid() - 1 / (1 + math.exp(14 * 0.45))  # sharp edges, and 0 without ink
     return alpha.clamp(min=0) * (classes >= 0)[..., None, None]
 
 
@@ -280,7 +281,7 @@ def _paint(
     alpha: Float[Tensor, "n objects size size"],
     style: SceneStyle,
 ) -> Float[Tensor, "n 3 size size"]:
-    """One hue for all digits of a scene, each brighter than the ground it stands on: colour says nothing of a class."""
+    """One hue for all digits of a scene, each brighter than its background: colour does not depend on the class."""
     n, most = alpha.shape[:2]
     weights = torch.tensor([0.3, 0.59, 0.11])  # of red, green and blue in the luminance
     base = _rgb(torch.rand(n, generator=stream), 0.2 + 0.8 * torch.rand(n, generator=stream), torch.ones(n))
@@ -304,17 +305,17 @@ def _describe(
     classes: Int64[Tensor, "n objects"],
     types: Int64[Tensor, " n"],
 ) -> Scenes:
-    """Boxes and labels of what is seen, hidden objects dropped, padding at the end."""
-    seen = masks.any(3).any(2)
-    order = (~seen).long().argsort(dim=1, stable=True)
+    """Boxes and labels of the visible objects; hidden objects are dropped, padding is at the end."""
+    visible = masks.any(3).any(2)
+    order = (~visible).long().argsort(dim=1, stable=True)
     rows = torch.arange(len(masks))[:, None]
-    masks, seen, classes = masks[rows, order], seen[rows, order], classes[rows, order]
-    classes = torch.where(seen, classes, -1)
+    masks, visible, classes = masks[rows, order], visible[rows, order], classes[rows, order]
+    classes = torch.where(visible, classes, -1)
     size, position = masks.shape[-1], torch.arange(masks.shape[-1])
     columns, lines = masks.any(2), masks.any(3)
     low = [torch.where(line, position, size).amin(2) for line in (columns, lines)]
     high = [torch.where(line, position, -1).amax(2) + 1 for line in (columns, lines)]
-    boxes = torch.stack([*low, *high], -1) * seen[..., None]
+    boxes = torch.stack([*low, *high], -1) * visible[..., None]
     labels = F.one_hot(classes + 1, len(CLASS_NAMES) + 1)[..., 1:].amax(1).float()
     return Scenes(images, labels, boxes, classes, types, masks)
 

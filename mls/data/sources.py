@@ -76,9 +76,9 @@ def _tar(config: DataConfig) -> TarSource:
 
     text = root_text(config)
     if "://" in text:
-        from mls.data.remote import bring
+        from mls.data.remote import download
 
-        shards = bring(expand_braces(text))
+        shards = download(expand_braces(text))
     else:
         shards = [locate(name) for name in expand_braces(text)]
     if len(shards) == 1 and shards[0].is_dir():

@@ -1,5 +1,5 @@
-"""Images in tar shards, WebDataset's convention: every image is one read at a place that the index (tarindex.py) knows.
-Nothing is ever extracted. Shards behind a URL are brought into a local folder first (remote.py)."""
+"""Images in tar shards, in WebDataset's convention: every image is one read at an offset from the index (tarindex.py).
+Nothing is extracted to disk. Shards behind a URL are downloaded first (remote.py)."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from mls.streams import generator
 
 __all__ = ["IndexingBar", "TarSource", "expand_braces", "load_index"]
 
-WINDOW = 8  # shards whose images are mixed with each other
-OPEN_SHARDS = 64  # descriptors held by a process; the usual limit is 1,024 files
+WINDOW = 8  # shards whose images are shuffled together
+OPEN_SHARDS = 64  # open files of a process; the usual limit is 1,024
 MANIFEST = "manifest.json"  # what `mls data pack` writes beside its shards
 
 log = logging.getLogger(__name__)
@@ -36,9 +36,9 @@ class TarSource:
     """The images of tar shards, numbered in the order of the shards and of their members.
 
     A member's key is its path up to the first dot of its base name, and a key has one image. `.cls`, or `label` or
-    `labels` in `.json`, gives a class if it is a plain number, `classes` in `.json` several; they count if every image
-    has some such. Names are only read, so "../x.jpg" is harmless; links and devices are passed over. A shard that was
-    cut off is used as far as it goes.
+    `labels` in `.json`, gives a class if it is a plain number, `classes` in `.json` several; labels are used if
+    every image has some. Members are never extracted, so names such as "../x.jpg" are harmless; links and devices are
+    skipped. Of a truncated shard the complete images are used.
     """
 
     class_names: list[str] | None
@@ -57,7 +57,7 @@ class TarSource:
         count = min(int(starts[-1]), limit or int(starts[-1]))
         table = np.concatenate([part.table for part in parts])
         classes = np.concatenate([part.classes for part in parts])
-        self.class_names = None  # those of all images, so that data.limit does not change the classes
+        self.class_names = None  # from all images, so that data.limit does not change the classes
         if table[:, 2].min() >= 0 and len(classes):
             self.class_names = _class_names(manifest, classes.max() + 1)
         self._classes = classes[: table[:count, 2].clip(0).sum()].copy()
@@ -90,10 +90,10 @@ class TarSource:
         return f"{printable(self._shard_of(index))}:{printable(self._names[index])}"
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Shards are shuffled, then the images of each few shards among themselves, so that reads stay close together.
+        """Shards are shuffled, then the images of each WINDOW shards, so that reads in a shard stay close together.
 
-        This is the order of the whole epoch, cut into batches afterwards: what is in a batch depends neither on the
-        number of workers nor on that of processes, as it would if every worker streamed its own shards.
+        This is the order of the whole epoch, which is cut into batches afterwards: the content of a batch depends
+        neither on the number of workers nor of processes, as it would if every worker streamed its own shards.
         """
         draw = generator(seed, "order", epoch)
         shards = torch.randperm(len(self._shards), generator=draw).numpy()
@@ -112,11 +112,11 @@ class TarSource:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._open = lru_cache(OPEN_SHARDS)(_Descriptor)  # descriptors belong to one process
+        self._open = lru_cache(OPEN_SHARDS)(_Descriptor)  # file descriptors are not shared with other processes
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """What `mls data pack` wrote beside its shards; nothing where others made them."""
+    """The manifest of `mls data pack`; empty for shards of other programs."""
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError):
@@ -125,7 +125,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _class_names(manifest: dict[str, Any], count: int) -> list[str]:
-    """Those of the manifest, if it knows that many; else the numbers."""
+    """The manifest's, if it has at least `count`; else the numbers."""
     names = manifest.get("classes")
     if isinstance(names, list) and len(names) >= count and all(isinstance(name, str) for name in names):
         return names
@@ -133,8 +133,8 @@ def _class_names(manifest: dict[str, Any], count: int) -> list[str]:
 
 
 class _Descriptor:
-    """An open shard, closed when nobody holds it any more: another thread may still read what the cache dropped.
-    A forked worker inherits it safely, since reads at an offset do not move the shared position."""
+    """An open shard, closed with its last reference: another thread may still read from one that the cache has dropped.
+    Forked workers can share it, since reads at an offset do not move the file position."""
 
     def __init__(self, path: bytes) -> None:
         self.number = -1

@@ -1,5 +1,5 @@
-"""The index of tar shards: one pass over the headers gives (offset, size, classes) of every image, kept in a file.
-What is done with it is in tar.py."""
+"""The index of tar shards: one pass over the headers gives (offset, size, classes) of every image, cached in a
+file. Reading images with it is in tar.py."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from mls.data.listing import Names, is_image, show
 from mls.errors import DataError, UserError
 from mls.files import atomic_file
 
-LARGEST_LABEL = 1 << 16  # a greater number is an identifier, not a class
+LARGEST_LABEL = 1 << 16  # larger numbers are identifiers, not classes
 LARGEST_JSON = 1 << 20  # bytes
 INDEX_VERSION = 2
-BLOCK = 512  # tar's unit
+BLOCK = 512  # bytes, the unit of a tar file
 
-Progress = Callable[[int, int], None]  # bytes passed, bytes in all
+Progress = Callable[[int, int], None]  # (bytes done, total bytes)
 
 
 @dataclass
@@ -34,14 +34,14 @@ class Part:
     """The index of one shard, valid for a file of this size and time."""
 
     stamp: list[int]  # size, modification time in ns
-    table: Int64[np.ndarray, "images 3"]  # offset, size, number of classes (-1: not known)
-    classes: Int64[np.ndarray, "labels"]  # those of all images, one after the other
+    table: Int64[np.ndarray, "images 3"]  # offset, size, number of classes (-1: unknown)
+    classes: Int64[np.ndarray, "labels"]  # of all images, concatenated
     names: Names
     damage: str = ""
 
 
 def load_index(shards: Sequence[Path], progress: Progress | None = None) -> list[Part]:
-    """The index of every shard: from a cache file where that is still true, else from the shard's headers."""
+    """The index of every shard: from a cache file if size and time still agree, else from the shard's headers."""
     files = _index_files(shards)
     stamps = [_stamp(shard) for shard in shards]
     parts = {
@@ -65,7 +65,7 @@ def load_index(shards: Sequence[Path], progress: Progress | None = None) -> list
 
 
 def scan(shard: Path, stamp: list[int], progress: Callable[[int], None] = lambda place: None) -> Part:
-    """One pass over a shard's headers; of the contents only labels are read. What was cut off stays out."""
+    """One pass over a shard's headers; of the contents only labels are read. A truncated image is left out."""
     images: dict[bytes, tuple[bytes, int, int]] = {}
     classes: dict[bytes, list[int] | None] = {}
     damage = ""
@@ -100,10 +100,10 @@ def scan(shard: Path, stamp: list[int], progress: Callable[[int], None] = lambda
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-    """The plain files of a tar. Raises TarError where it is damaged, which tarfile itself passes over at times."""
+    """The regular files of a tar. Raises TarError for damage, also where tarfile itself would stop without an error."""
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (member := tar.next()) is not None:
-            tar.members = []  # pyright: ignore[reportAttributeAccessIssue] -- tarfile would keep every header
+            tar.members = []  # pyright: ignore[reportAttributeAccessIssue] -- tarfile would store every header
             if member.isreg() and not member.issparse():
                 yield member
         file.seek(tar.offset)
@@ -116,8 +116,8 @@ def _suffix(name: bytes) -> bytes:
 
 
 def _classes(content: bytes, suffix: bytes) -> list[int] | None:
-    """The class if the content is one plain number, or the numbers that a .json lists as `classes`. Another name's list
-    is not taken: nobody can tell class numbers from a row of zeros and ones.
+    """The class if the content is one plain number, or the numbers that a .json lists as `classes`. A list of
+    another name is not used: it could be class numbers or a row of zeros and ones.
 
     >>> _classes(b"3", b"cls"), _classes(b'{"classes": [0, 4]}', b"json"), _classes(b'{"label": [0, 1]}', b"json")
     ([3], [0, 4], None)
@@ -139,7 +139,7 @@ def _stamp(shard: Path) -> list[int]:
 
 
 def _index_files(shards: Sequence[Path]) -> list[Path]:
-    """Where the index may lie: beside the shards, so that all who use them share it, else in the user's cache."""
+    """Candidates for the index file: beside the shards, for all users of them, or else in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     full = [os.path.abspath(shard) for shard in shards]
     near = [os.path.relpath(shard, shards[0].parent) for shard in shards]
@@ -151,7 +151,7 @@ def _digest(names: list[str]) -> str:
 
 
 def _save(files: Sequence[Path], parts: list[Part]) -> None:
-    """Into the first place that can be written; without one the index is made anew each time."""
+    """Write the first file that is writable; if none is, the index is made again each time."""
     head = [{"stamp": part.stamp, "images": len(part.names), "damage": part.damage} for part in parts]
     names = Names.join([part.names for part in parts])
     table = np.concatenate([part.table for part in parts])
@@ -168,7 +168,7 @@ def _save(files: Sequence[Path], parts: list[Part]) -> None:
 
 
 def _load(file: Path) -> list[Part]:
-    """What a cache file says, or nothing if there is none or it makes no sense."""
+    """The index in a cache file; empty if there is none or it is invalid."""
     try:
         with open(file, "rb") as opened, np.load(opened) as content:
             head = json.loads(content["head"].tobytes())
@@ -188,7 +188,7 @@ def _load(file: Path) -> list[Part]:
 
 
 class IndexingBar:
-    """A progress bar that appears only if the work takes longer than a moment."""
+    """A progress bar that appears only after `after` seconds."""
 
     def __init__(self, after: float = 2.0, text: str = "indexing tar shards") -> None:  # seconds
         self._begin, self._text = time.monotonic() + after, text
@@ -213,5 +213,5 @@ class IndexingBar:
 def read_at(descriptor: int, offset: int, size: int) -> bytes:
     data = os.pread(descriptor, size, offset)
     while len(data) < size and (more := os.pread(descriptor, size - len(data), offset + len(data))):
-        data += more  # one call gives at most 2 GiB, and on a network disk often less than asked
+        data += more  # one call reads at most 2 GiB, and on a network disk often less than requested
     return data

@@ -13,23 +13,23 @@ from mls.data.annotated import VOC_CLASSES
 from mls.data.pictures import VOID, Export, Picture, save_photo, with_folder, write_text
 from mls.errors import DataError
 
-DIFFICULT = 0.05  # VOC: an object that covers less of its image is marked; about one in twenty
+DIFFICULT = 0.05  # objects that cover a smaller share of the image are marked difficult; about one in twenty
 
 
 def voc(export: Export) -> None:
     """VOCdevkit with VOC2007 and VOC2012. The train scenes are spread evenly over train and val of both years, the test
     scenes are VOC2007's test, as for the 07+12 protocols. Every image is segmented.
 
-    Readers know VOC's twenty class names by heart, so they are kept: digit d is class d in scenes of an even type and
+    Readers expect VOC's twenty class names, so these are used: digit d is class d in scenes of an even type and
     class 10 + d in scenes of an odd type. All twenty occur.
     """
     if export.train < 4:
         raise DataError(f"VOC spreads its {export.train} train scenes over four lists: ask for 4 or more")
     bounds = [round(part * export.train / 4) for part in range(1, 5)]
-    homes = [("VOC2007", "train"), ("VOC2007", "val"), ("VOC2012", "train"), ("VOC2012", "val")]
+    parts = [("VOC2007", "train"), ("VOC2007", "val"), ("VOC2012", "train"), ("VOC2012", "val")]
     years = {"VOC2007": VocYear(export, "VOC2007"), "VOC2012": VocYear(export, "VOC2012")}
     for i, picture in enumerate(export.pictures("train")):
-        year, part = homes[int(np.searchsorted(bounds, i, side="right"))]
+        year, part = parts[int(np.searchsorted(bounds, i, side="right"))]
         years[year].add(picture, part)
     for picture in export.pictures("test"):
         years["VOC2007"].add(picture, "test")
@@ -38,7 +38,7 @@ def voc(export: Export) -> None:
 
 
 class VocYear:
-    """One year's folder, and what its image sets will list."""
+    """One year's folder, and the content of its image sets."""
 
     def __init__(self, export: Export, name: str) -> None:
         self.root, self.name = export.out / "VOCdevkit" / name, name
@@ -52,7 +52,7 @@ class VocYear:
         difficult = [bool(mask.mean() < DIFFICULT) for mask in picture.masks]
         save_photo(picture, self.root / "JPEGImages" / f"{stem}.jpg")
         write_text(self.root / "Annotations" / f"{stem}.xml", self._annotation(stem, picture, classes, difficult))
-        void = _rim(np.logical_or.reduce(picture.masks))
+        void = _border(np.logical_or.reduce(picture.masks))
         for folder, values in (
             ("SegmentationClass", [one + 1 for one in classes]),
             ("SegmentationObject", list(range(1, len(classes) + 1))),
@@ -108,7 +108,7 @@ def _fill(parent: ElementTree.Element, fields: dict) -> None:
                 child.text = str(one)
 
 
-def _rim(mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "height width"]:
+def _border(mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "height width"]:
     """The pixels next to the mask: VOC leaves a void line around its objects."""
     grown = np.asarray(Image.fromarray(mask.astype(np.uint8)).filter(ImageFilter.MaxFilter(3)))
     return (grown > 0) & ~mask

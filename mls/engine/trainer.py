@@ -1,4 +1,4 @@
-"""The loop: one for CPU, one GPU and many. It knows nothing of the method but its contract (methods/base.py)."""
+"""The loop: one for CPU, one GPU and many. It knows nothing of the method but its contract (core/method.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mls import distributed
 from mls.config import Config, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
-from mls.data import Batch
+from mls.data import Batch, Source
 from mls.data.augment import Augment
 from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
@@ -23,20 +23,18 @@ from mls.distributed import Process
 from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints, Copied
 from mls.engine.events import versions
-from mls.engine.preempt import leave_signals_to_the_parent
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
 from mls.engine.session import Saving, Session
 from mls.errors import DataError, DivergedError, Stopped
 from mls.files import write_atomically
-from mls.models import build_pair, save_backbone
+from mls.models import Encoder, save_backbone
 from mls.models.momentum import HALF, precision_on
-from mls.monitor.health import health
 from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
 from mls.monitor.online import OnlineProbes
-from mls.monitor.progress import for_people
 from mls.monitor.window import Window
+from mls.progress import for_people
 from mls.recipes import from_dict
 
 MUCH_WAITING = 0.2  # share of the time spent waiting for data that is worth a hint
@@ -54,23 +52,23 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(self.source, config)
         self.total = config.optim.epochs * self.steps_per_epoch
 
-        pair = build_pair(config.model, config.run.seed, precision).to(process.device)
+        labels = watched_labels(self.source)
+        self.labels = None if labels is None else labels.to(process.device)
+        self.method = methods.build(config, precision, self.labels).to(process.device)
         if config.engine.channels_last:
-            pair = pair.to(memory_format=torch.channels_last)
-        labels = None
-        if self.source.class_names is not None and len(self.source) * len(self.source.class_names) <= MOST_LABELS:
-            labels = self.source.labels
-        labels = None if labels is None else labels.to(process.device)
-        self.method = methods.build(config, pair, labels).to(process.device)
-        self.method.dictionary.to(process.device)
-        self.optimizer = optim.build(config, self.method)
+            self.method.to(memory_format=torch.channels_last)
+        self.plan = self.method.views()
+        self.optimizer = optim.build(config, self.method, self.method.own_rates())
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
         # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
         half = HALF.get(precision, torch.float32)
-        self.augment = Augment(config.augment, config.run.seed, process.device, config.engine.channels_last, half)
+        self.augment = Augment(
+            config.augment, config.run.seed, process.device, config.engine.channels_last, half, self.plan.positions
+        )
         if config.engine.compile:
-            pair.query.compile()
-            pair.key.compile()
+            for module in self.method.modules():
+                if isinstance(module, Encoder):
+                    module.compile()
         # Parameters are equal by construction and buffers are each process' own: DDP only has to average gradients.
         self.forward: torch.nn.Module = self.method
         if process.world > 1:
@@ -107,7 +105,12 @@ class Trainer:
             self.introduce()
             last = min(self.total, self.config.engine.max_steps or self.total)
             loader = Loader(
-                self.source, self.config, self.process, self.step + 1, last, on_worker_start=leave_signals_to_the_parent
+                self.source,
+                self.config,
+                self.process,
+                self.step + 1,
+                last,
+                plan=self.plan,
             )
             batches = iter(loader)
             self.window.restart_clock()
@@ -165,10 +168,10 @@ class Trainer:
         if step % monitor.log_every == 0:
             values |= self.measurements()
         if self.process.main:
-            if step % monitor.health_every == 0 and len(self.method.dictionary):
-                values |= health(self.method.dictionary.rows())
+            if step % monitor.health_every == 0:
+                values |= self.method.health()
             if epoch_ends and self.probes is not None:
-                values |= self.probes(self.method.pair.query.backbone, epoch, self.process.device)
+                values |= self.probes(self.method.backbone, epoch, self.process.device)
             if values.get("data_wait", 0.0) > MUCH_WAITING and step >= self.hint_from:
                 self.hint_from = math.inf
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
@@ -240,16 +243,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ what is measured
 
     def label_quality(self, out: StepOutput) -> dict[str, float]:
-        labels = self.method.image_labels
-        if labels is None or out.matched_ids is None or out.query_ids is None:
+        if self.labels is None or out.matched_ids is None or out.query_ids is None or out.candidate_ids is None:
             return {}
-        return label_quality(labels, out.query_ids, out.matched_ids, self.method.dictionary.ids)
+        return label_quality(self.labels, out.query_ids, out.matched_ids, out.candidate_ids)
 
     def measurements(self) -> dict[str, float]:
-        dictionary = self.method.dictionary
         values = self.window.read()
         values["lr"] = self.lr(self.step)
-        values["dictionary/fill"] = len(dictionary) / self.config.dictionary.size
+        values |= self.method.measurements()
         values["skipped_steps"] = float(self.bad_steps)
         values["unreadable_images"] = float(len(self.unreadable))
         values["images_per_second"] = self.config.data.batch_size * values.pop("steps_per_second")
@@ -266,17 +267,9 @@ class Trainer:
             f"{self.total} steps, on {self.process.world} × {self.process.device.type} in {self.precision}",
             f"learning rate {scaled:g} ({config.optim.lr:g} per 256 images, batch {config.data.batch_size})",
         ]
-        if self.method.key_norm.note:
-            words.append(self.method.key_norm.note)
-        if self.decided:
-            measured = ", ".join(self.decided["measured"])
-            words.append(f"matching with {self.decided['backend']} (a search takes {measured})")
-        if not self.step and isinstance(self.method, methods.MLS):
-            filled = math.ceil(config.objective.k / config.data.batch_size)  # steps until the dictionary holds k rows
-            first = 1 + max(filled, int(config.objective.warmup_epochs * self.steps_per_epoch))
-            words.append(f"InfoNCE alone until the multi-label term joins at step {first}")
-            if first > self.total:
-                words[-1] += ", which never comes: lower objective.warmup_epochs"
+        first = self.step + 1
+        self.method.set_progress(first, epoch_of(first, self.steps_per_epoch), self.steps_per_epoch)
+        words += self.method.introduction()
         if config.optim.warmup_epochs >= config.optim.epochs:
             words.append("the learning rate only warms up and never reaches its peak: lower optim.warmup_epochs")
         for sentence in words:
@@ -285,15 +278,17 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        main, sharded = self.process.main, self.method.sharding.world > 1
-        if main:
+        method: dict[str, Any] = {}
+        if self.process.main or self.method.saves_together:
+            method = self.method.state_dict()
+            method["_extra_state"] = Copied(method["_extra_state"])
+        if self.process.main:
             self.log_offset = self.log.offset()
         return {
-            "format": 1,
+            "format": 2,
             "step": self.step,
             "config": to_dict(self.config),
-            "method": self.method.state_dict(),
-            "dictionary": Copied(self.method.dictionary.state_dict() if main or sharded else {}),
+            "method": method,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),
@@ -306,8 +301,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.method.load_state_dict(state["method"])
-        self.method.dictionary.load_state_dict(state["dictionary"])
+        self.method.load_state_dict(method_state(state))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
@@ -320,7 +314,7 @@ class Trainer:
         card: dict[str, Any] = {"architecture": self.config.model.backbone, "method": self.config.objective.method}
         card |= {"step": state["step"], "epochs": state["step"] / self.steps_per_epoch, "run": self.run.name}
         card |= {"versions": versions(), "config": to_dict(self.config)}
-        backbone = self.method.pair.query.backbone
+        backbone = self.method.backbone
         (prefix,) = (f"{name}." for name, module in self.method.named_modules() if module is backbone)
         weights = {
             name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)
@@ -347,3 +341,17 @@ class Trainer:
         self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, to_dict(self.config))
         stack.callback(self.log.close)
         self.log.rewind(self.log_offset)
+
+
+def watched_labels(source: Source) -> Tensor | None:
+    """The source's labels, for monitors and controls; None where there are none or too many to hold."""
+    if source.class_names is None or len(source) * len(source.class_names) > MOST_LABELS:
+        return None
+    return source.labels
+
+
+def method_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The method's state in a checkpoint; of format 1, where the dictionary stood beside it, too."""
+    if "dictionary" in state:
+        return {**state["method"], "_extra_state": {"dictionary": state["dictionary"]}}
+    return state["method"]

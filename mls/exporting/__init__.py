@@ -1,5 +1,5 @@
-"""Backbones for other programs: written in their layout, with the recipe that goes with it, and with the proof that
-they give the same features there. (The public names are `mls.export` and `mls.verify_export`; a package called `export`
+"""Exports backbones for other programs: files in their layout, a recipe that uses them, and a certificate that they
+give the same features there. (The public names are `mls.export` and `mls.verify_export`; a package called `export`
 would hide the function.)"""
 
 from __future__ import annotations
@@ -11,36 +11,62 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from mls.errors import CheckpointError, UserError, unknown_name
+from mls.errors import CheckpointError, UserError
 from mls.exporting import to_detectron2, to_mmseg, to_safetensors, to_timm, to_torchvision
-from mls.exporting.certify import certificate, certify
+from mls.exporting.certify import Loaded, certificate, certify
 from mls.exporting.source import NoCounterpart, Source
 from mls.files import sha256, sync_folder, telling_disk_errors
+from mls.plugins import Registry, load_installed
 
-# Each has FILE, `write(source, folder, final) -> recipes` and `load(source, file, recipe) -> Loaded`.
-TARGETS: dict[str, ModuleType] = {
-    "torchvision": to_torchvision,
-    "timm": to_timm,
-    "detectron2": to_detectron2,
-    "mmseg": to_mmseg,
-    "safetensors": to_safetensors,
-}
-RECIPES = {  # by which a file's target is known
-    to_torchvision.RECIPE: "torchvision",
-    to_timm.RECIPE: "timm",
-    to_mmseg.RECIPE: "mmseg",
-    to_safetensors.RECIPE: "safetensors",
-    to_detectron2.FPN: "detectron2",
-    to_detectron2.C4: "detectron2",
-}
+
+@runtime_checkable
+class Target(Protocol):
+    """What a to_*.py file, or a class of a plug-in, has to have."""
+
+    FILE: str  # the name of the file that holds the weights
+
+    def write(self, source: Source, folder: Path, final: Path) -> list[str]:
+        """Write FILE and its recipes into `folder`, which becomes `final`; gives back the recipes' names."""
+        ...
+
+    def load(self, source: Source, file: Path, recipe: Path | None) -> Loaded:
+        """The network that the recipe builds, filled from the file."""
+        ...
+
+
+TargetClass = TypeVar("TargetClass", bound=Callable[[], Target])
+
+TARGETS = Registry[Target]("export target")
+RECIPES: dict[str, str] = {}  # a recipe's name, by which a file's target is known
+
+
+def register(name: str, recipes: Sequence[str] = ()) -> Callable[[TargetClass], TargetClass]:
+    """Decorator of a class that is a Target and writes recipes of these names."""
+
+    def enter(target: TargetClass) -> TargetClass:
+        add(name, target(), recipes)
+        return target
+
+    return enter
+
+
+def add(name: str, target: Target, recipes: Sequence[str]) -> None:
+    TARGETS.add(name, target)
+    RECIPES.update(dict.fromkeys(recipes, name))
+
+
+add("torchvision", to_torchvision, [to_torchvision.RECIPE])
+add("timm", to_timm, [to_timm.RECIPE])
+add("detectron2", to_detectron2, [to_detectron2.FPN, to_detectron2.C4])
+add("mmseg", to_mmseg, [to_mmseg.RECIPE])
+add("safetensors", to_safetensors, [to_safetensors.RECIPE])
 
 
 @dataclass(frozen=True)
 class Checked:
-    """One file that was loaded by its target, as one recipe says, and found equal."""
+    """One file that its target loaded with one recipe, and that equals the source."""
 
     target: str
     file: Path
@@ -48,7 +74,7 @@ class Checked:
 
     @property
     def worst(self) -> float:
-        """The largest difference of all stages, as a share of the stage's largest value."""
+        """The largest difference of all stages, relative to the stage's largest value."""
         stages = self.facts["stages"].values()
         return max(one["max_abs_difference"] / (one["largest_value"] or 1.0) for one in stages)
 
@@ -62,10 +88,10 @@ def export(
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Checked]:
     """Write the backbone of a run or a checkpoint for other programs, by default for all that have such a network, into
-    `RUN/export`. Either all of it is there afterwards, checked, or nothing is."""
+    `RUN/export`. All files are checked; after an error none is written."""
+    load_installed()
     for name in to or ():
-        if name not in TARGETS:
-            raise unknown_name("export target", name, TARGETS)
+        TARGETS[name]  # a wrong name is told before anything is read
     source = Source.open(weights, architecture, prefix)
     if "origin" in source.card:
         say(f"{source.path} holds {source.card['origin']}; mean and std are taken to be ImageNet's")
@@ -124,9 +150,9 @@ def verify_export(
     against: str | Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Checked]:
-    """Check a file that somebody else made, as each recipe beside it uses it: nothing of it is executed. It is
-    compared with `against`, a run or a checkpoint; without, with the same tensors in torchvision's network, RGB, and
-    the mean and std of the certificate beside it or else of ImageNet."""
+    """Check a file of any origin with each recipe beside it; nothing in it is executed. It is compared with `against`,
+    a run or a checkpoint, or else with its own tensors in torchvision's network on RGB images, with the mean and std of
+    the certificate beside it, or else of ImageNet."""
     file = Path(file).expanduser()
     if not file.is_file():
         raise CheckpointError(f"{file} is not a file: give a backbone.pkl, a .pth or a .safetensors file")
@@ -152,7 +178,7 @@ def _target_of(recipe: Path) -> str:
 
 
 def _beside(file: Path) -> list[tuple[Path | None, str]]:
-    """The recipes that go with a file, by its suffix and their names; None where a file stands alone."""
+    """The recipes of a file, by its suffix and their names; None if there is none."""
     fitting = [name for name, target in TARGETS.items() if Path(target.FILE).suffix == file.suffix]
     if file.suffix == ".pkl":
         found = [(path, "detectron2") for path in sorted(file.parent.glob("*.yaml"))]
@@ -162,7 +188,7 @@ def _beside(file: Path) -> list[tuple[Path | None, str]]:
 
 
 def _certified(file: Path) -> dict[str, Any]:
-    """The mean and std in the certificate beside a file, if it is this file's."""
+    """The mean and std of the certificate beside a file, if it belongs to this file."""
     for path in sorted(file.parent.glob("*.certificate.json")):
         facts = json.loads(path.read_text())
         if facts.get("file") == file.name:

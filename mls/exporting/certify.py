@@ -1,5 +1,5 @@
-"""The proof that a written backbone is the one it was made from: every tensor arrived in the target's network, and on
-random images every stage gives the same features."""
+"""The check that an exported backbone equals its source: every tensor is in the target's network, and on random images
+every stage gives the same features."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ TOLERANCE = 1e-4  # of the largest value of a stage
 
 @dataclass(frozen=True)
 class Loaded:
-    """A target's network as a recipe builds it, after it has read the file."""
+    """A target's network as a recipe builds it, with the tensors of the file."""
 
     file: Path
     recipe: Path | None
     by: str  # the framework and its version, or that it is our restatement of it
-    held: Mapping[str, Tensor]  # what its backbone holds now, under our names
-    stages: Callable[[Pixels], Stages]  # from what an image file shows to features, as the recipe prepares images
+    tensors: Mapping[str, Tensor]  # of its backbone, under torchvision's names
+    stages: Callable[[Pixels], Stages]  # from pixels of an image file to features, with the recipe's normalisation
 
 
 def blank(network: nn.Module) -> None:
-    """NaN everywhere, so that what a file did not fill shows afterwards."""
+    """NaN in all tensors, so that those which a file does not fill are found afterwards."""
     with torch.no_grad():
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.is_floating_point():
@@ -42,7 +42,7 @@ def blank(network: nn.Module) -> None:
 
 
 def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """What a file holds, as far as names and shapes agree; the rest stays NaN."""
+    """Copy the tensors whose names and shapes agree; the rest stays NaN."""
     blank(network)
     own = network.state_dict()
     fitting = {name: tensor for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
@@ -51,7 +51,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def certify(source: Source, loaded: Loaded) -> dict[str, Any]:
-    """What the certificate says; a CheckpointError where the copy is not the same."""
+    """The facts for the certificate; a CheckpointError if the copy differs."""
     count = _coverage(source, loaded)
     pixels, wanted = source.reference
     got = loaded.stages(pixels)
@@ -81,18 +81,18 @@ def certify(source: Source, loaded: Loaded) -> dict[str, Any]:
 
 def _coverage(source: Source, loaded: Loaded) -> int:
     wanted = source.tensors()
-    held = {name: tensor for name, tensor in loaded.held.items() if tensor.is_floating_point()}
+    own = {name: tensor for name, tensor in loaded.tensors.items() if tensor.is_floating_point()}
     lost = [
         name
         for name, tensor in wanted.items()
-        if name not in held or held[name].shape != tensor.shape or (held[name].isnan() & ~tensor.isnan()).any()
+        if name not in own or own[name].shape != tensor.shape or (own[name].isnan() & ~tensor.isnan()).any()
     ]
     if lost:
         raise CheckpointError(
             f"{len(lost)} of {len(wanted)} tensors of {source.path} did not arrive in {_subject(loaded)}: "
             f"{_some(lost)}; the recipe must build {source.architecture}"
         )
-    empty = sorted(set(held) - set(wanted))
+    empty = sorted(set(own) - set(wanted))
     if empty:
         raise CheckpointError(
             f"{_subject(loaded)} has {len(empty)} tensors that {source.path} does not fill: {_some(empty)}; "

@@ -1,9 +1,10 @@
-"""The ResNet of detectron2 and of mmsegmentation in plain torch, under detectron2's names: what an export is compared
-with where the framework itself is not installed. Only what changes features is here: no freezing, no FPN."""
+"""The ResNet of detectron2 and of mmsegmentation in plain torch, under detectron2's names: it loads an export where the
+framework itself is not installed. It has only what changes features: no freezing, no FPN."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -11,10 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mls.exporting.certify import fill
-from mls.exporting.source import STAGES, Images, ResNetPlan, Stages, outputs
+from mls.exporting.certify import Loaded, fill
+from mls.exporting.source import STAGES, Images, Pixels, Stages, outputs
+from mls.frameworks.resnet_plan import ResNetPlan
 from mls.models.resnet_names import from_detectron2
 
+Prepare = Callable[[Pixels], Images]
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -91,9 +94,11 @@ class RestatedResNet(nn.Module):
         modules = {name: self.get_submodule(f"res{number}") for number, name in enumerate(STAGES, start=2)}
         return outputs(modules, lambda: self(images))
 
-    def take(
-        self, tensors: Mapping[str, Tensor], rename: Callable[[str], str] = lambda name: name
-    ) -> dict[str, Tensor]:
-        """Loads a file's tensors, after `rename` to detectron2's names; gives what is held then, under our names."""
-        fill(self, {rename(name): tensor for name, tensor in tensors.items()})
-        return {from_detectron2(name): tensor for name, tensor in self.state_dict().items()}
+    def load(
+        self, framework: str, file: Path, recipe: Path | None, tensors: Mapping[str, Tensor], prepare: Prepare
+    ) -> Loaded:
+        """Fill it with a file's tensors, which have detectron2's names. `prepare`: the recipe's normalisation."""
+        fill(self, tensors)
+        own = {from_detectron2(name): tensor for name, tensor in self.state_dict().items()}
+        by = f"mls's restatement of {framework}'s ResNet ({framework} is not installed)"
+        return Loaded(file, recipe, by, own, lambda pixels: self.stages(prepare(pixels)))

@@ -1,4 +1,4 @@
-"""What is exported: a backbone with its facts, and its features stage by stage, which every copy of it has to equal."""
+"""The backbone that is exported, with its card, and its features at every stage, which each exported copy must give."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
-from torchvision.models import ResNet
 
-from mls.errors import CheckpointError, ConfigError
+from mls.errors import CheckpointError
 from mls.files import sha256
-from mls.models import backbones, foreign, load_backbone, weights_file
+from mls.frameworks.resnet_plan import NoCounterpart, ResNetPlan
+from mls.models import foreign, load_backbone, weights_file
 from mls.models.backbones import RESNETS, Backbone
 
 Pixels = UInt8[Tensor, "batch 3 height width"]  # RGB
@@ -24,47 +24,14 @@ Stages = dict[str, Float[Tensor, "batch ..."]]  # layer1, layer2, ... and `featu
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class NoCounterpart(ConfigError):
-    """The target has no network with the layers of this backbone."""
-
-
-@dataclass(frozen=True)
-class ResNetPlan:
-    """What makes one ResNet of torchvision differ from another."""
-
-    name: str
-    depth: int
-    groups: int
-    width: int  # of a group, in the first stage
-
-    @classmethod
-    def of(cls, name: str) -> ResNetPlan:
-        """
-        >>> ResNetPlan.of("resnext50_32x4d")
-        ResNetPlan(name='resnext50_32x4d', depth=50, groups=32, width=4)
-        """
-        with torch.device("meta"):
-            network = cast(ResNet, backbones.build(name))
-        depth = "".join(filter(str.isdigit, name.removeprefix("wide_").partition("_")[0]))
-        return cls(name, int(depth), network.groups, network.base_width)
-
-    @property
-    def bottleneck(self) -> bool:
-        return self.depth >= 50
-
-    @property
-    def dim(self) -> int:
-        return 2048 if self.bottleneck else 512
-
-
 @dataclass(frozen=True)
 class Source:
-    """A backbone of a run or of a file."""
+    """The backbone of a run or of a file."""
 
     backbone: Backbone
     path: Path
     card: dict[str, Any]
-    plan: ResNetPlan | None  # where the network is one of torchvision's ResNets, whoever made it
+    plan: ResNetPlan | None  # if its layers are those of one of torchvision's ResNets
 
     @classmethod
     def open(cls, weights: str | Path, architecture: str | None = None, prefix: str | None = None) -> Source:
@@ -78,6 +45,14 @@ class Source:
             name = card["architecture"].removeprefix("timm:")
             plan = None if foreign.misfits(backbone.state_dict(), name) else ResNetPlan.of(name)
         return cls(backbone, path, card, plan)
+
+    def plan_for(self, target: str, advice: str | None = None) -> ResNetPlan:
+        """The plan of a network that `target` can build."""
+        if self.plan is None:
+            others = "safetensors or timm" if self.architecture.startswith("timm:") else "safetensors"
+            advice = advice or f"export to {others}, or train a ResNet such as resnet50"
+            raise NoCounterpart(f"{target} has no network with the layers of {self.architecture}: {advice}")
+        return self.plan
 
     @property
     def architecture(self) -> str:
@@ -97,18 +72,18 @@ class Source:
         return {**wanted, "mean": self.card["mean"], "std": self.card["std"], "origin": self.card.get("origin", "mls")}
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that the features depend on."""
+        """All tensors that the features depend on."""
         return {name: t.detach() for name, t in self.backbone.state_dict().items() if t.is_floating_point()}
 
     def pixels(self) -> Pixels:
-        """Random images, neither square nor grey, so that swapped sides or colours show."""
+        """Random images, neither square nor grey: features differ if sides or colours are swapped."""
         size = (96, 128) if self.plan else (self.card["input_size"],) * 2
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=generator)
 
     @functools.cached_property
     def reference(self) -> tuple[Pixels, Stages]:
-        """What every copy is compared with: images, and what the backbone makes of them."""
+        """What every copy is compared with: images, and the backbone's features of them."""
         pixels = self.pixels()
         return pixels, self.stages(pixels)
 
@@ -117,27 +92,32 @@ class Source:
         return stages_of(self.backbone, images)
 
 
+def in_colours(pixels: Pixels, rgb: bool) -> Pixels:
+    """As RGB, or as BGR."""
+    return pixels if rgb else pixels.flip(1)
+
+
 def normalised(pixels: Pixels, mean: Sequence[float | int], std: Sequence[float | int]) -> Images:
     shape = (1, 3, 1, 1)
     return (pixels.float() - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
 
 
 def stages_of(backbone: nn.Module, images: Images) -> Stages:
-    """A network with torchvision's stages (or others: then its output alone)."""
+    """The outputs of a network's stages, if they have torchvision's names, and of the network."""
     modules = {name: module for name, module in backbone.named_children() if name in STAGES}
     return outputs({**modules, "features": backbone}, lambda: backbone(images))
 
 
 def outputs(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> Stages:
-    """What these modules give while `run` runs, where it is a tensor."""
-    seen: Stages = {}
+    """The outputs of these modules during `run()`, as far as they are tensors."""
+    found: Stages = {}
 
-    def keep(name: str, output: object) -> None:
+    def store(name: str, output: object) -> None:
         if isinstance(output, Tensor):
-            seen[name] = output.clone()
+            found[name] = output.clone()
 
     hooks = [
-        module.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+        module.register_forward_hook(lambda _, __, output, name=name: store(name, output))
         for name, module in modules.items()
     ]
     try:
@@ -146,4 +126,4 @@ def outputs(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> Stag
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return found

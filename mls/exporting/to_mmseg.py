@@ -1,5 +1,5 @@
-"""mmsegmentation: `backbone.pth`, whose names are torchvision's there too, and a configuration that lays the backbone
-and its colours over any of mmsegmentation's own."""
+"""mmsegmentation: `backbone.pth`, which has torchvision's names there too, and a configuration that sets the backbone
+and the normalisation of any of mmsegmentation's own."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from typing import Any
 import torch
 
 from mls.errors import ConfigError
-from mls.exporting import settings
 from mls.exporting.certify import Loaded, blank
 from mls.exporting.restated import BLOCKS, RestatedResNet
-from mls.exporting.source import NoCounterpart, Pixels, ResNetPlan, Source, Stages, normalised, stages_of
-from mls.exporting.to_torchvision import FILE, plan_of
+from mls.exporting.source import Images, Pixels, Source, Stages, in_colours, normalised, stages_of
+from mls.exporting.to_torchvision import FILE
 from mls.frameworks import installed as frameworks
+from mls.frameworks import mmseg_network
+from mls.frameworks.config_files import read_python
+from mls.frameworks.resnet_plan import NoCounterpart, ResNetPlan
 from mls.models import foreign
 from mls.models.resnet_names import to_detectron2
 
 RECIPE = "mmseg_config.py"
-WHOLE = {"strides": (1, 2, 2, 2), "dilations": (1, 1, 1, 1)}  # the network as it was pretrained; heads dilate it
 CONFIG = """# mmsegmentation: {architecture} of {path}, all layers trained.
 # `_base_` is any configuration of mmsegmentation with a ResNet of this depth: edit this line to change head or data.
 _base_ = '{base}'
@@ -28,25 +29,20 @@ _base_ = '{base}'
 custom_imports = dict(
     imports=['mls.frameworks.mmcv_lite', 'mls.frameworks.mmengine_checkpoints'], allow_failed_imports=True
 )
-data_preprocessor = dict(
-    type='SegDataPreProcessor',
-    mean={mean},
-    std={std},
-    bgr_to_rgb=True,  # mmcv reads images as BGR, the backbone has seen RGB
-)
+data_preprocessor = dict(  # mmcv reads images as BGR, the backbone was trained on RGB
+{preprocessor})
 model = dict(
     pretrained=None,  # else the base's own weights would be loaded as well
     data_preprocessor=data_preprocessor,
-    backbone=dict(  # not ResNetV1c, whose first layers are others
-{network}        style='pytorch',  # the stride is in the 3x3 convolution
-        init_cfg=dict(type='Pretrained', checkpoint='{{{{ fileDirname }}}}/backbone.pth'),
+    backbone=dict(  # not ResNetV1c, whose stem differs; style pytorch: the stride is in the 3x3 convolution
+{network}        init_cfg=dict(type='Pretrained', checkpoint='{{{{ fileDirname }}}}/backbone.pth'),
     ),
 )
 """
 
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
-    plan = plan_of(source, "mmseg")
+    plan = source.plan_for("mmseg")
     if plan.name.startswith("wide_"):
         raise NoCounterpart(f"mmseg has no network with the layers of {plan.name}: leave mmseg out of --to")
     torch.save(dict(source.backbone.state_dict()), folder / FILE)
@@ -54,22 +50,15 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
         architecture=source.architecture,
         path=source.path,
         base=_base(plan),
-        mean=source.mean,
-        std=source.std,
-        network="".join(f"        {key}={value!r},\n" for key, value in network(plan).items()),
+        preprocessor=_keywords(4, mmseg_network.preprocessor(source.mean, source.std)),
+        network=_keywords(8, mmseg_network.network(plan)),
     )
     (folder / RECIPE).write_text(text)
     return [RECIPE]
 
 
-def network(plan: ResNetPlan) -> dict[str, Any]:
-    """
-    >>> network(ResNetPlan.of("resnet18"))
-    {'type': 'ResNet', 'depth': 18}
-    """
-    if plan.groups == 1:
-        return {"type": "ResNet", "depth": plan.depth}
-    return {"type": "ResNeXt", "depth": plan.depth, "groups": plan.groups, "base_width": plan.width}
+def _keywords(indent: int, values: dict[str, Any]) -> str:
+    return "".join(f"{' ' * indent}{key}={value!r},\n" for key, value in values.items())
 
 
 def _base(plan: ResNetPlan) -> str:
@@ -82,17 +71,13 @@ def _base(plan: ResNetPlan) -> str:
 
 
 def load(source: Source, file: Path, recipe: Path | None) -> Loaded:
-    """Only what this very file says is known; the rest is mmsegmentation's default, as in a file without a base."""
-    said = settings.read_python(recipe) if recipe else {}
-    tensors = foreign.read(file)  # refuses what would run code, before anything else opens it
-    model = said.get("model", {})
-    backbone = {
-        "type": "ResNet",
-        "depth": plan_of(source, "mmseg").depth,
-        "style": "pytorch",
-        **model.get("backbone", {}),
-    }
-    colours = {"type": "SegDataPreProcessor", **model.get("data_preprocessor", said.get("data_preprocessor", {}))}
+    """Settings are those of this file alone; what it does not set is mmsegmentation's default, as without a base."""
+    settings = read_python(recipe) if recipe else {}
+    tensors = foreign.read(file)  # refuses files that would run code, before anything else opens them
+    model = settings.get("model", {})
+    depth = source.plan_for("mmseg").depth
+    backbone = {"type": "ResNet", "depth": depth, "style": "pytorch", **model.get("backbone", {})}
+    colours = {"type": "SegDataPreProcessor", **model.get("data_preprocessor", settings.get("data_preprocessor", {}))}
     if frameworks.missing("mmseg"):
         return _restated(file, recipe, backbone, colours, tensors)
     return _real(file, recipe, backbone, colours)
@@ -103,18 +88,16 @@ def _real(file: Path, recipe: Path | None, backbone: dict[str, Any], colours: di
     with frameworks.quiet():
         from mmseg.registry import MODELS
 
-        prefix = backbone.get("init_cfg", {}).get("prefix")
-        init = {"type": "Pretrained", "checkpoint": str(file)} | ({"prefix": prefix} if prefix else {})
-        network = MODELS.build({**backbone, **WHOLE, "init_cfg": init})
+        init = mmseg_network.pretrained(str(file), backbone.get("init_cfg", {}).get("prefix"))
+        network = MODELS.build({**backbone, **mmseg_network.STRIDES[32], "init_cfg": init})  # heads dilate it
         blank(network)
         network.init_weights()
         network.eval()
         preprocessor = MODELS.build(colours)
 
     def stages(pixels: Pixels) -> Stages:
-        read_by_mmcv = list(pixels.flip(1))  # BGR
         with torch.no_grad():
-            images = preprocessor({"inputs": read_by_mmcv})["inputs"]
+            images = preprocessor({"inputs": list(in_colours(pixels, rgb=False))})["inputs"]  # mmcv reads BGR
         return stages_of(network, torch.stack(list(images)))
 
     return Loaded(file, recipe, f"mmsegmentation {frameworks.version('mmseg')}", network.state_dict(), stages)
@@ -130,13 +113,13 @@ def _restated(
     plan = ResNetPlan("of the recipe", backbone["depth"], backbone.get("groups", 1), _width(backbone))
     network = RestatedResNet(plan, stride_in_1x1=backbone["style"] == "caffe")
     prefix = backbone.get("init_cfg", {}).get("prefix") or ""
-    held = network.take(tensors, lambda name: to_detectron2(name.removeprefix(prefix)))
+    renamed = {to_detectron2(name.removeprefix(prefix)): tensor for name, tensor in tensors.items()}
 
-    def stages(pixels: Pixels) -> Stages:
-        seen = pixels if colours.get("bgr_to_rgb") else pixels.flip(1)
-        return network.stages(normalised(seen, colours.get("mean") or [0.0] * 3, colours.get("std") or [1.0] * 3))
+    def prepare(pixels: Pixels) -> Images:
+        mean, std = colours.get("mean") or [0.0] * 3, colours.get("std") or [1.0] * 3
+        return normalised(in_colours(pixels, bool(colours.get("bgr_to_rgb"))), mean, std)
 
-    return Loaded(file, recipe, "mls's restatement of mmseg's ResNet (mmsegmentation is not installed)", held, stages)
+    return network.load("mmsegmentation", file, recipe, renamed, prepare)
 
 
 def _width(backbone: dict[str, Any]) -> int:

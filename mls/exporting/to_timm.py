@@ -9,7 +9,7 @@ import torch
 from mls.exporting.certify import Loaded
 from mls.exporting.restated import RestatedResNet
 from mls.exporting.source import Source
-from mls.exporting.to_torchvision import FILE, filled, filled_network, plan_of, prepared, said_by
+from mls.exporting.to_torchvision import FILE, filled, filled_network, prepared, read_snippet
 from mls.frameworks import installed as frameworks
 from mls.models import foreign
 from mls.models.resnet_names import to_detectron2
@@ -38,7 +38,7 @@ def load(**options) -> torch.nn.Module:
 
 def _network(source: Source) -> str:
     name = source.architecture
-    return name.removeprefix("timm:") if name.startswith("timm:") else plan_of(source, "timm").name
+    return name.removeprefix("timm:") if name.startswith("timm:") else source.plan_for("timm").name
 
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
@@ -49,12 +49,11 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
 
 
 def load(source: Source, file: Path, recipe: Path | None) -> Loaded:
-    said = said_by(recipe)
+    settings = read_snippet(recipe)
     if frameworks.missing("timm"):
-        network = RestatedResNet(plan_of(source, "timm"))
-        held = network.take(foreign.read(file), to_detectron2)
-        stages = lambda pixels: network.stages(prepared(pixels, source, said))
-        return Loaded(file, recipe, "mls's restatement of timm's ResNet (timm is not installed)", held, stages)
+        tensors = {to_detectron2(name): tensor for name, tensor in foreign.read(file).items()}
+        prepare = lambda pixels: prepared(pixels, source, settings)
+        return RestatedResNet(source.plan_for("timm")).load("timm", file, recipe, tensors, prepare)
     timm = frameworks.load("timm")
-    network = timm.create_model(said.get("NETWORK", _network(source)), pretrained=False, num_classes=0)
-    return filled_network(source, file, recipe, network, f"timm {frameworks.version('timm')}", said)
+    network = timm.create_model(settings.get("NETWORK", _network(source)), pretrained=False, num_classes=0)
+    return filled_network(source, file, recipe, network, f"timm {frameworks.version('timm')}", settings)

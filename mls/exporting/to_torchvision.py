@@ -10,9 +10,9 @@ import torchvision
 from torch import nn
 
 from mls.errors import ConfigError
-from mls.exporting import settings
 from mls.exporting.certify import Loaded, fill
-from mls.exporting.source import Images, NoCounterpart, Pixels, ResNetPlan, Source, normalised, stages_of
+from mls.exporting.source import Images, Pixels, Source, normalised, stages_of
+from mls.frameworks.config_files import read_python
 from mls.models import foreign
 
 FILE = "backbone.pth"
@@ -47,17 +47,8 @@ def load() -> torch.nn.Module:
 '''
 
 
-def plan_of(source: Source, target: str) -> ResNetPlan:
-    if source.plan is None:
-        raise NoCounterpart(
-            f"{target} has no network with the layers of {source.architecture}: export to safetensors"
-            f"{' or timm' * source.architecture.startswith('timm:')}, or train a ResNet such as resnet50"
-        )
-    return source.plan
-
-
 def write(source: Source, folder: Path, final: Path) -> list[str]:
-    plan = plan_of(source, "torchvision")
+    plan = source.plan_for("torchvision")
     torch.save(dict(source.backbone.state_dict()), folder / FILE)
     (folder / RECIPE).write_text(filled(SNIPPET, source, plan.name, f"The backbone of {final.parent} in torchvision."))
     return [RECIPE]
@@ -71,33 +62,33 @@ def filled(snippet: str, source: Source, network: str, title: str) -> str:
 
 
 def load(source: Source, file: Path, recipe: Path | None) -> Loaded:
-    plan = plan_of(source, "torchvision")
-    said = said_by(recipe)
-    network = torchvision.models.get_model(said.get("NETWORK", plan.name), weights=None)
+    plan = source.plan_for("torchvision")
+    settings = read_snippet(recipe)
+    network = torchvision.models.get_model(settings.get("NETWORK", plan.name), weights=None)
     network.fc = nn.Identity()
-    return filled_network(source, file, recipe, network, f"torchvision {torchvision.__version__}", said)
+    return filled_network(source, file, recipe, network, f"torchvision {torchvision.__version__}", settings)
 
 
-def said_by(snippet: Path | None) -> dict[str, Any]:
+def read_snippet(snippet: Path | None) -> dict[str, Any]:
     """NETWORK, MEAN and STD."""
     if snippet is None:
         return {}
-    said = settings.read_python(snippet)
-    absent = [name for name in ("NETWORK", "MEAN", "STD") if name not in said]
+    settings = read_python(snippet)
+    absent = [name for name in ("NETWORK", "MEAN", "STD") if name not in settings]
     if absent:
-        raise ConfigError(f"{snippet} does not say {', '.join(absent)}: write plain assignments, as an export does")
-    return said
+        raise ConfigError(f"{snippet} does not set {', '.join(absent)}: write plain assignments, as an export does")
+    return settings
 
 
 def filled_network(
-    source: Source, file: Path, recipe: Path | None, network: nn.Module, by: str, said: dict[str, Any]
+    source: Source, file: Path, recipe: Path | None, network: nn.Module, by: str, settings: dict[str, Any]
 ) -> Loaded:
     fill(network, foreign.read(file))
-    stages = lambda pixels: stages_of(network, prepared(pixels, source, said))
+    stages = lambda pixels: stages_of(network, prepared(pixels, source, settings))
     return Loaded(file, recipe, by, network.state_dict(), stages)
 
 
-def prepared(pixels: Pixels, source: Source, said: dict[str, Any]) -> Images:
-    """As the snippet prepares images; what it does not say is the source's."""
-    mean, std = ([255 * value for value in said.get(key.upper(), source.card[key])] for key in ("mean", "std"))
+def prepared(pixels: Pixels, source: Source, settings: dict[str, Any]) -> Images:
+    """With the snippet's mean and std, or else the source's."""
+    mean, std = ([255 * value for value in settings.get(key.upper(), source.card[key])] for key in ("mean", "std"))
     return normalised(pixels, mean, std)

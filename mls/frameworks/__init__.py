@@ -1,1 +1,1 @@
-"""detectron2 and mmsegmentation: what export and training share. Nothing of them is imported before it is used."""
+"""detectron2 and mmsegmentation: what export and downstream training share. They are imported on first use."""

@@ -1,6 +1,6 @@
-"""Trains and evaluates a detector of detectron2 on an exported backbone; `mls export` lays this file beside the
-weights, where it needs detectron2 alone. It is detectron2's own trainer, with the head that the C4 recipe names, and
-with any data in COCO's layout.
+"""Trains and evaluates a detector of detectron2 on an exported backbone; `mls export` copies this file beside the
+weights, where it needs nothing but detectron2. It is detectron2's own trainer, with the head that the C4 recipe names,
+and with any data in COCO's layout.
 
     python detectron2_train.py --config-file detectron2_fpn.yaml --coco /data/coco --num-gpus 8
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def register_extra_norm() -> None:
-    """Makes `MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm` known: a normalisation after res5, as MoCo adds it."""
+    """Register `MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm`: a normalisation after res5, as MoCo adds it."""
     from detectron2.layers import get_norm
     from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
 
@@ -29,30 +29,47 @@ def register_extra_norm() -> None:
         ROI_HEADS_REGISTRY.register(Res5ROIHeadsExtraNorm)
 
 
-def register_coco(root: Path, cfg: Any) -> None:
-    """Data in the layout of COCO 2017, whatever its classes."""
-    from detectron2.data.datasets import register_coco_instances
-
-    names = []
-    for split in ("train2017", "val2017"):
-        annotations = root / "annotations" / f"instances_{split}.json"
-        names.append(f"{root}/{split}")
-        register_coco_instances(names[-1], {}, str(annotations), str(root / split))
-        classes = len(json.loads(annotations.read_text())["categories"])
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (names[0],), (names[1],)
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
-
-
-def configure(args: Namespace) -> Any:
+def new_config() -> Any:
+    """detectron2's defaults, with the head of the C4 recipe registered."""
     from detectron2.config import get_cfg
 
     register_extra_norm()
-    cfg = get_cfg()
+    return get_cfg()
+
+
+def annotations_of(root: Path, split: str) -> Path:
+    return root / "annotations" / f"instances_{split}.json"
+
+
+def register_coco(root: Path, split: str) -> str:
+    """A split in the layout of COCO 2017, with any classes. Returns the name of the data set in detectron2."""
+    from detectron2.data.datasets import register_coco_instances
+
+    name = unregistered(f"{root}/{split}")
+    register_coco_instances(name, {}, str(annotations_of(root, split)), str(root / split))
+    return name
+
+
+def unregistered(name: str) -> str:
+    """Remove a data set of this name from detectron2's catalogs: its files may have changed since."""
+    from detectron2.data import DatasetCatalog, MetadataCatalog
+
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        if name in catalog:
+            catalog.remove(name)
+    return name
+
+
+def configure(args: Namespace) -> Any:
+    cfg = new_config()
     cfg.merge_from_file(args.config_file)
     if not Path(cfg.MODEL.WEIGHTS).is_file():  # the folder was moved
         cfg.MODEL.WEIGHTS = str(Path(args.config_file).parent / Path(cfg.MODEL.WEIGHTS).name)
     if args.coco:
-        register_coco(args.coco, cfg)
+        train, test = (register_coco(args.coco, split) for split in ("train2017", "val2017"))
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (train,), (test,)
+        categories = json.loads(annotations_of(args.coco, "val2017").read_text())["categories"]
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(categories)
     cfg.merge_from_list(args.opts)
     cfg.freeze()
     return cfg
@@ -75,7 +92,7 @@ def train(args: Namespace) -> dict[str, Any]:
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     trainer.train()
-    return trainer._last_eval_results  # detectron2's `train` returns them only where it is told what to expect
+    return trainer._last_eval_results  # detectron2's `train` returns them only if TEST.EXPECTED_RESULTS is set
 
 
 def main() -> None:

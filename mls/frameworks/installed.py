@@ -1,5 +1,5 @@
-"""The frameworks that use our backbones and that may be missing: which are importable, how to import them, and the
-command that installs one. Exports and downstream adapters both ask here."""
+"""The optional frameworks that use our backbones: whether each can be imported, its import, and the commands that
+install it. For exports and downstream training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DETECTRON2 = "git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e
 class Framework:
     module: str
     distribution: str
-    commands: tuple[str, ...]  # that install it
+    commands: tuple[str, ...]  # for installing it
     needs: tuple[str, ...] = ()  # modules without which it cannot be imported
 
 
@@ -43,7 +43,7 @@ FRAMEWORKS = {
 
 
 def missing(name: str) -> list[str]:
-    """The modules that are not there: nothing is imported to find out."""
+    """The modules that are not installed; nothing is imported for it."""
     framework = FRAMEWORKS[name]
     return [module for module in (framework.module, *framework.needs) if importlib.util.find_spec(module) is None]
 
@@ -61,7 +61,7 @@ def version(name: str) -> str:
 
 
 def require(name: str) -> None:
-    """Where it cannot be used: one sentence with the commands that install it. Nothing is imported to find out."""
+    """If it is not installed: one sentence with the commands that install it. Nothing is imported for it."""
     absent = missing(name)
     if absent:
         commands = " && ".join(FRAMEWORKS[name].commands)
@@ -69,22 +69,22 @@ def require(name: str) -> None:
 
 
 def load(name: str) -> ModuleType:
-    """The framework, ready for use."""
+    """Import the framework."""
     require(name)
     try:
-        with warnings.catch_warnings():  # of code that is not ours, at import
+        with warnings.catch_warnings():  # of other packages, at import
             warnings.simplefilter("ignore")
             if name == "mmseg":
                 importlib.import_module("mls.frameworks.mmcv_lite")
                 importlib.import_module("mmseg.models")
             return importlib.import_module(FRAMEWORKS[name].module)
-    except ImportError as error:  # a system library, or a version that does not go with the others
+    except ImportError as error:  # a missing system library, or versions that do not fit together
         raise ConfigError(f"{name} is installed but cannot be imported ({error}): repair it, or uninstall it") from None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the frameworks' own words: they complain of heads that a backbone does not bring."""
+    """Without the frameworks' log lines and warnings, for example about heads that a backbone file does not have."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

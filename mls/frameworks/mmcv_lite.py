@@ -1,6 +1,6 @@
-"""Lets mmsegmentation run on mmcv-lite, which pip can install, instead of mmcv, which needs a compiler: importing this
-file puts a stand-in where mmcv looks for its compiled operators. PSAMask, which PSANet needs, works there; every other
-operator is a sentence when it is called. Where compiled operators are there, nothing is changed."""
+"""Runs mmsegmentation on mmcv-lite, which pip can install, instead of mmcv, which needs a compiler: importing this file
+registers a replacement of mmcv's compiled operators. PSAMask, which PSANet needs, is implemented; every other operator
+raises an error when it is called. If compiled operators are installed, nothing is changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def install() -> None:
 
 
 class Operators(ModuleType):
-    """In place of mmcv's compiled module. mmcv asks for many operators when it is imported, and calls few."""
+    """In place of mmcv's compiled module. At import mmcv looks up many operators, of which few are called."""
 
     def __init__(self) -> None:
         super().__init__(COMPILED)
@@ -44,7 +44,7 @@ class Operators(ModuleType):
 
 
 def psamask_forward(input: Float[Tensor, "batch mask h w"], output: Tensor, psa_type: int, **sizes: int) -> None:
-    """`output` is [batch, h·w (the other position), h, w (this one)] for COLLECT, the two swapped for DISTRIBUTE."""
+    """`output` is [batch, h·w (the other position), h, w (this one)] for COLLECT, and transposed for DISTRIBUTE."""
     attention = spread(input, (sizes["h_mask"], sizes["w_mask"]))
     output.copy_((attention if psa_type == COLLECT else attention.transpose(1, 2)).reshape(output.shape))
 

@@ -1,6 +1,6 @@
-"""Lets mmsegmentation resume its own checkpoints with torch's safe reading on. Importing this file changes how mmengine
-reads local files: torch.load with weights_only=True, and beside tensors only what mmengine writes there itself, plain
-numbers of numpy and histories of logged values. A file that asks for anything else is refused."""
+"""Lets mmsegmentation resume its own checkpoints with torch's safe loading. Importing this file changes how mmengine
+reads local files: torch.load with weights_only=True, which beside tensors accepts only what mmengine writes itself,
+numpy numbers and histories of logged values. Files with other objects are refused."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from mls.errors import CheckpointError
 from mls.models.foreign import refusal
 
-# numpy 1 and numpy 2 write the same functions under different names; both are read.
+# The same functions have different module names in numpy 1 and numpy 2.
 MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
-STATISTICS = ("min", "max", "current", "mean")  # what a history can be asked for
+STATISTICS = ("min", "max", "current", "mean")  # methods of a history
 
 
 def install() -> None:
@@ -28,25 +28,25 @@ def install() -> None:
 
 
 def read(filename: str, map_location: Any = None) -> Any:
-    """In the place of mmengine's `load_from_local`."""
+    """Replaces mmengine's `load_from_local`."""
     path = Path(filename).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there")
+        raise FileNotFoundError(f"{path} does not exist")
     try:
-        with torch.serialization.safe_globals(_harmless()):
+        with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(refusal(path, str(error))) from None
-    except Exception as error:  # zip, pickle and OS errors of every kind mean the same here
+    except Exception as error:  # zip, pickle and OS errors all mean an unreadable file
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
 
-def _harmless() -> list[Any]:
-    """Of numpy: arrays and scalars, and the types of numbers. Of mmengine: a history of logged values, which names its
-    statistics with getattr; no other attribute is given out."""
+def _safe_globals() -> list[Any]:
+    """numpy's arrays, scalars and number types, and mmengine's history of logged values. Its pickle refers to the
+    history's methods by getattr, which is allowed for STATISTICS alone."""
     from mmengine.logging import HistoryBuffer
 
-    def statistic(owner: Any, name: str) -> Any:
+    def get_statistic(owner: Any, name: str) -> Any:
         if owner is not HistoryBuffer or name not in STATISTICS:
             raise pickle.UnpicklingError(f"GLOBAL builtins.getattr of {name}")
         return getattr(owner, name)
@@ -54,7 +54,7 @@ def _harmless() -> list[Any]:
     builders = {"_reconstruct": np.zeros(1).__reduce__()[0], "scalar": np.float64(0).__reduce__()[0]}
     named = [(function, f"{module}.{name}") for module in MODULES for name, function in builders.items()]
     numbers = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
-    return [HistoryBuffer, np.ndarray, np.dtype, *numbers, *named, (statistic, "builtins.getattr")]
+    return [HistoryBuffer, np.ndarray, np.dtype, *numbers, *named, (get_statistic, "builtins.getattr")]
 
 
 install()

@@ -1,5 +1,5 @@
-"""The point-wise attention of PSANet (https://hszhao.github.io/papers/eccv18_psanet.pdf): every position brings weights
-for a window around it, which are laid over the whole map. For our own network and for mmcv's operator; torch alone."""
+"""The point-wise attention of PSANet (https://hszhao.github.io/papers/eccv18_psanet.pdf): every position predicts
+weights for a window around it, which are placed on the whole map. For our own network and for mmcv's operator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 def spread(
     weights: Float[Tensor, "batch window height width"], window: tuple[int, int]
 ) -> Float[Tensor, "batch other this"]:
-    """Each position's weights for the window around it, laid over the whole map; nought outside the window."""
+    """Each position's weights for its window, placed on the whole map; 0 outside the window."""
     index, inside = pairs(weights.shape[2], weights.shape[3], window, weights.device)
     return weights.flatten(2).gather(1, index.expand(len(weights), -1, -1)) * inside
 
@@ -19,7 +19,7 @@ def spread(
 def gathered(
     gradient: Float[Tensor, "batch other this"], height: int, width: int, window: tuple[int, int]
 ) -> Float[Tensor, "batch window height width"]:
-    """The gradient of `spread`: what comes back to each weight of a window."""
+    """The gradient of `spread` with respect to the weights."""
     index, inside = pairs(height, width, window, gradient.device)
     back = gradient.new_zeros(len(gradient), window[0] * window[1], height * width)
     back.scatter_add_(1, index.expand(len(gradient), -1, -1), gradient * inside)
@@ -29,7 +29,7 @@ def gathered(
 def pairs(
     height: int, width: int, window: tuple[int, int], device: torch.device
 ) -> tuple[Int64[Tensor, "1 other this"], Bool[Tensor, "other this"]]:
-    """For each two positions, which of the window's weights is between them, and whether there is one."""
+    """For each pair of positions, the index of its weight in the window, and whether the pair lies in the window."""
     place = torch.arange(height * width, device=device)
     inside, index = torch.ones(len(place), len(place), dtype=torch.bool, device=device), 0
     for position, side in ((place // width, window[0]), (place % width, window[1])):

@@ -1,5 +1,5 @@
-"""Images to frozen features: whole images, no augmentation. The monitor, the demo and eval/ all embed this way. `kept`
-holds features on disk, so that the same images never go through the same network twice."""
+"""Frozen features of whole images, without augmentation, for the monitor, the demo and eval/. `cached_features` stores
+them on disk, so that the same images never go through the same network twice."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ from mls.data import Source
 from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, centre, decode
 from mls.data.loader import in_workers
-from mls.errors import DataError, Stopped, UserError
+from mls.errors import DataError, Stopped, UserError, reason
 from mls.files import alone, cache_folder, telling_disk_errors, write_atomically
-from mls.monitor.progress import counting
+from mls.progress import counting
+from mls.signals import StopFlag
 
-BLOCK = 256  # rows that are written and hashed together: at most so many are computed twice after a kill
-SAMPLED = 64  # images whose content enters the hash: a data set rewritten under the same names is noticed
-FULL = "free some, or set MLS_CACHE to another folder; what was computed is kept, and the same call goes on from there"
+BLOCK = 256  # rows that are written and hashed together; a killed process loses at most one block
+SAMPLED = 64  # images whose content enters the hash, to notice a data set that was rewritten under the same names
+DISK_FULL = "free some, or set MLS_CACHE to another folder; the same call continues after the rows that are stored"
 
 
 def embed(
@@ -45,7 +46,7 @@ def embed(
 ) -> Float[Tensor, "images dim"]:
     """Features of the images `ids`, on the CPU; each image is centred and scaled to config.size."""
     features, done = [], 0
-    with closing(embedded(backbone, source, ids, config, device, batch)) as batches:
+    with closing(embed_batches(backbone, source, ids, config, device, batch)) as batches:
         for part in batches:
             features.append(part)
             done += len(part)
@@ -54,7 +55,7 @@ def embed(
 
 
 @torch.no_grad()
-def embedded(
+def embed_batches(
     backbone: nn.Module,
     source: Source,
     ids: Sequence[int],
@@ -63,7 +64,7 @@ def embedded(
     batch: int = 250,
     workers: int = 0,
 ) -> Iterator[Float[Tensor, "batch dim"]]:
-    """The same, a batch at a time; `workers` processes read and decode."""
+    """The features of `embed`, a batch at a time; `workers` processes read and decode."""
     device, training = torch.device(device), backbone.training
     backbone.eval().to(device)
     try:
@@ -93,38 +94,35 @@ class WholeImages(Dataset[UInt8[Tensor, "batch 3 size size"] | UserError]):
         try:
             return centre(decode(self.source.read(index)), self.size)
         except (UnreadableImage, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
-                f"{self.source.describe(index)} cannot be read ({reason}): `mls data check` finds all such images"
+                f"{self.source.describe(index)} cannot be read ({reason(error)}): `mls data check` finds all of them"
             ) from None
 
 
-# ---------------------------------------------------------------------------------------------------- kept on disk
+# ---------------------------------------------------------------------------------------------------- cache on disk
 
 
 @dataclass(frozen=True)
-class Kept:
-    features: Float[Tensor, "images dim"]  # memory-mapped: read from the file as they are needed. Never write to them
+class CachedFeatures:
+    features: Float[Tensor, "images dim"]  # memory-mapped: the file is read on access. Do not write to them
     folder: Path
     sha256: str
 
 
-def kept(
+def cached_features(
     facts: Mapping[str, Any],
     count: int,
     compute: Callable[[int], Iterator[Float[Tensor, "batch dim"]]],
     title: str = "features",
     quiet: bool = False,
-) -> Kept:
+) -> CachedFeatures:
     """`count` rows of features that depend on nothing but `facts` (plain values: hash of the weights, images, size):
-    from $MLS_CACHE/features, or computed and kept there. `compute(start)` gives the rows from `start` on, in order, in
-    batches of any size.
+    read from $MLS_CACHE/features, or computed and stored there. `compute(start)` yields the rows from `start` on, in
+    order, in batches of any size.
 
-    Rows are appended in blocks, each with its hash: a killed process loses at most one block, and a file that was
-    damaged since is noticed and completed. A second process that asks for the same features waits for the first.
+    Rows are appended in blocks, each with its hash: a killed process loses at most one block, and blocks that were
+    damaged later are found and computed again. A second process that needs the same features waits for the first.
     """
-    from mls.engine.preempt import StopFlag  # the engine's monitor embeds images: at the top it would be a circle
-
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder("features") / key
     folder.mkdir(exist_ok=True)
@@ -145,13 +143,13 @@ def kept(
                     progress(start)
                     if stop.exit_code:
                         raise Stopped(f"a signal came: {start} of {count} rows of features are kept", stop.exit_code)
-    # Mode c: whoever writes to the tensor, which torch cannot forbid, changes a copy of the page.
+    # Mode c (copy on write): torch cannot make a tensor read-only, and a write must not change the file.
     rows = np.memmap(folder / "features.npy", "<f4", "c", len(_header(count, dim)), (count, dim))
-    return Kept(torch.from_numpy(rows), folder, hashlib.sha256("".join(blocks).encode()).hexdigest())
+    return CachedFeatures(torch.from_numpy(rows), folder, hashlib.sha256("".join(blocks).encode()).hexdigest())
 
 
 def hash_of_weights(backbone: nn.Module) -> str:
-    """Of all tensors, and of the layers' settings, which tensors do not tell (a stride, a padding)."""
+    """Of all tensors, and of the layers' settings that are not in tensors (strides, paddings)."""
     digest = hashlib.sha256(repr(backbone).encode())
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode())
@@ -160,20 +158,20 @@ def hash_of_weights(backbone: nn.Module) -> str:
 
 
 def hash_of_images(source: Source, ids: Int64[Tensor, "images"] | None = None) -> str:
-    """Of the names of all images, or of these, and of the content of a few."""
+    """Of the names of all images, or of those in `ids`, and of the content of SAMPLED of them."""
     numbers = range(len(source)) if ids is None else ids.tolist()
     digest = hashlib.sha256()
     for number in numbers:
         digest.update(source.describe(number).encode() + b"\0")
     for number in numbers[:: max(1, len(numbers) // SAMPLED)]:
-        with contextlib.suppress(OSError):  # whoever embeds it says which image cannot be read
+        with contextlib.suppress(OSError):  # embedding it raises the error that names the image
             content = source.read(number)
             digest.update(content if isinstance(content, bytes) else content.contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 
 def _whole_blocks(folder: Path, count: int) -> tuple[int, list[str]]:
-    """The width of the rows that are there, and the hashes of the blocks up to the first that is missing or damaged."""
+    """The width of the stored rows, and the hashes of the blocks before the first that is missing or damaged."""
     whole: list[str] = []
     try:
         index = json.loads((folder / "features.json").read_text())
@@ -191,7 +189,7 @@ def _whole_blocks(folder: Path, count: int) -> tuple[int, list[str]]:
 
 
 def _in_blocks(batches: Iterator[Tensor]) -> Iterator[Float[np.ndarray, "rows dim"]]:
-    """The same rows, BLOCK at a time; fewer only at the end."""
+    """The same rows, BLOCK at a time; the last block may be smaller."""
     waiting: list[Tensor] = []
     for batch in batches:
         waiting.append(batch.detach().float().cpu())
@@ -206,11 +204,11 @@ def _in_blocks(batches: Iterator[Tensor]) -> Iterator[Float[np.ndarray, "rows di
 
 
 def _append(folder: Path, block: Float[np.ndarray, "rows dim"], number: int, count: int) -> str:
-    """Writes block `number` in its place, and gives its hash once it is on the disk. Plain writes, not through the
-    memory map: there a full disk would kill the process."""
+    """Write block `number` at its place; returns its hash once it is on the disk. With plain writes: writing through
+    the memory map on a full disk would kill the process."""
     header, data = _header(count, block.shape[1]), block.astype("<f4").tobytes()
     path = folder / "features.npy"
-    with telling_disk_errors(path, FULL), open(path, "r+b" if number else "wb") as file:
+    with telling_disk_errors(path, DISK_FULL), open(path, "r+b" if number else "wb") as file:
         if not number:
             file.write(header)
         file.seek(len(header) + 4 * number * BLOCK * block.shape[1])
@@ -221,7 +219,7 @@ def _append(folder: Path, block: Float[np.ndarray, "rows dim"], number: int, cou
 
 
 def _header(count: int, dim: int) -> bytes:
-    """Of a .npy file, so that np.load reads it too."""
+    """The header of a .npy file, so that np.load can read it."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (count, dim)})
     return out.getvalue()

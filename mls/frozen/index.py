@@ -1,5 +1,5 @@
-"""Neighbours among features that do not change: exact while they are few, through an IVF-PQ index when they are many.
-A training's step, whose rows change and whose answers must be exact, uses matching.py."""
+"""Nearest neighbours among features that do not change: exact for few rows, through an IVF-PQ index for many. Matching
+in a training step, where rows change and the search must be exact, is in core/matching.py."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mls.chunks import chunks
 from mls.core import matching
-from mls.core.matching import Matches
+from mls.core.matching import Matcher, Matches
 from mls.errors import ConfigError
 
-EXACT_UP_TO = 1 << 18  # rows; with fewer all searches together take less time than building an index
-AT_ONCE = 1 << 14  # rows of a memory-mapped file that are in memory together
-QUERIES = 1 << 10  # that are compared with them together
+EXACT_UP_TO = 1 << 18  # rows; with fewer, exact searches take less time than building an index
+ROWS = 1 << 14  # of a memory-mapped file that are in memory together
+QUERIES = 1 << 10  # that are compared with these rows together
 WIDTH = 256  # principal components that the approximate index keeps
-CANDIDATES = 10  # times k rows are looked up and compared exactly
-PROBED = 16  # one of so many lists is searched
+CANDIDATES = 10  # times k rows come from the index and are compared exactly
+PROBED = 16  # one in PROBED lists of the index is searched
 
 
 class Index(Protocol):
@@ -32,7 +33,7 @@ class Index(Protocol):
 
 
 def build(features: Float[Tensor, "rows dim"], path: Path | None = None) -> Index:
-    """For features that may be memory-mapped, of any length. `path` keeps an index that took time to build.
+    """The features may be memory-mapped and of any length. `path`: the file of an index that takes time to build.
 
     >>> build(torch.tensor([[3.0, 0.0], [0.0, 0.1]])).search(torch.tensor([[0.0, 7.0]]), k=1).indices
     tensor([[1]])
@@ -50,15 +51,21 @@ class Exact:
 
     def search(self, queries: Float[Tensor, "batch dim"], k: int) -> Matches:
         matching.check_k(k, len(self.features))
-        parts = F.normalize(queries.float(), dim=1).split(QUERIES)
-        best: list[Matches | None] = [None] * len(parts)
-        for start in range(0, len(self.features), AT_ONCE):
-            rows = F.normalize(self.features[start : start + AT_ONCE].float(), dim=1)
-            for number, part in enumerate(parts):
-                found = self.matcher.topk(part, rows, min(k, len(rows)))
-                found, before = Matches(found.indices + start, found.scores), best[number]
-                best[number] = found if before is None else matching.merge(before, found, k)
-        return _together([found for found in best if found is not None])
+        return exact_search(self.features, queries, k, self.matcher)
+
+
+def exact_search(
+    rows: Float[Tensor, "rows dim"], queries: Float[Tensor, "batch dim"], k: int, matcher: Matcher
+) -> Matches:
+    """The k rows of largest cosine to each query. Rows are read once, a chunk at a time: they may be memory-mapped."""
+    best: dict[int, Matches] = {}
+    for chunk in chunks(len(rows), ROWS):
+        some = F.normalize(rows[chunk].float(), dim=1)
+        for number, part in enumerate(queries.split(QUERIES)):
+            found = matcher.topk(F.normalize(part.float(), dim=1), some, min(k, len(some)))
+            found = Matches(found.indices + chunk.start, found.scores)
+            best[number] = matching.merge(best[number], found, k) if number in best else found
+    return _concatenated(list(best.values()))
 
 
 class Approximate:
@@ -73,8 +80,8 @@ class Approximate:
             self.index = faiss.read_index(str(path))
         else:
             self.index = _trained(faiss, features)
-            for start in range(0, len(features), AT_ONCE):
-                self.index.add(_unit(features[start : start + AT_ONCE]))
+            for chunk in chunks(len(features), ROWS):
+                self.index.add(_unit(features[chunk]))
             if path is not None:
                 temporary = path.with_name(f".{path.name}.{os.getpid()}")
                 faiss.write_index(self.index, str(temporary))
@@ -92,18 +99,18 @@ class Approximate:
             cosines = torch.einsum("qd,qcd->qc", part, rows).masked_fill(ids < 0, -torch.inf)
             best = cosines.topk(k, dim=1)
             found.append(Matches(ids.gather(1, best.indices), best.values))
-        return _together(found)
+        return _concatenated(found)
 
 
 def _trained(faiss: Any, features: Tensor) -> Any:
-    """Distances between unit vectors order them as cosines do, and principal components keep them best."""
+    """Distances between unit vectors have the order of their cosines; principal components change them least."""
     count, dim = features.shape
     lists, width = 2 ** round(math.log2(math.sqrt(count))), min(dim, WIDTH)
     components = f"PCAR{width}," if dim > width else ""
-    # Codes of 4 bits: to train those of 8 took 150 s for 4,096 rows, these half a second.
+    # Codes of 4 bits: training codes of 8 bits took 150 s for 4,096 rows, these take half a second.
     index = faiss.index_factory(dim, f"{components}IVF{lists},PQ{max(1, width // 2)}x4fs", faiss.METRIC_L2)
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
-    ivf.cp.min_points_per_centroid = ivf.pq.cp.min_points_per_centroid = 1  # else it complains of few rows
+    ivf.cp.min_points_per_centroid = ivf.pq.cp.min_points_per_centroid = 1  # no warning about few rows
     sample = torch.randperm(count, generator=torch.Generator().manual_seed(0))[: 64 * lists].sort().values
     index.train(_unit(features[sample]))
     return index
@@ -113,5 +120,5 @@ def _unit(features: Tensor) -> Any:
     return F.normalize(features.float(), dim=1).numpy()
 
 
-def _together(parts: list[Matches]) -> Matches:
+def _concatenated(parts: list[Matches]) -> Matches:
     return Matches(torch.cat([part.indices for part in parts]), torch.cat([part.scores for part in parts]))

@@ -2,7 +2,7 @@
 counted as one threshold: scikit-learn's definition, for all classes at once. Which metric a protocol reports is decided
 in eval/.
 
-Everywhere, targets above 0 are positive, and entries that are not `known` (annotated) are as if they were not there."""
+In all of them targets above 0 are positive, and entries that are not `known` (annotated) are ignored."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64, Num
 from torch import Tensor
 
+from mls.chunks import rows_within
 from mls.errors import DataError
 
-AT_ONCE = 2**24  # entries that are ranked together: sorting them takes about 80 bytes each
+RANKED = 2**24  # entries that are ranked together: sorting them takes about 80 bytes each
 
 
 @torch.no_grad()
@@ -98,7 +99,7 @@ def _rankings(scores: Tensor, targets: Tensor, known: Tensor | None) -> Iterator
     items = len(scores)
     if items == 0:
         raise DataError("no items were scored: the data set is empty")
-    width = max(1, AT_ONCE // items)
+    width = rows_within(RANKED, items)
     parts = [t.reshape(items, -1).T.split(width) for t in (scores, targets, known) if t is not None]
     for some_scores, some_targets, *some_known in zip(*parts, strict=True):
         positive = some_targets > 0
@@ -109,8 +110,9 @@ def _rankings(scores: Tensor, targets: Tensor, known: Tensor | None) -> Iterator
 def _ranking(
     scores: Float[Tensor, "some items"], positive: Bool[Tensor, "some items"], counted: Bool[Tensor, "some items"]
 ) -> tuple[Ranking, Ranking, Ranking]:
-    """Along the items from the best score down: is it positive; how many positives there are down to here; which share
-    of the counted items down to here they are. "Here" is the end of an item's tie: a threshold lets in all of it."""
+    """For the items in descending order of their scores: whether each is positive, the number of positives up to it,
+    and the precision up to it. Items of equal score form a tie, and count up to the end of their tie: a threshold
+    accepts all of them."""
     if scores.isnan().any():
         raise DataError(
             "scores hold NaN, so they have no order: look for the non-finite features or weights behind them"

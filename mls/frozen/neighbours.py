@@ -1,5 +1,5 @@
-"""Which images of a data set are nearest to an image, and which images of two data sets are near-duplicates. Features
-are kept on disk by features.py and searched by index.py."""
+"""The images of a data set that are nearest to an image, and near-duplicates in two data sets. Features are cached by
+features.py and searched by index.py."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from mls.config import AugmentConfig, DataConfig
 from mls.data import Source
 from mls.data.crops import UnreadableImage, decode
 from mls.data.sources import build_source
-from mls.errors import DataError
-from mls.frozen.features import Kept, embed, embedded, hash_of_images, hash_of_weights, kept
-from mls.frozen.gallery import GalleryRow
+from mls.errors import DataError, reason
+from mls.frozen.features import CachedFeatures, cached_features, embed, embed_batches, hash_of_images, hash_of_weights
 from mls.frozen.index import Index, build
+from mls.frozen.match_picture import GalleryRow
 from mls.models import card, load_backbone, weights_file
 
-SIDE = 16  # of a thumbnail
-CALIBRATED = 200  # images of which altered copies are made
-FOUND = 0.95  # of the altered copies lie above the threshold
+SIDE = 16  # pixels of a thumbnail
+CALIBRATION_IMAGES = 200  # of which altered copies are made
+RECALL = 0.95  # share of the altered copies that lie above the threshold
 
 
 class Thumbnail(nn.Module):
@@ -42,14 +42,14 @@ class Thumbnail(nn.Module):
 
 
 @dataclass(frozen=True)
-class Eye:
-    """How images are turned into features: a backbone that was trained, or thumbnails."""
+class Embedder:
+    """Turns images into features: a trained backbone, or thumbnails."""
 
     network: nn.Module
     augment: AugmentConfig
 
     @classmethod
-    def of(cls, weights: str | None, size: int | None = None) -> Eye:
+    def of(cls, weights: str | None, size: int | None = None) -> Embedder:
         if weights is None:
             return cls(Thumbnail(), AugmentConfig(size=size or 64))
         file = weights_file(weights)
@@ -59,32 +59,32 @@ class Eye:
 
 
 @dataclass
-class Album:
-    """A data set with its features, embedded once and kept."""
+class EmbeddedSource:
+    """A data set with its features, which are computed once and cached."""
 
     source: Source
-    eye: Eye
-    kept: Kept = field(init=False)
+    embedder: Embedder
+    cached: CachedFeatures = field(init=False)
     index: Index = field(init=False)
 
     def __post_init__(self) -> None:
         from mls.distributed import start
 
         device = start().device
-        augment, count = self.eye.augment, len(self.source)
-        facts = {"images": hash_of_images(self.source), "weights": hash_of_weights(self.eye.network)}
+        augment, count = self.embedder.augment, len(self.source)
+        facts = {"images": hash_of_images(self.source), "weights": hash_of_weights(self.embedder.network)}
         facts |= {"size": augment.size, "statistics": [*augment.mean, *augment.std]}
 
         def compute(first: int) -> Iterator[Tensor]:
             workers = min(8, len(os.sched_getaffinity(0)) - 1) if count - first > 2000 else 0
-            return embedded(self.eye.network, self.source, range(first, count), augment, device, 64, workers)
+            return embed_batches(self.embedder.network, self.source, range(first, count), augment, device, 64, workers)
 
-        self.kept = kept(facts, count, compute, f"features of {self.source.name}")
-        self.index = build(self.kept.features, self.kept.folder / "ivfpq.index")
+        self.cached = cached_features(facts, count, compute, f"features of {self.source.name}")
+        self.index = build(self.cached.features, self.cached.folder / "ivfpq.index")
 
-    def nearest(self, queries: Album | Float[Tensor, "batch dim"], k: int) -> list[list[tuple[int, float]]]:
-        """For each query the k nearest images of this album: their numbers and cosines."""
-        features = queries.kept.features if isinstance(queries, Album) else queries
+    def nearest(self, queries: EmbeddedSource | Float[Tensor, "batch dim"], k: int) -> list[list[tuple[int, float]]]:
+        """For each query the k nearest images of this data set: their numbers and cosines."""
+        features = queries.cached.features if isinstance(queries, EmbeddedSource) else queries
         found = self.index.search(features, min(k, len(self.source)))
         return [
             list(zip(ids.tolist(), cosines.tolist(), strict=True))
@@ -92,7 +92,7 @@ class Album:
         ]
 
 
-def source_of(text: str) -> Source:
+def source_from(text: str) -> Source:
     """Anything that pretraining reads: a folder, a list, COCO, VOC, shards on disk or behind a URL; `scenes` and
     `scenes:test` are the embedded ones."""
     name, _, split = text.partition(":")
@@ -102,8 +102,8 @@ def source_of(text: str) -> Source:
 
 
 @dataclass
-class InMemory:
-    """A source of a few images that are there already."""
+class InMemorySource:
+    """A source of a few images in memory."""
 
     name: str
     names: Sequence[str]
@@ -112,14 +112,13 @@ class InMemory:
     labels: Tensor | None = None
 
     @classmethod
-    def of_files(cls, paths: Sequence[Path]) -> InMemory:
+    def of_files(cls, paths: Sequence[Path]) -> InMemorySource:
         pixels = []
         for path in paths:
             try:
                 pixels.append(decode(path.expanduser().read_bytes()))
             except (UnreadableImage, OSError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise DataError(f"{path} cannot be read ({reason}): give the path of an image file") from None
+                raise DataError(f"{path} cannot be read ({reason(error)}): give the path of an image file") from None
         return cls("queries", [str(path) for path in paths], pixels)
 
     def __len__(self) -> int:
@@ -147,25 +146,26 @@ class Calibration:
 
     @property
     def threshold(self) -> float:
-        """Above it lie FOUND of the copies."""
-        return float(self.copies.quantile(1 - FOUND))
+        """RECALL of the copies lie above it."""
+        return float(self.copies.quantile(1 - RECALL))
 
     def alarms(self, threshold: float) -> float:
-        """The share of images that have another image of their own data set above the threshold: what a data set
-        without duplicates would be accused of."""
+        """The share of images that have another image of their own data set above the threshold: the false alarms, if
+        that data set has no duplicates."""
         return float((self.others >= threshold).float().mean())
 
 
-def calibrate(album: Album) -> Calibration:
-    chosen = torch.randperm(len(album.source), generator=torch.Generator().manual_seed(0))[:CALIBRATED]
-    images = [decode(album.source.read(int(i))) for i in chosen]
-    features = album.kept.features[chosen]
+def calibrate(embedded: EmbeddedSource) -> Calibration:
+    embedder = embedded.embedder
+    chosen = torch.randperm(len(embedded.source), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
+    images = [decode(embedded.source.read(int(i))) for i in chosen]
+    features = embedded.cached.features[chosen]
     cosines = []
     for alter in (compressed, cropped, brightened):
-        altered = InMemory("altered copies", [""] * len(images), [alter(image) for image in images])
-        seen = embed(album.eye.network, altered, range(len(altered)), album.eye.augment, batch=64)
-        cosines.append(F.cosine_similarity(seen, features))
-    nearest = album.nearest(features, 2) if len(album.source) > 1 else []
+        altered = InMemorySource("altered copies", [""] * len(images), [alter(image) for image in images])
+        of_copies = embed(embedder.network, altered, range(len(altered)), embedder.augment, batch=64)
+        cosines.append(F.cosine_similarity(of_copies, features))
+    nearest = embedded.nearest(features, 2) if len(embedded.source) > 1 else []
     others = [
         next(score for i, score in found if i != own) for own, found in zip(chosen.tolist(), nearest, strict=False)
     ]
@@ -199,8 +199,9 @@ class Pair:
     cosine: float
 
 
-def near_duplicates(first: Album, second: Album, threshold: float) -> list[Pair]:
-    """Each image of the second with its nearest of the first, where they are alike; the most alike first."""
+def near_duplicates(first: EmbeddedSource, second: EmbeddedSource, threshold: float) -> list[Pair]:
+    """Each image of the second with its nearest image of the first, if their cosine reaches the threshold; largest
+    cosine first."""
     pairs = [Pair(found[0][0], number, found[0][1]) for number, found in enumerate(first.nearest(second, 1))]
     return sorted((pair for pair in pairs if pair.cosine >= threshold), key=lambda pair: -pair.cosine)
 
@@ -208,14 +209,14 @@ def near_duplicates(first: Album, second: Album, threshold: float) -> list[Pair]
 # ------------------------------------------------------------------------------------------------- pictures
 
 
-def line(query: Any, query_id: int, source: Source, found: Sequence[tuple[int, float]]) -> GalleryRow:
-    """A line of `gallery.draw`: a query (as a source gives it) and the images found for it."""
+def gallery_row(query: Any, query_id: int, source: Source, found: Sequence[tuple[int, float]]) -> GalleryRow:
+    """A row of `gallery.draw`: a query (as `Source.read` returns it) and the images found for it."""
     pictures = [_pixels(source.read(i)) for i, _ in found]
     return GalleryRow(_pixels(query), pictures, [cosine for _, cosine in found], None, query_id, [i for i, _ in found])
 
 
 def _pixels(image: Any) -> UInt8[np.ndarray, "height width 3"]:
-    """The middle square, as the network saw it."""
+    """The middle square, which is the network's input."""
     pixels = decode(image)
     side = min(pixels.shape[1:])
     top, left = ((length - side) // 2 for length in pixels.shape[1:])

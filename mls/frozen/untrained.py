@@ -1,5 +1,5 @@
-"""What a backbone must beat: the same network untrained. Its batch statistics are taken from the images first, else the
-comparison would be against noise."""
+"""The baseline of a backbone: the same network untrained. Its batch normalisation first gets the statistics of the
+images; with those of initialisation its features would be noise."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mls.chunks import chunks
 from mls.config import Config
 from mls.data import Source
 from mls.data.augment import normalise
 from mls.data.crops import centre, decode
 from mls.models import build_pair
 
-IMAGES = 2048  # enough for batch statistics
+STATISTICS_IMAGES = 2048  # on which the statistics of batch normalisation are measured
 
 
 def untrained(config: Config, source: Source) -> nn.Module:
-    """The recipe's backbone as training would start it, with batch statistics of its images."""
+    """The recipe's backbone as initialised, with batch statistics of the source's images."""
     backbone = build_pair(config.model, config.run.seed).query.backbone
 
     def batches() -> Iterator[Tensor]:
-        for start in range(0, min(IMAGES, len(source)), 128):
-            ids = range(start, min(start + 128, len(source)))
+        for chunk in chunks(min(STATISTICS_IMAGES, len(source)), 128):
+            ids = range(chunk.start, chunk.stop)
             images = torch.stack([centre(decode(source.read(i)), config.augment.size) for i in ids])
             yield normalise(images, config.augment, torch.device("cpu"))
 
-    return calibrated(backbone, batches())
+    return with_batch_statistics(backbone, batches())
 
 
 @torch.no_grad()
-def calibrated(backbone: nn.Module, batches: Iterable[Float[Tensor, "batch 3 height width"]]) -> nn.Module:
-    """The backbone, in place, with the mean and variance of these images in its batch normalisation."""
+def with_batch_statistics(backbone: nn.Module, batches: Iterable[Float[Tensor, "batch 3 height width"]]) -> nn.Module:
+    """Set the statistics of batch normalisation to those of these images, in place."""
     backbone.train()
     for module in backbone.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -18,13 +18,13 @@ from mls.slurm.box.settings import Settings
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"  # where Debian puts daemons
 INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
-_STARTED: list[subprocess.Popen[bytes]] = []  # Python complains of a process that it forgets while it runs
-PATIENCE = 120  # seconds until the nodes must be there; two on an idle machine
+_STARTED: list[subprocess.Popen[bytes]] = []  # Python warns if a running process has no reference
+TIMEOUT = 120  # seconds until the nodes must be up; it takes two on an idle machine
 
 
 @dataclass(frozen=True)
 class Box:
-    """A box that runs, or ran, in `folder`."""
+    """A SLURM that runs, or ran, in `folder`."""
 
     folder: Path
 
@@ -33,11 +33,11 @@ class Box:
         return self.folder / "slurm.conf"
 
     def environment(self) -> dict[str, str]:
-        """What a command needs to talk to this SLURM and to no other."""
+        """The environment in which SLURM's commands use this SLURM and no other."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
         return {**inherited, "SLURM_CONF": str(self.conf), "PATH": PATH}
 
-    def ask(self, *command: str) -> str:
+    def run_command(self, *command: str) -> str:
         """What one of SLURM's commands prints; empty where it fails."""
         try:
             done = subprocess.run(command, env=self.environment(), capture_output=True, text=True, timeout=30)
@@ -73,7 +73,7 @@ class Box:
         self.start_daemon(f"slurmd:{node}", "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """As if this node lost its power. `start_node` brings it back."""
+        """As if this node lost its power. `start_node` starts it again."""
         processes.kill_node(node, self.pids()[f"slurmd:{node}"], self.folder, self.conf)
 
 
@@ -82,14 +82,14 @@ def missing() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
-def start(folder: str | Path, has: Settings = Settings()) -> Box:  # noqa: B008 (it is frozen)
+def start(folder: str | Path, config: Settings = Settings()) -> Box:  # noqa: B008 (it is frozen)
     """Start a box in `folder`; returns when its nodes take jobs (about two seconds)."""
     if missing():
         raise LaunchError(f"SLURM is not installed here ({', '.join(missing())} not found): {INSTALL}")
     box = Box(Path(folder).expanduser().resolve())
     if box.pids():
         raise LaunchError(f"there is a box in {box.folder} already: use it, or `mls slurm box stop {box.folder}` first")
-    _prepare(box, has)
+    _prepare(box, config)
     run, munge = box.folder / "run", box.folder / "munge"
     munged = ["munged", "--foreground", "--num-threads=2", "--force", f"--key-file={munge}/key"]
     munged += [f"--socket={run}/munge.sock", f"--pid-file={run}/munged.pid", f"--seed-file={munge}/seed"]
@@ -97,9 +97,9 @@ def start(folder: str | Path, has: Settings = Settings()) -> Box:  # noqa: B008 
         box.start_daemon("munged", *munged, f"--log-file={box.folder}/log/munged.log")
         _wait(box, lambda: (run / "munge.sock").exists(), "munged does not open its socket")
         box.start_daemon("slurmctld", "slurmctld", "-D", "-i", "-c")
-        for node in settings.node_names(has.nodes):
+        for node in settings.node_names(config.nodes):
             box.start_node(node)
-        _wait(box, lambda: _idle(box) == has.nodes, "the nodes do not come up")
+        _wait(box, lambda: _idle(box) == config.nodes, "the nodes do not come up")
     except BaseException:
         stop(box.folder)
         raise
@@ -107,13 +107,13 @@ def start(folder: str | Path, has: Settings = Settings()) -> Box:  # noqa: B008 
 
 
 def stop(folder: str | Path, delete: bool = False) -> bool:
-    """End a box: its jobs, its daemons, whatever they left behind. False where none ran."""
+    """End a box: its jobs, its daemons and their remaining processes. False where none ran."""
     box = Box(Path(folder).expanduser().resolve())
     pids = box.pids()
     if pids:
         if processes.alive(pids.get("slurmctld", 0)):
-            box.ask("scancel", "--full", "--signal=KILL", f"--user={os.getuid()}")
-            box.ask("scancel", f"--user={os.getuid()}")
+            box.run_command("scancel", "--full", "--signal=KILL", f"--user={os.getuid()}")
+            box.run_command("scancel", f"--user={os.getuid()}")
         processes.end(pids.values())
         processes.kill_left_over(box.folder, box.conf)
         (box.folder / "pids").unlink()
@@ -124,7 +124,7 @@ def stop(folder: str | Path, delete: bool = False) -> bool:
     return bool(pids)
 
 
-def _prepare(box: Box, has: Settings) -> None:
+def _prepare(box: Box, config: Settings) -> None:
     for name in ("state", "spool", "log", "run", "dev", "munge"):
         shutil.rmtree(box.folder / name, ignore_errors=True)  # of an earlier box here
         (box.folder / name).mkdir(parents=True)
@@ -133,30 +133,30 @@ def _prepare(box: Box, has: Settings) -> None:
     key = box.folder / "munge" / "key"
     key.touch(mode=0o600)
     key.write_bytes(os.urandom(128))
-    for number in range(has.gpus):
+    for number in range(config.gpus):
         (box.folder / "dev" / f"gpu{number}").symlink_to("/dev/null")  # SLURM wants a device behind a GPU
-    settings.write(box.folder, has)
+    settings.write(box.folder, config)
 
 
 def _idle(box: Box) -> int:
-    return box.ask("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split().count("idle")
+    return box.run_command("sinfo", "-h", "-N", "-p", "low", "-o", "%T").split().count("idle")
 
 
 def _wait(box: Box, ready: Callable[[], bool], complaint: str) -> None:
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + TIMEOUT
     while not ready():
         ended = [name for name, pid in box.pids().items() if not processes.alive(pid)]
         if ended or time.monotonic() > until:
-            why = f"{', '.join(ended)} ended" if ended else f"{complaint} within {PATIENCE} s"
+            why = f"{', '.join(ended)} ended" if ended else f"{complaint} within {TIMEOUT} s"
             raise LaunchError(
-                f"the box in {box.folder} does not start, {why}: {_last_words(box, ended)}; start it again"
+                f"the box in {box.folder} does not start, {why}: {_last_line(box, ended)}; start it again"
             )
         time.sleep(0.05)
 
 
-def _last_words(box: Box, ended: list[str]) -> str:
+def _last_line(box: Box, ended: list[str]) -> str:
     for name in [*ended, "slurmctld"]:
-        words = (box.folder / "log" / f"{name}.out").read_text(errors="replace").strip().splitlines()
-        if words:
-            return words[-1]
+        lines = (box.folder / "log" / f"{name}.out").read_text(errors="replace").strip().splitlines()
+        if lines:
+            return lines[-1]
     return f"see {box.folder}/log"

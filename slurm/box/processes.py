@@ -1,4 +1,4 @@
-"""Ending what a box started, and nothing else: every process is looked at before it gets a signal."""
+"""Ending the processes that a box started, and no others: each is identified before it gets a signal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DAEMONS = ("munged", "slurmd", "slurmctld")
 
 
 def alive(pid: int) -> bool:
-    """Whether this pid is one of SLURM's daemons: a zombie has no program, and a number may have a new owner."""
+    """Whether this pid is one of SLURM's daemons: a zombie has no program, and another process may have the number."""
     try:
         program = Path(f"/proc/{pid}/exe").readlink().name
     except OSError:
@@ -22,7 +22,7 @@ def alive(pid: int) -> bool:
 
 
 def end(pids: Iterable[int]) -> None:
-    """SIGTERM, then SIGKILL for those that do not listen."""
+    """SIGTERM, then after 3 s SIGKILL for those that still run."""
     pids = list(pids)
     for number in (signal.SIGTERM, signal.SIGKILL):
         for pid in filter(alive, pids):
@@ -36,7 +36,7 @@ def end(pids: Iterable[int]) -> None:
 
 def kill_left_over(folder: Path, conf: Path) -> None:
     """Jobs' supervisors, known by a log file of this box that they hold open, and tasks, known by their environment."""
-    for pid in _everybody():
+    for pid in _all_pids():
         if _is_task(pid, f"SLURM_CONF={conf}") or (_name(pid) == "slurmstepd" and _holds_open(pid, f"{folder}/")):
             _send(pid, signal.SIGKILL)
 
@@ -44,13 +44,13 @@ def kill_left_over(folder: Path, conf: Path) -> None:
 def kill_node(node: str, slurmd: int, folder: Path, conf: Path) -> None:
     """As if this node lost its power: the daemon, its jobs' supervisors and their tasks, at once."""
     _send(slurmd, signal.SIGKILL)
-    for pid in _everybody():
+    for pid in _all_pids():
         supervises = _name(pid) == "slurmstepd" and _holds_open(pid, f"{folder}/log/slurmd.{node}.log")
         if supervises or _is_task(pid, f"SLURM_CONF={conf}", f"SLURMD_NODENAME={node}"):
             _send(pid, signal.SIGKILL)
 
 
-def _everybody() -> list[int]:
+def _all_pids() -> list[int]:
     return [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
 
 

@@ -1,4 +1,4 @@
-"""slurm.conf of the box, and why its lines are there. Starting and stopping is in the package's __init__."""
+"""slurm.conf of the box, with the reason for each line. Starting and stopping is in the package's __init__."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PORTS = range(20000, 32000)  # below the range from which Linux takes ports for 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the pretended cluster has. Nodes are processes of this machine; only memory is limited."""
+    """The resources of the pretended cluster. Nodes are processes of this machine; only memory is limited."""
 
     nodes: int = 2
-    cpus: int = 4  # a node
-    gpus: int = 2  # a node; pretended: CUDA_VISIBLE_DEVICES is set, no GPU is there
-    memory_mb: int = 8000  # a node
+    cpus: int = 4  # of each node
+    gpus: int = 2  # of each node; pretended: CUDA_VISIBLE_DEVICES is set, there is no GPU
+    memory_mb: int = 8000  # of each node
     kill_wait: int = 5  # seconds between SIGTERM and SIGKILL
     grace: int = 20  # seconds that a preempted job gets
 
@@ -61,7 +61,7 @@ def write(folder: Path, settings: Settings) -> None:
         f"SlurmctldPort={port}",
         f"SlurmUser={user}",
         f"SlurmdUser={user}",
-        # A requeued job waits until its credential has run out: 120 s by default.
+        # A requeued job waits until its credential expires: 120 s by default.
         f"AuthInfo=socket={folder}/run/munge.sock,cred_expire=5",
         f"StateSaveLocation={folder}/state",
         f"SlurmdSpoolDir={folder}/spool/%n",
@@ -69,7 +69,7 @@ def write(folder: Path, settings: Settings) -> None:
         f"SlurmdPidFile={folder}/run/slurmd.%n.pid",
         f"SlurmctldLogFile={folder}/log/slurmctld.log",
         f"SlurmdLogFile={folder}/log/slurmd.%n.log",
-        # Job ids go into rendezvous ports: two boxes on one machine must not count alike.
+        # Rendezvous ports follow from job ids: two boxes on one machine must not give the same ids.
         f"FirstJobId={random.Random(os.urandom(8)).randrange(1000, 60_000_000)}",
         f"KillWait={settings.kill_wait}",
         *FIXED,
@@ -121,7 +121,7 @@ FIXED += [
     "JobAcctGatherType=jobacct_gather/linux",
     "JobAcctGatherFrequency=task=1",
     "JobAcctGatherParams=OverMemoryKill",
-    # Decide at once: a person is waiting.
+    # Schedule at once, not every 30 s.
     "SchedulerType=sched/backfill",
     "SchedulerParameters=batch_sched_delay=0,sched_interval=2,sched_min_interval=100000,bf_interval=2",
     # Without it a preempted job gets SIGTERM alone, never the signal that it asked for.

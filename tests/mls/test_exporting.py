@@ -15,8 +15,9 @@ from mls.errors import CheckpointError, ConfigError
 from mls.exporting import TARGETS, Checked, export, verify_export
 from mls.exporting.certify import certify
 from mls.exporting.restated import RestatedResNet
-from mls.exporting.source import ResNetPlan, Source
+from mls.exporting.source import Source
 from mls.frameworks import installed as frameworks
+from mls.frameworks.resnet_plan import ResNetPlan
 from mls.models import backbones
 from mls.models.resnet_names import to_detectron2
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mls.errors import UserError
-from mls.frozen.features import BLOCK, Kept, _in_blocks, kept
+from mls.frozen.features import BLOCK, CachedFeatures, _in_blocks, cached_features
 
 COUNT = 3 * BLOCK + 17
 ROWS = torch.arange(COUNT * 4, dtype=torch.float32).view(COUNT, 4)
@@ -44,8 +44,8 @@ class Counting:
             yield ROWS[at : at + self.batch]
 
 
-def keep(compute: Counting) -> Kept:
-    return kept(FACTS, COUNT, compute, quiet=True)
+def keep(compute: Counting) -> CachedFeatures:
+    return cached_features(FACTS, COUNT, compute, quiet=True)
 
 
 @given(st.lists(st.integers(1, 600), max_size=6))
@@ -68,7 +68,7 @@ def test_features_are_computed_once_and_read_from_a_file_that_numpy_reads_too() 
 def test_other_facts_are_other_features() -> None:
     keep(Counting())
     other = Counting()
-    kept(FACTS | {"size": 64}, COUNT, other, quiet=True)
+    cached_features(FACTS | {"size": 64}, COUNT, other, quiet=True)
     assert other.starts == [0]
 
 
@@ -119,13 +119,13 @@ def test_a_full_disk_is_one_sentence() -> None:
 def test_a_killed_process_loses_one_block_at_most(tmp_path: Path) -> None:
     script = textwrap.dedent(f"""
         import time, torch
-        from mls.frozen.features import kept
+        from mls.frozen.features import cached_features
         rows = torch.arange({COUNT} * 4, dtype=torch.float32).view({COUNT}, 4)
         def compute(start):
             for at in range(start, {COUNT}, 64):
                 time.sleep(0.05)
                 yield rows[at : at + 64]
-        kept({FACTS!r}, {COUNT}, compute)
+        cached_features({FACTS!r}, {COUNT}, compute)
     """)
     process = subprocess.Popen([sys.executable, "-c", script])
     index = lambda: [json.loads(p.read_text()) for p in tmp_path.glob("features/*/features.json")]

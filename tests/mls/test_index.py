@@ -21,7 +21,7 @@ def brute_force(rows: torch.Tensor, queries: torch.Tensor, k: int) -> Matches:
 def test_the_exact_index_equals_brute_force_for_vectors_of_any_length(
     at_once: int, queries_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(index, "AT_ONCE", at_once)
+    monkeypatch.setattr(index, "ROWS", at_once)
     monkeypatch.setattr(index, "QUERIES", queries_at_once)
     rows, queries = features(500, 32, 1) * torch.arange(1, 501)[:, None], 3 * features(20, 32, 2)
     found, expected = index.build(rows).search(queries, 10), brute_force(rows, queries, 10)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mls.errors import DataError
 from mls.frozen.metrics import mean_average_precision, top1
-from mls.frozen.probe import fit_linear, knn_scores, linear_probe
+from mls.frozen.probe import ProbeOptions, fit_linear, knn_scores, linear_probe
 
 
 def features_and_labels(count: int, seed: int = 0, dim: int = 24, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -62,8 +62,8 @@ def test_knn_answers_the_same_in_portions(monkeypatch: pytest.MonkeyPatch) -> No
     train, labels = features_and_labels(60)
     test, _ = features_and_labels(23, seed=1)
     whole = knn_scores(train, labels, test)
-    for name, size in {"QUERIES": 5, "ROWS": 7, "GATHERED": 100}.items():
-        monkeypatch.setattr(f"mls.frozen.probe.neighbours.{name}", size)
+    for name, size in {"index.QUERIES": 5, "index.ROWS": 7, "probe.neighbours.GATHERED": 100}.items():
+        monkeypatch.setattr(f"mls.frozen.{name}", size)
     assert torch.allclose(knn_scores(train, labels, test), whole, atol=1e-6)
 
 
@@ -147,14 +147,14 @@ def test_value_is_the_metric_on_the_test_images() -> None:
 def test_kind_of_labels_is_inferred_and_can_be_overridden() -> None:
     train, labels = features_and_labels(100)
     assert linear_probe(train, one_label(labels), train).metric == "top1"
-    assert linear_probe(train, one_label(labels), train, multilabel=True).metric == "map"
+    assert linear_probe(train, one_label(labels), train, options=ProbeOptions(multilabel=True)).metric == "map"
 
 
 def test_probe_is_deterministic_and_leaves_the_global_stream_alone() -> None:
     train, labels = features_and_labels(100)
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    first, second = (linear_probe(train.float(), labels, train.float(), seed=3) for _ in range(2))
+    first, second = (linear_probe(train.float(), labels, train.float(), options=ProbeOptions(seed=3)) for _ in range(2))
     assert torch.equal(first.scores, second.scores)
     assert first.tried == second.tried
     assert torch.equal(torch.get_rng_state(), before)

@@ -16,6 +16,8 @@ from torch import Tensor
 from mls.errors import ConfigError, DataError
 from mls.frozen.metrics import mean_average_precision
 from mls.frozen.probe import (
+    ProbeOptions,
+    Sgd,
     few_shot,
     fit_linear,
     held_out_split,
@@ -141,7 +143,7 @@ def test_knn_needs_the_truth() -> None:
     features, numbers = drawn(20)
     with pytest.raises(DataError, match="test labels"):
         knn(features, numbers, features)
-    with pytest.raises(ConfigError, match="asks no neighbours"):
+    with pytest.raises(ConfigError, match="uses no neighbours"):
         knn(features, numbers, k=[0])
 
 
@@ -180,7 +182,7 @@ def test_weight_and_bias_belong_to_the_features_as_they_are() -> None:
     (train, numbers), (test, truth) = drawn(200), drawn(50, seed=1)
     for found in (
         linear_probe(train * 3 + 1, numbers, test * 3 + 1, truth),
-        sgd_probe(train * 3 + 1, numbers, test * 3 + 1, truth, lr=[0.1], epochs=3),
+        sgd_probe(train * 3 + 1, numbers, test * 3 + 1, truth, Sgd(lr=[0.1], epochs=3)),
     ):
         assert torch.allclose((test * 3 + 1) @ found.weight + found.bias, found.scores, atol=1e-5)
 
@@ -188,20 +190,20 @@ def test_weight_and_bias_belong_to_the_features_as_they_are() -> None:
 def test_a_validation_set_chooses_and_is_not_trained_on() -> None:
     (train, numbers), (test, truth) = drawn(80), drawn(100, seed=1)
     grid = (1e-5, 1e-2, 10.0)
-    found = linear_probe(train, numbers, test, truth, l2=grid, validation=(test, truth))
+    found = linear_probe(train, numbers, test, truth, l2=grid, options=ProbeOptions(validation=(test, truth)))
     alone = [linear_probe(train, numbers, test, truth, l2=[l2]).value for l2 in grid]
     assert [each.value for each in found.tried] == pytest.approx(alone, abs=0.011)
     assert found.value == max(each.value for each in found.tried)
 
 
-def test_without_a_refit_only_the_kept_part_is_fitted() -> None:
+def test_without_a_refit_only_the_part_that_is_not_held_out_is_fitted() -> None:
     train, numbers = drawn(100)
     labels = torch.nn.functional.one_hot(numbers).float()
     _, held = held_out_split(read_labels(labels, multilabel=True), 0.2, seed=0)
     wrong = labels.clone()
     wrong[held] = 1 - labels[held]
     first, second, refitted = (
-        linear_probe(train, given, train, l2=[1e-2], multilabel=True, refit=refit).weight
+        linear_probe(train, given, train, l2=[1e-2], options=ProbeOptions(multilabel=True, refit=refit)).weight
         for given, refit in [(labels, False), (wrong, False), (wrong, True)]
     )
     assert torch.equal(first, second)
@@ -209,7 +211,7 @@ def test_without_a_refit_only_the_kept_part_is_fitted() -> None:
 
 
 @pytest.mark.parametrize("multilabel", [False, True])
-def test_each_penalty_of_a_path_arrives_where_it_arrives_alone(multilabel: bool) -> None:
+def test_each_of_several_penalties_has_the_minimum_that_it_has_alone(multilabel: bool) -> None:
     features, numbers = drawn(300)
     features, grid = features.double(), [1e-3, 1.0, 1e-2, 3e-3, 0.1]
     design, labels = standardised(features), read_labels(numbers, multilabel)
@@ -254,10 +256,9 @@ def test_sgd_equals_torch(multilabel: bool) -> None:
     labels[:, 0] = (numbers > 1).float()
     if not multilabel:
         labels = torch.nn.functional.one_hot(numbers).float()
-    settings = {"epochs": 5, "batch_size": 16, "seed": 3, "refit": False, "validation": (features, labels)}
-    settings |= {"multilabel": multilabel}
+    options = ProbeOptions(seed=3, refit=False, validation=(features, labels), multilabel=multilabel)
     for lr, decay in [(3.0, 1e-2), (0.1, 0.0)]:
-        found = sgd_probe(features, labels, features, lr=[lr], weight_decay=[decay], **settings)
+        found = sgd_probe(features, labels, features, sgd=Sgd([lr], [decay], epochs=5, batch_size=16), options=options)
         layer = torch.nn.Linear(30, 4)
         torch.nn.init.zeros_(layer.weight), torch.nn.init.zeros_(layer.bias)
         optimizer = torch.optim.SGD(layer.parameters(), lr=1, momentum=0.9, weight_decay=decay)
@@ -280,9 +281,10 @@ def test_sgd_equals_torch(multilabel: bool) -> None:
 
 def test_candidates_of_sgd_do_not_touch_one_another_and_one_that_diverges_is_not_chosen() -> None:
     (train, numbers), (test, truth) = drawn(100), drawn(60, seed=1)
-    options = {"epochs": 40, "validation": (test, truth), "schedule": "cosine"}
-    alone = sgd_probe(train, numbers, test, truth, lr=[0.1], weight_decay=[0.0], **options)
-    found = sgd_probe(train, numbers, test, truth, lr=[1e38, 0.1, 1e-9], weight_decay=[0.0], **options)
+    options = ProbeOptions(validation=(test, truth))
+    sgd = lambda *lr: Sgd(lr, weight_decay=[0.0], epochs=40, schedule="cosine")
+    alone = sgd_probe(train, numbers, test, truth, sgd(0.1), options)
+    found = sgd_probe(train, numbers, test, truth, sgd(1e38, 0.1, 1e-9), options)
     assert found.chosen == {"lr": 0.1, "weight_decay": 0.0}
     assert found.tried[0].value != found.tried[0].value
     assert torch.allclose(found.weight, alone.weight, atol=1e-5)
@@ -292,10 +294,11 @@ def test_sgd_reads_features_mapped_into_memory(tmp_path: Path) -> None:
     features, numbers = drawn(64)
     np.save(tmp_path / "features.npy", features.numpy().astype(np.float16))
     mapped = torch.from_numpy(np.load(tmp_path / "features.npy", mmap_mode="r+"))
-    told: list[tuple[int, int]] = []
-    found = sgd_probe(mapped, numbers, mapped, numbers, lr=[0.3], epochs=4, progress=lambda *now: told.append(now))
+    calls: list[tuple[int, int]] = []
+    options = ProbeOptions(progress=lambda *call: calls.append(call))
+    found = sgd_probe(mapped, numbers, mapped, numbers, Sgd(lr=[0.3], epochs=4), options)
     assert found.value is not None and found.value > 0.4
-    assert told == [(epoch, 4) for epoch in (1, 2, 3, 4)] * 2
+    assert calls == [(epoch, 4) for epoch in (1, 2, 3, 4)] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------ SVM

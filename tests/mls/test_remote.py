@@ -134,7 +134,7 @@ def test_without_the_server_the_copies_are_enough(server: Server, caplog: pytest
 def test_a_server_that_fails_now_and_then_is_asked_again(
     server: Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str, reason: str
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE", 0.5)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.5)
     digest = hashlib.sha256((server.folder / "shard-0.tar").read_bytes()).hexdigest()
     (server.folder / "manifest.json").write_text(json.dumps({"shards": {"shard-0.tar": {"sha256": digest}}}))
     server.faults["shard-0.tar"] = (fault, 2)
@@ -149,7 +149,7 @@ def test_a_server_that_fails_now_and_then_is_asked_again(
 def test_a_server_that_goes_on_failing_ends_in_a_sentence(
     server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str
 ) -> None:
-    monkeypatch.setattr(remote, "PATIENCE", 0.1)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.1)
     server.faults["shard-0.tar"] = (fault, 99)
     with pytest.raises(DataError) as caught:
         source(f"{server.url}/shard-0.tar")
@@ -169,7 +169,7 @@ def test_a_server_that_says_no_is_not_asked_again(server: Server, fault: str, re
 
 
 def test_a_slow_server_is_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PATIENCE", 5.0)
+    monkeypatch.setattr(remote, "TIMEOUT", 5.0)
     server.pause = 0.3
     assert len(source(f"{server.url}/shard-{{0..1}}.tar")) == 6
 

@@ -204,8 +204,8 @@ def test_resume_goes_on_with_another_number_of_processes(
     after = final_state(run)
     assert after["step"] == 18
     # The new step wrote 64 of the 160 rows over the oldest; all others are where they were.
-    ids = before["dictionary"]["ids"]
-    assert int((after["dictionary"]["ids"] == ids).sum()) >= 160 - 64
+    ids = before["method"]["_extra_state"]["dictionary"]["ids"]
+    assert int((after["method"]["_extra_state"]["dictionary"]["ids"] == ids).sum()) >= 160 - 64
     assert mls_command("pretrain", "--resume", str(run.path), "engine.max_steps=null").returncode == 0
     assert run.done
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mls.engine import Run
-from mls.slurm import box, order
+from mls.slurm import box, job_spec
 from mls.slurm.box import Box
 
 LIMIT = 300  # seconds until a condition must hold on a busy machine
@@ -78,8 +78,8 @@ class Cluster:
 
     def state(self, folder: Path | str) -> str:
         """As SLURM has it now."""
-        told = self.box.ask("scontrol", "-o", "show", "job", str(order.read(folder).job))
-        return told.partition("JobState=")[2].split()[0] if "JobState=" in told else ""
+        listing = self.box.run_command("scontrol", "-o", "show", "job", str(job_spec.read(folder).job))
+        return listing.partition("JobState=")[2].split()[0] if "JobState=" in listing else ""
 
     def jobs(self, name: str) -> str:
         return self.mls("jobs", name).stdout
@@ -87,24 +87,24 @@ class Cluster:
     def wait_until_it_trains(self, run: Run, step: int = 20) -> None:
         reached = lambda: any(row["step"] >= step for row in run.metrics())
         self.wait_for(lambda: reached() or self._ended(run.path), f"{run.name} trains to step {step}")
-        assert reached(), self.said(run.path)
+        assert reached(), self.logs(run.path)
 
     def wait_until_done(self, folder: Path) -> None:
         self.wait_for(lambda: (folder / "DONE").is_file() or self._ended(folder), f"{folder.name} is done")
-        assert (folder / "DONE").is_file(), self.said(folder)
+        assert (folder / "DONE").is_file(), self.logs(folder)
 
     def wait_until_failed(self, folder: Path) -> None:
         self.wait_for(lambda: self.state(folder) == "FAILED", f"{folder.name} fails")
 
     def signal(self, run: Run, *how: str) -> None:
-        self.box.ask("scancel", *how, str(order.read(run.path).job))
+        self.box.run_command("scancel", *how, str(job_spec.read(run.path).job))
 
     def history(self, folder: Path, event: str) -> list[dict[str, Any]]:
-        return order.read(folder).history.rows(event=event)
+        return job_spec.read(folder).history.rows(event=event)
 
-    def said(self, folder: Path) -> str:
+    def logs(self, folder: Path) -> str:
         """What all processes printed, and what became of the job: for a failing test."""
-        one = order.read(folder)
+        one = job_spec.read(folder)
         return "\n".join([json.dumps(one.history.rows()), *(file.read_text() for file in one.log_files())])
 
     def _ended(self, folder: Path) -> bool:

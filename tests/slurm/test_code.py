@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mls.slurm import order, snapshot
+from mls.slurm import job_spec, snapshot
 
 ROOMS = {"mls": "mls", "eval": "mls.eval", "slurm": "mls.slurm", "tools": "mls.tools", "configs": "mls.configs"}
 
@@ -50,11 +50,11 @@ def look(rooms, folder):
 SUBMIT = """
 import json, sys
 from pathlib import Path
-from mls.slurm import submit
+from mls.slurm import job_spec, submit
 from mls.slurm.profile import load_profile
 folder = Path(sys.argv[1])
 arguments = {"rooms": json.loads(sys.argv[2]), "folder": str(folder)}
-one = submit.order(folder, "witness:look", arguments, folder / "submission", "slurm").write()
+one = job_spec.create(folder, "witness:look", arguments, folder / "submission", "slurm").write()
 submit.submit([one], load_profile("box"), "witness")
 """
 
@@ -93,7 +93,7 @@ def test_a_requeued_job_runs_the_code_it_was_submitted_with_in_every_room(cluste
     cluster.wait_for((folder / "seen-0.json").is_file, "the first start")
     for room in ROOMS:
         edit(checkout, room, 2)
-    cluster.box.ask("scontrol", "requeue", str(order.read(folder).job))
+    cluster.box.run_command("scontrol", "requeue", str(job_spec.read(folder).job))
     cluster.wait_until_done(folder)
     for start in (0, 1):
         seen = json.loads((folder / f"seen-{start}.json").read_text())
@@ -148,4 +148,4 @@ def test_a_job_submits_a_job_of_another_shape(cluster: Any) -> None:
     done = subprocess.run(outer, input=script, text=True, env=environment, cwd=cluster.folder, timeout=300)
     assert done.returncode == 0, folder.read_text()
     cluster.wait_until_done(cluster.runs / "inner")
-    assert "on 2 × cpu" in cluster.said(cluster.runs / "inner")
+    assert "on 2 × cpu" in cluster.logs(cluster.runs / "inner")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mls.engine import Run
-from mls.slurm import order
+from mls.slurm import job_spec
 
 pytestmark = pytest.mark.slow
 LONG = "optim.epochs=2000"  # 32,000 steps: it is stopped long before
@@ -39,15 +39,15 @@ def test_sigterm_alone_saves_and_requeues_too(cluster: Any) -> None:
 def test_a_killed_process_ends_the_job_and_the_last_save_is_whole(cluster: Any) -> None:
     run = cluster.pretrain("killed", LONG, "engine.checkpoint_every=10", "--slurm", "nodes=2")
     cluster.wait_until_it_trains(run)
-    job = order.read(run.path).job
-    cluster.box.ask("srun", f"--jobid={job}", "--overlap", "--nodes=1", "--ntasks=1", "true")  # the job is alive
+    job = job_spec.read(run.path).job
+    cluster.box.run_command("srun", f"--jobid={job}", "--overlap", "--nodes=1", "--ntasks=1", "true")
     cluster.signal(run, "--signal=KILL")
     cluster.wait_for(lambda: cluster.state(run.path) in ("FAILED", "CANCELLED"), "the job ends")
-    assert order.last_save(run.path) >= 10
+    assert job_spec.last_save(run.path) >= 10
     assert "lost" in cluster.jobs("killed") or "cancelled" in cluster.jobs("killed")
     cluster.mls("submit", "pretrain", "--resume", "killed", "--profile", "box", "--slurm", "nodes=2")
-    before = order.last_save(run.path)
-    cluster.wait_for(lambda: order.last_save(run.path) > before, "it goes on")
+    before = job_spec.last_save(run.path)
+    cluster.wait_for(lambda: job_spec.last_save(run.path) > before, "it goes on")
     cluster.mls("cancel", "killed")
     cluster.wait_for(lambda: cluster.state(run.path) == "CANCELLED", "it ends")
 
@@ -81,11 +81,11 @@ def test_the_example_without_submitit_is_requeued_and_finishes(name: str, cluste
     assert done.returncode == 0, done.stderr
     job, run = done.stdout.strip(), Run(cluster.runs / script.stem)
     log = tmp_path / f"{job}.log"
-    failed = lambda: "JobState=FAILED" in cluster.box.ask("scontrol", "-o", "show", "job", job)
+    failed = lambda: "JobState=FAILED" in cluster.box.run_command("scontrol", "-o", "show", "job", job)
     cluster.wait_for(lambda: len(run.metrics()) > 5 or failed(), f"{name} trains")
     assert not failed(), log.read_text()
-    cluster.box.ask("scancel", "--signal=TERM" if "torchrun" in name else "--signal=USR2", job)
+    cluster.box.run_command("scancel", "--signal=TERM" if "torchrun" in name else "--signal=USR2", job)
     cluster.wait_for(lambda: run.done or failed(), f"{name} is done")
     assert run.done, log.read_text()
-    said = log.read_text()
-    assert "resumed after step" in said and "on 4 × cpu" in said
+    printed = log.read_text()
+    assert "resumed after step" in printed and "on 4 × cpu" in printed

@@ -1,4 +1,4 @@
-"""Launching without SLURM: what would be submitted, the local executor, profiles, what is told of a job's end."""
+"""Launching without SLURM: what would be submitted, the local executor, profiles, the state of a job that ended."""
 
 import os
 import subprocess
@@ -10,15 +10,15 @@ import pytest
 
 from mls.engine import Run
 from mls.errors import ConfigError, LaunchError
-from mls.slurm import meeting, order, profile, scheduler, submit, watch
-from mls.slurm.meeting import Task
+from mls.slurm import job_spec, profile, rendezvous, scheduler, submit, watch
 from mls.slurm.profile import Profile, load_profile
+from mls.slurm.rendezvous import Task
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def an_order(folder: Path, cluster: str = "slurm") -> order.Order:
-    return submit.order(folder, "mls.engine:run", {"folder": str(folder)}, folder / "submission", cluster)
+def a_spec(folder: Path, cluster: str = "slurm") -> job_spec.JobSpec:
+    return job_spec.create(folder, "mls.engine:run", {"folder": str(folder)}, folder / "submission", cluster)
 
 
 def test_dry_run_prints_the_script_and_makes_nothing(mls_command: Call, tmp_path: Path) -> None:
@@ -79,10 +79,10 @@ def test_a_local_job_trains_in_two_processes_and_is_watched(mls_command: Call, t
     )
     assert done.returncode == 0, done.stderr
     run = Run(runs / "here")
-    _wait_until(lambda: run.done or order.read(run.path).history.rows(event="failed"))
-    assert run.done, [file.read_text() for file in order.read(run.path).log_files()]
-    assert len(order.read(run.path).history.rows(event="started")) == 2
-    (seen,) = watch.look(watch.find(runs), runs)
+    _wait_until(lambda: run.done or job_spec.read(run.path).history.rows(event="failed"))
+    assert run.done, [file.read_text() for file in job_spec.read(run.path).log_files()]
+    assert len(job_spec.read(run.path).history.rows(event="started")) == 2
+    (seen,) = watch.status_of(watch.find(runs), runs)
     assert (seen.state, seen.step, seen.restarts) == ("done", "48/48", 0)
     assert "on 2 × cpu" in mls_command("jobs", str(run.path), "--lines", "40").stdout
 
@@ -95,10 +95,10 @@ def test_a_cancelled_local_job_saves_and_is_not_started_again(
     run = Run(tmp_path / "runs" / "here")
     _wait_until(lambda: len(run.metrics()) > 3)
     assert mls_command("cancel", str(run.path)).returncode == 0
-    ended = lambda: watch.look([order.read(run.path)], tmp_path)[0].state == "stopped"
+    ended = lambda: watch.status_of([job_spec.read(run.path)], tmp_path)[0].state == "stopped"
     _wait_until(ended)
-    one = order.read(run.path)
-    assert order.last_save(run.path) >= 6
+    one = job_spec.read(run.path)
+    assert job_spec.last_save(run.path) >= 6
     assert len(one.history.rows(event="started")) == 1
     # Training alone was asked: the controller would have asked it once more, and that saves nothing.
     assert "KeyboardInterrupt" not in (Path(one.logs) / "controller.log").read_text()
@@ -113,7 +113,7 @@ def test_debug_runs_in_this_process(mls_command: Call, tiny: list[str], tmp_path
 
 
 def test_a_finished_job_that_is_started_again_does_nothing(tmp_path: Path) -> None:
-    one = submit.order(tmp_path, "json:loads", {"s": "no JSON"}, tmp_path / "submission", "debug").write()
+    one = job_spec.create(tmp_path, "json:loads", {"s": "no JSON"}, tmp_path / "submission", "debug").write()
     (tmp_path / "DONE").touch()
     submit.run_here(one)
     assert one.history.rows() == []
@@ -122,7 +122,7 @@ def test_a_finished_job_that_is_started_again_does_nothing(tmp_path: Path) -> No
 def test_every_profile_that_ships_can_be_submitted() -> None:
     assert {"box", "one_node_8gpu", "two_nodes_8gpu"} <= set(profile.profiles())
     for name in profile.profiles():
-        script = submit.sbatch_script(an_order(Path("run")), load_profile(name), name)
+        script = submit.sbatch_script(a_spec(Path("run")), load_profile(name), name)
         assert f"#SBATCH --job-name={name}" in script
 
 
@@ -163,15 +163,15 @@ def test_a_profile_is_guessed_from_sinfo(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_end_is_judged_by_the_runs_files_and_slurms_word(
     done: bool, events: list[dict[str, str]], word: str | None, state: str, tmp_path: Path
 ) -> None:
-    one = an_order(tmp_path).submitted_as("7")
+    one = a_spec(tmp_path).submitted_as("7")
     for event in events:
-        one.note(**{"rank": 0, "message": "", **event})
+        one.record(**{"rank": 0, "message": "", **event})
     if done:
         (tmp_path / "DONE").touch()
-    told, why = watch.judge(one, word)
-    assert told == state
-    assert done or (word or "does not know") in why
-    assert all(event["error"] in why for event in events if "error" in event)
+    found, reason = watch.state_and_reason(one, word)
+    assert found == state
+    assert done or (word or "does not know") in reason
+    assert all(event["error"] in reason for event in events if "error" in event)
 
 
 def test_ranks_meet_through_a_file_whatever_the_shell_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,12 +180,12 @@ def test_ranks_meet_through_a_file_whatever_the_shell_says(tmp_path: Path, monke
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     addresses = []
     for rank in (0, 1):
-        meeting.tell_torch(Task(rank, 2, rank, 2, "4711"), tmp_path)
+        rendezvous.set_torch_environment(Task(rank, 2, rank, 2, "4711"), tmp_path)
         addresses.append((os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]))
         assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == (str(rank), "2", str(rank))
         assert os.environ["CUDA_VISIBLE_DEVICES"] == "0,1"
-    assert addresses[0] == addresses[1] and int(addresses[0][1]) in meeting.PORTS
-    meeting.tell_torch(Task(0, 1, 0, 1, "4711"), tmp_path)
+    assert addresses[0] == addresses[1] and int(addresses[0][1]) in rendezvous.PORTS
+    rendezvous.set_torch_environment(Task(0, 1, 0, 1, "4711"), tmp_path)
     assert "WORLD_SIZE" not in os.environ
 
 
@@ -194,18 +194,18 @@ def test_a_task_with_one_gpu_of_its_own_uses_that_one(tmp_path: Path, monkeypatc
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
     for rank in (0, 1):
-        meeting.tell_torch(Task(rank, 2, rank, 2, "4712"), tmp_path)
+        rendezvous.set_torch_environment(Task(rank, 2, rank, 2, "4712"), tmp_path)
         assert (os.environ["LOCAL_RANK"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("0", "3")
 
 
 def test_a_taken_port_gives_way_to_the_next() -> None:
     import socket
 
-    first = meeting.free_port("one job")
+    first = rendezvous.free_port("one job")
     with socket.socket() as taken:
         taken.bind(("", first))
-        assert meeting.free_port("one job") != first
-    assert meeting.free_port("one job") == first
+        assert rendezvous.free_port("one job") != first
+    assert rendezvous.free_port("one job") == first
 
 
 def test_a_job_that_a_person_cancelled_is_not_queued_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +216,13 @@ def test_a_job_that_a_person_cancelled_is_not_queued_again(tmp_path: Path, monke
         scontrol.write_text(f"#!/bin/sh\necho JobId=7 JobState={state} Reason=None\n")
         scontrol.chmod(0o755)
         assert scheduler.wants_requeue() == wants
+
+
+def test_a_submission_of_version_0_1_is_read(tmp_path: Path) -> None:
+    spec = a_spec(tmp_path / "run").submitted_as("7")
+    (spec.submission / "job_spec.json").rename(spec.submission / "order.json")
+    assert job_spec.is_submitted(tmp_path / "run")
+    assert watch.find(tmp_path) == watch.find(tmp_path, "run") == [spec]
 
 
 def test_a_folder_that_was_not_submitted_says_so(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mls.engine import Run
-from mls.slurm import order, submit
+from mls.slurm import job_spec, submit
 from mls.slurm.profile import load_profile
 
 TIMES = ("images_per_second", "data_wait")
@@ -42,7 +42,7 @@ def test_two_nodes_of_two_processes_train_together(cluster: Any) -> None:
     starts = cluster.history(run.path, "started")
     assert sorted(start["rank"] for start in starts) == [0, 1, 2, 3]
     assert len({start["node"] for start in starts}) == 2
-    assert "on 4 × cpu" in cluster.said(run.path)
+    assert "on 4 × cpu" in cluster.logs(run.path)
 
 
 def test_usr2_saves_requeues_and_changes_no_bit(cluster: Any, alone: Run) -> None:
@@ -59,7 +59,7 @@ def test_usr2_saves_requeues_and_changes_no_bit(cluster: Any, alone: Run) -> Non
 def test_a_preempted_run_goes_on_with_all_ranks_at_the_same_step(cluster: Any, alone_with_two: Run) -> None:
     run = cluster.pretrain("preempted", "--slurm", "nodes=2", "--slurm", "cpus_per_task=4")
     cluster.wait_until_it_trains(run)
-    cluster.box.ask("srun", "--partition=high", "--nodes=2", "--cpus-per-task=4", "true")
+    cluster.box.run_command("srun", "--partition=high", "--nodes=2", "--cpus-per-task=4", "true")
     cluster.wait_until_done(run.path)
     again = [start for start in cluster.history(run.path, "started") if start["restart"] == 1]
     (stopped,) = cluster.history(run.path, "stopped")
@@ -72,8 +72,8 @@ def test_a_preempted_run_goes_on_with_all_ranks_at_the_same_step(cluster: Any, a
 def test_a_bare_requeue_loses_nothing_but_steps_since_the_last_save(cluster: Any, alone: Run) -> None:
     run = cluster.pretrain("requeued", "engine.checkpoint_every=10")
     cluster.wait_until_it_trains(run)
-    saved = order.last_save(run.path)
-    cluster.box.ask("scontrol", "requeue", str(order.read(run.path).job))
+    saved = job_spec.last_save(run.path)
+    cluster.box.run_command("scontrol", "requeue", str(job_spec.read(run.path).job))
     cluster.wait_until_done(run.path)
     assert cluster.history(run.path, "started")[-1]["saved"] >= saved > 0
     assert numbers(run) == numbers(alone)
@@ -85,7 +85,7 @@ def test_a_cancelled_run_saves_and_stays_cancelled_until_it_is_submitted_again(c
     cluster.mls("cancel", "cancelled")
     cluster.wait_for(lambda: cluster.state(run.path) == "CANCELLED", "the job ends")
     assert "cancelled" in cluster.jobs("cancelled")
-    assert order.last_save(run.path) >= 20
+    assert job_spec.last_save(run.path) >= 20
     cluster.mls("submit", "pretrain", "--resume", "cancelled", "--profile", "box")
     cluster.wait_until_done(run.path)
     assert numbers(run) == numbers(alone)
@@ -104,17 +104,17 @@ def test_the_user_sees_the_training_error_and_no_other(cluster: Any) -> None:
     cluster.wait_until_failed(run.path)
     shown = cluster.jobs("mistaken")
     assert "failed" in shown and "/nowhere/at/all does not exist" in shown
-    assert "Traceback" not in cluster.said(run.path)
-    assert json.loads(Path(run.path, "submission", "order.json").read_text())["job"]
+    assert "Traceback" not in cluster.logs(run.path)
+    assert json.loads(Path(run.path, "submission", "job_spec.json").read_text())["job"]
 
 
 def test_an_exception_is_shown_as_it_was_raised(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, cluster.environment[name])
     folder = cluster.runs / "raised"
-    one = submit.order(folder, "json:loads", {"s": "no JSON"}, folder / "submission", "slurm").write()
+    one = job_spec.create(folder, "json:loads", {"s": "no JSON"}, folder / "submission", "slurm").write()
     submit.submit([one], load_profile("box"), "raised")
     cluster.wait_until_failed(folder)
     assert "JSONDecodeError: Expecting value" in cluster.jobs("raised")
-    assert cluster.said(folder).count("Traceback") == 1
-    assert "submitit ERROR" not in cluster.said(folder)
+    assert cluster.logs(folder).count("Traceback") == 1
+    assert "submitit ERROR" not in cluster.logs(folder)

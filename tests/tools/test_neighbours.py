@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 import mls
 from mls.errors import DataError
-from mls.frozen.neighbours import Album, Eye, InMemory, source_of
+from mls.frozen.neighbours import EmbeddedSource, Embedder, InMemorySource, source_from
 from mls.tools.bench.input import write_photographs
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -59,13 +59,13 @@ def test_features_are_taken_from_the_cache_until_an_image_changes(
     evaluation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLS_CACHE", str(tmp_path / "cache"))
-    album = lambda: Album(source_of(str(evaluation)), Eye.of(None))
-    first = album().kept.folder
+    embedded = lambda: EmbeddedSource(source_from(str(evaluation)), Embedder.of(None))
+    first = embedded().cached.folder
     written = (first / "features.npy").stat().st_mtime_ns
-    assert album().kept.folder == first
+    assert embedded().cached.folder == first
     assert (first / "features.npy").stat().st_mtime_ns == written
     Image.new("RGB", (80, 60)).save(evaluation / "noise0.png")
-    assert album().kept.folder != first
+    assert embedded().cached.folder != first
 
 
 def test_neighbours_of_a_file_and_of_the_runs_own_images(
@@ -98,4 +98,4 @@ def test_mistakes_are_one_sentence(mls_command: Call) -> None:
     assert done.returncode == 2
     assert "resnet_tiny is no run folder, so it does not say where to look: name the images" in done.stderr
     with pytest.raises(DataError, match=r"nowhere.jpg cannot be read \(No such file or directory\): give the path"):
-        InMemory.of_files([Path("nowhere.jpg")])
+        InMemorySource.of_files([Path("nowhere.jpg")])

@@ -1,4 +1,4 @@
-"""What `mls submit pretrain` and `mls submit eval` share: options, and handing orders over with a word about it."""
+"""What `mls submit pretrain` and `mls submit eval` share: options, and submitting jobs with a message about it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from mls.errors import UserError
 
 if TYPE_CHECKING:
-    from mls.slurm.order import Order
+    from mls.slurm.job_spec import JobSpec
     from mls.slurm.profile import Profile
 
 ProfileName = Annotated[str | None, typer.Option("--profile", help="A file, or a name of configs/slurm/.")]
@@ -21,13 +21,13 @@ Changes = Annotated[list[str] | None, typer.Option("--slurm", metavar="KEY=VALUE
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the sbatch script; submit nothing.")]
 
 
-def hand_over(orders: Sequence[Order], profile: Profile, title: str, folder: Path | None = None) -> list[Order]:
+def hand_over(specs: Sequence[JobSpec], profile: Profile, title: str, folder: Path | None = None) -> list[JobSpec]:
     """Submit, and say so. `folder` was made for this alone: it goes again if nothing could be submitted."""
     from mls.slurm import submit as launch
 
     say("copying the code and submitting")
     try:
-        submitted = launch.submit(orders, profile, title)
+        submitted = launch.submit(specs, profile, title)
     except UserError:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -15,7 +15,7 @@ from mls.tools.submit.options import Changes, DryRun, ProfileName, hand_over, sa
 
 if TYPE_CHECKING:
     from mls.config import Config
-    from mls.slurm.order import Order
+    from mls.slurm.job_spec import JobSpec
     from mls.slurm.profile import Profile
 
 
@@ -57,6 +57,7 @@ def pretrain(
     """
     from mls.config import runs_root
     from mls.recipes import load_config, recipes
+    from mls.slurm import job_spec
     from mls.slurm import submit as launch
     from mls.slurm.profile import load_profile
     from mls.slurm.sweep import combinations
@@ -84,11 +85,11 @@ def pretrain(
         load_suite(suite)
     if dry_run:
         folder = runs_root(config).absolute() / (config.run.name or f"{config.run.recipe}-DATE-HASH")
-        made = launch.pretraining(folder, folder / "submission", cluster)
+        made = job_spec.create_pretraining(folder, folder / "submission", cluster)
         print(launch.sbatch_script(made, wanted, folder.name, len(cells)), end="")
         return
     folder, runs = _make_runs(config, given, cells)
-    made = [launch.pretraining(run, folder / "submission", cluster).write() for run in runs]
+    made = [job_spec.create_pretraining(run, folder / "submission", cluster).write() for run in runs]
     if cluster == "debug":
         return launch.run_here(made[0])
     submitted = hand_over(made, wanted, folder.name, folder)
@@ -116,7 +117,7 @@ def _make_runs(config: Config, given: Sequence[str], cells: Sequence[Sequence[st
     return folder, runs
 
 
-def _evaluate_behind(runs: Sequence[Order], suite: str, root: Path, profile: Profile) -> None:
+def _evaluate_behind(runs: Sequence[JobSpec], suite: str, root: Path, profile: Profile) -> None:
     """Behind each run the suite's cells, as an array of their own that starts when the run has succeeded."""
     from mls.slurm import submit as launch
 
@@ -124,24 +125,24 @@ def _evaluate_behind(runs: Sequence[Order], suite: str, root: Path, profile: Pro
     for run in runs:
         tasks = evaluate.plan(suite, [run.folder], root.absolute())
         folder = Path(run.folder) / "evaluation"
-        made = [one.write() for one in evaluate.orders(tasks, folder, Path(run.code).parent)]
+        made = [one.write() for one in evaluate.job_specs(tasks, folder, Path(run.code).parent)]
         submitted = launch.submit(made, alone, f"{Path(run.folder).name}-{Path(suite).stem}", after=run.job)
         say(f"behind job {run.job}: {len(made)} evaluations from job {submitted[0].job} on; `mls jobs {folder}`")
 
 
 def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:
     from mls.engine import Run
-    from mls.slurm import order, watch
+    from mls.slurm import job_spec, watch
     from mls.slurm import submit as launch
 
     run = Run.open(name)
     if run.done:
         raise UserError(f"{run.path} is done: there is nothing to submit")
-    if order.is_submitted(run.path):
-        (seen,) = watch.look([order.read(run.path)], run.path.parent)
+    if job_spec.is_submitted(run.path):
+        (seen,) = watch.status_of([job_spec.read(run.path)], run.path.parent)
         if seen.state in ("queued", "queued again", "running"):
-            raise UserError(f"{run.path} is {seen.state} ({seen.why}): `mls cancel {run.path}` first")
-    made = launch.pretraining(run.path, run.path / "submission", cluster)
+            raise UserError(f"{run.path} is {seen.state} ({seen.reason}): `mls cancel {run.path}` first")
+    made = job_spec.create_pretraining(run.path, run.path / "submission", cluster)
     if dry_run:
         print(launch.sbatch_script(made, profile, run.name), end="")
         return

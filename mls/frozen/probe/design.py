@@ -1,4 +1,4 @@
-"""Features as the solver sees them: centred and scaled without a copy, and their principal axes."""
+"""The design matrix of the solver: features, centred and scaled without a copy, and their principal axes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
+from mls.chunks import chunks
 from mls.errors import DataError
 
 ROWS = 2048  # images at a time
-BLOCK = 512  # features whose second moments are taken together
+BLOCK = 512  # columns of the matrix of second moments that are computed together
 
 
 @dataclass
 class Design:
-    """Features minus `mean`, times `scale`; `rows` of them, or all. Neither is done to the features themselves: weights
-    and gradients are corrected for it, so that nothing is copied."""
+    """(Features - `mean`) * `scale`, of all images or of `rows`. The features themselves are not changed or copied:
+    weights and gradients are corrected for mean and scale instead."""
 
     features: Float[Tensor, "images dim"]
     mean: Float64[Tensor, "dim"]
@@ -33,14 +34,14 @@ class Design:
         return torch.float64 if self.features.dtype == torch.float64 else torch.float32
 
     def parts(self, step: int) -> Iterator[tuple[Float[Tensor, "some dim"], Int64[Tensor, "some"] | slice]]:
-        """Features as they are, and the images they belong to."""
-        for start in range(0, len(self), step):
-            images = slice(start, start + step) if self.rows is None else self.rows[start : start + step]
+        """Unchanged features, and which images they belong to."""
+        for chunk in chunks(len(self), step):
+            images = chunk if self.rows is None else self.rows[chunk]
             yield self.features[images].to(self.dtype), images
 
 
-def plain(features: Float[Tensor, "images dim"]) -> Design:
-    """Features as they are."""
+def unscaled(features: Float[Tensor, "images dim"]) -> Design:
+    """Unchanged features."""
     like = {"dtype": torch.float64, "device": features.device}
     return Design(
         features,
@@ -50,21 +51,21 @@ def plain(features: Float[Tensor, "images dim"]) -> Design:
 
 
 def centred(features: Float[Tensor, "images dim"]) -> Design:
-    """Mean 0. It changes no weight where the bias is free, and makes minimising easier."""
-    design = plain(features)
+    """Mean 0. With a free bias this changes no weight, and it makes the minimisation converge faster."""
+    design = unscaled(features)
     for x, _ in design.parts(ROWS):
         design.mean += x.sum(dim=0, dtype=torch.float64) / len(features)
     return design
 
 
 def standardised(features: Float[Tensor, "images dim"]) -> Design:
-    """Mean 0 and variance 1, in every feature that is not constant; those that are count for nothing."""
+    """Mean 0 and variance 1 for every feature that is not constant; constant ones are set to 0."""
     design = centred(features)
     squares = torch.zeros_like(design.mean)
     for x, _ in design.parts(ROWS):
         squares += (x.double() - design.mean).square().sum(dim=0)
     std = (squares / max(1, len(features) - 1)).sqrt()
-    # A feature that is constant in training would turn its rounding errors into the loudest one of the test.
+    # Divided by its tiny standard deviation, a constant feature's rounding errors would dominate the test scores.
     design.scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0.0)
     return design
 
@@ -78,8 +79,8 @@ class Axes:
 
 
 def principal_axes(design: Design) -> Axes:
-    """From the features' second moments, or from the images' inner products where there are fewer images: the penalty
-    keeps every weight in the space that the images span."""
+    """From the features' second moments, or with fewer images than features from the images' inner products: because of
+    the penalty every solution lies in the space that the images span."""
     count, dim = len(design), design.features.shape[1]
     scale, mean = design.scale, design.mean.to(design.dtype)
     if count < dim:

@@ -1,5 +1,5 @@
-"""What the probes are asked to tell: one label or several an image, which of them are known, and which rows of the
-training images are held out or drawn. No features here."""
+"""Labels of the probes: one or several per image, which of them are annotated, and which training images are held out
+or drawn for few-shot probes. No features here."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Metric = Literal["top1", "map"]
 
 @dataclass(frozen=True)
 class Labels:
-    """Of some images. Single-label where there are `numbers`, else multi-label."""
+    """Labels of some images: single-label if there are `numbers`, else multi-label."""
 
     classes: int
     numbers: Int64[Tensor, "images"] | None = None
     positive: Bool[Tensor, "images classes"] | None = None
-    known: Bool[Tensor, "images classes"] | None = None  # None: all entries are
+    known: Bool[Tensor, "images classes"] | None = None  # annotated entries; None: all
 
     def __len__(self) -> int:
         return len(self.matrix if self.numbers is None else self.numbers)
@@ -57,7 +57,7 @@ class Labels:
 
 
 def read_labels(labels: Shaped[Tensor, "images ..."], multilabel: bool | None = None) -> Labels:
-    """The one rule about forms. A vector holds class numbers. A matrix of integers holds annotations: +1 present, -1
+    """Labels from a tensor. A vector holds class numbers. A matrix of integers holds annotations: +1 present, -1
     absent, 0 not annotated, which is left out of losses, votes and metrics. A matrix of floats or booleans holds 1
     present, 0 absent. A matrix in which every image has exactly one class is single-label unless `multilabel` says.
 
@@ -99,8 +99,9 @@ def _from_numbers(numbers: Tensor, multilabel: bool) -> Labels:
     return Labels(classes, numbers=numbers)
 
 
-def held_out_split(labels: Labels, share: float, seed: int) -> tuple[Int64[Tensor, "kept"], Int64[Tensor, "held"]]:
-    """Rows to fit on and rows to choose settings on. Of single-label images the share is held out of every class."""
+def held_out_split(labels: Labels, share: float, seed: int) -> tuple[Int64[Tensor, "fitted"], Int64[Tensor, "held"]]:
+    """Rows to fit on, and rows to choose settings on: a share of all images, or of every class for single-label
+    images."""
     count = round(share * len(labels))
     order = torch.randperm(len(labels), generator=generator(seed, "probe split"))
     if labels.numbers is not None:
@@ -120,9 +121,9 @@ def held_out_split(labels: Labels, share: float, seed: int) -> tuple[Int64[Tenso
 def few_shot(
     labels: Shaped[Tensor, "images ..."], k: int, draw: int = 0, seed: int = 0, multilabel: bool | None = None
 ) -> Int64[Tensor, "rows"]:
-    """Sorted rows of low-shot draw number `draw`: k images of each class; of multi-label images k positives of each
-    class, all together (Goyal et al. 2019, https://arxiv.org/abs/1905.01235). The rows of a smaller k are among those
-    of a larger one.
+    """Sorted rows of few-shot draw number `draw`: k images of each class; for multi-label images the union of k
+    positives of each class (Goyal et al. 2019, https://arxiv.org/abs/1905.01235). The rows of a smaller k are among
+    those of a larger one.
 
     >>> labels = torch.tensor([0, 1, 0, 1, 1, 0])
     >>> labels[few_shot(labels, k=2)].bincount()
@@ -145,7 +146,7 @@ def few_shot(
 
 
 def _place_within_class(numbers: Int64[Tensor, "images"]) -> Int64[Tensor, "images"]:
-    """How many images of the same class come before each.
+    """How many images of the same class come before each image.
 
     >>> _place_within_class(torch.tensor([1, 0, 1, 1]))
     tensor([0, 0, 1, 2])

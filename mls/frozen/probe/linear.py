@@ -1,5 +1,5 @@
-"""Logistic regression on frozen features: the whole grid of penalties at once, to convergence, and the choice among
-them. Stochastic gradient descent is in sgd.py, the support vector machine in svm.py."""
+"""Logistic regression on frozen features: all penalties together, to convergence, and the selection among them.
+Stochastic gradient descent is in sgd.py, the support vector machine in svm.py."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from mls.chunks import chunks
 from mls.frozen.probe.design import Axes, Design, centred, principal_axes, standardised
 from mls.frozen.probe.labels import Labels, Metric, held_out_split, read_labels
 from mls.frozen.probe.objectives import Logistic, Softmax
 from mls.frozen.probe.solve import TOLERANCE, minimise
 
-HELD_OUT = 0.2  # of the training images, to choose settings on
-Progress = Callable[[int, int], None]  # what is done, and how much there is or is left
+HELD_OUT = 0.2  # share of the training images on which settings are chosen
+SCORED = 8192  # images that are scored together
+Progress = Callable[[int, int], None]  # called with (done, total)
 quiet: Progress = lambda done, of: None
 
 
 @dataclass(frozen=True)
-class Tried:
+class Candidate:
     settings: dict[str, float]
-    value: float  # the metric on the held-out images; NaN where the fit diverged or nothing could be measured
+    value: float  # the metric on the held-out images; NaN if the fit diverged or no class has a positive
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,24 @@ class Probe:
     weight: Float[Tensor, "dim classes"]
     bias: Float[Tensor, "classes"]
     chosen: dict[str, float]  # settings
-    tried: list[Tried]
+    tried: list[Candidate]
     metric: Metric
     value: float | None  # the metric on the test images, where their labels were given
 
 
 Validation = tuple[Float[Tensor, "validation dim"], Shaped[Tensor, "validation ..."]]
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """How a probe reads labels and chooses its settings."""
+
+    seed: int = 0
+    multilabel: bool | None = None  # None: `read_labels` decides
+    validation: Validation | None = None  # settings are chosen on it
+    held_out: float = HELD_OUT  # without a validation set: on this share of the training images
+    refit: bool = True  # with the chosen settings, on all training images
+    progress: Progress = quiet
 
 
 def linear_probe(
@@ -48,44 +62,43 @@ def linear_probe(
     test_features: Float[Tensor, "test dim"],
     test_labels: Shaped[Tensor, "test ..."] | None = None,
     l2: Sequence[float] = (1e-4, 1e-3, 1e-2),
-    seed: int = 0,
-    multilabel: bool | None = None,
-    validation: Validation | None = None,
-    held_out: float = HELD_OUT,
-    refit: bool = True,
     tolerance: float = TOLERANCE,
-    progress: Progress = quiet,
+    options: ProbeOptions = ProbeOptions(),
 ) -> Probe:
-    """Logistic regression on standardised features: softmax where an image has one label, else a classifier a class.
+    """Logistic regression on standardised features: a softmax if images have one label, else one classifier per class.
 
-    The penalty is chosen by the metric on the held-out share of the training images, or on a validation set; equal
-    values go to the stronger one. Then, as in Kornblith et al. 2019 (https://arxiv.org/abs/1805.08974), the fit is
-    repeated on all training images, unless `refit` is off. A validation set is only ever used to choose. `progress` is
-    told of (penalties done, penalties) of each of the two fits. Labels: `read_labels`. Same arguments, same result.
-    Memory: `mls.frozen.probe.solve`.
+    The penalty is chosen by the metric on the held-out share of the training images, or on a validation set; of equal
+    values the stronger penalty is taken. Then, as in Kornblith et al. 2019 (https://arxiv.org/abs/1805.08974), the fit
+    is repeated on all training images, unless `refit` is off. A validation set is never trained on. `progress` is
+    called with (penalties done, penalties) for each of the two fits. Labels: `read_labels`. The result is
+    deterministic. Memory: `mls.frozen.probe.solve`.
 
     >>> x = torch.tensor([-2.0, -1.5, -1.0, -0.5, -0.2, 0.2, 0.5, 1.0, 1.5, 2.0])[:, None]
     >>> labels = torch.cat([x < 0, x > 0], dim=1)
     >>> linear_probe(x, labels, x, labels).value
     1.0
     """
-    labels = read_labels(train_labels.to(train_features.device), multilabel)
+    labels = read_labels(train_labels.to(train_features.device), options.multilabel)
     design = standardised(train_features.detach())
     axes = principal_axes(design)
 
     def fit(penalties: Sequence[float], rows: Tensor | None) -> tuple[Tensor, Tensor]:
         part = design if rows is None else Design(design.features, design.mean, design.scale, rows)
-        return _fit(part, labels, penalties, axes, tolerance, progress)
+        return _fit(part, labels, penalties, axes, tolerance, options.progress)
 
-    choice = Choice(train_features, labels, seed, validation, held_out)
-    weight, bias = fit(l2, choice.rows)
-    tried = [Tried({"l2": penalty}, choice.measure(w, b)) for penalty, w, b in zip(l2, weight, bias[:, 0], strict=True)]
-    best = max(range(len(l2)), key=lambda i: (rank(tried[i].value), l2[i]))
-    if refit and choice.rows is not None:
-        path = [l2[best], *(penalty for penalty in l2 if penalty > l2[best])]  # the stronger ones lead there
+    selection = Selection(train_features, labels, options)
+    weight, bias = fit(l2, selection.rows)
+    fits = zip(l2, weight, bias[:, 0], strict=True)
+    tried = [Candidate({"l2": penalty}, selection.measure(w, b)) for penalty, w, b in fits]
+    best = max(range(len(l2)), key=lambda i: (nan_lowest(tried[i].value), l2[i]))
+    if options.refit and selection.rows is not None:
+        path = [
+            l2[best],
+            *(penalty for penalty in l2 if penalty > l2[best]),
+        ]  # the stronger ones are warm starts
         weight, bias = fit(path, None)
-        return finish(weight[0], bias[0, 0], tried, best, labels, test_features, test_labels)
-    return finish(weight[best], bias[best, 0], tried, best, labels, test_features, test_labels)
+        return build_probe(weight[0], bias[0, 0], tried, best, labels, test_features, test_labels)
+    return build_probe(weight[best], bias[best, 0], tried, best, labels, test_features, test_labels)
 
 
 @torch.no_grad()
@@ -97,8 +110,8 @@ def fit_linear(
     tolerance: float = TOLERANCE,
     progress: Progress = quiet,
 ) -> tuple[Float[Tensor, "penalties dim classes"], Float[Tensor, "penalties 1 classes"]]:
-    """All penalties at once: loss + l2 |weight|^2 for each, where the loss is the mean over images of the sum over
-    classes of binary cross-entropy, or of the softmax cross-entropy. The features are taken as they are."""
+    """Minimises loss + l2 |weight|^2 for all penalties together. The loss is the mean over images of the softmax
+    cross-entropy, or of the sum over classes of the binary cross-entropy. The features are not standardised."""
     design = centred(features.detach())
     return _fit(design, read_labels(labels, multilabel), l2, principal_axes(design), tolerance, progress)
 
@@ -114,15 +127,15 @@ def _fit(
 def objective(labels: Labels, design: Design, copies: int = 1) -> Softmax | Logistic:
     """The loss of the design's images, for `copies` classifiers side by side."""
     device = design.features.device
-    here = labels if design.rows is None else labels.take(design.rows)
+    fitted = labels if design.rows is None else labels.take(design.rows)
     if labels.numbers is not None:
-        assert here.numbers is not None
-        # Half an image more: a class that nobody has here would start at minus infinity.
-        counts = torch.bincount(here.numbers, minlength=labels.classes).double() + 0.5
+        assert fitted.numbers is not None
+        # Laplace smoothing: the initial bias, log share, of a class without images would be minus infinity.
+        counts = torch.bincount(fitted.numbers, minlength=labels.classes).double() + 0.5
         return Softmax(labels.numbers.to(device), (counts / counts.sum()).to(device), copies)
-    known = torch.full((labels.classes,), len(here)) if here.known is None else here.known.sum(dim=0)
-    positives = (here.matrix if here.known is None else here.matrix & here.known).sum(dim=0).double()
-    weight = (len(here) / known.clamp(min=1)).to(device, design.dtype)
+    known = torch.full((labels.classes,), len(fitted)) if fitted.known is None else fitted.known.sum(dim=0)
+    positives = (fitted.matrix if fitted.known is None else fitted.matrix & fitted.known).sum(dim=0).double()
+    weight = (len(fitted) / known.clamp(min=1)).to(device, design.dtype)
     return Logistic(
         labels.matrix.T.to(device).contiguous(),
         None if labels.known is None else labels.known.T.to(device).contiguous(),
@@ -132,33 +145,32 @@ def objective(labels: Labels, design: Design, copies: int = 1) -> Softmax | Logi
     )
 
 
-class Choice:
-    """What settings are chosen on: a validation set, or the training images that are not fitted."""
+class Selection:
+    """The images on which settings are chosen: a validation set, or the training images that are held out."""
 
-    def __init__(
-        self, features: Tensor, labels: Labels, seed: int, validation: Validation | None, held_out: float
-    ) -> None:
-        if validation is not None:
-            self.rows = self.held = None  # all training images are fitted, all of the set are asked about
-            self.features = validation[0]
-            self.labels = read_labels(validation[1].to(features.device), not labels.single)
+    def __init__(self, features: Tensor, labels: Labels, options: ProbeOptions) -> None:
+        if options.validation is not None:
+            self.rows = self.held = None  # all images of both sets are used
+            self.features = options.validation[0]
+            self.labels = read_labels(options.validation[1].to(features.device), not labels.single)
             return
-        self.rows, self.held = (rows.to(features.device) for rows in held_out_split(labels, held_out, seed))
+        split = held_out_split(labels, options.held_out, options.seed)
+        self.rows, self.held = (rows.to(features.device) for rows in split)
         self.features, self.labels = features, labels.take(self.held)
 
     def measure(self, weight: Tensor, bias: Tensor) -> float:
         return self.labels.measure(_scores(self.features, weight, bias, self.held))
 
 
-def rank(value: float) -> float:
-    """NaN (no positive among the held out, or a fit that diverged) is worse than anything."""
+def nan_lowest(value: float) -> float:
+    """For comparing: NaN (no positive among the held-out images, or a fit that diverged) is below every metric."""
     return value if value == value else -1.0
 
 
-def finish(
+def build_probe(
     weight: Tensor,
     bias: Tensor,
-    tried: list[Tried],
+    tried: list[Candidate],
     best: int,
     labels: Labels,
     test_features: Tensor,
@@ -174,5 +186,6 @@ def finish(
 def _scores(
     features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None = None
 ) -> Float[Tensor, "images classes"]:
-    parts = features.split(8192) if rows is None else (features[some] for some in rows.split(8192))
+    count = len(features) if rows is None else len(rows)
+    parts = (features[chunk if rows is None else rows[chunk]] for chunk in chunks(count, SCORED))
     return torch.cat([part.detach().to(weight) @ weight + bias for part in parts])

@@ -1,5 +1,5 @@
-"""What the nearest training images say: votes weighted by exp(cosine / temperature), as in Wu et al. 2018
-(https://arxiv.org/abs/1805.01978), for many k from one search."""
+"""Weighted k-nearest-neighbour classification: votes have the weight exp(cosine / temperature), as in Wu et al. 2018
+(https://arxiv.org/abs/1805.01978). One search serves many k."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from mls.chunks import rows_within
 from mls.core.matching import Matches, TorchMatcher
 from mls.errors import ConfigError, DataError
+from mls.frozen.index import exact_search
 from mls.frozen.probe.labels import Labels, Metric, read_labels
 
-ROWS = 16384  # training images, and
-QUERIES = 1024  # test images compared at a time: bounds the scores that exist at once
-GATHERED = 2**25  # neighbours' label entries at a time
+GATHERED = 2**25  # entries of neighbours' labels that exist at once
 
 
 @dataclass(frozen=True)
@@ -36,27 +35,27 @@ def knn(
     temperature: float = 0.07,
     multilabel: bool | None = None,
 ) -> Knn:
-    """Accuracy, or mean average precision, of every k. Without a test set each training image is asked about by the
-    others (leave one out): so a k can be chosen before the test is seen.
+    """Accuracy, or mean average precision, of every k. Without a test set each training image is a query to
+    the others (leave one out), to choose a k without the test set.
 
-    A k larger than the number of neighbours there are asks all of them. Labels: `mls.frozen.probe.read_labels`.
+    A k larger than the number of neighbours uses all of them. Labels: `mls.frozen.probe.read_labels`.
 
     >>> x = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
     >>> knn(x, torch.tensor([0, 0, 1, 1]), k=[1, 2]).values
     {1: 1.0, 2: 1.0}
     """
     labels = read_labels(train_labels.to(train_features.device), multilabel)
-    alone = test_features is None
-    if alone != (test_labels is None):
+    leave_one_out = test_features is None
+    if leave_one_out != (test_labels is None):
         raise DataError("kNN compares with the truth: give test features and test labels, or neither to leave one out")
     truth = labels if test_labels is None else read_labels(test_labels.to(train_features.device), not labels.single)
     queries = train_features if test_features is None else test_features
-    ks = sorted({min(number, len(train_features) - alone) for number in k})
+    ks = sorted({min(number, len(train_features) - leave_one_out) for number in k})
     if not ks or ks[0] < 1:
-        raise ConfigError(f"k of {list(k)} asks no neighbours: give numbers from 1, and 2 or more training images")
-    matches = nearest(train_features, queries, ks[-1], leave_one_out=alone)
+        raise ConfigError(f"k of {list(k)} uses no neighbours: give numbers from 1, and 2 or more training images")
+    matches = nearest(train_features, queries, ks[-1], leave_one_out)
     scores: dict[int, list[Tensor]] = {number: [] for number in ks}
-    for part in _portions(matches, labels):
+    for part in _chunks(matches, labels):
         for number, votes in zip(ks, _votes(part, labels, ks, temperature), strict=True):
             scores[number].append(votes.argmax(dim=1) if labels.single else votes)
     values = {number: _measure(torch.cat(parts), truth) for number, parts in scores.items()}
@@ -79,47 +78,29 @@ def knn_scores(
     labels = read_labels(train_labels.to(train_features.device))
     matches = nearest(train_features, test_features, min(k, len(train_features)))
     ks = [matches.indices.shape[1]]
-    return torch.cat([next(_votes(part, labels, ks, temperature)) for part in _portions(matches, labels)])
+    return torch.cat([next(_votes(part, labels, ks, temperature)) for part in _chunks(matches, labels)])
 
 
 @torch.no_grad()
 def nearest(
     rows: Float[Tensor, "rows dim"], queries: Float[Tensor, "queries dim"], k: int, leave_one_out: bool = False
 ) -> Matches:
-    """The k rows of largest cosine to each query. `leave_one_out`: the queries are the rows, none is matched with
-    itself. Rows are read once, a portion at a time, so they may be a file mapped into memory."""
-    wanted = k + leave_one_out
-    matcher, best = TorchMatcher(), dict[int, Matches]()
-    for start in range(0, len(rows), ROWS):
-        portion = F.normalize(rows[start : start + ROWS].float(), dim=1)
-        for number, asked in enumerate(queries.split(QUERIES)):
-            found = matcher.topk(F.normalize(asked.float(), dim=1), portion, min(wanted, len(portion)))
-            best[number] = _best(best.get(number), Matches(found.indices + start, found.scores), wanted)
-    matches = _joined(list(best.values()), dim=0)
+    """The k rows of largest cosine to each query. `leave_one_out`: the queries are the rows, and none is matched with
+    itself. Rows may be memory-mapped."""
+    matches = exact_search(rows, queries, k + leave_one_out, TorchMatcher())
     if not leave_one_out:
         return matches
-    # Duplicates can push a row out of its own list: then the last of the list is one too many.
+    # With k + 1 duplicates a row may be missing in its own list: then the last entry is dropped.
     itself = matches.indices == torch.arange(len(rows), device=rows.device)[:, None]
     others = itself.int().argsort(dim=1, stable=True)[:, :k]
     return Matches(matches.indices.gather(1, others), matches.scores.gather(1, others))
 
 
-def _best(first: Matches | None, second: Matches, k: int) -> Matches:
-    if first is None:
-        return second
-    both = _joined([first, second], dim=1)
-    values, places = both.scores.topk(min(k, both.scores.shape[1]), dim=1)
-    return Matches(both.indices.gather(1, places), values)
-
-
-def _joined(parts: Sequence[Matches], dim: int) -> Matches:
-    return Matches(torch.cat([part.indices for part in parts], dim), torch.cat([part.scores for part in parts], dim))
-
-
-def _portions(matches: Matches, labels: Labels) -> Iterator[Matches]:
-    """Some queries at a time. Single labels are added up where they belong, several labels are gathered first."""
+def _chunks(matches: Matches, labels: Labels) -> Iterator[Matches]:
+    """Some queries at a time. Votes need `classes` entries per query for single labels, and times k for several
+    labels."""
     width = labels.classes if labels.single else labels.classes * matches.indices.shape[1]
-    size = max(1, GATHERED // width)
+    size = rows_within(GATHERED, width)
     for indices, scores in zip(matches.indices.split(size), matches.scores.split(size), strict=True):
         yield Matches(indices, scores)
 
@@ -127,11 +108,11 @@ def _portions(matches: Matches, labels: Labels) -> Iterator[Matches]:
 def _votes(
     matches: Matches, labels: Labels, ks: Sequence[int], temperature: float
 ) -> Iterator[Float[Tensor, "queries classes"]]:
-    """For each k, ascending: the weighted mean of the labels of the first k neighbours. Who has no known entry of a
-    class does not vote on it."""
+    """For each k, ascending: the weighted mean of the labels of the first k neighbours. A neighbour that is not
+    annotated for a class has no vote on it."""
     weights = ((matches.scores - matches.scores[:, :1]) / temperature).exp()
     votes = weights.new_zeros(len(weights), labels.classes)
-    heard = torch.zeros_like(votes) if labels.known is not None else votes.new_zeros(len(weights), 1)
+    total = torch.zeros_like(votes) if labels.known is not None else votes.new_zeros(len(weights), 1)
     for before, k in zip([0, *ks], ks, strict=False):
         weight, rows = weights[:, before:k], matches.indices[:, before:k]
         if labels.numbers is not None:
@@ -139,10 +120,10 @@ def _votes(
         else:
             votes += torch.einsum("qk,qkc->qc", weight, labels.matrix[rows].float())
         if labels.known is None:
-            heard += weight.sum(dim=1, keepdim=True)
+            total += weight.sum(dim=1, keepdim=True)
         else:
-            heard += torch.einsum("qk,qkc->qc", weight, labels.known[rows].float())
-        yield votes / heard.clamp(min=torch.finfo(heard.dtype).tiny)
+            total += torch.einsum("qk,qkc->qc", weight, labels.known[rows].float())
+        yield votes / total.clamp(min=torch.finfo(total.dtype).tiny)
 
 
 def _measure(found: Tensor, truth: Labels) -> float:

@@ -1,5 +1,5 @@
-"""The convex losses that solve.py minimises: softmax, one logistic loss a class, one squared hinge a class. Penalties
-are added there."""
+"""The convex losses that solve.py minimises: softmax, and per class a logistic loss or a squared hinge. solve.py adds
+the penalties."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Rows: TypeAlias = Int64[Tensor, "some"] | slice
 
 @dataclass
 class Softmax:
-    """Cross-entropy of class numbers: one group of all classes; sgd.py has a group for each of its settings."""
+    """Cross-entropy of class numbers: one group with all classes; sgd.py has a group for each of its settings."""
 
     numbers: Int64[Tensor, "images"]
-    share: Float[Tensor, "classes"]  # of the images that are fitted
+    share: Float[Tensor, "classes"]  # of each class among the fitted images
     groups: int = 1
     free_bias = True
 
@@ -36,18 +36,18 @@ class Softmax:
         loss = (total.log() - right).sum(dim=(1, 2), dtype=torch.float64)
         return loss, slopes.div_(total).scatter_add_(1, own, torch.full_like(total, -1.0))
 
-    def keep(self, groups: Bool[Tensor, "groups"]) -> Softmax:
+    def select(self, groups: Bool[Tensor, "groups"]) -> Softmax:
         return replace(self, groups=int(groups.sum()))
 
 
 @dataclass
 class Logistic:
-    """Binary cross-entropy. A group is one class; its mean is over the images where it is known."""
+    """Binary cross-entropy. A group is one class; its mean is over the images in which it is annotated."""
 
     positive: Bool[Tensor, "classes images"]
     known: Bool[Tensor, "classes images"] | None
     share: Float[Tensor, "groups"]  # of positives
-    weight: Float[Tensor, "groups"]  # of a known image, so that the mean over all images is that over the known ones
+    weight: Float[Tensor, "groups"]  # of an annotated image: makes the mean over all images that over annotated ones
     row: Int64[Tensor, "groups"]  # of the class
     free_bias = True
 
@@ -64,7 +64,7 @@ class Logistic:
             entries, slopes = entries * weights, slopes * weights
         return entries.sum(dim=1, dtype=torch.float64), slopes[:, None]
 
-    def keep(self, groups: Bool[Tensor, "groups"]) -> Logistic:
+    def select(self, groups: Bool[Tensor, "groups"]) -> Logistic:
         return replace(self, **{name: getattr(self, name)[groups] for name in ("share", "weight", "row")})
 
 
@@ -77,7 +77,7 @@ class SquaredHinge:
     fold_of: Shaped[Tensor, "classes images"]
     positive_weight: float
     row: Int64[Tensor, "groups"]  # of the class
-    fold: Int64[Tensor, "groups"]  # that is left out; -2: none is
+    fold: Int64[Tensor, "groups"]  # that is left out; -2: none
     free_bias = False
 
     def start(self) -> tuple[Tensor, Tensor]:
@@ -95,5 +95,5 @@ class SquaredHinge:
         slopes = weights * short
         return (slopes * short).sum(dim=1, dtype=torch.float64), slopes.mul_(sign).mul_(-2)[:, None]
 
-    def keep(self, groups: Bool[Tensor, "groups"]) -> SquaredHinge:
+    def select(self, groups: Bool[Tensor, "groups"]) -> SquaredHinge:
         return replace(self, **{name: getattr(self, name)[groups] for name in ("row", "fold")})

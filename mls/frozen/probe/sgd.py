@@ -1,10 +1,11 @@
-"""The linear classifier trained as MoCo's (https://arxiv.org/abs/1911.05722) is: stochastic gradient descent on the
-features as they are, here with many learning rates and weight decays in the same products."""
+"""A linear classifier trained as in MoCo (https://arxiv.org/abs/1911.05722): stochastic gradient descent on unscaled
+features, here with many learning rates and weight decays in the same matrix products."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
@@ -13,14 +14,31 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mls.errors import ConfigError
-from mls.frozen.probe.design import Design, plain
+from mls.frozen.probe.design import Design, unscaled
 from mls.frozen.probe.labels import Labels, read_labels
-from mls.frozen.probe.linear import HELD_OUT, Choice, Probe, Progress, Tried, Validation, finish, objective, quiet, rank
+from mls.frozen.probe.linear import Candidate, Probe, ProbeOptions, Selection, build_probe, nan_lowest, objective
 from mls.streams import generator
 
 MOMENTUM = 0.9
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # MoCo's is 30
 Schedule = Literal["steps", "cosine"]
+
+
+@dataclass(frozen=True)
+class Sgd:
+    """Every pair of a learning rate and a weight decay is trained."""
+
+    lr: Sequence[float] = RATES  # at batch 256; scaled with the batch
+    weight_decay: Sequence[float] = (0.0, 1e-6, 1e-5)
+    epochs: int = 100
+    batch_size: int = 256
+    schedule: Schedule = "steps"  # steps: a tenth after 60 % and 80 % of the epochs
+
+    def __post_init__(self) -> None:
+        if not self.lr or not self.weight_decay or min(self.lr) <= 0 or min(self.weight_decay) < 0:
+            raise ConfigError("the probe needs one or more learning rates above 0 and weight decays from 0")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ConfigError("the probe needs an epoch and a batch of 1 or more")
 
 
 @torch.no_grad()
@@ -29,61 +47,42 @@ def sgd_probe(
     train_labels: Shaped[Tensor, "train ..."],
     test_features: Float[Tensor, "test dim"],
     test_labels: Shaped[Tensor, "test ..."] | None = None,
-    lr: Sequence[float] = RATES,
-    weight_decay: Sequence[float] = (0.0, 1e-6, 1e-5),
-    epochs: int = 100,
-    batch_size: int = 256,
-    schedule: Schedule = "steps",
-    seed: int = 0,
-    multilabel: bool | None = None,
-    validation: Validation | None = None,
-    held_out: float = HELD_OUT,
-    refit: bool = True,
-    progress: Progress = quiet,
+    sgd: Sgd = Sgd(),
+    options: ProbeOptions = ProbeOptions(),  # noqa: B008
 ) -> Probe:
-    """Every pair of a learning rate (at batch 256, scaled with the batch) and a weight decay is trained on the same
-    batches, from zero; the pair is chosen as `linear_probe` chooses its penalty, equal values going to the lower rate.
-    `progress` is told of (epochs done, epochs) of each of the two trainings.
-
-    The rate falls to a tenth after 60 and 80 % of the epochs, or along a cosine. The features are read a batch at a
-    time, so they may be a file mapped into memory.
+    """Every pair of a learning rate and a weight decay is trained on the same batches, from zero. The pair is chosen as
+    `linear_probe` chooses its penalty; of equal values the lower rate is taken. `progress` is called with (epochs done,
+    epochs) for each of the two trainings. The features are read a batch at a time, so they may be memory-mapped.
 
     >>> x = torch.cat([torch.zeros(20, 1), torch.ones(20, 1)])
-    >>> found = sgd_probe(x, x[:, 0].long(), x, x[:, 0].long(), lr=[1.0, 10.0], weight_decay=[0.0])
+    >>> found = sgd_probe(x, x[:, 0].long(), x, x[:, 0].long(), Sgd(lr=[1.0, 10.0], weight_decay=[0.0]))
     >>> found.value, found.chosen
     (1.0, {'lr': 1.0, 'weight_decay': 0.0})
     """
-    if not lr or not weight_decay or min(lr) <= 0 or min(weight_decay) < 0 or epochs < 1 or batch_size < 1:
-        raise ConfigError(
-            "the probe needs learning rates above 0, weight decays from 0, an epoch and a batch of 1 or more"
-        )
-    labels = read_labels(train_labels.to(train_features.device), multilabel)
-    settings = [{"lr": rate, "weight_decay": decay} for rate, decay in product(lr, weight_decay)]
-    choice = Choice(train_features, labels, seed, validation, held_out)
+    labels = read_labels(train_labels.to(train_features.device), options.multilabel)
+    settings = [{"lr": rate, "weight_decay": decay} for rate, decay in product(sgd.lr, sgd.weight_decay)]
+    selection = Selection(train_features, labels, options)
 
     def train(chosen: Sequence[dict[str, float]], rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        design = plain(train_features.detach())
+        design = unscaled(train_features.detach())
         design.rows = rows
-        return _train(design, labels, chosen, epochs, batch_size, schedule, seed, progress)
+        return _train(design, labels, chosen, sgd, options)
 
-    weight, bias = train(settings, choice.rows)
-    tried = [Tried(each, choice.measure(w, b)) for each, w, b in zip(settings, weight, bias, strict=True)]
-    best = max(range(len(tried)), key=lambda i: (rank(tried[i].value), -settings[i]["lr"]))
-    if refit and choice.rows is not None:
+    weight, bias = train(settings, selection.rows)
+    tried = [Candidate(each, selection.measure(w, b)) for each, w, b in zip(settings, weight, bias, strict=True)]
+    best = max(range(len(tried)), key=lambda i: (nan_lowest(tried[i].value), -settings[i]["lr"]))
+    if options.refit and selection.rows is not None:
         weight, bias = train([settings[best]], None)
-        return finish(weight[0], bias[0], tried, best, labels, test_features, test_labels)
-    return finish(weight[best], bias[best], tried, best, labels, test_features, test_labels)
+        return build_probe(weight[0], bias[0], tried, best, labels, test_features, test_labels)
+    return build_probe(weight[best], bias[best], tried, best, labels, test_features, test_labels)
 
 
 def _train(
     design: Design,
     labels: Labels,
     settings: Sequence[dict[str, float]],
-    epochs: int,
-    batch_size: int,
-    schedule: Schedule,
-    seed: int,
-    progress: Progress,
+    sgd: Sgd,
+    options: ProbeOptions,
 ) -> tuple[Float[Tensor, "settings dim classes"], Float[Tensor, "settings classes"]]:
     device = design.features.device
     loss = objective(labels, design, copies=len(settings))
@@ -97,10 +96,10 @@ def _train(
         torch.tensor([each[name] for each in settings], dtype=design.dtype, device=device)[:, None, None]
         for name in ("lr", "weight_decay")
     )
-    for epoch in range(epochs):
-        now = rate * (batch_size / 256 * _share(schedule, epoch, epochs))
-        order = images[torch.randperm(len(images), generator=generator(seed, "probe order", epoch))].to(device)
-        for batch in order.split(batch_size):
+    for epoch in range(sgd.epochs):
+        lr = rate * (sgd.batch_size / 256 * _share(sgd.schedule, epoch, sgd.epochs))
+        order = images[torch.randperm(len(images), generator=generator(options.seed, "probe order", epoch))].to(device)
+        for batch in order.split(sgd.batch_size):
             x = design.features[batch].to(design.dtype)
             logits = torch.addmm(bias.flatten(0, 1), weight.flatten(0, 1), x.T)
             _, slopes = loss.losses(logits.view(groups, -1, len(batch)), batch)
@@ -108,13 +107,13 @@ def _train(
             gradients = (slopes @ x).view_as(weight), slopes.sum(dim=1).view_as(bias)
             for parameter, momentum, gradient in zip((weight, bias), momenta, gradients, strict=True):
                 momentum.mul_(MOMENTUM).add_(gradient).add_(decay * parameter)
-                parameter.sub_(now * momentum)
-        progress(epoch + 1, epochs)
+                parameter.sub_(lr * momentum)
+        options.progress(epoch + 1, sgd.epochs)
     return weight.mT, bias[..., 0]
 
 
 def _share(schedule: Schedule, epoch: int, epochs: int) -> float:
-    """Of the learning rate, in an epoch counted from 0.
+    """The share of the learning rate in an epoch, which counts from 0.
 
     >>> [_share("steps", epoch, 100) for epoch in (59, 60, 80)]
     [1.0, 0.1, 0.010000000000000002]

@@ -1,14 +1,17 @@
-"""Penalised linear classifiers of many classes and penalties at once. What is minimised is in objectives.py, what for
-in linear.py and svm.py.
+"""Fits penalised linear classifiers of many classes and penalties together, by L-BFGS. The losses are in objectives.py,
+the callers are linear.py and svm.py.
 
-A column is one weight vector, a group the columns that one loss ties together. The product of the features with all
-columns is one matrix product a portion of images. Three things make tens of passes do what takes thousands otherwise.
-Coordinates: the principal axes of the features, each scaled by what curvature and penalty make of it there, so that
-every Hessian is near the identity. The path: penalties are taken from strong to weak, each begins where the last two
-point, and L-BFGS goes on with the curvature it has learnt. The batch: a group that has arrived leaves the product.
+A column is one weight vector; a group is the columns that share one loss (all classes of a softmax, one class of a
+logistic loss). For each chunk of images there is one matrix product of the features with all columns. Three things
+reduce thousands of passes over the features to tens:
+- preconditioning: coordinates are the principal axes of the features, each divided by the square root of its curvature
+  (loss and penalty), so that every Hessian is near the identity;
+- warm starts: penalties are fitted from strong to weak, each starts from an extrapolation of the last two minima, and
+  L-BFGS keeps its pairs;
+- active sets: a group that has converged leaves the product.
 
-Memory beyond the features: about 50 times the columns, and a few portions of logits; a penalty's columns exist in its
-turn. Products are in fp32 (fp64 where the features are), losses are summed in fp64."""
+Memory beyond the features: about 50 times the columns, and a few chunks of logits; the columns of one penalty exist at
+a time. Products are in fp32 (fp64 if the features are), losses are summed in fp64."""
 
 from __future__ import annotations
 
@@ -22,26 +25,28 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
+from mls.chunks import rows_within
 from mls.errors import ConfigError
 from mls.frozen.probe.design import ROWS, Axes, Design, principal_axes
 
 HISTORY = 10  # pairs of steps and gradient changes that L-BFGS remembers
 LOGITS = 2**21  # that exist at once
-TOLERANCE = 1e-5  # of the loss
-FLOOR = 1e-3  # of the loss at the start: below that a smaller loss needs no smaller gap
-SHORTEST = 1e-4  # step that is tried
+MIN_ROWS = 64  # images in a chunk, even if their logits are more than that
+TOLERANCE = 1e-5  # of the gap to the minimum, as a share of the loss
+FLOOR = 1e-3  # share of the initial loss: the tolerance is not taken of a smaller loss
+MIN_STEP = 1e-4  # step lengths below it are not tried
 
 
 @runtime_checkable
 class Objective(Protocol):
     """Losses of `groups` independent problems of `size` columns each, as means over the images."""
 
-    free_bias: bool  # False: the bias stays where it starts
+    free_bias: bool  # False: the bias is not fitted
 
     def start(
         self,
     ) -> tuple[Float[Tensor, "groups size"], Float[Tensor, "groups size"]]:
-        """The bias to start from, and the second derivative of the loss by the logit there, meant over the images."""
+        """The initial bias, and the second derivative of the loss by the logit there, averaged over the images."""
         ...
 
     def losses(
@@ -49,17 +54,17 @@ class Objective(Protocol):
         logits: Float[Tensor, "groups size some"],
         rows: Int64[Tensor, "some"] | slice,
     ) -> tuple[Float64[Tensor, "groups"], Float[Tensor, "groups size some"]]:
-        """What these images add to the loss of each group, and its derivative by the logits."""
+        """The sum of the loss over these images for each group, and its derivative by the logits."""
         ...
 
-    def keep(self, groups: Bool[Tensor, "groups"]) -> Objective:
+    def select(self, groups: Bool[Tensor, "groups"]) -> Objective:
         """Only these groups."""
         ...
 
 
 @dataclass
 class Fit:
-    weight: Float[Tensor, "groups size dim"]  # for the features as they are
+    weight: Float[Tensor, "groups size dim"]  # for the unscaled features
     bias: Float[Tensor, "groups size"]
     loss: Float64[Tensor, "groups"]  # with the penalty
     gap: Float64[Tensor, "groups"]  # an estimate of how far the loss is above its minimum
@@ -77,24 +82,24 @@ def minimise(
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[Fit]:
     """A fit for each penalty `l2`: loss + l2 |weight|^2 of all groups, until the estimated gap to the minimum is less
-    than `tolerance` of the loss, or as small as rounding lets it be. A group that has arrived leaves the product. Each
-    round is one pass over the features. `progress` is told of the penalties that are done."""
+    than `tolerance` of the loss, or until rounding stops further progress. Each round is one pass over the features.
+    `progress` is called with (penalties done, penalties)."""
     if not l2 or min(l2) <= 0:
         raise ConfigError(f"penalties of {list(l2)} cannot be fitted: give one or more, all above 0")
     axes = axes or principal_axes(design)
-    path, fits = _Path(), dict[float, Fit]()
+    warm, fits = _WarmStart(), dict[float, Fit]()
     for penalty in sorted(set(l2), reverse=True):
         problem = _Problem.build(design, objective, axes, penalty)
-        fits[penalty] = _descend(problem, path, tolerance, max_rounds)
+        fits[penalty] = _descend(problem, warm, tolerance, max_rounds)
         progress(len(fits), len(set(l2)))
     return [fits[penalty] for penalty in l2]
 
 
-def _descend(problem: _Problem, path: _Path, tolerance: float, max_rounds: int) -> Fit:
-    whole, point = problem, path.start(problem)
+def _descend(problem: _Problem, warm: _WarmStart, tolerance: float, max_rounds: int) -> Fit:
+    whole, point = problem, warm.start(problem)
     loss, gradient = problem.evaluate(point)
-    path.floor = floor = FLOOR * loss if path.floor is None else path.floor
-    search = _Search(gradient, path.pairs(problem))
+    warm.floor = floor = FLOOR * loss if warm.floor is None else warm.floor
+    search = _Search(gradient, warm.pairs(problem))
     final, losses, gaps = point.clone(), loss.clone(), torch.full_like(loss, torch.inf)
     active, rounds = torch.arange(len(loss), device=loss.device), 0
     while len(active):
@@ -108,25 +113,25 @@ def _descend(problem: _Problem, path: _Path, tolerance: float, max_rounds: int) 
         final[active], losses[active], gaps[active] = point, loss, search.gap()
         left = (search.gap() > tolerance * torch.maximum(loss, floor)) & search.moves() & (rounds < max_rounds)
         if not bool(left.all()):
-            path.remember(active, search, problem)
+            warm.remember(active, search, problem)
             active, point, loss, gradient, floor = (tensor[left] for tensor in (active, point, loss, gradient, floor))
-            problem = problem.keep(left)
-            search.keep(left)
-    path.arrive(whole, final)
+            problem = problem.select(left)
+            search.select(left)
+    warm.store_minimum(whole, final)
     weight, bias = whole.weights(final)
     return Fit(weight.view(*final.shape[:2], -1), bias.view(final.shape[:2]), losses, gaps, rounds)
 
 
 @dataclass
 class _Problem:
-    """The losses under one penalty, in the coordinates of the axes; a free bias is the last coordinate."""
+    """The losses with one penalty, in the preconditioned coordinates; a free bias is the last coordinate."""
 
     design: Design
     mean: Float[Tensor, "dim"]
     axes: Axes
     objective: Objective
     bias: Float[Tensor, "groups size"]  # at the origin
-    stretch: Float[Tensor, "groups size coordinates"]  # what one unit of a coordinate is worth
+    stretch: Float[Tensor, "groups size coordinates"]  # from preconditioned coordinates to those of the axes
     penalty: float
     l2: Float[Tensor, "coordinates"]  # the penalty; 0 of a bias
 
@@ -140,12 +145,12 @@ class _Problem:
         mean = design.mean.to(design.dtype)
         return cls(design, mean, axes, objective, bias[..., 0], along.rsqrt(), penalty, l2)
 
-    def keep(self, groups: Tensor) -> _Problem:
-        objective = self.objective.keep(groups)
+    def select(self, groups: Tensor) -> _Problem:
+        objective = self.objective.select(groups)
         return replace(self, objective=objective, bias=self.bias[groups], stretch=self.stretch[groups])
 
     def weights(self, point: Tensor) -> tuple[Float[Tensor, "columns dim"], Float[Tensor, "columns"]]:
-        """For the features as they are."""
+        """Weights and biases for the unscaled features."""
         at, count = (point * self.stretch).flatten(0, 1), len(self.axes.squares)
         weight = at[:, :count] @ self.axes.vectors.T
         return weight, self.bias.flatten() + at[:, count:].sum(dim=1) - weight @ self.mean
@@ -155,8 +160,8 @@ class _Problem:
         weight, bias = self.weights(point)
         slope, bias_slope = torch.zeros_like(weight), torch.zeros_like(bias)
         loss = torch.zeros(len(point), dtype=torch.float64, device=point.device)
-        # Columns before images: with few columns the other order takes many times as long on a CPU.
-        for x, images in self.design.parts(step=max(64, min(ROWS, LOGITS // len(bias)))):
+        # [columns, images]: with few columns the transposed product takes many times as long on a CPU.
+        for x, images in self.design.parts(step=max(MIN_ROWS, min(ROWS, rows_within(LOGITS, len(bias))))):
             logits = torch.addmm(bias[:, None], weight, x.T)
             added, slopes = self.objective.losses(logits.view(*point.shape[:2], -1), images)
             loss += added
@@ -174,17 +179,17 @@ class _Problem:
 Pair = tuple[Tensor, Tensor, Tensor]  # a move, the change of the gradient over it, one over their product
 
 
-class _Path:
-    """What the penalties that are done tell the next one: where its minimum will be, and how the loss is curved."""
+class _WarmStart:
+    """Warm starts: the minima and the curvature pairs of the penalties that are fitted, for the next one."""
 
     def __init__(self) -> None:
         self.floor: Tensor | None = None
-        self.solved: list[tuple[float, Tensor]] = []  # log of the penalty, minimum along the axes; the last two
-        self.moves: list[tuple[Tensor, Tensor]] = []  # along the axes, of all groups
+        self.solved: list[tuple[float, Tensor]] = []  # (log of the penalty, minimum along the axes) of the last two
+        self.moves: list[tuple[Tensor, Tensor]] = []  # and gradient changes along the axes, of all groups
         self.penalty = 0.0
 
     def start(self, problem: _Problem) -> Tensor:
-        """On the line through the last two minima over the logarithm of the penalty, which is nearly straight."""
+        """Linear extrapolation of the last two minima over the logarithm of the penalty."""
         if not self.solved:
             self.origin = torch.zeros_like(problem.stretch)
             return self.origin
@@ -193,7 +198,8 @@ class _Path:
         return (at + share * (at - earlier)) / problem.stretch
 
     def pairs(self, problem: _Problem) -> list[Pair]:
-        """A change of the penalty changes what the gradient does over a move by a known amount."""
+        """The pairs of the last penalty, with the known difference that the new penalty makes to their gradient
+        changes."""
         found = []
         for move, change in self.moves:
             more = 2 * torch.where(problem.l2 > 0, problem.penalty - self.penalty, 0.0)
@@ -206,14 +212,14 @@ class _Path:
         for (moves, changes), (move, change, _) in zip(self.moves, search.pairs, strict=True):
             moves[active], changes[active] = move * problem.stretch, change / problem.stretch
 
-    def arrive(self, problem: _Problem, point: Tensor) -> None:
+    def store_minimum(self, problem: _Problem, point: Tensor) -> None:
         self.penalty = problem.penalty
         self.solved = [*self.solved[-1:], (math.log(problem.penalty), point * problem.stretch)]
 
 
 class _Search:
-    """L-BFGS of every group for itself (Nocedal and Wright, algorithm 7.4). A step that does not lower a group's loss
-    is shortened in the next round, while the other groups go on."""
+    """L-BFGS for every group separately (Nocedal and Wright, algorithm 7.4). If a step does not lower a group's loss it
+    is shortened in the next round, while the other groups continue."""
 
     def __init__(self, gradient: Tensor, pairs: Sequence[Pair]) -> None:
         self.pairs = deque(pairs, maxlen=HISTORY)
@@ -229,9 +235,9 @@ class _Search:
         return new_loss <= loss + 1e-4 * (self.step * self.slope).flatten() + rounding
 
     def turn(self, accepted: Tensor, move: Tensor, gradient: Tensor, new_gradient: Tensor) -> Tensor:
-        """The gradient to go on with; direction and step follow."""
+        """The next gradient; sets direction and step."""
         accepted = _wide(accepted)
-        # Where the gradient would vanish along the direction, were it to change evenly.
+        # The step at which the slope along the direction is 0, by linear interpolation.
         ahead = _dot(new_gradient, self.direction)
         shorter = self.step * (self.slope / (self.slope - ahead)).nan_to_num(0.0).clamp(0.1, 0.7)
         self.step = torch.where(accepted, 1.0, shorter)
@@ -248,7 +254,7 @@ class _Search:
         self.scale = torch.where(inverse > 0, 1 / (inverse * _dot(change, change)), self.scale)
 
     def _newton(self, gradient: Tensor) -> Tensor:
-        """The gradient divided by the curvature that the pairs tell of."""
+        """The gradient times the inverse Hessian that the pairs approximate."""
         rest, shares = gradient.clone(), []
         for move, change, inverse in reversed(self.pairs):
             shares.append(inverse * _dot(move, rest))
@@ -259,14 +265,14 @@ class _Search:
         return rest
 
     def gap(self) -> Float64[Tensor, "groups"]:
-        """Half of Newton's decrement: what a quadratic would still fall by."""
+        """Half the squared Newton decrement: the distance to the minimum of a quadratic."""
         return -self.slope.flatten().double() / 2
 
     def moves(self) -> Bool[Tensor, "groups"]:
-        """False once steps had to be so short that rounding hides what they change."""
-        return self.step.flatten() > SHORTEST
+        """False once steps are so short that rounding hides their effect."""
+        return self.step.flatten() > MIN_STEP
 
-    def keep(self, groups: Tensor) -> None:
+    def select(self, groups: Tensor) -> None:
         self.pairs = deque(((m[groups], c[groups], i[groups]) for m, c, i in self.pairs), maxlen=HISTORY)
         for name in ("direction", "slope", "scale", "step"):
             setattr(self, name, getattr(self, name)[groups])

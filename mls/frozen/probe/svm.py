@@ -1,5 +1,6 @@
-"""The linear support vector machines of the literature on VOC 2007 (Goyal et al. 2019,
-https://arxiv.org/abs/1905.01235): one a class, cost by cross-validation. Equal to scikit-learn's LinearSVC."""
+"""Linear support vector machines, as the literature uses them on VOC 2007 (Goyal et al. 2019,
+https://arxiv.org/abs/1905.01235): one per class, the cost chosen by cross-validation. Equal to scikit-learn's
+LinearSVC."""
 
 from __future__ import annotations
 
@@ -13,19 +14,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int8, Shaped
 from torch import Tensor
 
+from mls.chunks import chunks
 from mls.errors import DataError
 from mls.frozen.metrics import average_precision
-from mls.frozen.probe.design import Axes, Design, plain, principal_axes
+from mls.frozen.probe.design import Axes, Design, principal_axes, unscaled
 from mls.frozen.probe.labels import Labels, read_labels
-from mls.frozen.probe.linear import Progress, quiet
+from mls.frozen.probe.linear import SCORED, Progress, quiet
 from mls.frozen.probe.objectives import SquaredHinge
 from mls.frozen.probe.solve import minimise
 
 COSTS = (*(10.0**power for power in range(-7, 3)), *(2.0**-power for power in range(4, 20)))  # the paper's
 POSITIVE_WEIGHT = 2.0
 CLASSES = 256  # that are fitted together
-NO_FOLD = -2  # is no image's
-TOLERANCE = 1e-6  # of the loss: rankings of a fold's few images are touchy
+NO_FOLD = -2  # the fold of no image
+TOLERANCE = 1e-6  # of the loss: with few images in a fold, small errors of the scores change their ranking
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Svm:
     scores: Float[Tensor, "test classes"]
     weight: Float[Tensor, "dim classes"]
     bias: Float[Tensor, "classes"]
-    cost: Float64[Tensor, "classes"]  # that was chosen for each class
+    cost: Float64[Tensor, "classes"]  # the chosen one of each class
     tried: Float64[Tensor, "costs classes"]  # average precision of each cost, mean over the folds
     average_precision: Float64[Tensor, "classes"] | None  # on the test images, where their labels were given
     value: float | None  # mean average precision, or accuracy where every image has one class
@@ -52,9 +54,9 @@ def svm_probe(
     multilabel: bool | None = None,
     progress: Progress = quiet,
 ) -> Svm:
-    """One machine a class on L2-normalised features: squared hinge, positives weigh twice, the bias is penalised as a
-    weight is. The cost of each class has the best average precision over stratified folds of consecutive images.
-    `progress` is told of (classes done, classes).
+    """One machine per class on L2-normalised features: squared hinge loss, positives have weight 2, the bias is
+    penalised like a weight. The cost of each class has the best average precision over stratified folds of consecutive
+    images. `progress` is called with (classes done, classes).
 
     Entries that are not annotated are left out of their class. Single labels make one class against the rest.
     Memory: a normalised fp32 copy of the features, and that of `mls.frozen.probe.solve` for 4 columns a class,
@@ -63,15 +65,15 @@ def svm_probe(
     labels = read_labels(train_labels.to(train_features.device), multilabel)
     signs, where = _signs(labels), {"device": train_features.device}
     fold_of = torch.from_numpy(np.stack([_folds(sign, folds) for sign in signs.cpu().numpy()])).to(**where)
-    design = plain(_prepared(train_features))
+    design = unscaled(_prepared(train_features))
     axes = principal_axes(design)
     weights, tried = [], []
-    for start in range(0, labels.classes, CLASSES):
-        some, left_out = signs[start : start + CLASSES], fold_of[start : start + CLASSES]
+    for chunk in chunks(labels.classes, CLASSES):
+        some, left_out = signs[chunk], fold_of[chunk]
         fitted = fit_svm(design, axes, some, left_out, folds, costs)  # [costs, folds and all, classes, dim]
         tried.append(_validated(design, fitted[:, :folds], some, left_out))
         weights.append(fitted[tried[-1].argmax(dim=0), folds, torch.arange(len(some), **where)])
-        progress(min(start + CLASSES, labels.classes), labels.classes)
+        progress(chunk.stop, labels.classes)
     weight, found = torch.cat(weights).T, torch.cat(tried, dim=1)
     chosen = torch.tensor(list(costs), dtype=torch.float64, **where)[found.argmax(dim=0)]
     scores = _prepared(test_features).to(weight) @ weight
@@ -92,8 +94,8 @@ def fit_svm(
     folds: int,
     costs: Sequence[float],
 ) -> Float[Tensor, "costs folds_and_all classes dim"]:
-    """The minimum of |weight|^2 / 2 + cost * sum of weighted squared hinges, for each cost without each fold, and
-    without none. Divided by cost and images it is a mean loss and a penalty."""
+    """Minimises |weight|^2 / 2 + cost * sum of weighted squared hinges, for each cost without each fold, and on all
+    images. Divided by cost and images this is a mean loss and a penalty."""
     shape = folds + 1, len(signs)
     row = torch.arange(shape[1], device=signs.device).expand(shape).flatten()
     fold = torch.tensor([*range(folds), NO_FOLD], device=signs.device)[:, None].expand(shape).flatten()
@@ -105,17 +107,17 @@ def fit_svm(
 def _validated(
     design: Design, weight: Float[Tensor, "costs folds classes dim"], signs: Tensor, fold_of: Tensor
 ) -> Float64[Tensor, "costs classes"]:
-    """The average precision on the images that were left out, mean over the folds."""
+    """The average precision on the images of the fold that was left out, averaged over the folds."""
     found = []
     for number, fitted in enumerate(weight.unbind(dim=1)):
-        scores = torch.cat([x @ fitted.flatten(0, 1).T for x, _ in design.parts(8192)]).view(-1, *fitted.shape[:2])
+        scores = torch.cat([x @ fitted.flatten(0, 1).T for x, _ in design.parts(SCORED)]).view(-1, *fitted.shape[:2])
         held = ((fold_of == number) & (signs != 0)).T[:, None].expand(scores.shape)
         found.append(average_precision(scores, signs.T[:, None].expand(scores.shape), held))
     return torch.stack(found).mean(dim=0)
 
 
 def _signs(labels: Labels, classes: int | None = None) -> Int8[Tensor, "classes images"]:
-    """+1, -1, and 0 where it is not known."""
+    """+1 positive, -1 negative, 0 not annotated."""
     if labels.numbers is not None:
         positive = labels.numbers == torch.arange(classes or labels.classes, device=labels.numbers.device)[:, None]
     else:
@@ -125,7 +127,7 @@ def _signs(labels: Labels, classes: int | None = None) -> Int8[Tensor, "classes 
 
 
 def _folds(signs: np.ndarray, folds: int) -> np.ndarray:
-    """The fold of each image of one class; -1 where the class is not known."""
+    """The fold of each image for one class; -1 if the class is not annotated in it."""
     from sklearn.model_selection import StratifiedKFold
 
     known = np.flatnonzero(signs)
@@ -135,7 +137,7 @@ def _folds(signs: np.ndarray, folds: int) -> np.ndarray:
             f"a class has no positives, no negatives or fewer than {2 * folds} annotated images: its machine cannot be "
             "cross-validated, leave the class out"
         )
-    with warnings.catch_warnings():  # a class with fewer positives than folds: folds without one count 0 for all costs
+    with warnings.catch_warnings():  # about classes with fewer positives than folds
         warnings.simplefilter("ignore", UserWarning)
         for number, (_, held) in enumerate(StratifiedKFold(folds).split(known, signs[known])):
             fold_of[known[held]] = number

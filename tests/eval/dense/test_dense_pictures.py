@@ -48,7 +48,7 @@ def test_objects_are_drawn_where_they_are_if_the_score_is_high(score: float, tmp
     pictures.save(tmp_path / "found.png", images, [0], [found])
     image, found_view, true_view = columns(tmp_path / "found.png")
     changed = lambda view: np.abs(view - image).sum(2) > 0
-    if score < pictures.SURE:
+    if score < pictures.MIN_SCORE:
         assert not changed(found_view).any()
         return
     scale = pictures.HEIGHT / 32

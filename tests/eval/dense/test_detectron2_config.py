@@ -10,7 +10,7 @@ import torch
 
 from mls.errors import ConfigError
 from mls.eval import load_protocol
-from mls.eval.dense.detectron2_config import RECIPES, configuration, refuse_unknown_to_detectron2, said
+from mls.eval.dense.detectron2_config import RECIPES, configuration, overrides, refuse_unknown_to_detectron2
 from mls.eval.dense.loop import lr_share
 from mls.eval.dense.prepare import backbone_source
 from mls.eval.dense.schema import Detection, check
@@ -57,7 +57,7 @@ def test_every_setting_of_a_protocol_reaches_detectron2_or_is_refused(part: str,
         check(another)
     except ConfigError as error:
         refused = str(error)
-    assert f"{part}.{name}" in refused or (not refused and said(another) != said(protocol))
+    assert f"{part}.{name}" in refused or (not refused and overrides(another) != overrides(protocol))
 
 
 @pytest.mark.parametrize(

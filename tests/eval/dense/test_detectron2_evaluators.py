@@ -75,7 +75,7 @@ def detectron2s_numbers(protocol: Detection, found: list[Detections], metric: st
                 outlines = [torch.from_numpy(mask.decode(outline)).bool() for outline in one.outlines or ()]
                 instances.pred_masks = torch.stack(outlines) if outlines else torch.zeros(0, 1, 1, dtype=torch.bool)
             evaluator.process([image], [{"instances": instances}])
-        return detectron2_data.in_our_names(evaluator.evaluate())
+        return detectron2_data.renamed(evaluator.evaluate())
 
 
 @pytest.mark.parametrize("masks", [True, False])

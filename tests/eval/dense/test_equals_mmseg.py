@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from mls.eval.data.regions import VOID
 from mls.eval.dense.schema import Segmentation, SegmentationData, SegmenterConfig
 from mls.eval.dense.segmenter import Segmenter
-from mls.exporting.source import ResNetPlan
 from mls.frameworks import installed as frameworks
+from mls.frameworks.resnet_plan import ResNetPlan
 from mls.models import load_backbone
 
 if frameworks.missing("mmseg"):

@@ -1,5 +1,5 @@
-"""Reads recipes without running them: a YAML with its `_BASE_`, or the plain assignments of a Python file. A recipe
-that somebody else made is read like our own."""
+"""Reads the frameworks' configuration files without running them: a YAML with its `_BASE_`, or the plain assignments of
+a Python file. Files of others are read like our own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mls.errors import ConfigError
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A detectron2 configuration, laid over the one that its `_BASE_` names."""
+    """A detectron2 configuration, merged over the one that its `_BASE_` names."""
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -44,7 +44,7 @@ def read_python(path: Path) -> dict[str, Any]:
             try:
                 values[line.targets[0].id] = _value(line.value, values)
             except ValueError:
-                continue  # not plain: no setting of ours
+                continue  # computed: none of the settings that features depend on
     return values
 
 

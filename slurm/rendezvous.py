@@ -1,5 +1,5 @@
-"""How the processes of a job find one another: ranks from the scheduler, the address from rank 0 by a file beside the
-run. What the submitting shell had in MASTER_* or RANK does not count; CUDA_VISIBLE_DEVICES is left as SLURM gave it."""
+"""The rendezvous of a job's processes: ranks come from the scheduler, rank 0 writes its address to a file beside the
+run. MASTER_* and RANK of the submitting shell are ignored; CUDA_VISIBLE_DEVICES stays as SLURM set it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mls.errors import LaunchError
 from mls.files import write_atomically
 
 PORTS = range(20000, 32000)  # below the range from which Linux takes ports for outgoing connections
-PATIENCE = 600  # seconds that the others wait for rank 0, whose node may still be starting
+TIMEOUT = 600  # seconds that the other ranks wait for rank 0, whose node may still be starting
 
 
 @dataclass(frozen=True)
@@ -29,58 +29,58 @@ class Task:
     job: str
 
 
-def tell_torch(task: Task, folder: Path) -> None:
-    """Set what torch.distributed reads (mls/distributed.py), whatever stood there before."""
+def set_torch_environment(task: Task, folder: Path) -> None:
+    """Set the variables that torch.distributed reads (mls/distributed.py); earlier values are removed."""
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
     if task.world == 1:
         return
-    names, port = _announce(task, folder) if task.rank == 0 else _listen(task, folder)
-    # Each node resolves for itself: a name that one node knows may mean nothing on the next.
+    names, port = _write_address(task, folder) if task.rank == 0 else _read_address(task, folder)
+    # Each node tries the names itself: a name that one node can resolve may be unknown on another.
     os.environ["MASTER_ADDR"] = next(filter(_resolves, names), names[-1])
     os.environ["MASTER_PORT"] = str(port)
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(task.rank), str(task.world)
-    os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(_gpu(task)), str(task.local_world)
+    os.environ["LOCAL_RANK"], os.environ["LOCAL_WORLD_SIZE"] = str(_local_gpu(task)), str(task.local_world)
 
 
-def _gpu(task: Task) -> int:
-    """Which of the GPUs that this process sees is its own: the only one where SLURM gave one to each task."""
+def _local_gpu(task: Task) -> int:
+    """Index of this process's GPU among those that it sees: 0 where SLURM gave each task one GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return 0 if visible and "," not in visible else task.local_rank
 
 
-def _meeting_point(task: Task, folder: Path) -> Path:
-    return folder / f"meeting-{task.job}-{os.environ.get('SLURM_RESTART_COUNT', 0)}.json"
+def _rendezvous_file(task: Task, folder: Path) -> Path:
+    return folder / f"rendezvous-{task.job}-{os.environ.get('SLURM_RESTART_COUNT', 0)}.json"
 
 
-def _announce(task: Task, folder: Path) -> tuple[list[str], int]:
+def _write_address(task: Task, folder: Path) -> tuple[list[str], int]:
     names = [os.environ.get("SLURMD_NODENAME", ""), socket.gethostname(), _own_address()]
     if "SLURM_JOB_ID" not in os.environ:
         names = ["127.0.0.1"]
     port = free_port(task.job)
-    for old in folder.glob("meeting-*.json"):
+    for old in folder.glob("rendezvous-*.json"):
         old.unlink(missing_ok=True)
-    write_atomically(_meeting_point(task, folder), json.dumps([[n for n in names if n], port]).encode())
+    write_atomically(_rendezvous_file(task, folder), json.dumps([[n for n in names if n], port]).encode())
     return names, port
 
 
-def _listen(task: Task, folder: Path) -> tuple[list[str], int]:
-    point, until = _meeting_point(task, folder), time.monotonic() + PATIENCE
+def _read_address(task: Task, folder: Path) -> tuple[list[str], int]:
+    file, until = _rendezvous_file(task, folder), time.monotonic() + TIMEOUT
     while time.monotonic() < until:
-        os.scandir(folder).close()  # makes a network file system look again
+        os.scandir(folder).close()  # a network file system refreshes its cached listing
         try:
-            names, port = json.loads(point.read_text())
+            names, port = json.loads(file.read_text())
             return names, port
         except FileNotFoundError:
             time.sleep(0.1)
     raise LaunchError(
-        f"rank 0 did not write {point} within {PATIENCE} s: see its log, and whether {folder} is on a file system that "
+        f"rank 0 did not write {file} within {TIMEOUT} s: see its log, and whether {folder} is on a file system that "
         "all nodes share"
     )
 
 
 def free_port(job: str) -> int:
-    """A port that follows from the job's number, so that two jobs on a node differ; the next free one if it is taken.
+    """A port derived from the job's number, so that two jobs on a node differ; the next free one if it is taken.
 
     >>> free_port("4711") in PORTS
     True

@@ -1,0 +1,24 @@
+"""Large arrays a part at a time: how many rows fit into a budget of memory, and the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def rows_within(budget: int, per_row: int) -> int:
+    """How many rows of `per_row` entries fit into a budget of entries; at least one.
+
+    >>> rows_within(1 << 21, 1000), rows_within(10, 1000)
+    (2097, 1)
+    """
+    return max(1, budget // max(1, per_row))
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """Consecutive parts of `count` rows, of `size` rows each; the last one may be smaller.
+
+    >>> list(chunks(5, 2))
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    for start in range(0, count, size):
+        yield slice(start, min(start + size, count))
