@@ -58,8 +58,8 @@ def prepare(data: TrainingData, draw: int = 0) -> Prepared:
     elif drawn is None or data.labels != "single_positive":
         drawn = observe(train.truth, data.labels, data.proportion, data.seed)
     if val is None and data.validation:
-        kept, held_out = split(len(train), data.validation, data.seed)
-        train, val, drawn = found.train.part(kept), found.train.part(held_out), drawn[kept]
+        learnt, held_out = split(len(train), data.validation, data.seed)
+        train, val, drawn = found.train.part(learnt), found.train.part(held_out), drawn[learnt]
     if data.shots:
         rows = few_shot(train.truth, data.shots, draw, multilabel=not train.single_label)
         train, drawn = train.part(rows), drawn[rows]
@@ -80,8 +80,8 @@ def run(
     training = prepare_training(protocol, weights, seed, folder)
     training.train(title or protocol.recipe, quiet, after_epoch)
     values, seconds = test(training), time.monotonic() - began
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in training.weights().items()}
-    return Trained(values, training.selection(), training.best_value(), seconds, kept, training=training)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in training.weights().items()}
+    return Trained(values, training.selection(), training.best_value(), seconds, state, training=training)
 
 
 def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path | None) -> Training:

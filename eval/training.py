@@ -1,5 +1,5 @@
 """The one supervised loop: a classifier, a loss, and labels that may change while it learns (LL-Cp writes positives,
-asymmetric pseudo-labelling adds soft negatives). Which labels it is given is decided elsewhere (regimes.py)."""
+asymmetric pseudo-labelling adds soft negatives). Which labels it gets is decided in regimes.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SAVE_EVERY = 300.0  # seconds; the end of every epoch is saved as well
 
 
 class Training:
-    """Trains `classifier` in place. With a folder its state is kept there, and the same arguments go on from it."""
+    """Trains `classifier` in place. With a folder its state is saved there, and the same arguments resume from it."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class Training:
         )
 
     def judge(self, entry: dict[str, float]) -> None:
-        """Keep the best epoch's weights, and say whether it is time to stop."""
+        """Copy the weights of the best epoch so far, and set `ended` where it is time to stop."""
         training, metric = self.protocol.training, self.protocol.metric
         self.history.append(entry)
         if metric not in entry:

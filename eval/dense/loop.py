@@ -29,7 +29,7 @@ LOG_EVERY = 20  # steps between two readings of the loss: each waits for the GPU
 
 
 class DenseTraining:
-    """Trains `network` in place. With a folder its state is kept there, and the same arguments go on from it."""
+    """Trains `network` in place. With a folder its state is saved there, and the same arguments resume from it."""
 
     def __init__(
         self,

@@ -32,7 +32,7 @@ TEST_BATCH = 8  # images
 def run(protocol: Dense, weights: str, seed: int, folder: Path | None, title: str = "", quiet: bool = False) -> Outcome:
     """Train and test once. With a folder the same call goes on where it was stopped."""
     if protocol.backend != "torchvision":
-        return _elsewhere(protocol.backend)(protocol, weights, seed, folder, title or protocol.recipe, quiet)
+        return _run_of_backend(protocol.backend)(protocol, weights, seed, folder, title or protocol.recipe, quiet)
     began = time.monotonic()
     distributed.start(protocol.training.device)
     data = load_images(protocol)
@@ -44,12 +44,12 @@ def run(protocol: Dense, weights: str, seed: int, folder: Path | None, title: st
         rows = pictures.chosen(data.test)
         found = training.network.predict([data.test.pixels(row) for row in rows])
         pictures.save(folder / "found.png", data.test, rows, found)
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
     selection = f"after {protocol.training.steps} steps"
-    return Outcome(values, selection, None, time.monotonic() - began, kept)
+    return Outcome(values, selection, None, time.monotonic() - began, state)
 
 
-def _elsewhere(backend: str) -> Callable[..., Outcome]:
+def _run_of_backend(backend: str) -> Callable[..., Outcome]:
     """`run` of another framework's trainer, which is imported only here."""
     frameworks.load(backend)
     return importlib.import_module(f"mls.eval.dense.with_{backend}").run

@@ -38,8 +38,8 @@ def run(protocol: Detection, weights: str, seed: int, folder: Path, title: str =
         training = Detectron2Training(protocol, cfg, images, seed, folder / "state")
         training.train(title, quiet)
         values = tested(cfg, training.network, metric, quiet)
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
-    return Outcome(values, f"after {protocol.training.steps} steps", None, time.monotonic() - began, kept)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
+    return Outcome(values, f"after {protocol.training.steps} steps", None, time.monotonic() - began, state)
 
 
 def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[Any, int, str]:
@@ -72,8 +72,8 @@ def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[
 
 
 class Detectron2Training:
-    """Trains detectron2's network. Its state is kept in the folder, and the same arguments go on from it: with the same
-    weights, momentum, rate and step, and images and proposals that are drawn anew."""
+    """Trains detectron2's network. Its state is saved in the folder, and the same arguments resume from it: with
+    the same weights, momentum, rate and step, and images and proposals that are drawn anew."""
 
     def __init__(
         self, protocol: Detection, cfg: Any, images: int, seed: int, state: Path, save_every: float = SAVE_EVERY

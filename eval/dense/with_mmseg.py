@@ -59,8 +59,8 @@ def run(
         training = Training(protocol, config, data.train, data.test, device, seed, state)
         training.train(title or protocol.recipe, quiet)
         values = training.test(quiet)
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
-    return Outcome(values, f"after {protocol.training.steps} steps", None, time.monotonic() - began, kept)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
+    return Outcome(values, f"after {protocol.training.steps} steps", None, time.monotonic() - began, state)
 
 
 def write_backbone(protocol: Segmentation, weights: str, seed: int, state: Path) -> Start:

@@ -52,7 +52,8 @@ class OwnRate:
 
 class Memory(Protocol):
     """State outside the modules: a dictionary of past keys. DDP would broadcast it at every forward if it were a
-    buffer. Its `state_dict` does not depend on the number of processes."""
+    buffer. Its `state_dict` does not depend on the number of processes, and is a copy on the CPU: it is written while
+    training goes on."""
 
     def to(self, device: torch.device | str) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...

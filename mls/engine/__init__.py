@@ -28,21 +28,21 @@ def pretrain(config: Config, quiet: bool = False) -> Run:
 
     process = distributed.start(config.engine.device)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
-    made = Run(Path(_on_main(lambda: str(Run.create(config).path), process)))
+    created = Run(Path(_on_main(lambda: str(Run.create(config).path), process)))
     try:
-        trainer = Trainer(config, made, process, quiet=quiet)
+        trainer = Trainer(config, created, process, quiet=quiet)
     except UserError:
         if process.main:  # nothing was trained: leave no folder behind that is no run
-            (made.path / "config.yaml").unlink(missing_ok=True)
+            (created.path / "config.yaml").unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                made.path.rmdir()
+                created.path.rmdir()
         raise
     trainer.train()
-    return made
+    return created
 
 
 def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
-    """Go on from a run's last checkpoint. Overrides may change only what does not change the result."""
+    """Resume from a run's last checkpoint. Overrides may change only what does not change the result."""
     path = folder.path if isinstance(folder, Run) else Run.open(folder).path
     if overrides:
         from mls import distributed
@@ -59,22 +59,22 @@ def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool 
 def run(folder: str | Path, quiet: bool = False) -> Run:
     """Train the run in `folder` to its end: from scratch, or from its last checkpoint. What a launcher calls.
 
-    A finished run returns at once. Raises `mls.errors.Stopped` when a signal stopped it (everything is saved).
+    A finished run returns at once. Raises `mls.errors.Stopped` after a signal, when everything is saved.
     """
-    this = Run.open(folder)
-    if this.done:
-        return this
+    opened = Run.open(folder)
+    if opened.done:
+        return opened
     from mls import distributed
     from mls.engine.trainer import Trainer
 
-    config = this.config
+    config = opened.config
     process = distributed.start(config.engine.device)
-    Trainer(config, this, process, quiet=quiet).train()
-    return this
+    Trainer(config, opened, process, quiet=quiet).train()
+    return opened
 
 
 def finish(config: Config, quiet: bool = False) -> Run:
-    """The finished run of a configuration with a name: trained now, gone on with, or found finished in its folder."""
+    """The finished run of a configuration with a name: trained now, resumed, or found finished in its folder."""
     assert config.run.name is not None
     folder = runs_root(config) / config.run.name
     return run(folder, quiet) if (folder / "config.yaml").is_file() else pretrain(config, quiet)

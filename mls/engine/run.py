@@ -1,4 +1,4 @@
-"""A run is a folder. This file knows its layout, nobody else does."""
+"""A run is a folder: its layout, how one is made and found, and which settings may change between its parts."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class Run:
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """The run at this path, or of this name under $MLS_RUNS. A run may be called like a folder that is here."""
-        given = Path(path).expanduser()
-        places = (given, runs_folder() / given)
+        path = Path(path).expanduser()
+        places = (path, runs_folder() / path)
         for place in places:
             if (place / "config.yaml").is_file():
                 return cls(place)
-        tried = next((place for place in places if place.is_dir()), given)
+        tried = next((place for place in places if place.is_dir()), path)
         raise UserError(f"{tried} is not a run folder (it has no config.yaml): give the folder that a run printed")
 
 

@@ -197,4 +197,4 @@ class Session:
             return f"{type(error).__name__}: {error}"
         if error.exit_code == EXIT_LOST:
             return str(error) or "another process is gone"
-        return (self.stop.name or "a signal to another process") if error.exit_code else str(error)
+        return (self.stop.name or "a signal to another process") if error.exit_code else str(error).partition(":")[0]

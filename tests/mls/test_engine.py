@@ -191,9 +191,18 @@ def test_non_finite_steps_are_skipped_counted_and_written_down(tiny: list[str]) 
     skipped = [json.loads(line) for line in (trainer.run.path / "skipped.0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in skipped] == [4, 5, 9]
     assert all(len(row["ids"]) == 16 for row in skipped)
+    events = [json.loads(line) for line in (trainer.run.path / "events.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in events if row["event"] == "skip"] == [4, 5, 9]
     assert all(
         torch.isfinite(value).all() for value in trainer.method.state_dict().values() if isinstance(value, torch.Tensor)
     )
+
+
+def test_a_run_saves_after_so_many_minutes_too(tiny: list[str]) -> None:
+    settings = [*tiny, "optim.epochs=1", "engine.checkpoint_every=1000", "engine.checkpoint_minutes=0.000001"]
+    run = mls.pretrain(mls.load_config("mls_scenes_tiny", settings), quiet=True)
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in events if row["event"] == "save"] == list(range(1, 17))
 
 
 def test_too_many_non_finite_steps_in_a_row_end_the_run(tiny: list[str]) -> None:
