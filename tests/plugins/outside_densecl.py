@@ -1,5 +1,5 @@
-"""DenseCL as somebody outside mls would write it: InfoNCE for whole crops and for each cell of the map. What it computes
-is explained in mls/core/methods/densecl.py."""
+"""DenseCL as somebody outside mls would write it: InfoNCE for whole crops and for each cell of the map. What it
+computes is explained in mls/core/methods/densecl.py."""
 
 from __future__ import annotations
 
