@@ -78,6 +78,18 @@ def resolve(recipe: str | Path, overrides: Sequence[str] = (), stored: bool = Fa
     return build(RECIPE, values, origins, rest, path.name)
 
 
+def applicable(recipe: str | Path, overrides: Sequence[str]) -> list[str]:
+    """Of overrides that several methods share, as the rows of a table do: those that the chosen method has.
+
+    >>> applicable("mls_scenes_tiny", ["objective.k=5", "optim.epochs=2", "objective.method=moco_v2"])
+    ['optim.epochs=2', 'objective.method=moco_v2']
+    """
+    values, _ = read_yaml(find_recipe(recipe), RECIPE)
+    method = RECIPE.defaults(_merged({}, values, *map(_parsed, overrides))).objective.method
+    key = lambda override: override.partition("=")[0]
+    return [one for one in overrides if method in methods_with(key(one)) or not methods_with(key(one))]
+
+
 def _plugins_of(path: Path) -> list[str]:
     """`run.plugins` of a recipe or of its base. A relative path counts from the recipe's folder."""
     values, _ = load_yaml(path)

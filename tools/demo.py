@@ -55,7 +55,7 @@ def demo(
     from mls.config import runs_root
     from mls.eval.cells import over_seeds
     from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, scene_type_map, table_of
-    from mls.recipes import load_config
+    from mls.recipes import applicable, load_config
     from mls.tables import Row, render, terminal_width
 
     began = time.monotonic()
@@ -63,7 +63,10 @@ def demo(
     folder.mkdir(parents=True, exist_ok=True)
     short = QUICK if quick else []
     cells = {
-        row: [Pretraining(row, recipe, [*short, *own], seed, trained=row != "random") for seed in range(seeds)]
+        row: [
+            Pretraining(row, recipe, applicable(recipe, [*short, *own]), seed, trained=row != "random")
+            for seed in range(seeds)
+        ]
         for row, (recipe, own) in (ROWS | (CONTROLS if controls else {})).items()
     }
     found = over_seeds(cells, folder)
@@ -82,7 +85,8 @@ def demo(
 
 
 def _picture(run: Path, target: Path) -> Path:
-    from mls.frozen.gallery import draw, gallery
+    from mls.engine.gallery import gallery
+    from mls.frozen.match_picture import draw
 
     draw(gallery(run)).save(target)
     return target

@@ -78,7 +78,7 @@ def ablations(
     from mls.config import runs_root
     from mls.eval.cells import over_seeds
     from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, table_of
-    from mls.recipes import load_config
+    from mls.recipes import applicable, load_config
     from mls.tables import Column, Row, render, terminal_width
 
     recipe, *overrides = arguments or ["mls_scenes_tiny"]
@@ -96,7 +96,10 @@ def ablations(
     note += "; the paper's column is another task, data set and network"
     for name in chosen:
         cells = {
-            row.name: [Pretraining(row.name, recipe, [*overrides, *row.overrides], seed) for seed in range(seeds)]
+            row.name: [
+                Pretraining(row.name, recipe, applicable(recipe, [*overrides, *row.overrides]), seed)
+                for seed in range(seeds)
+            ]
             for row in GRIDS[name]
         }
         ours = table_of(over_seeds(cells, folder), name, (*PROBES, *OVERLAP), note)

@@ -64,7 +64,7 @@ def objectives(
     from mls.config import runs_root
     from mls.eval.cells import over_seeds
     from mls.eval.pretraining import MEASURED, Pretraining, table_of
-    from mls.recipes import load_config
+    from mls.recipes import applicable, load_config
     from mls.tables import Column, Row, render, terminal_width
     from mls.tools.bench.ablations import SHORT
 
@@ -74,7 +74,7 @@ def objectives(
     if short:
         quick = [change for change in SHORT if not change.startswith("data.scenes") or "scenes" in recipe]
         overrides = [*quick, *overrides]
-    losses = {name: [*overrides, *changes] for name, changes in chosen(loss).items()}
+    losses = {name: applicable(recipe, [*overrides, *changes]) for name, changes in chosen(loss).items()}
     base = load_config(recipe, overrides)
     times = relative_times({name: load_config(recipe, changes) for name, changes in losses.items()})
 
