@@ -1,6 +1,7 @@
 """Processes: who am I, gather, agree. With one process everything here is the identity, so nobody else asks."""
 
 import contextlib
+import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -102,9 +103,20 @@ def in_parallel(network: nn.Module, learns_statistics: bool = True) -> nn.Module
     return DistributedDataParallel(network)
 
 
+def exchanging_buffers(exchange: bool) -> dict[str, bool]:
+    """The argument of DistributedDataParallel that says whether each forward starts with rank 0's buffers, under the
+    name that this version of torch gives it."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": exchange}
+
+
 def barrier() -> None:
     if world() > 1:
         dist.barrier()
+
+
+# torch 2.11 knows only the second name, from 2.13 on it warns.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @torch.no_grad()
@@ -118,7 +130,7 @@ def gather(tensors: Sequence[Shaped[Tensor, "batch ..."]]) -> list[Shaped[Tensor
     rows = [tensor.detach().reshape(len(tensor), -1).contiguous() for tensor in tensors]
     packed = torch.cat([row.view(torch.uint8) for row in rows], dim=1)
     out = packed.new_empty((world() * len(packed), packed.shape[1]))
-    dist.all_gather_into_tensor(out, packed)
+    _all_gather(out, packed)
     parts = out.split([row.shape[1] * row.element_size() for row in rows], dim=1)
     return [
         part.contiguous().view(tensor.dtype).view(-1, *tensor.shape[1:])

@@ -93,7 +93,7 @@ class Detectron2Training:
         if restored is None:
             DetectionCheckpointer(self.network).load(cfg.MODEL.WEIGHTS)
         ids = [self.device.index] if self.device.type == "cuda" else None
-        self.parallel = create_ddp_model(self.network, broadcast_buffers=False, device_ids=ids)
+        self.parallel = create_ddp_model(self.network, device_ids=ids, **distributed.exchanging_buffers(False))
         self.optimizer = build_optimizer(cfg, self.network)
         self.schedule = build_lr_scheduler(cfg, self.optimizer)
         self.step = 0

@@ -200,5 +200,5 @@ def parallel(device: torch.device) -> Config:
     return {
         "type": "MMDistributedDataParallel",
         "device_ids": [device.index] if on_gpu else None,
-        "broadcast_buffers": not on_gpu,
+        **distributed.exchanging_buffers(not on_gpu),
     }

@@ -139,7 +139,8 @@ def _gpu_resources() -> Any:
     import faiss.contrib.torch_utils  # teaches knn_gpu to take torch tensors and their stream
 
     if not hasattr(faiss, "StandardGpuResources"):
-        raise ConfigError("this faiss knows no GPUs: install faiss-gpu, or use matching.backend=torch")
+        replace = "`pip uninstall faiss-cpu` and then `pip install faiss-gpu`"
+        raise ConfigError(f"this faiss knows no GPUs: use matching.backend=torch, or {replace}")
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(GPU_SCRATCH)
     return resources
@@ -181,8 +182,8 @@ def build(name: str, **options: Any) -> Matcher:
         return MATCHERS[name](**options)
     except ImportError as error:
         raise ConfigError(
-            f"matching.backend={name} needs faiss, which cannot be imported ({error}): pip install faiss-gpu "
-            "(faiss-cpu where there is none), or use matching.backend=torch"
+            f"matching.backend={name} needs faiss, which cannot be imported ({error}): pip install faiss-cpu "
+            "(faiss-gpu to search on a GPU), or use matching.backend=torch"
         ) from None
 
 

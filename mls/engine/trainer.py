@@ -73,7 +73,9 @@ class Trainer:
         self.forward: torch.nn.Module = self.method
         if process.world > 1:
             # No static_graph: its first step is another one, and a resumed run would differ from a whole one.
-            self.forward = DistributedDataParallel(self.method, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.forward = DistributedDataParallel(
+                self.method, gradient_as_bucket_view=True, **distributed.exchanging_buffers(False)
+            )
 
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
