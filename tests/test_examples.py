@@ -58,6 +58,12 @@ def test_an_example_runs_as_its_docstring_says(
         assert app([*words[1:], *less], standalone_mode=False) in (None, 0)
 
 
+def test_the_architecture_page_calls_each_example_as_its_docstring_does() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    assert len(EXAMPLES) == 5
+    assert all(f"`{commands(example)[0]}`" in page for example in EXAMPLES)
+
+
 def test_the_example_of_a_loss_is_what_its_formula_says(registries_as_before: None) -> None:
     plugins.load([str(ROOT / "examples" / "my_loss.py")])
     logits, labels = torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([[1, 0, -1]])
