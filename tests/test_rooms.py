@@ -16,7 +16,7 @@ MAY_NOT = {
 # Inside mls/, from the ground up: a module imports from its own floor and those below.
 FLOORS: list[set[str]] = [
     {"errors", "chunks"},
-    {"files", "streams", "distributed", "results", "plugins"},
+    {"files", "streams", "distributed", "results", "tables", "plugins"},
     {"config", "recipes"},
     {"models", "data"},
     {"core"},
@@ -37,10 +37,8 @@ UPWARD = {  # known imports from a floor above: (file, module)
 }
 MOST_LINES, MOST_PARAMETERS = 50, 8  # of a function
 LONGER = {  # known functions over a limit
-    "eval/cells.py run",
     "tools/neighbours.py neighbours",
     "tools/pretrain.py pretrain",
-    "tools/results.py results",
     "tools/submit/evaluate.py evaluate",
     "tools/submit/pretrain.py pretrain",
 }
