@@ -18,7 +18,7 @@ from mls import engine
 from mls.config import Config
 from mls.data.scenes import ScenesSource, make_scenes
 from mls.engine import Run
-from mls.eval.cells import Cell, Measured, config_hash, values_over_seeds
+from mls.eval.cells import Cell, Measured, config_hash, over_seeds, values_over_seeds
 from mls.eval.outcome import Outcome
 from mls.files import slug
 from mls.frozen.features import embed
@@ -26,7 +26,7 @@ from mls.frozen.metrics import mean_average_precision
 from mls.frozen.probe import knn_scores, linear_probe
 from mls.frozen.untrained import untrained
 from mls.models import load_backbone
-from mls.recipes import load_config
+from mls.recipes import applicable, load_config
 from mls.results import Results
 from mls.tables import Column, Row, Table
 
@@ -47,7 +47,8 @@ class Pretraining(Cell):
     @cached_property
     def config(self) -> Config:
         """Without the place of the run, which changes no number."""
-        return load_config(self.recipe, [*self.overrides, f"run.seed={self.seed}", "run.root=null"])
+        overrides = applicable(self.recipe, self.overrides)  # rows of a table share some that not every method has
+        return load_config(self.recipe, [*overrides, f"run.seed={self.seed}", "run.root=null"])
 
     def placed(self, root: Path, name: str | None) -> Config:
         return replace(self.config, run=replace(self.config.run, root=str(root), name=name))
@@ -93,6 +94,10 @@ class Pretraining(Cell):
             print("  probing (linear and kNN)", file=sys.stderr)
             values = probe_on_scenes(load_backbone(run.path), run.config)
         return Outcome(values | label_overlap(run), "after the last step", None, time.monotonic() - began)
+
+
+def compare(rows: Mapping[str, Pretraining], seeds: int, root: Path) -> dict[str, list[Measured]]:
+    return over_seeds({name: [replace(cell, seed=seed) for seed in range(seeds)] for name, cell in rows.items()}, root)
 
 
 def table_of(found: Mapping[str, Sequence[Measured]], heading: str, columns: Sequence[Column], note: str) -> Table:

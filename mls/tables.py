@@ -12,8 +12,9 @@ import shutil
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 # What a backslash before it does not make readable.
@@ -75,6 +76,11 @@ class Table:
     def header(self) -> list[str]:
         return [*self.labels, *(column.heading for column in self.columns)]
 
+    def with_column(self, column: Column, values: Sequence[Value]) -> Table:
+        """One value for each row."""
+        rows = [Row(row.labels, {**row.values, column.name: one}) for row, one in zip(self.rows, values, strict=True)]
+        return replace(self, columns=[*self.columns, column], rows=rows)
+
     def texts(self, bold: str = "", escape: Callable[[str], str] = str) -> list[list[str]]:
         """What stands in the rows; `bold` is how the best mean of each column is written."""
         best = {}
@@ -127,6 +133,12 @@ def render(table: Table, format: Format = Format.markdown, bold: bool = False, w
         return "[" + ",\n".join(json.dumps(record) for record in _records(table)) + "]"
     text = markdown_table(table.header, table.texts("**%s**" * bold), width, len(table.labels))
     return f"{text}\n\n{table.note}" if table.note else text
+
+
+def show(table: Table, file: Path) -> None:
+    """Print it as wide as the terminal is, and keep it whole."""
+    file.write_text(render(table) + "\n")
+    print(render(table, width=terminal_width()))
 
 
 def terminal_width() -> int | None:

@@ -53,33 +53,28 @@ def demo(
         mls demo --seeds 3 --controls
     """
     from mls.config import runs_root
-    from mls.eval.cells import over_seeds
-    from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, scene_type_map, table_of
-    from mls.recipes import applicable, load_config
-    from mls.tables import Row, render, terminal_width
+    from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, compare, scene_type_map, table_of
+    from mls.recipes import load_config
+    from mls.tables import Row, show
 
     began = time.monotonic()
     folder = out or runs_root(load_config("mls_scenes_tiny")) / ("demo-quick" if quick else "demo")
     folder.mkdir(parents=True, exist_ok=True)
     short = QUICK if quick else []
     cells = {
-        row: [
-            Pretraining(row, recipe, applicable(recipe, [*short, *own]), seed, trained=row != "random")
-            for seed in range(seeds)
-        ]
+        row: Pretraining(row, recipe, [*short, *own], trained=row != "random")
         for row, (recipe, own) in (ROWS | (CONTROLS if controls else {})).items()
     }
-    found = over_seeds(cells, folder)
+    found = compare(cells, seeds, folder)
     note = f"mAP in per cent on unseen scenes, {seeds} seed{'s' * (seeds > 1)}{', mean ± std' * (seeds > 1)}"
     table = table_of(found, "backbone", (*PROBES, *OVERLAP), note + " (quick: too short to mean much)" * quick)
     if controls:
         alone = {"linear": [scene_type_map(load_config("mls_scenes_tiny", short))]}
         table = replace(table, rows=[*table.rows, Row(["scene type alone"], alone)])
-    (folder / "table.md").write_text(render(table) + "\n")
     mls_run, moco_run = (folder / found[row][0].row["run"] for row in ("MLS", "MoCo-v2"))
     picture = _picture(mls_run, folder / "pseudo_positives.png")
-    print(f"{render(table, width=terminal_width())}\n")
-    print(f"{picture}: query crops (red) and the rows MLS chose as their positives (yellow)")
+    show(table, folder / "table.md")
+    print(f"\n{picture}: query crops (red) and the rows MLS chose as their positives (yellow)")
     print(f"mls report {mls_run} {moco_run}   makes a page of curves and crops")
     print(f"took {time.monotonic() - began:.0f} s")
 

@@ -109,7 +109,7 @@ def leakcheck(
 
     from mls.files import write_atomically
     from mls.frozen.neighbours import EmbeddedSource, Embedder, calibrate, near_duplicates, source_from
-    from mls.tables import print_table
+    from mls.tables import markdown_table, terminal_width
 
     out.mkdir(parents=True, exist_ok=True)
     weights = None if weights is None else _weights_and_data(weights)[0]
@@ -128,9 +128,8 @@ def leakcheck(
             for pair in pairs
         ]
         report["second"][text] = {"images": total, "pairs": named}
-    print()
-    print_table(["B", "images", "near-duplicates in A", "share", "picture"], lines)
-    print()
+    header = ["B", "images", "near-duplicates in A", "share", "picture"]
+    print(f"\n{markdown_table(header, lines, terminal_width())}\n")
     write_atomically(out / "leakcheck.json", json.dumps(report, indent=1).encode())
     print(out / "leakcheck.json")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -76,10 +76,9 @@ def ablations(
         mls bench ablations mls_coco_r50 data.root=/data/coco --grid loss
     """
     from mls.config import runs_root
-    from mls.eval.cells import over_seeds
-    from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, table_of
-    from mls.recipes import applicable, load_config
-    from mls.tables import Column, Row, render, terminal_width
+    from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, compare, table_of
+    from mls.recipes import load_config
+    from mls.tables import Column, show
 
     recipe, *overrides = arguments or ["mls_scenes_tiny"]
     if "=" in recipe:
@@ -95,18 +94,9 @@ def ablations(
     note = f"{base.run.recipe}, {base.optim.epochs} epochs, {seeds} seed{'s' * (seeds > 1)}"
     note += "; the paper's column is another task, data set and network"
     for name in chosen:
-        cells = {
-            row.name: [
-                Pretraining(row.name, recipe, applicable(recipe, [*overrides, *row.overrides]), seed)
-                for seed in range(seeds)
-            ]
-            for row in GRIDS[name]
-        }
-        ours = table_of(over_seeds(cells, folder), name, (*PROBES, *OVERLAP), note)
-        rows = [
-            Row(row.labels, {**row.values, "paper": own.paper}) for row, own in zip(ours.rows, GRIDS[name], strict=True)
-        ]
-        table = replace(ours, columns=[*ours.columns, Column("paper: COCO box / mask AP", "paper")], rows=rows)
-        (folder / f"{name}.md").write_text(render(table) + "\n")
-        print(f"{render(table, width=terminal_width())}\n")
+        cells = {row.name: Pretraining(row.name, recipe, [*overrides, *row.overrides]) for row in GRIDS[name]}
+        ours = table_of(compare(cells, seeds, folder), name, (*PROBES, *OVERLAP), note)
+        paper = Column("paper: COCO box / mask AP", "paper")
+        show(ours.with_column(paper, [row.paper for row in GRIDS[name]]), folder / f"{name}.md")
+        print()
     print(f"{folder}: runs, tables, results.jsonl")

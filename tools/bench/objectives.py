@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -62,10 +61,9 @@ def objectives(
         mls bench objectives mls_scenes_tiny optim.epochs=8 --seeds 5
     """
     from mls.config import runs_root
-    from mls.eval.cells import over_seeds
-    from mls.eval.pretraining import MEASURED, Pretraining, table_of
+    from mls.eval.pretraining import MEASURED, Pretraining, compare, table_of
     from mls.recipes import applicable, load_config
-    from mls.tables import Column, Row, render, terminal_width
+    from mls.tables import Column, show
     from mls.tools.bench.ablations import SHORT
 
     recipe, *overrides = arguments or ["mls_scenes_tiny"]
@@ -79,17 +77,13 @@ def objectives(
     times = relative_times({name: load_config(recipe, changes) for name, changes in losses.items()})
 
     folder = out or runs_root(base) / f"objectives-{base.run.recipe}{'-short' * short}"
-    cells = {
-        name: [Pretraining(name, recipe, changes, seed) for seed in range(seeds)] for name, changes in losses.items()
-    }
+    cells = {name: Pretraining(name, recipe, changes) for name, changes in losses.items()}
     note = f"{base.run.recipe}, {base.optim.epochs} epochs, {seeds} seed{'s' * (seeds > 1)}; time: forward, backward "
     note += f"and optimizer over {PAPER}'s, in turns on one batch, median of {ROUNDS}"
-    measured = table_of(over_seeds(cells, folder), "loss", MEASURED, note)
-    rows = [Row(row.labels, {**row.values, "time": [times[row.labels[0]]]}) for row in measured.rows]
+    table = table_of(compare(cells, seeds, folder), "loss", MEASURED, note)
     time = Column("time of a step", "time", digits=2, scale=1)
-    table = replace(measured, columns=[*measured.columns, time], rows=rows)
-    (folder / "objectives.md").write_text(render(table) + "\n")
-    print(f"{render(table, width=terminal_width())}\n{folder}: runs, table, results.jsonl")
+    show(table.with_column(time, [[times[name]] for name in cells]), folder / "objectives.md")
+    print(f"{folder}: runs, table, results.jsonl")
 
 
 def chosen(wanted: list[str] | None = None) -> dict[str, list[str]]:
