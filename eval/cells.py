@@ -1,5 +1,5 @@
-"""One cell of a table: a protocol, weights and a seed. Finished cells are found in the store of results; an unfinished
-one goes on from its folder."""
+"""Cells: one measurement with one seed, of which tables are made. A cell has an identity (its key), a folder and rows
+in the store of results. A finished one is found there; an unfinished one goes on from its folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import hashlib
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import Tensor
 
 import mls
 from mls import distributed, engine
+from mls.config import Config
 from mls.config import to_yaml as config_to_yaml
 from mls.errors import ConfigError
 from mls.eval import frozen, supervised
@@ -42,6 +46,182 @@ RUNNERS: dict[str, Callable[..., Outcome]] = {
 }
 
 
+@dataclass(frozen=True)
+class Measured:
+    """A finished cell."""
+
+    values: dict[str, float]  # by metric, without the data set's name
+    row: Mapping[str, Any]  # what its rows in the store have in common
+    stored_before: bool = False
+
+
+class Cell(ABC):
+    """What a kind of measurement says of itself; `finish` does the rest."""
+
+    seed: int
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """The same for the same measurement, another one for everything that changes its numbers."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Of its folder."""
+
+    @property
+    @abstractmethod
+    def dataset(self) -> str: ...
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """The fields of its rows that are its own."""
+
+    @abstractmethod
+    def measure(self, folder: Path, quiet: bool) -> Outcome:
+        """Go on from what the folder holds."""
+
+    def ready(self, root: Path, quiet: bool) -> Cell:
+        """The same cell once what it measures is there."""
+        return self
+
+    def stored(self, root: Path) -> Measured | None:
+        found = Results(root / "results.jsonl").cell(self.key)
+        if found is None:
+            return None
+        values = {metric.partition("/")[2]: value for metric, value in found.values.items()}
+        return Measured(values, found.row, stored_before=True)
+
+    def folder(self, root: Path) -> Path:
+        return root / "eval" / self.name
+
+    def keeps(self, folder: Path) -> bool:
+        """Whether the folder holds what was trained, for those who want more than numbers."""
+        return True
+
+    def tidy(self, folder: Path, outcome: Outcome, keep: bool) -> None:  # noqa: B027 (there may be nothing to do)
+        """Once the numbers are stored: write what is to be kept, delete the rest."""
+
+    def finish(self, root: Path, keep: bool = False, quiet: bool = False) -> Measured:
+        """Its numbers, from the store where they are there already."""
+        cell = self.ready(root, quiet)
+        folder = cell.folder(root)
+        known = cell.stored(root)
+        if known and (not keep or cell.keeps(folder)):
+            return known
+        outcome = cell.measure(folder, quiet)
+        row = {
+            "seed": cell.seed,
+            **cell.facts(),
+            "cell": cell.key,
+            "run": cell.name,
+            "selection": outcome.selection,
+            "validation": outcome.validation,
+            "duration": round(outcome.seconds, 1),
+            "versions": {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+            "metrics": len(outcome.values),
+        }
+        if distributed.rank() == 0:  # all processes have the same numbers
+            Results(root / "results.jsonl").add_all(
+                [{"metric": f"{cell.dataset}/{name}", "value": value, **row} for name, value in outcome.values.items()]
+            )
+            cell.tidy(folder, outcome, keep)
+        distributed.barrier()
+        return Measured(outcome.values, row)
+
+
+def over_seeds(rows: Mapping[str, Sequence[Cell]], root: Path) -> dict[str, list[Measured]]:
+    """Each row of a table, which has a cell for each seed; all rows before the next seed, so that a table that was
+    stopped still compares. What is finished is not measured again."""
+    found: dict[str, list[Measured]] = {name: [] for name in rows}
+    for cells in zip_longest(*rows.values()):
+        for name, cell in zip(rows, cells, strict=True):
+            if cell is not None:
+                found[name].append(cell.finish(root))
+    return found
+
+
+def values_over_seeds(measured: Sequence[Measured]) -> dict[str, list[float]]:
+    """Of each metric the numbers of the seeds that have it."""
+    metrics = dict.fromkeys(metric for one in measured for metric in one.values)
+    return {metric: [one.values[metric] for one in measured if metric in one.values] for metric in metrics}
+
+
+# ------------------------------------------------------------------------------------------------------- protocols
+
+
+@dataclass(frozen=True)
+class Evaluation(Cell):
+    """A protocol on some weights."""
+
+    protocol: AnyProtocol
+    weights: str  # a run, a file or a name
+    seed: int = 0
+    recipe: str = ""  # pretrain:RECIPE KEY=VALUE ..., where the weights are the run of a recipe
+
+    @property
+    def key(self) -> str:
+        text = f"{fingerprint(self.protocol)}/{weights_hash(self.weights)}/{self.seed}"
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        parts = [self.protocol.recipe, self.loss, f"seed{self.seed}", self.key]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def dataset(self) -> str:
+        return self.protocol.data.name
+
+    @property
+    def loss(self) -> str:
+        """What a protocol of the weak-label family compares."""
+        weak = isinstance(self.protocol, Supervised) and self.protocol.task == "multilabel"
+        return self.protocol.training.loss if weak else ""
+
+    @property
+    def title(self) -> str:
+        backend = self.protocol.backend if isinstance(self.protocol, Dense) else "torchvision"
+        on = f" on {backend}" if backend != "torchvision" else ""
+        return f"{self.protocol.recipe}{on}, {self.loss or self.recipe or self.weights}, seed {self.seed}"
+
+    def ready(self, root: Path, quiet: bool) -> Evaluation:
+        """The run behind `pretrain:RECIPE ...` is trained first."""
+        if isinstance(self.protocol, Dense):
+            frameworks.require(self.protocol.backend)  # before a backbone is trained for it
+        if not self.weights.startswith("pretrain:"):
+            return self
+        return replace(self, weights=pretrained(self.weights, self.seed, root, quiet), recipe=self.weights)
+
+    def facts(self) -> dict[str, Any]:
+        protocol = self.protocol
+        return {
+            "protocol": protocol.recipe,
+            "task": protocol.task,
+            "dataset": protocol.data.name,
+            **({"loss": protocol.training.loss} if isinstance(protocol, Supervised) else {}),
+            **({"backend": protocol.backend} if isinstance(protocol, Dense) else {}),
+            "settings": fingerprint(protocol),
+            "weights": self.recipe or self.weights,
+            "weights_hash": weights_hash(self.weights),
+        }
+
+    def keeps(self, folder: Path) -> bool:
+        return self.protocol.task == "knn" or (folder / "classifier.safetensors").is_file()
+
+    def tidy(self, folder: Path, outcome: Outcome, keep: bool) -> None:
+        if keep and outcome.weights:
+            save_classifier(outcome.weights, folder)
+        shutil.rmtree(folder / "state" if keep else folder, ignore_errors=True)
+
+    def measure(self, folder: Path, quiet: bool) -> Outcome:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "protocol.yaml", to_yaml(self.protocol).encode())
+        run = RUNNERS[self.protocol.task]
+        return run(self.protocol, self.weights, self.seed, folder, title=self.title, quiet=quiet)
+
+
 def run(
     protocol: AnyProtocol | str | Path,
     weights: str | Path | None = None,
@@ -57,93 +237,31 @@ def run(
     (default $MLS_RUNS, else ./runs) holds results.jsonl, and under eval/ a folder for each cell; `keep=False` deletes
     the folder when its numbers are stored.
     """
-    asked: AnyProtocol = load_protocol(protocol) if isinstance(protocol, str | Path) else protocol
-    if isinstance(asked, Dense):
-        frameworks.require(asked.backend)  # before a backbone is trained for it
-    root = root or runs_folder()
-    wanted = str(weights) if weights is not None else asked.model.weights
-    used = pretrained(wanted, seed, root, quiet)
-    store, key = Results(root / "results.jsonl"), cell_key(asked, used, seed)
-    name = cell_name(asked, used, seed)
-    folder = root / "eval" / name
-    known = finished(store, key)
-    if known and (not keep or (folder / "classifier.safetensors").is_file() or asked.task == "knn"):
-        return known
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "protocol.yaml", to_yaml(asked).encode())
-    outcome = RUNNERS[asked.task](asked, used, seed, folder, title=title(asked, wanted, seed), quiet=quiet)
-    row: dict[str, Any] = {
-        "protocol": asked.recipe,
-        "task": asked.task,
-        "dataset": asked.data.name,
-        **({"loss": asked.training.loss} if isinstance(asked, Supervised) else {}),
-        **({"backend": asked.backend} if isinstance(asked, Dense) else {}),
-        "seed": seed,
-        "settings": fingerprint(asked),
-        "weights": wanted,
-        "weights_hash": weights_hash(used),
-        "cell": key,
-        "run": name,
-        "selection": outcome.selection,
-        "validation": outcome.validation,
-        "duration": round(outcome.seconds, 1),
-        "versions": {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
-        "metrics": len(outcome.values),
-    }
-    if distributed.rank() == 0:  # all processes have the same numbers
-        if keep and outcome.weights:
-            save_classifier(outcome.weights, folder)
-        store.add_all(
-            [{"metric": f"{asked.data.name}/{name}", "value": value, **row} for name, value in outcome.values.items()]
-        )
-        shutil.rmtree(folder / "state" if keep else folder, ignore_errors=True)
-    distributed.barrier()
-    return outcome.values
+    return evaluation(protocol, weights, seed).finish(root or runs_folder(), keep, quiet).values
 
 
-def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
-    """The finished run behind `pretrain:RECIPE KEY=VALUE ...`; other weights as they are."""
-    if not weights.startswith("pretrain:"):
-        return weights
-    recipe, *overrides = weights.removeprefix("pretrain:").split()
-    overrides.append(f"run.seed={seed}")
-    key = hashlib.sha256(config_to_yaml(load_config(recipe, overrides)).encode()).hexdigest()[:8]
-    name = f"{Path(recipe).stem}-seed{seed}-{key}"
-    config = load_config(recipe, [*overrides, f"run.name={name}", f"run.root={root}"])
-    root.mkdir(parents=True, exist_ok=True)
-    # Jobs of one array may want the same run; of one job's processes the first asks for all.
-    first = os.environ.get("RANK", "0") == "0"
-    with alone(root / f".{name}.lock") if first else contextlib.nullcontext():
-        return str(engine.finish(config, quiet).path)
+def evaluation(protocol: AnyProtocol | str | Path, weights: str | Path | None = None, seed: int = 0) -> Evaluation:
+    loaded: AnyProtocol = load_protocol(protocol) if isinstance(protocol, str | Path) else protocol
+    return Evaluation(loaded, loaded.model.weights if weights is None else str(weights), seed)
 
 
-def title(protocol: AnyProtocol, weights: str, seed: int) -> str:
-    by = f" on {protocol.backend}" if isinstance(protocol, Dense) and protocol.backend != "torchvision" else ""
-    return f"{protocol.recipe}{by}, {method(protocol) or weights}, seed {seed}"
-
-
-def method(protocol: AnyProtocol) -> str:
-    """What a protocol of the weak-label family compares."""
-    return protocol.training.loss if isinstance(protocol, Supervised) and protocol.task == "multilabel" else ""
-
-
-def validated(protocol: AnyProtocol, weights: str, seed: int, root: Path) -> float:
-    """The best value of the protocol's metric on the validation part, of a finished cell."""
-    row = Results(root / "results.jsonl").find(cell=cell_key(protocol, weights, seed))
-    if row is None or row["validation"] is None:
-        raise ConfigError(f"{protocol.recipe} has no validation part to choose on: raise data.validation above 0")
-    return float(row["validation"])
+def validated(cell: Evaluation, root: Path) -> float:
+    """The best value of the protocol's metric on the validation part."""
+    value = cell.finish(root).row["validation"]
+    if value is None:
+        raise ConfigError(f"{cell.protocol.recipe} has no validation part to choose on: raise data.validation above 0")
+    return float(value)
 
 
 def trained(protocol: Supervised, weights: str | None, seed: int, root: Path) -> Training:
     """The classifier of a cell with its data and what it knows: run now, or read from the cell's folder."""
-    wanted = weights if weights is not None else protocol.model.weights
-    file = root / "eval" / cell_name(protocol, wanted, seed) / "classifier.safetensors"
-    if not file.is_file():
-        run(protocol, wanted, seed, root)
     from safetensors.torch import load_file
 
-    training = supervised.prepare_training(protocol, wanted, seed, None)
+    cell = evaluation(protocol, weights, seed).ready(root, quiet=False)
+    file = cell.folder(root) / "classifier.safetensors"
+    if not file.is_file():
+        cell.finish(root, keep=True)
+    training = supervised.prepare_training(protocol, cell.weights, seed, None)
     training.load_weights(load_file(file))
     return training
 
@@ -155,25 +273,24 @@ def save_classifier(weights: dict[str, Tensor], folder: Path) -> None:
     write_atomically(folder / "classifier.safetensors", save(weights))
 
 
-def cell_name(protocol: AnyProtocol, weights: str, seed: int) -> str:
-    parts = [protocol.recipe, method(protocol), f"seed{seed}", cell_key(protocol, weights, seed)]
-    return "-".join(part for part in parts if part)
-
-
-def finished(store: Results, key: str) -> dict[str, float]:
-    """What the store knows of a cell: metric (without its data set) to value; empty when it is not finished."""
-    rows = store.rows(cell=key)
-    found = {row["metric"].partition("/")[2]: float(row["value"]) for row in rows}
-    # Fewer rows than were to be written: the writer was killed on the way, and the cell is measured again.
-    return found if rows and len(found) == rows[-1]["metrics"] else {}
-
-
-def cell_key(protocol: AnyProtocol, weights: str, seed: int) -> str:
-    text = f"{fingerprint(protocol)}/{weights_hash(weights)}/{seed}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def weights_hash(weights: str) -> str:
     """Of the file behind the weights; of the name where there is none."""
     path = weights_file(weights) if ":" not in weights else None
     return (hashlib.sha256(weights.encode()).hexdigest() if path is None else sha256(path))[:16]
+
+
+def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
+    """The finished run behind `pretrain:RECIPE KEY=VALUE ...`."""
+    recipe, *overrides = weights.removeprefix("pretrain:").split()
+    overrides.append(f"run.seed={seed}")
+    name = f"{Path(recipe).stem}-seed{seed}-{config_hash(load_config(recipe, overrides))}"
+    config = load_config(recipe, [*overrides, f"run.name={name}", f"run.root={root}"])
+    root.mkdir(parents=True, exist_ok=True)
+    # Jobs of one array may want the same run; the first of one job's processes asks for all of them.
+    first = os.environ.get("RANK", "0") == "0"
+    with alone(root / f".{name}.lock") if first else contextlib.nullcontext():
+        return str(engine.finish(config, quiet).path)
+
+
+def config_hash(config: Config) -> str:
+    return hashlib.sha256(config_to_yaml(config).encode()).hexdigest()[:8]

@@ -16,7 +16,7 @@ from mls.config import AugmentConfig
 from mls.data import Batch
 from mls.data.augment import Augment, normalise
 from mls.data.crops import CROP_DRAWS, UnreadableImage, centre, crop_box, cut
-from mls.data.loader import Telling, as_it_is, worker_count
+from mls.data.loader import ErrorsAsItems, already_collated, worker_count
 from mls.data.scenes import ScenesSource
 from mls.errors import DataError, UserError, reason
 from mls.eval.data import LabelledImages
@@ -144,10 +144,10 @@ class Batches:
     def _load(self, epoch: int, batches: Sequence[Tensor]) -> Iterator[Batch]:
         indices = [[(epoch, int(row)) for row in rows] for rows in batches]
         loader = DataLoader(
-            Telling(self.pixels),
+            ErrorsAsItems(self.pixels),
             batch_sampler=indices,
             num_workers=min(self.workers, len(indices)),
-            collate_fn=as_it_is,  # type: ignore[arg-type] (Pixels makes whole batches)
+            collate_fn=already_collated,  # type: ignore[arg-type] (Pixels makes whole batches)
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own: the global stream is not used
         )

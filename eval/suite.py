@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from mls.errors import CheckpointError, ConfigError, DataError, unknown_name
-from mls.eval import cells
-from mls.eval.protocol import AnyProtocol, load_protocol
+from mls.eval.cells import Evaluation, evaluation, over_seeds, validated, values_over_seeds
+from mls.eval.protocol import load_protocol
 from mls.models import backbones, card, weights_file
 from mls.recipes import Kind, build, find, read_yaml, shipped
 
@@ -46,22 +47,14 @@ class Suite:
     rows: list[Row] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Cell:
-    row: Row
-    column: Column
-    protocol: AnyProtocol
-    weights: str
-    seed: int
-
-
 @dataclass
-class Table:
-    """What a suite found: for each row and column the values of its seeds, in per cent."""
+class Comparison:
+    """What a suite found: for each row and column the values of its seeds, as shares."""
 
     suite: Suite
     columns: Sequence[Column]
     rows: Sequence[Row]
+    tiny: bool = False
     values: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     chosen: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # what `choose` came to, as overrides
     missing: dict[str, str] = field(default_factory=dict)  # column to why it could not be run
@@ -104,39 +97,34 @@ def run(
     only: Sequence[str] = (),
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = print,
-) -> Table:
+) -> Comparison:
     """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
     columns = suite.tiny if tiny else suite.columns
-    rows = chosen_rows(suite, weights, tiny, only)
-    table, said = Table(suite, columns, rows), set()
-
-    def say_once(text: str) -> None:
-        if text not in said:  # columns may share their runs
-            said.add(text)
-            say(text)
+    found = Comparison(suite, columns, chosen_rows(suite, weights, tiny, only), tiny)
+    say_once = lru_cache(maxsize=None)(say)  # columns may share their runs
 
     for column in columns:
-        for row in rows:
-            if row.name in table.absent or not row.ours:
+        for row in found.rows:
+            if row.name in found.absent or not row.ours:
                 continue
             try:
                 chosen = [] if tiny else choose(row, column, root, overrides, say_once)
-                planned = plan(row, column, seeds, [*chosen, *overrides])
-                found = [cells.run(c.protocol, c.weights, c.seed, root, keep=False) for c in planned]
+                cells = {row.name: plan(row, column, seeds, [*chosen, *overrides])}
+                measured = over_seeds(cells, root)[row.name]
             except DataError as error:
-                table.missing[column.name] = str(error)
+                found.missing[column.name] = str(error)
                 say(f"{column.name}: left out. {error}")
                 break
             except CheckpointError as error:
-                table.absent[row.name] = str(error)
+                found.absent[row.name] = str(error)
                 say(f"{row.name}: left out. {error}")
                 continue
-            if found and column.metric not in found[0]:
-                raise unknown_name(f"metric of column {column.name}", column.metric, found[0])
-            values = [100 * values[column.metric] for values in found]
-            table.values.setdefault((row.name, column.name), []).extend(values)
-            table.chosen[row.name, column.name] = chosen
-    return table
+            if measured and column.metric not in measured[0].values:
+                raise unknown_name(f"metric of column {column.name}", column.metric, measured[0].values)
+            values = values_over_seeds(measured)[column.metric]
+            found.values.setdefault((row.name, column.name), []).extend(values)
+            found.chosen[row.name, column.name] = chosen
+    return found
 
 
 def choose(row: Row, column: Column, root: Path, overrides: Sequence[str], say: Callable[[str], None]) -> list[str]:
@@ -149,23 +137,18 @@ def choose(row: Row, column: Column, root: Path, overrides: Sequence[str], say: 
     ]
     if len(candidates) == 1:
         return candidates[0]
-    validated = {}
-    for number, candidate in enumerate(candidates):
-        (cell,) = plan(row, column, 1, [*candidate, *overrides])
-        cells.run(cell.protocol, cell.weights, cell.seed, root, keep=False)
-        validated[number] = cells.validated(cell.protocol, cell.weights, cell.seed, root)
-    best = candidates[max(validated, key=lambda number: validated[number])]
+    values = [validated(*plan(row, column, 1, [*candidate, *overrides]), root) for candidate in candidates]
+    best = candidates[values.index(max(values))]
     say(f"{row.name}, {column.protocol}: {', '.join(best)} is the best on the validation part")
     return best
 
 
-def plan(row: Row, column: Column, seeds: int | None, overrides: Sequence[str]) -> list[Cell]:
+def plan(row: Row, column: Column, seeds: int | None, overrides: Sequence[str]) -> list[Evaluation]:
     """Of our own runs; none where a row is the paper's alone."""
     if not row.ours:
         return []
     protocol = load_protocol(column.protocol, [*column.set, *row.set, *overrides])
-    used = row.weights or protocol.model.weights
-    return [Cell(row, column, protocol, used, seed) for seed in range(seeds or protocol.seeds)]
+    return [evaluation(protocol, row.weights, seed) for seed in range(seeds or protocol.seeds)]
 
 
 def chosen_rows(suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence[str]) -> list[Row]:
@@ -176,7 +159,7 @@ def chosen_rows(suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence
     rows = [row for row in suite.rows if not only or row.name in only]
     if suite.compares == "backbones":
         rows = [replace(row, weights=row.tiny, ours=True) for row in rows if row.tiny] if tiny else rows
-        return [*rows, *(given(one, suite) for one in weights)]
+        return [*rows, *(row_of_weights(one, suite) for one in weights)]
     if not weights and not tiny:
         return rows
     # Each method once, for each of the weights in the place of the paper's networks, whose numbers these are.
@@ -191,14 +174,14 @@ def chosen_rows(suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence
     ]
 
 
-def given(weights: str, suite: Suite) -> Row:
+def row_of_weights(weights: str, suite: Suite) -> Row:
     """The row of `--weights WEIGHTS` or `--weights LABEL=WEIGHTS`; several with one label are runs of one row."""
     label, separator, rest = weights.partition("=")
     if not separator or Path(weights).expanduser().exists() or ":" in label:
         label, rest = Path(weights).name, weights
     named = ":" in rest or rest in ("random", *backbones.names())
     file = None if named else weights_file(rest)
-    if not named and file is None:  # said now: the suite's own rows may train for hours first
+    if not named and file is None:  # before anything runs: the suite's own rows may train for hours
         raise CheckpointError(
             f"{rest} is neither a run folder nor a file: give --weights the folder that a run printed"
         )
@@ -206,8 +189,8 @@ def given(weights: str, suite: Suite) -> Row:
     return Row(name=f"ours: {label}", weights=rest, method=method or label)
 
 
-def like(row: Row, suite: Suite) -> Row | None:
-    """The row of the paper that a given one is compared with: the same method, or the same name."""
+def paper_row_of(row: Row, suite: Suite) -> Row | None:
+    """The row of the paper that a row of ours is compared with: the same method, or the same name."""
     of_paper = [other for other in suite.rows if other.paper]
     label = row.name.removeprefix("ours: ")
     for other in of_paper:

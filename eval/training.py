@@ -3,11 +3,10 @@ asymmetric pseudo-labelling adds soft negatives). Which labels it is given is de
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 from mls import distributed
 from mls.core import losses
 from mls.core.losses import Loss
-from mls.engine.checkpoint import Checkpoints
-from mls.engine.preempt import StopFlag
+from mls.engine.session import Saving, Session
 from mls.errors import ConfigError, DivergedError, Stopped
 from mls.eval.classifier import Classifier
 from mls.eval.data import LabelledImages, presence
@@ -26,7 +24,6 @@ from mls.eval.images import Batches, mixing, shares
 from mls.eval.optimizer import build, frozen_parts, set_lr, weight_penalty
 from mls.eval.protocol import Supervised
 from mls.models.momentum import HALF, precision_on
-from mls.monitor.progress import TrainingProgress
 from mls.streams import derive, generator
 
 SAVE_EVERY = 300.0  # seconds; the end of every epoch is saved as well
@@ -54,7 +51,7 @@ class Training:
         refuse_impossible(protocol, self.loss, self.single_label)
         self.observed = observed.clone()  # LL-Cp changes it
         self.pseudo: Tensor | None = None
-        if protocol.training.loss == "em_apl":
+        if self.loss.relabels == "epoch":
             self.pseudo = torch.full(observed.shape, torch.nan)  # soft labels; NaN where there is none
         if not self.single_label:
             self.loss.observe(self.observed)
@@ -75,8 +72,11 @@ class Training:
         self.history: list[dict[str, float]] = []  # one entry an epoch
         self.best: dict[str, Tensor] | None = None  # the classifier's weights at the best epoch, with the loss' own
         self.ended = ""  # why it stopped before its last epoch
-        self.checkpoints = None if folder is None else Checkpoints(folder / "state", keep_last=1)
-        self.restore()
+        saving = Saving.in_folder(None if folder is None else folder / "state", SAVE_EVERY)
+        self.session = Session(self, self.total, saving, self.device)
+        state = self.session.restore()
+        if state is not None:
+            self.load_state_dict(state)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
@@ -84,36 +84,24 @@ class Training:
         self, title: str = "", quiet: bool = False, after_epoch: Callable[[Training], None] | None = None
     ) -> None:
         self.title = title
-        with contextlib.ExitStack() as stack:
-            self.stop = stack.enter_context(StopFlag())
-            self.progress = stack.enter_context(TrainingProgress(self.total, self.step, title, self.main and not quiet))
-            if self.step:
-                self.progress.say(f"{title} goes on after step {self.step} of {self.total}")
+        with self.session.running(title, quiet):
             if not self.initialised:
                 self.linear_init()
-            while self.step < self.total and not self.ended:
-                self.train_epoch(self.step // self.steps_per_epoch + 1)
+            while len(self.history) < self.protocol.training.epochs and not self.ended:
+                self.train_epoch(len(self.history) + 1)
                 if after_epoch is not None:
                     after_epoch(self)
         if self.protocol.training.select == "best" and self.best is not None:
             self.load_weights(self.best)
 
     def train_epoch(self, epoch: int) -> None:
+        """The rest of an epoch. Of one that was stopped after its last step that is only what follows the steps."""
         self.loss.set_epoch(epoch)
-        saved = time.monotonic()
-        for rows, views in self.batches.training(epoch, self.step % self.steps_per_epoch):
+        for rows, views in self.batches.training(epoch, self.step - (epoch - 1) * self.steps_per_epoch):
             self.step += 1
             self.summed = self.summed.to(self.device) + self.train_step(rows, views)
-            self.progress.step(self.step)
-            self.progress.update(self.step, epoch, {})
-            due = time.monotonic() - saved > SAVE_EVERY
-            code, due = distributed.largest([float(self.stop.exit_code), float(due)], self.device)
-            if code:
-                self.save()
-                raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", int(code))
-            if due and self.step % self.steps_per_epoch:
-                self.save()
-                saved = time.monotonic()
+            self.session.progress.update(self.step, epoch, {})
+            self.session.end_step()
         mean = float(self.summed) / self.steps_per_epoch
         self.summed = torch.zeros((), dtype=torch.float64)
         if not math.isfinite(mean):
@@ -121,11 +109,11 @@ class Training:
         self.add_pseudo_labels(epoch)
         found = self.validate(self)
         self.judge({"epoch": float(epoch), "loss": mean} | found)
-        self.save()
+        self.session.save()
         metric = self.protocol.metric
         validated = f"  {metric} {100 * found[metric]:.2f} on the validation part" if found else ""
         epochs = self.protocol.training.epochs
-        self.progress.say(f"{self.title}  epoch {epoch}/{epochs}  loss {mean:.4g}{validated}")
+        self.session.say(f"{self.title}  epoch {epoch}/{epochs}  loss {mean:.4g}{validated}")
 
     def train_step(self, rows: Tensor, views: Tensor) -> Tensor:
         training = self.protocol.training
@@ -151,9 +139,9 @@ class Training:
         self.scaler.scale(loss + weight_penalty(training, self.classifier)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        flipped = getattr(self.loss, "flipped", None)
-        if flipped is not None:  # LL-Cp: what it corrected stays corrected
-            self.observed[rows] = self.observed[rows].masked_fill(flipped.cpu(), 1)
+        if self.loss.relabels == "step":
+            relabelled, _ = self.loss.relabel(self.observed[rows].to(self.device), None, outputs.detach().float())
+            self.observed[rows] = relabelled.cpu()
         return loss.detach()
 
     def loss_of(self, outputs: Float[Tensor, "batch classes"], rows: Tensor) -> Float[Tensor, ""]:
@@ -168,7 +156,7 @@ class Training:
     def linear_init(self) -> None:
         """LinearInit: the last layer alone, on features of the images as they are. A schedule stays at its start."""
         training = self.protocol.training
-        self.progress.say(f"{self.title}: features of {len(self.observed)} images, then the last layer alone")
+        self.session.say(f"{self.title}: features of {len(self.observed)} images, then the last layer alone")
         features = self.features()
         parameters = [*self.classifier.head.parameters(), *self.loss.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=training.linear_lr)
@@ -181,10 +169,11 @@ class Training:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-            if self.stop.exit_code:  # minutes at most: the next start repeats it
-                raise Stopped("a signal came during LinearInit, which starts anew", self.stop.exit_code)
+            (code,) = distributed.largest([float(self.session.stop.exit_code)], self.device)
+            if code:  # minutes at most: the next start repeats it
+                raise Stopped("a signal came during LinearInit, which starts anew", int(code))
         self.initialised = True
-        self.save()
+        self.session.save()
 
     # ------------------------------------------------------------------------------------------------ what it knows
 
@@ -213,19 +202,16 @@ class Training:
         return torch.cat(distributed.objects(mine))[: len(rows)]
 
     def add_pseudo_labels(self, epoch: int) -> None:
-        """Asymmetric pseudo-labelling (https://arxiv.org/abs/2203.16219): after an epoch, each class' lowest scores
-        among the labels that are still unknown become soft negatives, for good. The last round would train nothing."""
+        """Once an epoch the loss may complete the labels by the scores of all images. The last round would train
+        nothing."""
         training = self.protocol.training
         rounds = training.epochs - training.pseudo_from
-        if self.pseudo is None or not training.pseudo_from <= epoch < training.epochs:
+        if self.loss.relabels != "epoch" or not training.pseudo_from <= epoch < training.epochs:
             return
         scores = self.scores()
-        unannotated = self.observed == 0
-        unknown = unannotated & self.pseudo.isnan()
-        for column, count in enumerate((training.pseudo_share * unannotated.sum(0) / rounds).int().tolist()):
-            candidates = unknown[:, column].nonzero()[:, 0]
-            lowest = scores[candidates, column].argsort(stable=True)[:count]
-            self.pseudo[candidates[lowest], column] = scores[candidates[lowest], column]
+        self.observed, self.pseudo = self.loss.relabel(
+            self.observed, self.pseudo, scores, training.pseudo_share, rounds
+        )
 
     def judge(self, entry: dict[str, float]) -> None:
         """Keep the best epoch's weights, and say whether it is time to stop."""
@@ -267,14 +253,12 @@ class Training:
             found = {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
             module.load_state_dict(found)
 
-    def save(self) -> None:
-        if self.checkpoints is None or not self.main:
-            return
-        state = {
+    def state_dict(self) -> dict[str, Any]:
+        return {
             "step": self.step,
-            "summed": self.summed.cpu(),
+            "summed": self.summed,
             "initialised": self.initialised,
-            "weights": {name: tensor.detach().cpu() for name, tensor in self.weights().items()},
+            "weights": self.weights(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "observed": self.observed,
@@ -283,12 +267,8 @@ class Training:
             "best": self.best,
             "ended": self.ended,
         }
-        self.checkpoints.save(self.step, state)
 
-    def restore(self) -> None:
-        state = None if self.checkpoints is None else self.checkpoints.newest(lambda text: None)
-        if state is None:
-            return
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.load_weights(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -298,7 +278,7 @@ class Training:
 
 def refuse_impossible(protocol: Supervised, loss: Loss, single_label: bool) -> None:
     training = protocol.training
-    if not (loss.needs_index or hasattr(loss, "flipped") or training.loss == "em_apl"):
+    if not loss.needs_index and loss.relabels == "never":
         return
     if single_label:
         raise ConfigError(

@@ -1,10 +1,11 @@
-"""The configuration: frozen dataclasses, the only place where a default stands, and what cannot work together.
-Defaults are the paper's where it states one. How recipes and overrides become a Config is in recipes.py."""
+"""The configuration: frozen dataclasses, the only place where a default and its limits stand, and what cannot work
+together. Defaults are the paper's where it states one. How recipes and overrides become a Config is in recipes.py."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,27 @@ import yaml
 
 from mls.errors import ConfigError
 from mls.files import runs_folder
+from mls.plugins import Registry
+
+
+def limited(default: Any, *, above: float | None = None, low: float | None = None, high: float | None = None) -> Any:
+    """A key with limits, which `check_limits` holds: greater than `above`, at least `low`, at most `high`, and finite.
+    None, where a key allows it, is within all limits; of several values each must be."""
+    limits = {"above": above, "low": low, "high": high}
+    return field(default=default, metadata={name: limit for name, limit in limits.items() if limit is not None})
+
+
+def positive(default: Any) -> Any:
+    return limited(default, above=0)
+
+
+def share(default: Any) -> Any:
+    return limited(default, low=0, high=1)
+
+
+def rising(default: tuple[float, float]) -> Any:
+    """Two rising numbers greater than 0."""
+    return field(default=default, metadata={"above": 0, "rising": True})
 
 
 @dataclass(frozen=True)
@@ -38,10 +60,10 @@ class DataConfig:
     source: str = "auto"  # folder, list, coco, voc, tar, scenes, a plug-in's, or auto: found out from root
     root: str | None = None
     annotations: str | None = None  # COCO json or VOC split, where labels come from; a text list's image folder is root
-    batch_size: int = 256  # images per step over all processes together
+    batch_size: int = positive(256)  # images per step over all processes together
     workers: int | None = None  # per process; default: the cores this process may use, at most 8
     limit: int | None = None  # only the first n images
-    max_unreadable: float = 0.01  # share of images that may be broken before the run stops
+    max_unreadable: float = share(0.01)  # share of images that may be broken before the run stops
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
 
 
@@ -49,22 +71,22 @@ class DataConfig:
 class AugmentConfig:
     """MoCo-v2's distribution."""
 
-    size: int = 224
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (0.75, 4 / 3)
-    flip: float = 0.5
-    jitter: float = 0.8  # probability of the colour jitter
+    size: int = positive(224)
+    scale: tuple[float, float] = rising((0.2, 1.0))
+    ratio: tuple[float, float] = rising((0.75, 4 / 3))
+    flip: float = share(0.5)
+    jitter: float = share(0.8)  # probability of the colour jitter
     brightness: float = 0.4
     contrast: float = 0.4
     saturation: float = 0.4
     hue: float = 0.1
-    grey: float = 0.2
-    blur: float = 0.5
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    grey: float = share(0.2)
+    blur: float = share(0.5)
+    blur_sigma: tuple[float, float] = rising((0.1, 2.0))
     noise: float = 0.0  # largest standard deviation of added Gaussian noise, drawn per view
     small_crops: int = 0  # multi-crop: this many small crops beside the two large ones
     small_size: int = 96
-    small_scale: tuple[float, float] = (0.05, 0.14)
+    small_scale: tuple[float, float] = rising((0.05, 0.14))
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -73,17 +95,17 @@ class AugmentConfig:
 class ModelConfig:
     backbone: str = "resnet50"  # a torchvision ResNet, resnet_tiny, or timm:NAME
     weights: str | None = None  # start from these backbone weights instead of a random initialisation
-    projection: int = 256
+    projection: int = positive(256)
     hidden: int | None = None  # width of the head's hidden layer; default: the backbone's feature width
     head_norm: Literal["none", "batch"] = "none"
-    momentum: float = 0.995  # of the key encoder
+    momentum: float = share(0.995)  # of the key encoder
     key_norm: Literal["shuffle", "split", "sync", "none"] = "shuffle"
-    key_group: int = 32  # images that share statistics under key_norm=split
+    key_group: int = positive(32)  # images that share statistics under key_norm=split
 
 
 @dataclass(frozen=True)
 class DictionaryConfig:
-    size: int = 4096
+    size: int = positive(4096)
     own_rows: Literal["keep", "exclude"] = "keep"  # a query's own older rows: kept as the papers do, or masked
     storage: Literal["fp32", "fp16", "bf16"] = "fp32"  # how rows are kept; products are taken in fp32
     sharded: bool = False  # each process holds its part of the rows; the result is the same to rounding
@@ -96,9 +118,43 @@ class MatchingConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    method: Literal["mls", "moco_v2", "knn_moco", "supervised"] = "mls"  # the last is a control
-    temperature: float = 0.2
-    k: int = 20
+    """What every method's options have in common: `objective.method` chooses the method, and with it the dataclass that
+    `objective.*` is checked against. A method from outside derives its own from this one."""
+
+    method: str = "mls"
+
+    def check(self, config: Config) -> None:
+        """Refuse what cannot work together, before anything is loaded."""
+
+
+OBJECTIVES = Registry[type[ObjectiveConfig]]("objective.method")
+
+
+def _objective(name: str) -> Any:
+    return OBJECTIVES.register(name)
+
+
+@_objective("moco_v2")
+@dataclass(frozen=True)
+class MoCoOptions(ObjectiveConfig):
+    method: str = "moco_v2"
+    temperature: float = positive(0.2)
+    in_batch_negatives: bool = False  # the batch's other keys as extra negatives of InfoNCE
+
+    def check(self, config: Config) -> None:
+        batch, size = config.data.batch_size, config.dictionary.size
+        if size < batch:
+            raise ConfigError(
+                f"dictionary.size {size} is smaller than the batch {batch}: "
+                f"raise dictionary.size to {batch} or more, or lower data.batch_size"
+            )
+
+
+@_objective("mls")
+@dataclass(frozen=True)
+class MLSOptions(MoCoOptions):
+    method: str = "mls"
+    k: int = positive(20)
     weight: float = 0.5  # the paper's lambda
     loss: str = "bce"
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
@@ -106,21 +162,72 @@ class ObjectiveConfig:
     labels_from: Literal["backbone", "projection", "union", "intersection"] = "backbone"
     classify_with: Literal["backbone", "projection"] = "projection"
     warmup_epochs: float = 0.0  # InfoNCE alone for the first epochs
-    in_batch_negatives: bool = False  # the batch's other keys as extra negatives of InfoNCE
     pseudo_labels: Literal["matched", "random", "oracle"] = "matched"  # the last two are controls, not methods
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if self.k > config.dictionary.size:
+            raise ConfigError(
+                f"objective.k {self.k} is larger than dictionary.size {config.dictionary.size}: lower objective.k"
+            )
+
+
+@_objective("knn_moco")
+@dataclass(frozen=True)
+class KnnMoCoOptions(MLSOptions):
+    method: str = "knn_moco"
+    loss: str = "softmax"
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if self.loss not in ("bce", "softmax"):  # bce: what a recipe of mls says
+            raise ConfigError(
+                f"objective.method=knn_moco is the softmax over neighbours, objective.loss={self.loss} is not: "
+                "use objective.method=mls with that loss"
+            )
+
+
+@_objective("supervised")
+@dataclass(frozen=True)
+class SupervisedOptions(MoCoOptions):
+    """A control: the true labels."""
+
+    method: str = "supervised"
+
+
+@_objective("simsiam")
+@dataclass(frozen=True)
+class SimSiamOptions(ObjectiveConfig):
+    method: str = "simsiam"
+    predictor: int = positive(512)  # width of the predictor's hidden layer
+
+
+@_objective("byol")
+@dataclass(frozen=True)
+class BYOLOptions(ObjectiveConfig):
+    method: str = "byol"
+    predictor: int = positive(4096)  # width of the predictor's hidden layer
+
+
+@_objective("densecl")
+@dataclass(frozen=True)
+class DenseCLOptions(MoCoOptions):
+    method: str = "densecl"
+    dense_weight: float = share(0.5)  # the paper's lambda: the global term has the rest
+    dense_projection: int = positive(128)
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     name: Literal["sgd", "adamw", "lars"] = "sgd"
-    lr: float = 0.3  # per 256 images; the scaled value is printed
+    lr: float = positive(0.3)  # per 256 images; the scaled value is printed
     scale_lr: bool = True
     weight_decay: float = 1e-4
     decay_norm_and_bias: bool = True
     momentum: float = 0.9
     nesterov: bool = False
     betas: tuple[float, float] = (0.9, 0.999)
-    epochs: int = 400
+    epochs: int = positive(400)
     warmup_epochs: float = 0.0
     final_lr: float = 0.0  # share of the peak reached at the end of the cosine
 
@@ -131,19 +238,20 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     channels_last: bool = True
     compile: bool = False
-    accumulate: int = 1  # micro-batches per step
+    accumulate: int = positive(1)  # micro-batches per step
     threads: int | None = None  # CPU threads per process; default: torch's own choice
-    checkpoint_every: int = 1000  # steps
-    keep_last: int = 2
+    checkpoint_every: int = positive(1000)  # steps
+    checkpoint_minutes: float = positive(10.0)  # and after so many minutes at the latest: what a kill -9 may cost
+    keep_last: int = positive(2)
     milestone_epochs: int | None = None  # also keep a checkpoint every n epochs for good
     max_steps: int | None = None  # stop after this step of the schedule, as if interrupted there
-    max_bad_steps: int = 5  # non-finite steps in a row before giving up
+    max_bad_steps: int = positive(5)  # non-finite steps in a row before giving up
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    log_every: int = 20  # steps
-    health_every: int = 200  # steps: collapse measures of the dictionary
+    log_every: int = positive(20)  # steps
+    health_every: int = positive(200)  # steps: collapse measures of the dictionary
     knn_every_epochs: int = 1  # when the source has labels; 0: never
     linear_every_epochs: int = 10  # the linear probe, the same
     knn_images: int = 2000  # images embedded for both, train and held out together
@@ -159,7 +267,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     dictionary: DictionaryConfig = field(default_factory=DictionaryConfig)
     matching: MatchingConfig = field(default_factory=MatchingConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective: ObjectiveConfig = field(default_factory=MLSOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -190,58 +298,55 @@ def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
     return [(key, value, other[key]) for key, value in flatten(first) if value != other[key]]
 
 
-POSITIVE = [
-    "data.batch_size",
-    "dictionary.size",
-    "objective.k",
-    "objective.temperature",
-    "optim.epochs",
-    "optim.lr",
-    "engine.accumulate",
-    "engine.checkpoint_every",
-    "engine.keep_last",
-    "engine.max_bad_steps",
-    "augment.size",
-    "model.projection",
-    "model.key_group",
-    "monitor.log_every",
-    "monitor.health_every",
-]
-SHARES = ["augment.flip", "augment.jitter", "augment.grey", "augment.blur", "model.momentum", "data.max_unreadable"]
-RANGES = ["augment.scale", "augment.small_scale", "augment.ratio", "augment.blur_sigma"]
+def defaults(values: Mapping[str, Any]) -> Config:
+    """The default configuration for the method that these values choose."""
+    objective = values.get("objective")
+    name = objective.get("method") if isinstance(objective, Mapping) else None
+    return Config(objective=OBJECTIVES[str(name)]()) if name is not None else Config()
+
+
+def methods_with(key: str) -> list[str]:
+    """The methods whose options have the dotted key, such as objective.k."""
+    section, _, name = key.partition(".")
+    options = {method: {item.name for item in fields(OBJECTIVES[method])} for method in OBJECTIVES.names()}
+    return [method for method, known in options.items() if section == "objective" and name.partition(".")[0] in known]
 
 
 def check(config: Config) -> None:
     """Refuse combinations that cannot work, before anything is loaded."""
-    batch, size, k = config.data.batch_size, config.dictionary.size, config.objective.k
-    values = dict(flatten(config))
-    for key in POSITIVE:
-        if not values[key] > 0:
-            raise ConfigError(f"{key} is {values[key]}: it must be greater than 0")
-    for key in SHARES:
-        if not 0 <= values[key] <= 1:
-            raise ConfigError(f"{key} is {values[key]}: it must lie between 0 and 1")
-    for key in RANGES:
-        low, high = values[key]
-        if not 0 < low <= high:
-            raise ConfigError(f"{key} is [{low}, {high}]: it must be two rising numbers greater than 0")
-    if size < batch:
+    if config.data.batch_size % config.engine.accumulate:
         raise ConfigError(
-            f"dictionary.size {size} is smaller than the batch {batch}: "
-            f"raise dictionary.size to {batch} or more, or lower data.batch_size"
+            f"data.batch_size {config.data.batch_size} does not divide into engine.accumulate "
+            f"{config.engine.accumulate} equal micro-batches: change one of them"
         )
-    if k > size:
-        raise ConfigError(f"objective.k {k} is larger than dictionary.size {size}: lower objective.k")
-    if batch % config.engine.accumulate:
-        raise ConfigError(
-            f"data.batch_size {batch} does not divide into engine.accumulate {config.engine.accumulate} "
-            "equal micro-batches: change one of them"
-        )
-    if config.objective.method == "knn_moco" and config.objective.loss not in ("bce", "softmax"):
-        raise ConfigError(
-            f"objective.method=knn_moco is the softmax over neighbours, objective.loss={config.objective.loss} is not: "
-            "use objective.method=mls with that loss"
-        )
+    config.objective.check(config)
+
+
+def check_limits(config: Any, prefix: str = "") -> None:
+    """Hold the limits that stand on the fields of any dataclass of dataclasses."""
+    for item in fields(config):
+        value, key = getattr(config, item.name), f"{prefix}{item.name}"
+        if is_dataclass(value):
+            check_limits(value, f"{key}.")
+        elif item.metadata and value is not None:
+            _check_limit(key, value, item)
+
+
+def _check_limit(key: str, value: Any, item: Field[Any]) -> None:
+    limits, values = item.metadata, value if isinstance(value, (list, tuple)) else [value]
+    if limits.get("rising"):
+        if not 0 < values[0] <= values[1]:
+            raise ConfigError(f"{key} is [{values[0]}, {values[1]}]: it must be two rising numbers greater than 0")
+        return
+    above, low, high = limits.get("above"), limits.get("low"), limits.get("high")
+    for one in values:
+        if math.isinf(one):
+            raise ConfigError(f"{key} is {one}: it must be a finite number")
+        if above is not None and not one > above:
+            raise ConfigError(f"{key} is {one}: it must be greater than {above:g}")
+        if not (low is None or one >= low) or not (high is None or one <= high):
+            must = f"lie between {low} and {high}" if None not in (low, high) else "be at least " + str(low)
+            raise ConfigError(f"{key} is {one}: it must {must if low is not None else f'be at most {high}'}")
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,6 +84,15 @@ def cache_folder(kind: str) -> Path:
     except OSError as error:
         raise UserError(f"cannot keep {kind} in {folder} ({error.strerror}): set MLS_CACHE to a folder") from None
     return folder
+
+
+def slug(name: str) -> str:
+    """A name that may become a file's.
+
+    >>> slug("MLS, oracle pseudo-labels")
+    'MLS-oracle-pseudo-labels'
+    """
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
 
 
 @contextmanager

@@ -78,15 +78,12 @@ def _is_newer_version(entry: Any, existing: Any) -> bool:
 _loaded: dict[str, ModuleType] = {}
 
 
-def load(names: Sequence[str], base: Path = Path()) -> list[str]:
-    """Import plug-ins, each once. Gives back what `run.plugins` keeps of them: the absolute paths of files, which may
-    be relative to `base`, and the names of modules."""
+def load(names: Sequence[str]) -> list[str]:
+    """Import plug-ins (files or modules), each once. Gives back what `run.plugins` keeps of them."""
     found = []
     for name in names:
-        name = str((base / Path(name).expanduser()).absolute()) if _is_file_name(name) else name
+        name = absolute(name)
         if name not in _loaded:
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(f"importing the plug-in {name}", file=sys.stderr)
             _loaded[name] = _import(name)
         found.append(name)
     return found
@@ -97,13 +94,21 @@ def loaded() -> list[str]:
     return list(_loaded)
 
 
+def absolute(name: str, base: Path = Path()) -> str:
+    """A file's absolute path, a module's name."""
+    return os.path.abspath(base / Path(name).expanduser()) if _is_file_name(name) else name
+
+
 def _is_file_name(name: str) -> bool:
     return name.endswith(".py") or "/" in name or os.sep in name
 
 
 def _import(name: str) -> ModuleType:
     try:
-        return _import_file(Path(name)) if _is_file_name(name) else importlib.import_module(name)
+        if _is_file_name(name):
+            return _import_file(Path(name))
+        _announce(name)
+        return importlib.import_module(name)
     except UserError:
         raise
     except ModuleNotFoundError as error:
@@ -122,9 +127,7 @@ def _import_file(path: Path) -> ModuleType:
             f"there is no plug-in file {path}: put it back, or say where it is with --import or in run.plugins"
         )
     if path.suffix != ".py" or "." in path.stem:
-        raise ConfigError(
-            f"the plug-in {path} cannot be imported under this name: call it NAME.py, without another dot"
-        )
+        raise ConfigError(f"the plug-in {path} has no name that can be imported: call it NAME.py, with one dot")
     # A worker process that does not inherit our memory finds the module by its name in the last folder of sys.path, so
     # the name must be the file's own and nobody else's.
     other = sys.modules.get(path.stem) or importlib.util.find_spec(path.stem)
@@ -132,6 +135,7 @@ def _import_file(path: Path) -> ModuleType:
         raise ConfigError(f"the plug-in {path} is called like the module {path.stem} of {_file_of(other)}: rename it")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # of a file NAME.py there always is one
+    _announce(str(path))
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     try:
@@ -142,6 +146,12 @@ def _import_file(path: Path) -> ModuleType:
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     return module
+
+
+def _announce(name: str) -> None:
+    """Code from outside is never run silently."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"importing the plug-in {name}", file=sys.stderr, flush=True)
 
 
 def _file_of(module: Any) -> Path | None:

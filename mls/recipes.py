@@ -5,7 +5,7 @@ becomes a Config; `Kind` says the same of the other YAML files that ship with ml
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +15,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mls.config import Config, check, flatten
+from mls import plugins
+from mls.config import Config, check, check_limits, defaults, flatten, methods_with
 from mls.errors import ConfigError, unknown_name
 
 Schema = TypeVar("Schema")
@@ -30,9 +31,13 @@ class Kind(Generic[Schema]):
     word: str
     check: Callable[[Schema], None]
     keys: str  # completes an error: how to list the keys
+    choose: Callable[[Mapping[str, Any]], Schema] | None = None  # the defaults, where a file's values decide on them
+
+    def defaults(self, values: Mapping[str, Any]) -> Schema:
+        return self.schema() if self.choose is None else self.choose(values)
 
 
-RECIPE = Kind(Config, "pretrain", "recipe", check, "`mls config` lists the keys")
+RECIPE = Kind(Config, "pretrain", "recipe", check, "`mls config` lists the keys", defaults)
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class Resolved(Generic[Schema]):
 
     config: Schema
     origins: dict[str, str]
+
+
+def load_run_config(file: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration that a run stored. Version 0.1 stored the keys of all methods together."""
+    return resolve(file, overrides, stored=True).config
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -52,44 +62,104 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     return resolve(recipe, overrides).config
 
 
-def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Resolved[Config]:
+def resolve(recipe: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> Resolved[Config]:
+    """`stored`: a run's own file, in which keys of other methods than the run's mean nothing."""
     path = find_recipe(recipe)
-    values, origins = read_yaml(path, RECIPE)
-    values.setdefault("run", {}).setdefault("recipe", path.stem)
-    return build(RECIPE, values, origins, overrides, path.name)
+    rest = [override for override in overrides if not override.startswith("run.plugins=")]
+    changed = [override for override in overrides if override not in rest]
+    named = _parsed(changed[-1])["run"]["plugins"] if changed else _plugins_of(path)
+    imported = plugins.load(_plugin_names(named, changed[-1] if changed else path.name))
+    values, origins = read_yaml(path, RECIPE, stored)  # after the import, which adds to the values that are valid
+    run = values.setdefault("run", {})
+    run.setdefault("recipe", path.stem)
+    if imported or plugins.loaded():
+        run["plugins"] = list(dict.fromkeys([*imported, *plugins.loaded()]))
+        origins["run.plugins"] = "override" if changed else origins.get("run.plugins", "--import")
+    return build(RECIPE, values, origins, rest, path.name)
+
+
+def applicable(recipe: str | Path, overrides: Sequence[str]) -> list[str]:
+    """Of overrides that several methods share, as the rows of a table do: those that the chosen method has.
+
+    >>> applicable("mls_scenes_tiny", ["objective.k=5", "optim.epochs=2", "objective.method=moco_v2"])
+    ['optim.epochs=2', 'objective.method=moco_v2']
+    """
+    values, _ = read_yaml(find_recipe(recipe), RECIPE)
+    method = RECIPE.defaults(_merged({}, values, *map(_parsed, overrides))).objective.method
+    key = lambda override: override.partition("=")[0]
+    return [one for one in overrides if method in methods_with(key(one)) or not methods_with(key(one))]
+
+
+def _plugins_of(path: Path) -> list[str]:
+    """`run.plugins` of a recipe or of its base. A relative path counts from the recipe's folder."""
+    values, _ = load_yaml(path)
+    run = values.get("run")
+    if isinstance(run, dict) and "plugins" in run:
+        return [plugins.absolute(name, path.parent) for name in _plugin_names(run["plugins"], path.name)]
+    return _plugins_of(_base_of(path, values["base"], RECIPE)) if values.get("base") else []
+
+
+def _plugin_names(value: Any, where: str) -> list[str]:
+    names = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{where}: run.plugins is {value}: list files and modules, such as [my_loss.py]")
+    return list(names)
 
 
 def build(
     kind: Kind[Schema], values: dict[str, Any], origins: dict[str, str], overrides: Sequence[str], where: str
 ) -> Resolved[Schema]:
     """The values of a file, then the overrides, checked."""
-    node = _merge(OmegaConf.structured(kind.schema), values, where)
-    for override in overrides:
-        key, separator, _ = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"'{override}' is not an override: write key=value, for example data.root=/images")
-        try:
-            dotted = OmegaConf.from_dotlist([override])
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"'{override}' cannot be read as key=value: {reason}") from None
-        change = cast(dict[str, Any], OmegaConf.to_container(dotted))
-        _check_keys(change, "the command line", kind)
+    changes = {override: _parsed(override) for override in overrides}
+    for change in changes.values():
+        values = _of_method(values, change)
+    known = kind.defaults(_merged({}, values, *changes.values()))
+    node = _merge(OmegaConf.structured(known), values, where)
+    for override, change in changes.items():
+        _check_keys(change, "the command line", known, kind)
         node = _merge(node, change, override)
-        origins[key] = "override"
-    config = OmegaConf.to_object(node)
-    assert isinstance(config, kind.schema)
+        origins[override.partition("=")[0]] = "override"
+    config = cast(Schema, OmegaConf.to_object(node))
+    check_limits(config)
     kind.check(config)
     return Resolved(config, {key: _origin(key, origins) for key, _ in flatten(config)})
 
 
+def _parsed(override: str) -> dict[str, Any]:
+    key, separator, _ = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"'{override}' is not an override: write key=value, for example data.root=/images")
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([override])))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"'{override}' cannot be read as key=value: {reason}") from None
+
+
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The inverse of `to_dict`."""
-    _check_keys(values, "the stored configuration", RECIPE)
-    config = OmegaConf.to_object(_merge(OmegaConf.structured(Config), values, "the stored configuration"))
-    assert isinstance(config, Config)
+    """The inverse of `to_dict`, for what was stored by earlier versions too."""
+    values = _of_method(values, values)
+    known = RECIPE.defaults(values)
+    _check_keys(values, "the stored configuration", known, RECIPE)
+    config = cast(Config, OmegaConf.to_object(_merge(OmegaConf.structured(known), values, "the stored configuration")))
+    check_limits(config)
     check(config)
     return config
+
+
+def _of_method(values: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` under a `choice` of `objective.method`, if it is one: without the keys that this method does not have.
+    They belonged to the method that was chosen before: a base recipe's keys, a recipe's under an override."""
+    objective, chosen = values.get("objective"), choice.get("objective")
+    if not isinstance(objective, Mapping) or not isinstance(chosen, Mapping) or "method" not in chosen:
+        return dict(values)
+    known = {item.name for item in fields(RECIPE.defaults(choice).objective)}
+    left = {key: value for key, value in objective.items() if key in known or not methods_with(f"objective.{key}")}
+    return {**values, "objective": left}
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(*layers)))
 
 
 def recipes() -> list[str]:
@@ -135,19 +205,24 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return values, {key: f"{path.name}:{line}" for key, line in _lines(node)}
 
 
-def read_yaml(path: Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def read_yaml(path: Path, kind: Kind[Any], stored: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
     """The same for a file of this kind, its keys checked; `base: NAME` starts from another one."""
     values, origins = load_yaml(path)
     base = values.pop("base", None)
     origins.pop("base", None)
-    _check_keys(values, path.name, kind)
+    values = _of_method(values, values) if stored else values
+    base_values: dict[str, Any] = {}
     if base is not None:
-        beside = path.parent / f"{base}.yaml"
-        found = beside if beside.is_file() else find(base, kind.folder, kind.word)
-        base_values, base_origins = read_yaml(found, kind)
-        values = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(base_values, values)))
-        origins = base_origins | origins
-    return values, origins
+        base_values, base_origins = read_yaml(_base_of(path, base, kind), kind)
+        base_values, origins = _of_method(base_values, values), base_origins | origins
+    merged = _merged(base_values, values)
+    _check_keys(values, path.name, kind.defaults(merged), kind)
+    return merged, origins
+
+
+def _base_of(path: Path, base: str, kind: Kind[Any]) -> Path:
+    beside = path.parent / f"{base}.yaml"
+    return beside if beside.is_file() else find(base, kind.folder, kind.word)
 
 
 def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -165,9 +240,9 @@ def _origin(key: str, origins: Mapping[str, str]) -> str:
     return inside[-1] if inside else "default"
 
 
-def _check_keys(values: Mapping[Any, Any], where: str, kind: Kind[Any]) -> None:
+def _check_keys(values: Mapping[Any, Any], where: str, defaults: Any, kind: Kind[Any]) -> None:
     """One sentence with the nearest valid name for a key that does not exist."""
-    known = [key for key, _ in flatten(kind.schema())]
+    known = [key for key, _ in flatten(defaults)]
     sections = {key.rpartition(".")[0] for key in known}
 
     def walk(node: Mapping[Any, Any], prefix: str) -> None:
@@ -176,6 +251,10 @@ def _check_keys(values: Mapping[Any, Any], where: str, kind: Kind[Any]) -> None:
             if key in known:
                 continue
             if key not in sections:
+                if others := methods_with(key) if isinstance(defaults, Config) else []:
+                    raise ConfigError(
+                        f"{defaults.objective.method} has no {key} ({where}): it is a key of {', '.join(others)}"
+                    )
                 raise ConfigError(f"unknown key '{key}' in {where}{_nearest(key, known, sections, kind)}")
             if isinstance(value, Mapping):
                 walk(value, f"{key}.")

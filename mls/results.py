@@ -7,11 +7,40 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mls.errors import UserError
+
+
+@dataclass(frozen=True)
+class StoredCell:
+    """One measurement: a protocol on weights with a seed, or a pretraining run. Its rows share all fields but the
+    metric (DATASET/NAME) and the value; of one that was measured again the newest numbers count."""
+
+    row: Mapping[str, Any]  # the newest of its rows
+    values: dict[str, float]  # by metric
+
+    @property
+    def whole(self) -> bool:
+        """Fewer rows than were to be written: the writer was killed on the way."""
+        return len(self.values) == self.row.get("metrics", len(self.values))
+
+
+def stored_cells(rows: Iterable[Mapping[str, Any]]) -> list[StoredCell]:
+    """Rows of a protocol's numbers, by the cell that they belong to.
+
+    >>> [cell.values for cell in stored_cells({"cell": "a", "metric": "voc07/map", "value": v} for v in (0.1, 0.2))]
+    [{'voc07/map': 0.2}]
+    """
+    found: dict[Any, StoredCell] = {}
+    for number, row in enumerate(rows):
+        name = row.get("cell", number)
+        values = found[name].values if name in found else {}
+        found[name] = StoredCell(row, values | {row["metric"]: float(row["value"])})
+    return list(found.values())
 
 
 class Results:
@@ -57,6 +86,11 @@ class Results:
         """The newest such row."""
         rows = self.rows(**wanted)
         return rows[-1] if rows else None
+
+    def cell(self, key: str) -> StoredCell | None:
+        """The numbers of one cell, if all of them were written."""
+        found = stored_cells(self.rows(cell=key))
+        return found[0] if found and found[0].whole else None
 
     def _ends_whole(self) -> bool:
         with open(self.path, "rb") as file:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ CHECKED = [
     "mls.frozen.metrics",
 ]
 CHECKED += ["mls.distributed", "mls.core.products", "mls.core.sharding", "mls.exporting"]
-CHECKED += ["mls.monitor.health", "mls.monitor.labels"]
+CHECKED += ["mls.core.health", "mls.core.queried_rows", "mls.monitor.labels"]
 install_import_hook(CHECKED, "beartype.beartype")
 
 settings.register_profile("mls", deadline=None)  # how long a test takes on a busy machine decides nothing
@@ -37,6 +37,29 @@ model.projection=16 objective.warmup_epochs=0 engine.threads=1""".split()
 def tiny(tmp_path: Path) -> list[str]:
     """Overrides that make the tiny recipe train in seconds: 3 epochs of 16 steps."""
     return [*TINY, f"run.root={tmp_path / 'runs'}"]
+
+
+@pytest.fixture
+def registries_as_before() -> Iterator[None]:
+    """What plug-ins have registered is forgotten after the test: others count the names."""
+    from mls import plugins
+    from mls.core.losses import LOSSES
+    from mls.data.sources import SOURCES
+    from mls.eval.data import LAYOUTS
+    from mls.exporting import TARGETS
+    from mls.models.backbones import BACKBONES
+
+    places = [LOSSES, LOSSES.aliases, SOURCES, LAYOUTS, TARGETS, BACKBONES, plugins._loaded]
+    before, path = [dict(place) for place in places], list(sys.path)
+    yield
+    for place, content in zip(places, before, strict=True):
+        place.clear()
+        place.update(content)
+    added = set(sys.path) - set(path)
+    for name, module in list(sys.modules.items()):
+        if os.path.dirname(getattr(module, "__file__", None) or "") in added:
+            del sys.modules[name]
+    sys.path[:] = path
 
 
 @pytest.fixture

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
+import mls
+from mls import plugins
 from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
 from mls.tools import (
     bench,
@@ -58,6 +64,46 @@ app.add_typer(eval.app, name="eval")
 app.add_typer(submit.app, name="submit")
 app.add_typer(box.app, name="slurm")
 app.add_typer(bench.app, name="bench")
+
+WITHOUT_PLUGINS = ("doctor", "jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
+PLUGINS = "A file or module of losses, methods, data sets, backbones or export targets. May be repeated."
+
+
+def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with `--import`, which it knows nothing of."""
+
+    @functools.wraps(command)
+    def importing(plugin_names: list[str] | None = None, **arguments: Any) -> None:
+        plugins.load(plugin_names or [])
+        command(**arguments)
+
+    option = typer.Option("--import", metavar="FILE|MODULE", help=PLUGINS)
+    annotation = Annotated[list[str] | None, option]
+    signature = inspect.signature(command, eval_str=True)
+    added = inspect.Parameter("plugin_names", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    importing.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])
+    importing.__annotations__ = {**command.__annotations__, "plugin_names": annotation}
+    return importing
+
+
+def add_import_option(group: typer.Typer) -> None:
+    for command in group.registered_commands:
+        if command.name not in WITHOUT_PLUGINS and command.callback is not None:
+            command.callback = with_plugins(command.callback)
+    for below in group.registered_groups:
+        if below.name not in WITHOUT_PLUGINS and below.typer_instance is not None:
+            add_import_option(below.typer_instance)
+
+
+add_import_option(app)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    shown: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if shown:
+        print(f"mls {mls.__version__}")
 
 
 def main() -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-# Row of the table -> the recipe it trains and what it changes there. None: nothing is trained.
-ROWS: dict[str, tuple[str, list[str]] | None] = {
-    "random": None,
+# Row of the table -> the recipe it trains and what it changes there; of "random" the network alone is built.
+ROWS: dict[str, tuple[str, list[str]]] = {
+    "random": ("moco_v2_scenes_tiny", []),
     "MoCo-v2": ("moco_v2_scenes_tiny", []),
     "MLS": ("mls_scenes_tiny", []),
 }
-CONTROLS: dict[str, tuple[str, list[str]] | None] = {
+CONTROLS: dict[str, tuple[str, list[str]]] = {
     "MLS, random pseudo-labels": ("mls_scenes_tiny", ["objective.pseudo_labels=random"]),
     "MLS, oracle pseudo-labels": ("mls_scenes_tiny", ["objective.pseudo_labels=oracle"]),
     "MLS, oracle, balanced, weight 2": (
@@ -32,7 +33,10 @@ def demo(
         bool, typer.Option("--quick", help="A minute instead of minutes: fewer scenes and epochs.")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds and print mean ± std.")] = 1,
-    controls: Annotated[bool, typer.Option("--controls", help="Add the rows that keep us honest.")] = False,
+    controls: Annotated[
+        bool,
+        typer.Option("--controls", help="Add controls: random and oracle pseudo-labels, true labels, the scene type."),
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Where everything goes (default: $MLS_RUNS/demo).")] = None,
 ) -> None:
     """Pretrain on the embedded scenes with MoCo-v2 and with MLS, and compare the backbones.
@@ -49,44 +53,35 @@ def demo(
         mls demo --seeds 3 --controls
     """
     from mls.config import runs_root
-    from mls.recipes import load_config
-    from mls.results import Results
-    from mls.tools.studies import finish_cell, scene_type_alone
+    from mls.eval.cells import over_seeds
+    from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, scene_type_map, table_of
+    from mls.recipes import applicable, load_config
+    from mls.tables import Row, render, terminal_width
 
     began = time.monotonic()
     folder = out or runs_root(load_config("mls_scenes_tiny")) / ("demo-quick" if quick else "demo")
     folder.mkdir(parents=True, exist_ok=True)
-    store = Results(folder / "results.jsonl")
-    rows = ROWS | (CONTROLS if controls else {})
-    found: dict[str, list[dict[str, Any]]] = {row: [] for row in rows}
-    for seed in range(seeds):
-        for row, recipe in rows.items():
-            name, own = recipe or ("moco_v2_scenes_tiny", [])
-            overrides = [*(QUICK if quick else []), *own, f"run.seed={seed}", f"run.root={folder}"]
-            found[row].append(finish_cell(store, row, name, overrides, train=recipe is not None))
+    short = QUICK if quick else []
+    cells = {
+        row: [
+            Pretraining(row, recipe, applicable(recipe, [*short, *own]), seed, trained=row != "random")
+            for seed in range(seeds)
+        ]
+        for row, (recipe, own) in (ROWS | (CONTROLS if controls else {})).items()
+    }
+    found = over_seeds(cells, folder)
+    note = f"mAP in per cent on unseen scenes, {seeds} seed{'s' * (seeds > 1)}{', mean ± std' * (seeds > 1)}"
+    table = table_of(found, "backbone", (*PROBES, *OVERLAP), note + " (quick: too short to mean much)" * quick)
     if controls:
-        found["scene type alone"] = [scene_type_alone(load_config("mls_scenes_tiny", QUICK if quick else []))]
-    table = _table(found, seeds, quick)
-    (folder / "table.md").write_text(table)
-    mls_run, moco_run = folder / found["MLS"][0]["run"], folder / found["MoCo-v2"][0]["run"]
+        alone = {"linear": [scene_type_map(load_config("mls_scenes_tiny", short))]}
+        table = replace(table, rows=[*table.rows, Row(["scene type alone"], alone)])
+    (folder / "table.md").write_text(render(table) + "\n")
+    mls_run, moco_run = (folder / found[row][0].row["run"] for row in ("MLS", "MoCo-v2"))
     picture = _picture(mls_run, folder / "pseudo_positives.png")
-    print(table)
+    print(f"{render(table, width=terminal_width())}\n")
     print(f"{picture}: query crops (red) and the rows MLS chose as their positives (yellow)")
     print(f"mls report {mls_run} {moco_run}   makes a page of curves and crops")
     print(f"took {time.monotonic() - began:.0f} s")
-
-
-def _table(found: dict[str, list[dict[str, Any]]], seeds: int, quick: bool) -> str:
-    from mls.tools.studies import markdown_table, spread
-
-    lines = []
-    for row, values in found.items():
-        cells = [spread([value[name] for value in values if name in value]) for name in ("linear", "knn")]
-        overlap = [spread([value[name] for value in values if name in value], 3) for name in ("overlap", "chance")]
-        lines.append([row, *cells, *overlap])
-    header = ["backbone", "linear mAP", "kNN mAP", "pseudo-label overlap", "by chance"]
-    note = f"mAP in per cent on unseen scenes, {seeds} seed{'s' * (seeds > 1)}{', mean ± std' * (seeds > 1)}"
-    return f"{markdown_table(header, lines)}\n\n{note}{' (quick: too short to mean much)' * quick}\n"
 
 
 def _picture(run: Path, target: Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mls.errors import ConfigError
+from mls.tables import Format
 
 app = typer.Typer(help="Downstream evaluation: one protocol, or a paper's table.", no_args_is_help=True)
 
@@ -37,24 +38,22 @@ def run(
         torchrun --nproc-per-node 8 -m mls.tools eval run coco_fpn_1x --weights runs/mls_coco_r50-…   (dense tasks)
     """
     from mls import distributed
-    from mls.eval import cells, load_protocol
+    from mls.eval import load_protocol
+    from mls.eval.cells import evaluation
     from mls.files import runs_folder
-    from mls.results import Results
-    from mls.tools.studies import markdown_table
+    from mls.tables import print_table
 
     name, *overrides = arguments
-    protocol = load_protocol(name, overrides)
     root = out or runs_folder()
-    wanted = weights or protocol.model.weights
-    values = cells.run(protocol, wanted, seed, root)
+    cell = evaluation(load_protocol(name, overrides), weights, seed)
+    measured = cell.finish(root, keep=True)
     if distributed.rank() != 0:
         return
-    rows = [[f"{protocol.data.name}/{metric}", f"{100 * value:.2f}"] for metric, value in values.items()]
-    print(markdown_table(["metric, in per cent", "test"], rows))
-    stored = Results(root / "results.jsonl").find(run=cells.cell_name(protocol, wanted, seed))
-    assert stored is not None
-    print(f"\n{stored['selection']}, weights {stored['weights']}\n{root / 'results.jsonl'}: stored as {stored['run']}")
-    picture = root / "eval" / stored["run"] / "found.png"
+    rows = [[f"{cell.dataset}/{metric}", f"{100 * value:.2f}"] for metric, value in measured.values.items()]
+    print_table(["metric, in per cent", "test"], rows)
+    row = measured.row
+    print(f"\n{row['selection']}, weights {row['weights']}\n{root / 'results.jsonl'}: stored as {row['run']}")
+    picture = root / "eval" / row["run"] / "found.png"
     if picture.is_file():
         print(f"{picture}: some test images, what was found in them and what is true")
 
@@ -67,6 +66,7 @@ def suite(
     seeds: Annotated[int | None, typer.Option(min=1, help="Default: as the protocol says.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Only this row. May be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(help="Holds results.jsonl and the table; default: $MLS_RUNS.")] = None,
+    format: Annotated[Format, typer.Option(help="Of what is printed.")] = Format.markdown,
 ) -> None:
     """Run a paper's table and print it with our numbers beside. Finished cells are not run again.
 
@@ -81,25 +81,25 @@ def suite(
         mls eval suite paper_classification --weights MLS=runs/a --weights MLS=runs/b --weights MoCo-v2=runs/c
     """
     from mls import distributed
+    from mls.eval.comparison import as_text
     from mls.eval.suite import load_suite
     from mls.eval.suite import run as run_suite
     from mls.files import runs_folder
-    from mls.tools.tables import as_text
+    from mls.tables import terminal_width
 
     name, *overrides = arguments
     root = out or runs_folder()
-    loaded = load_suite(name)
     say = lambda text: typer.echo(text, err=True) if distributed.rank() == 0 else None
-    table = run_suite(loaded, root, weights or (), tiny, seeds, only or (), overrides, say)
+    found = run_suite(load_suite(name), root, weights or (), tiny, seeds, only or (), overrides, say)
     if distributed.rank() != 0:
         return
-    text = as_text(table, tiny, name)
     root.mkdir(parents=True, exist_ok=True)
     path = root / f"{Path(name).stem}{'-tiny' * tiny}.md"
-    path.write_text(text)
-    print(text)
-    print(f"{path}; every number with its seed and epoch: {root / 'results.jsonl'}")
-    if len(table.missing) == len(table.columns):
+    path.write_text(as_text(found))
+    print(as_text(found, format, terminal_width()))
+    where = f"{path}; every number with its seed and epoch: {root / 'results.jsonl'}"
+    typer.echo(where, err=format is not Format.markdown)  # nothing beside what another program reads
+    if len(found.missing) == len(found.columns):
         raise ConfigError("no column could be run: see the lines above, or try --tiny, which needs no data")
 
 

@@ -77,7 +77,7 @@ def _say(text: str) -> None:
 
 
 def _show(checked: list[Checked]) -> None:
-    from mls.tools.studies import markdown_table
+    from mls.tables import print_table
 
     rows = []
     for one in checked:
@@ -85,4 +85,4 @@ def _show(checked: list[Checked]) -> None:
         count = f"{keys['keys']} of {keys['of']}"
         recipe = one.facts["recipe"] or "none: the defaults"
         rows.append([one.target, one.file.name, recipe, one.facts["loaded_by"], count, f"{one.worst:.1e}"])
-    print(markdown_table(["target", "file", "recipe", "loaded by", "tensors", "largest difference"], rows))
+    print_table(["target", "file", "recipe", "loaded by", "tensors", "largest difference"], rows)

@@ -76,7 +76,7 @@ def cancel(name: Annotated[str, typer.Argument(metavar="RUN", help="A run, a swe
 
 
 def table(seen: Sequence[JobStatus]) -> str:
-    from mls.tools.studies import markdown_table
+    from mls.tables import markdown_table, terminal_width
 
     metrics = sorted({metric for one in seen for metric in one.results})
     header = ["run", "job", "state", "step", "left", "restarts", "loss", *metrics, "because"]
@@ -87,7 +87,7 @@ def table(seen: Sequence[JobStatus]) -> str:
         status = [one.name, one.spec.job or "", one.state, one.step, one.eta, str(one.restarts)]
         cells = [*status, loss, *values, one.reason]
         rows.append(cells)
-    return markdown_table(header, rows)
+    return markdown_table(header, rows, terminal_width())
 
 
 def _follow(one: JobSpec, root: Path) -> None:

@@ -109,7 +109,7 @@ def leakcheck(
 
     from mls.files import write_atomically
     from mls.frozen.neighbours import EmbeddedSource, Embedder, calibrate, near_duplicates, source_from
-    from mls.tools.studies import markdown_table
+    from mls.tables import print_table
 
     out.mkdir(parents=True, exist_ok=True)
     weights = None if weights is None else _weights_and_data(weights)[0]
@@ -128,7 +128,9 @@ def leakcheck(
             for pair in pairs
         ]
         report["second"][text] = {"images": total, "pairs": named}
-    print(f"\n{markdown_table(['B', 'images', 'near-duplicates in A', 'share', 'picture'], lines)}\n")
+    print()
+    print_table(["B", "images", "near-duplicates in A", "share", "picture"], lines)
+    print()
     write_atomically(out / "leakcheck.json", json.dumps(report, indent=1).encode())
     print(out / "leakcheck.json")
 
@@ -147,9 +149,9 @@ def _explained(embedded: EmbeddedSource, calibration: Calibration, limit: float,
 
 def _draw(first: EmbeddedSource, second: EmbeddedSource, pairs: list[Pair], folder: Path) -> str:
     """Each line: an image of B in red, the image of A that it is like in yellow."""
+    from mls.files import slug
     from mls.frozen.gallery import draw
     from mls.frozen.neighbours import gallery_row
-    from mls.tools.studies import slug
 
     if not pairs:
         return ""

@@ -3,15 +3,9 @@ store itself is mls/results.py; a paper's table with the paper's numbers beside 
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
-import re
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,52 +14,23 @@ import typer
 
 from mls.errors import ConfigError, DataError, unknown_name
 from mls.files import runs_folder
+from mls.results import Results, StoredCell, stored_cells
+from mls.tables import Column, Format, Table, as_csv, render, terminal_width
+from mls.tables import Row as TableRow
 
 FIELDS = ("protocol", "loss", "weights", "settings")  # runs that have them in common differ in their seed alone
 MOST_METRICS = 8  # columns of a table; more do not fit on a screen
 MOST_NAMED = 12  # values of a field in a sentence
-# What a backslash before it does not make readable.
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--"}
 
 Row = Mapping[str, Any]
 
 
-class Format(str, Enum):
-    markdown = "markdown"
-    latex = "latex"
-    csv = "csv"
-    json = "json"
-
-
-@dataclass
-class Cell:
-    """One run of a protocol: its numbers by metric."""
-
-    row: Row  # the first of its rows, for what they have in common
-    values: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
+@dataclass(frozen=True)
 class Series:
     """Runs that differ in their seed alone."""
 
     of: dict[str, str]  # FIELDS, and `run` where one stands alone
-    cells: list[Cell] = field(default_factory=list)
-
-
-@dataclass
-class Line:
-    values: dict[str, list[float]] = field(default_factory=dict)  # of each column, in per cent
-    runs: list[int] = field(default_factory=list)  # how many in each mean
-    seconds: float = 0.0  # of all runs
-
-
-@dataclass(frozen=True)
-class Table:
-    names: list[str]  # the columns that say what a line is about
-    metrics: list[str]
-    lines: dict[tuple[str, ...], Line]
-    note: str
+    cells: list[StoredCell]
 
 
 def results(
@@ -97,8 +62,6 @@ def results(
 
         mls results --store /data/runs --format csv > results.csv
     """
-    from mls.results import Results
-
     if by is not None and by not in FIELDS:
         raise unknown_name("field for --by", by, FIELDS)
     path = store_file(store)
@@ -113,12 +76,11 @@ def results(
     if rows and not found:
         say(nothing(rows, wanted))
     if format is Format.csv:
-        print(as_csv(found, fields_of(rows)), end="")
+        print(as_csv([flat(row) for row in found], fields_of(rows)), end="")
     elif format is Format.json:
         print("[" + ",\n".join(json.dumps(row) for row in found) + "]")
     elif found:
-        table = tabulate(averaged(found, long), by)
-        print(as_latex(table, bold) if format is Format.latex else as_markdown(table, bold))
+        print(render(tabulate(averaged(found, long), by), format, bold, terminal_width()))
 
 
 def say(text: str) -> None:
@@ -126,8 +88,8 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def store_file(given: Path | None) -> Path:
-    path = given.expanduser() if given else runs_folder()
+def store_file(store: Path | None) -> Path:
+    path = store.expanduser() if store else runs_folder()
     path = path / "results.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise DataError(f"there are no results in {path}: run `mls eval run` first, or say where they are with --store")
@@ -192,12 +154,9 @@ def nothing(rows: Sequence[Row], wanted: Mapping[str, Sequence[str]]) -> str:
 
 
 def averaged(rows: Sequence[Row], long: bool) -> list[Series]:
-    """The cells of each mean. One stands alone where it is asked for, or where a mean would mix what is not alike."""
-    cells: dict[Any, Cell] = {}
-    for number, row in enumerate(rows):
-        cells.setdefault(row.get("cell", number), Cell(row)).values[row["metric"]] = float(row["value"])
-    alike: dict[tuple[str, ...], list[Cell]] = {}
-    for cell in cells.values():
+    """The runs of each mean. One stands alone where that is wanted, or where a mean would mix what is not alike."""
+    alike: dict[tuple[str, ...], list[StoredCell]] = {}
+    for cell in stored_cells(rows):
         alike.setdefault(tuple(text_of(cell.row, name) for name in FIELDS), []).append(cell)
     found: list[Series] = []
     mixed = []
@@ -217,31 +176,40 @@ def averaged(rows: Sequence[Row], long: bool) -> list[Series]:
 
 
 def tabulate(series: Sequence[Series], by: str | None) -> Table:
-    """With `by`, the names of the columns tell what the lines leave open, as far as it varies."""
+    """With `by`, the names of the columns tell what the rows leave open, as far as it varies."""
+    from mls.monitor.progress import duration
+
     shown = [name for name in FIELDS if needed(name, series)]
     names = [*(shown if by is None else [by]), *(["run"] if any(one.of["run"] for one in series) else [])]
     beside = {name: sorted({one.of[name] for one in series}) for name in shown if name not in names}
-    lines: dict[tuple[str, ...], Line] = {}
+    rows: dict[tuple[str, ...], list[Series]] = {}
+    values: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for one in series:
-        line = lines.setdefault(tuple(one.of[name] for name in names), Line())
-        prefix = [one.of[name] for name, values in beside.items() if len(values) > 1 and one.of[name]]
-        line.runs.append(len(one.cells))
+        labels = tuple(one.of[name] for name in names)
+        rows.setdefault(labels, []).append(one)
+        prefix = [one.of[name] for name, several in beside.items() if len(several) > 1 and one.of[name]]
         for cell in one.cells:
-            line.seconds += float(cell.row.get("duration") or 0)
             for metric, value in cell.values.items():
-                line.values.setdefault(" ".join([*prefix, metric]), []).append(100 * value)
-    metrics = columns(list(dict.fromkeys(metric for line in lines.values() for metric in line.values)))
-    several = any(count > 1 for line in lines.values() for count in line.runs)
-    note = "In per cent" + ", mean ± std over the runs" * several
-    constant = [f"{name} {values[0]}" for name, values in beside.items() if len(values) == 1]
-    return Table(names, metrics, dict(sorted(lines.items())), "; ".join([note, *constant]) + ".")
+                column = values.setdefault(labels, {}).setdefault(" ".join([*prefix, metric]), [])
+                column.append(value)
+    metrics = columns(list(dict.fromkeys(metric for found in values.values() for metric in found)))
+    found = []
+    for labels, group in sorted(rows.items()):
+        counts = sorted({len(one.cells) for one in group})
+        seconds = sum(float(cell.row.get("duration") or 0) for one in group for cell in one.cells)
+        runs = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        found.append(TableRow(labels, {**values[labels], "runs": runs, "time": duration(seconds)}))
+    note = "In per cent" + ", mean ± std over the runs" * any(len(one.cells) > 1 for one in series)
+    constant = [f"{name} {several[0]}" for name, several in beside.items() if len(several) == 1]
+    headings = [*(Column(metric, digits=2) for metric in metrics), Column("runs"), Column("time")]
+    return Table(names, headings, found, "; ".join([note, *constant]) + ".")
 
 
 def needed(name: str, series: Sequence[Series]) -> bool:
     """Whether a field tells anything that the others do not."""
     if name == "settings":
-        all_told = [tuple(value for key, value in one.of.items() if key != name) for one in series]
-        return len(set(all_told)) < len(all_told)
+        others = [tuple(value for key, value in one.of.items() if key != name) for one in series]
+        return len(set(others)) < len(others)
     return name != "loss" or any(one.of[name] for one in series)
 
 
@@ -261,63 +229,3 @@ def columns(metrics: Sequence[str]) -> list[str]:
         example = left_out[0].rpartition(" ")[2]
         say(f"left out {', '.join(left_out)}: choose columns with a filter, for example 'metric={example}'")
     return [metric for _, group in sorted(sets.items()) for metric in group if metric in kept]
-
-
-def texts(table: Table, bold: str = "", escape: Callable[[str], str] = str) -> list[list[str]]:
-    """What stands in the lines; `bold` is how the best mean of each metric is written."""
-    from mls.monitor.progress import duration
-
-    means: dict[str, dict[tuple[str, ...], float]] = {metric: {} for metric in table.metrics}
-    for key, line in table.lines.items():
-        for metric in set(table.metrics) & set(line.values):
-            mean = statistics.fmean(line.values[metric])
-            if not math.isnan(mean):
-                means[metric][key] = mean
-    found = []
-    for key, line in table.lines.items():
-        numbers = []
-        for metric in table.metrics:
-            text = escape(mean_and_std(line.values.get(metric, [])))
-            best = key in means[metric] and means[metric][key] == max(means[metric].values())
-            numbers.append(bold % text if bold and best else text)
-        runs = "–".join(str(count) for count in sorted({min(line.runs), max(line.runs)}))
-        found.append([*map(escape, key), *numbers, runs, duration(line.seconds)])
-    return found
-
-
-def mean_and_std(values: Sequence[float]) -> str:
-    from mls.tools.studies import spread
-
-    # statistics.stdev takes no NaN, which is what the mean over an empty group of classes is.
-    return "nan" if any(map(math.isnan, values)) else spread(values, digits=2)
-
-
-def as_markdown(table: Table, bold: bool) -> str:
-    from mls.tools.studies import markdown_table
-
-    header = [*table.names, *table.metrics, "runs", "time"]
-    return f"{markdown_table(header, texts(table, '**%s**' * bold))}\n\n{table.note}"
-
-
-def as_latex(table: Table, bold: bool) -> str:
-    header = [escaped(name) for name in (*table.names, *table.metrics, "runs", "time")]
-    lines = [" & ".join(line) + r" \\" for line in [header, *texts(table, r"\textbf{%s}" * bold, escaped)]]
-    columns = "l" * len(table.names) + "r" * (len(table.metrics) + 2)
-    top = [f"% {table.note} Needs \\usepackage{{booktabs}}.", f"\\begin{{tabular}}{{{columns}}}", r"\toprule"]
-    return "\n".join([*top, lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"])
-
-
-def escaped(text: str) -> str:
-    r"""
-    >>> print(escaped("50 % of voc07/map_11pt ± 0.1 ~ C:\\"))
-    50 \% of voc07/map\_11pt $\pm$ 0.1 \textasciitilde{} C:\textbackslash{}
-    """
-    return re.sub(r"[\\&%$#_{}~^±–]", lambda found: LATEX.get(found[0], f"\\{found[0]}"), text)
-
-
-def as_csv(rows: Sequence[Row], fields: Sequence[str]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(map(flat, rows))
-    return text.getvalue()

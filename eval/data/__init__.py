@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mls.data import Source
 from mls.data.crops import decode
-from mls.errors import DataError, unknown_name
+from mls.errors import DataError
+from mls.plugins import Registry
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,9 @@ class Layout:
     sizes: dict[str, int] = field(default_factory=dict)  # published counts: classes, train, test, val
 
 
-LAYOUTS: dict[str, Layout] = {}
-
-
-def register(name: str, layout: Layout) -> None:
-    LAYOUTS[name] = layout
-
-
-def names() -> list[str]:
-    return sorted(LAYOUTS)
+LAYOUTS = Registry[Layout]("data set", DataError)
+register = LAYOUTS.add  # register(name, layout)
+names = LAYOUTS.names
 
 
 def folder_of(name: str, root: str | Path | None = None) -> Path:
@@ -108,8 +103,6 @@ def folder_of(name: str, root: str | Path | None = None) -> Path:
 def build(name: str, root: str | Path | None = None, check_sizes: bool = True) -> DataSet[Any]:
     """The data set `name` from `root` (default: its folder under $MLS_DATA). Another number of images or classes than
     published is an error, unless `check_sizes` is False."""
-    if name not in LAYOUTS:
-        raise unknown_name("data set", name, LAYOUTS, DataError)
     layout, folder = LAYOUTS[name], folder_of(name, root)
     if layout.folder and not folder.is_dir():
         raise DataError(f"{folder} is missing: {layout.download}, or set data.root")

@@ -3,9 +3,7 @@ resume, one process or several. What is trained is in detector.py and segmenter.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mls import distributed
-from mls.engine.checkpoint import Checkpoints
-from mls.engine.preempt import StopFlag
 from mls.engine.schedule import stepwise
-from mls.errors import ConfigError, DivergedError, Stopped
+from mls.engine.session import Saving, Session
+from mls.errors import ConfigError, DivergedError
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import Dense, Schedule
 from mls.eval.dense.views import training_batches
 from mls.models.momentum import HALF, precision_on
-from mls.monitor.progress import TrainingProgress, counting
+from mls.monitor.progress import counting
 from mls.streams import derive
 
 SAVE_EVERY = 300.0  # seconds
-SEE_EVERY = 20  # steps between two looks at the loss: each look waits for the GPU
+LOG_EVERY = 20  # steps between two readings of the loss: each waits for the GPU
 
 
 class DenseTraining:
@@ -55,38 +52,23 @@ class DenseTraining:
         self.reduced = HALF.get(precision_on(self.device, self.schedule.precision, "training.precision"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.reduced is torch.float16)
         self.step = 0
-        self.measured = 0  # batches that precise-BN has seen; it starts anew after a stop
-        self.save_every = save_every
-        self.checkpoints = None if folder is None else Checkpoints(folder / "state", keep_last=1)
-        self.restore()
+        saving = Saving.in_folder(None if folder is None else folder / "state", save_every)
+        self.session = Session(self, self.schedule.steps, saving, self.device)
+        state = self.session.restore()
+        if state is not None:
+            self.load_state_dict(state)
 
     def train(self, title: str = "", quiet: bool = False) -> None:
-        show = not quiet and distributed.rank() == 0
-        total, first = self.schedule.steps, self.step + 1
-        with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopFlag())
-            progress = stack.enter_context(TrainingProgress(total, self.step, title, show))
-            if self.step:
-                progress.say(f"{title} goes on after step {self.step} of {total}")
-            saved = time.monotonic()
-            for batch in self.batches(first, total):
+        total = self.schedule.steps
+        with self.session.running(title, quiet):
+            for batch in self.batches(self.step + 1, total):
                 self.step += 1
                 losses = self.train_step(batch)
-                progress.step(self.step)
-                if self.step % SEE_EVERY == 0 or self.step == total:
+                if self.step % LOG_EVERY == 0 or self.step == total:
                     epoch = 1 + (self.step * self.schedule.batch_size - 1) // len(self.images)
-                    progress.update(self.step, epoch, told(losses, self.step))
-                due = time.monotonic() - saved > self.save_every
-                code, due = distributed.largest([float(stop.exit_code), float(due)], self.device)
-                if code:
-                    self.save()
-                    raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", int(code))
-                if due and self.step < total:
-                    self.save()
-                    saved = time.monotonic()
-            if first <= total:
-                self.save()  # the test may take long
-        self.measure_statistics(show)
+                    self.session.progress.update(self.step, epoch, format_losses(losses, self.step))
+                self.session.end_step()
+        self.measure_statistics(show=not quiet and distributed.rank() == 0)
 
     def batches(self, first: int, last: int) -> Any:
         if first > last:
@@ -114,7 +96,8 @@ class DenseTraining:
 
     @torch.no_grad()
     def measure_statistics(self, show: bool) -> None:
-        """Precise-BN: the last weights' own statistics in the place of a mean over many steps' weights."""
+        """Precise-BN: the last weights' own statistics in the place of a mean over many steps' weights. After a stop
+        it starts anew."""
         norms = [part for part in self.network.modules() if isinstance(part, _BatchNorm)]
         count, total = self.schedule.precise_bn, self.schedule.steps
         if not count or not norms:
@@ -128,28 +111,22 @@ class DenseTraining:
                 self.losses(batch, step)
                 progress(step - total)
 
-    def save(self) -> None:
-        if self.checkpoints is None or distributed.rank() != 0:
-            return
-        state = {
+    def state_dict(self) -> dict[str, Any]:
+        return {
             "step": self.step,
-            "weights": {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()},
+            "weights": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        self.checkpoints.save(self.step, state)
 
-    def restore(self) -> None:
-        state = None if self.checkpoints is None else self.checkpoints.newest(lambda text: None)
-        if state is None:
-            return
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.network.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
 
 
-def told(losses: dict[str, Tensor], step: int) -> dict[str, str]:
+def format_losses(losses: dict[str, Tensor], step: int) -> dict[str, str]:
     values = {name.removeprefix("loss_"): float(loss) for name, loss in losses.items()}
     total = sum(values.values())
     if not math.isfinite(total):

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from mls import distributed
 from mls.data.crops import UnreadableImage
-from mls.data.loader import as_it_is, worker_count
+from mls.data.loader import already_collated, worker_count
 from mls.engine.preempt import leave_signals_to_the_parent
 from mls.errors import DataError, UserError, reason
 from mls.eval.data.objects import ObjectImages
@@ -152,7 +152,7 @@ def loader(views: TrainingViews, batches: Places | list[list[tuple[int, int]]]) 
         views,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=min(worker_count(views.data.workers), len(batches)) if not in_memory(views.images) else 0,
-        collate_fn=as_it_is,  # type: ignore[arg-type]
+        collate_fn=already_collated,  # type: ignore[arg-type]
         worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # its own: the global stream is not used
     )

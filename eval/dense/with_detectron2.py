@@ -1,5 +1,5 @@
 """`backend: detectron2` of `task: detection`: its network, data, step, schedule and evaluators on the protocol's
-configuration (detectron2_config.py, detectron2_data.py). The loop is ours: how it stops, goes on and shows itself."""
+configuration (detectron2_config.py, detectron2_data.py). The loop is ours: a session, as around every loop."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ import torch
 from torch import nn
 
 from mls import distributed
-from mls.engine.checkpoint import Checkpoints
-from mls.engine.preempt import StopFlag
-from mls.errors import ConfigError, DataError, DivergedError, Stopped
+from mls.engine.session import Saving, Session
+from mls.errors import ConfigError, DataError, DivergedError
 from mls.eval.dense import detectron2_data
 from mls.eval.dense.detectron2_config import RECIPES, configuration, refuse_unknown_to_detectron2
-from mls.eval.dense.loop import SAVE_EVERY, SEE_EVERY
+from mls.eval.dense.loop import LOG_EVERY, SAVE_EVERY
 from mls.eval.dense.prepare import SCENES, backbone_source, load_images
 from mls.eval.dense.schema import Detection
 from mls.eval.outcome import Outcome
 from mls.exporting import to_detectron2
 from mls.frameworks import installed as frameworks
 from mls.models.momentum import HALF, precision_on
-from mls.monitor.progress import TrainingProgress, counting
+from mls.monitor.progress import counting
 from mls.streams import derive
 
 
@@ -84,27 +83,23 @@ class Detectron2Training:
         from detectron2.modeling import build_model
         from detectron2.solver import build_lr_scheduler, build_optimizer
 
-        self.cfg, self.images, self.seed, self.save_every = cfg, images, seed, save_every
+        self.cfg, self.images, self.seed = cfg, images, seed
         self.draw("init")  # heads are the same whatever the backbone has drawn
         self.network: nn.Module = build_model(cfg)
         self.device = next(self.network.parameters()).device
         self.reduced = HALF.get(precision_on(self.device, protocol.training.precision, "training.precision"))
-        self.checkpoints = Checkpoints(state, keep_last=1)
-        found = self.checkpoints.newest(lambda text: None)
-        if found is None:
+        self.session = Session(self, cfg.SOLVER.MAX_ITER, Saving.in_folder(state, save_every), self.device)
+        restored = self.session.restore()
+        if restored is None:
             DetectionCheckpointer(self.network).load(cfg.MODEL.WEIGHTS)
-        else:
-            self.network.load_state_dict(found["weights"])
         ids = [self.device.index] if self.device.type == "cuda" else None
         self.parallel = create_ddp_model(self.network, broadcast_buffers=False, device_ids=ids)
         self.optimizer = build_optimizer(cfg, self.network)
         self.schedule = build_lr_scheduler(cfg, self.optimizer)
         self.step = 0
         self.trainer = self.build_trainer()
-        if found is not None:
-            self.step = found["step"]
-            self.trainer.load_state_dict(found["trainer"])
-            self.schedule.load_state_dict(found["schedule"])
+        if restored is not None:
+            self.load_state_dict(restored)
 
     def build_trainer(self) -> Any:
         from detectron2.engine import AMPTrainer, SimpleTrainer
@@ -137,47 +132,33 @@ class Detectron2Training:
         return stream()
 
     def train(self, title: str = "", quiet: bool = False) -> None:
-        show = not quiet and distributed.rank() == 0
+        from detectron2.utils.events import EventStorage
+
         total = self.cfg.SOLVER.MAX_ITER
-        with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopFlag())
-            progress = stack.enter_context(TrainingProgress(total, self.step, title, show))
-            if self.step:
-                progress.say(f"{title} goes on after step {self.step} of {total}")
-            self.train_on(total, stop, progress)
+        with self.session.running(title, quiet), EventStorage(self.step) as self.trainer.storage:
+            while self.step < total:
+                self.train_step()
+                if self.step % LOG_EVERY == 0 or self.step == total:
+                    epoch = 1 + (self.step * self.cfg.SOLVER.IMS_PER_BATCH - 1) // self.images
+                    self.session.progress.update(self.step, epoch, format_losses(self.trainer.storage.latest()))
+                self.session.end_step()
         if self.cfg.TEST.PRECISE_BN.ENABLED:
-            self.measure_statistics(show)
+            self.measure_statistics(show=not quiet and distributed.rank() == 0)
         # Without SyncBN every process has its own statistics; the first one's are tested, by all.
         buffers = distributed.from_main({name: one.cpu() for name, one in self.network.named_buffers()})
         self.network.load_state_dict(buffers, strict=False)
 
-    def train_on(self, total: int, stop: StopFlag, progress: TrainingProgress) -> None:
-        from detectron2.utils.events import EventStorage
-
-        saved = time.monotonic()
-        with EventStorage(self.step) as self.trainer.storage:
-            while self.step < total:
-                self.trainer.iter = self.trainer.storage.iter = self.step
-                try:
-                    self.trainer.run_step()
-                except FloatingPointError:
-                    raise DivergedError(
-                        f"the loss or a proposal is no number at step {self.step + 1}: lower training.lr, or raise "
-                        "training.warmup_steps"
-                    ) from None
-                self.schedule.step()
-                self.step += 1
-                progress.step(self.step)
-                if self.step % SEE_EVERY == 0 or self.step == total:
-                    epoch = 1 + (self.step * self.cfg.SOLVER.IMS_PER_BATCH - 1) // self.images
-                    progress.update(self.step, epoch, told(self.trainer.storage.latest()))
-                due = time.monotonic() - saved > self.save_every
-                code, due = distributed.largest([float(stop.exit_code), float(due)], self.device)
-                if code or due or self.step == total:  # the test may take long
-                    self.save()
-                    saved = time.monotonic()
-                if code:
-                    raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", int(code))
+    def train_step(self) -> None:
+        self.trainer.iter = self.trainer.storage.iter = self.step
+        try:
+            self.trainer.run_step()
+        except FloatingPointError:
+            raise DivergedError(
+                f"the loss or a proposal is no number at step {self.step + 1}: lower training.lr, or raise "
+                "training.warmup_steps"
+            ) from None
+        self.schedule.step()
+        self.step += 1
 
     def measure_statistics(self, show: bool) -> None:
         from detectron2.engine.hooks import PreciseBN
@@ -187,16 +168,19 @@ class Detectron2Training:
         with counting("statistics of batch normalisation", count, show) as progress:
             PreciseBN(0, self.parallel, shown(self.batches("statistics"), progress), count).update_stats()
 
-    def save(self) -> None:
-        if distributed.rank() != 0:
-            return
-        state = {
+    def state_dict(self) -> dict[str, Any]:
+        return {
             "step": self.step,
-            "weights": {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()},
+            "weights": self.network.state_dict(),
             "trainer": self.trainer.state_dict(),
             "schedule": self.schedule.state_dict(),
         }
-        self.checkpoints.save(self.step, state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.network.load_state_dict(state["weights"])
+        self.trainer.load_state_dict(state["trainer"])
+        self.schedule.load_state_dict(state["schedule"])
 
 
 @dataclass
@@ -217,10 +201,10 @@ class Whole:
             ) from None
 
 
-def told(numbers: dict[str, tuple[float, int]]) -> dict[str, str]:
+def format_losses(numbers: dict[str, tuple[float, int]]) -> dict[str, str]:
     """detectron2's losses for people.
 
-    >>> told({"total_loss": (2.0, 7), "loss_cls": (1.5, 7), "data_time": (0.1, 7), "loss_rpn_cls": (0.5, 7)})
+    >>> format_losses({"total_loss": (2.0, 7), "loss_cls": (1.5, 7), "data_time": (0.1, 7), "loss_rpn_cls": (0.5, 7)})
     {'loss': '2.000', 'cls': '1.500', 'rpn_cls': '0.500'}
     """
     losses = {name: f"{value:.3f}" for name, (value, _) in numbers.items() if "loss" in name}

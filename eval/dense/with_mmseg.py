@@ -1,5 +1,5 @@
 """`backend: mmseg`: mmsegmentation's networks, transforms, losses, schedule and metric, run by mmengine's Runner. Ours
-is what happens between its steps: checkpoints, signals, progress. Its configuration is in mmseg_config.py."""
+is what happens between its steps: the session of every loop. Its configuration is in mmseg_config.py."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mls import distributed
-from mls.engine.checkpoint import Checkpoints
-from mls.engine.preempt import StopFlag
-from mls.errors import ConfigError, Stopped, UserError
+from mls.engine.session import Saving, Session
+from mls.errors import ConfigError, UserError
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense import mmseg_config
-from mls.eval.dense.loop import SAVE_EVERY, SEE_EVERY, told
+from mls.eval.dense.loop import LOG_EVERY, SAVE_EVERY, format_losses
 from mls.eval.dense.mmseg_config import Config, Start
 from mls.eval.dense.mmseg_parts import MmsegViews, test_loader
 from mls.eval.dense.prepare import backbone_source, load_images
@@ -34,7 +33,7 @@ from mls.eval.outcome import Outcome
 from mls.exporting import to_mmseg, to_torchvision
 from mls.frameworks import installed as frameworks
 from mls.frameworks.resnet_plan import NoCounterpart
-from mls.monitor.progress import TrainingProgress, counting
+from mls.monitor.progress import counting
 from mls.streams import derive
 
 # mmengine's own log and checkpoints: ours are in their place.
@@ -83,7 +82,7 @@ def write_backbone(protocol: Segmentation, weights: str, seed: int, state: Path)
 
 
 class Training(Hook):
-    """A Runner, and what it is told between its steps."""
+    """A Runner, and the hook that is called between its steps."""
 
     priority = "VERY_LOW"  # a step is over when the learning rate has moved as well
 
@@ -98,9 +97,9 @@ class Training(Hook):
         state: Path,
         save_every: float = SAVE_EVERY,
     ) -> None:
-        self.protocol, self.device, self.seed, self.save_every = protocol, device, seed, save_every
-        self.checkpoints = Checkpoints(state, keep_last=1)
-        self.restored = self.checkpoints.newest(lambda text: None)
+        self.protocol, self.seed = protocol, seed
+        self.session = Session(self, protocol.training.steps, Saving.in_folder(state, save_every), device)
+        self.restored = self.session.restore()
         self.step = self.restored["step"] if self.restored else 0
         config = ConfigDict(config)
         seen, tested = (config.pop(f"{name}_pipeline") for name in ("train", "test"))
@@ -127,11 +126,7 @@ class Training(Hook):
         return found.module if is_model_wrapper(found) else found
 
     def train(self, title: str, quiet: bool) -> None:
-        show, total = not quiet and distributed.rank() == 0, self.protocol.training.steps
-        with StopFlag() as self.stop, TrainingProgress(total, self.step, title, show) as self.progress:
-            if self.step:
-                self.progress.say(f"{title} goes on after step {self.step} of {total}")
-            self.saved = time.monotonic()
+        with self.session.running(title, quiet):
             try:
                 self.runner.train()
             finally:  # the Runner keeps the iterator, and with it workers, which would wait for more to do for ever
@@ -142,13 +137,9 @@ class Training(Hook):
         # mmengine draws the batches of earlier steps again to leave them out: there is nothing to draw.
         loop._iter = self.step
         loop.dataloader_iterator = chain(repeat(None, self.step), loop.dataloader_iterator)
-        if self.restored is None:
-            return
-        self.network.load_state_dict(self.restored["weights"])
-        runner.optim_wrapper.load_state_dict(self.restored["optimizer"])
-        for scheduler, known in zip(runner.param_schedulers, self.restored["schedulers"], strict=True):
-            scheduler.load_state_dict(known)
-        self.restored = None
+        if self.restored is not None:  # only here has the Runner an optimizer
+            self.load_state_dict(self.restored)
+            self.restored = None
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         _raise(data_batch)
@@ -158,31 +149,27 @@ class Training(Hook):
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict[str, Any] | None = None
     ) -> None:
         self.step, total = batch_idx + 1, self.protocol.training.steps
-        self.progress.step(self.step)
-        if self.step % SEE_EVERY == 0 or self.step == total:
+        if self.step % LOG_EVERY == 0 or self.step == total:
             assert outputs is not None
             losses = {"head": outputs["decode.loss_ce"], "auxiliary": outputs["aux.loss_ce"]}
             epoch = 1 + (self.step * self.protocol.training.batch_size - 1) // len(self.views)
-            self.progress.update(self.step, epoch, told(losses, self.step))
-        due = time.monotonic() - self.saved > self.save_every
-        code, due = distributed.largest([float(self.stop.exit_code), float(due)], self.device)
-        if code or due or self.step == total:  # the test may take long
-            self.save()
-            self.saved = time.monotonic()
-        if code:
-            raise Stopped(f"a signal came: stopped after step {self.step}, all is saved", int(code))
+            self.session.progress.update(self.step, epoch, format_losses(losses, self.step))
+        self.session.end_step()
 
-    def save(self) -> None:
+    def state_dict(self) -> dict[str, Any]:
         """mmengine's own checkpoints also hold objects, which cannot be read without running what a file says."""
-        if distributed.rank() != 0:
-            return
-        state = {
+        return {
             "step": self.step,
-            "weights": {name: tensor.detach().cpu() for name, tensor in self.network.state_dict().items()},
+            "weights": self.network.state_dict(),
             "optimizer": self.runner.optim_wrapper.state_dict(),
             "schedulers": [scheduler.state_dict() for scheduler in self.runner.param_schedulers],
         }
-        self.checkpoints.save(self.step, state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["weights"])
+        self.runner.optim_wrapper.load_state_dict(state["optimizer"])
+        for scheduler, restored in zip(self.runner.param_schedulers, state["schedulers"], strict=True):
+            scheduler.load_state_dict(restored)
 
     def test(self, quiet: bool) -> dict[str, float]:
         for buffer in self.network.buffers():  # the statistics of the first process, as they were saved

@@ -2,8 +2,10 @@
 indices wherever the scores differ by more than that. Approximate indexes (index.py) are not for a training's step."""
 
 import inspect
+import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
@@ -13,6 +15,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mls.core.products import Mask
+from mls.distributed import from_main, rank
 from mls.errors import ConfigError, unknown_name
 
 AUTO = "auto"  # in a configuration: measure, and take the fastest
@@ -183,6 +186,25 @@ def build(name: str, **options: Any) -> Matcher:
         ) from None
 
 
+def settle(
+    backend: str, decided: dict[str, Any], search: Callable[[], tuple[Tensor, Tensor, int]] | None
+) -> tuple[Matcher, dict[str, Any]]:
+    """The matcher of a run, and what to remember of the choice. backend=auto takes the one that rank 0 finds fastest
+    for searches like `search()` (queries, rows, k); torch where there is none to measure; on a resume what was
+    `decided` before.
+
+    >>> settle("torch", {}, None)[1]
+    {}
+    """
+    if backend != AUTO:
+        return build(backend), {}
+    if not decided:
+        seconds = {"torch": math.nan} if search is None else seconds_of_each(*search()) if rank() == 0 else {}
+        seconds = from_main(seconds)
+        decided = {"backend": next(iter(seconds)), "measured": format_seconds(seconds)}
+    return build(decided["backend"]), decided
+
+
 def seconds_of_each(
     queries: Float[Tensor, "batch dim"], rows: Float[Tensor, "rows dim"], k: int, rounds: int = 5
 ) -> dict[str, float]:
@@ -220,9 +242,9 @@ def _wait(tensor: Tensor) -> None:
         torch.cuda.synchronize(tensor.device)
 
 
-def told(seconds: dict[str, float]) -> list[str]:
+def format_seconds(seconds: dict[str, float]) -> list[str]:
     """
-    >>> told({"faiss": 0.0123, "torch": 0.02})
+    >>> format_seconds({"faiss": 0.0123, "torch": 0.02})
     ['faiss 12.3 ms', 'torch 20.0 ms']
     """
     return [f"{name} {1e3 * spent:.1f} ms" for name, spent in seconds.items()]

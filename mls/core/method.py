@@ -1,82 +1,153 @@
-"""The contract between a method and the trainer: forward has no side effects, state moves in `after_step` alone."""
+"""The contract between a pretraining method and all that trains, watches, saves and shows it: the trainer, the
+monitors, the checkpoint and the gallery use what stands here and nothing else. `forward` has no side effects; state
+moves in `after_step` alone."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from mls.core.dictionary import Rows
-from mls.core.products import Mask
-from mls.data import Views
+from mls.config import Config
+from mls.data import ViewPlan, Views
 
-
-@dataclass
-class Keys:
-    """What a step adds to the dictionary: the key side of all processes' images."""
-
-    backbone: Float[Tensor, "batch features"]
-    projection: Float[Tensor, "batch projection"]
-    ids: Int64[Tensor, batch]
-    boxes: Float[Tensor, "batch 4"]
-
-
-@dataclass
-class Queries:
-    """One crop of each image, embedded with gradient: this process' own, and those that its rows are asked for, which
-    are everyone's where the dictionary is sharded and its own where it is not."""
-
-    g: Float[Tensor, "batch features"]
-    z: Float[Tensor, "batch projection"]
-    all_g: Float[Tensor, "everyone features"]
-    all_z: Float[Tensor, "everyone projection"]
-
-
-@dataclass
-class Seen:
-    """The dictionary as all of a step sees it."""
-
-    rows: Rows  # that this process holds
-    exclude: Mask | None  # of them, those that may be neither match nor negative of a query
-    counted: Int64[Tensor, batch]  # rows of all processes that are left for each of this process' queries
+if TYPE_CHECKING:
+    from mls.models import Backbone, Precision
 
 
 @dataclass
 class StepOutput:
+    """What `forward` gives. Only `loss` must be there."""
+
     loss: Float[Tensor, ""]
-    keys: Keys
     scalars: dict[str, Tensor] = field(default_factory=dict)  # detached, for the log
     parts: dict[str, Tensor] = field(default_factory=dict)  # the loss' parts, with gradient
     outputs: list[Tensor] = field(default_factory=list)  # where the gradient of a part is measured: z1 (and g1)
-    matched_ids: Int64[Tensor, "batch k"] | None = None  # images behind the matched rows, for monitoring
-    query_ids: Int64[Tensor, batch] | None = None
+    keys: Any = None  # what `after_step` needs
+    matched_ids: Int64[Tensor, "batch k"] | None = None  # images that a method takes as positives, for label monitors
+    query_ids: Int64[Tensor, batch] | None = None  # for whom
+    candidate_ids: Int64[Tensor, rows] | None = None  # out of which images they were chosen: the level of chance
+
+
+@dataclass(frozen=True)
+class MatchedCrops:
+    """The crops that a method holds nearest to each query, nearest first, for people to look at."""
+
+    ids: Int64[Tensor, "batch count"]  # their images
+    boxes: Float[Tensor, "batch count 4"]  # x0 y0 x1 y1 as shares of width and height; NaN: unknown
+    scores: Float[Tensor, "batch count"]  # cosines
+
+
+@dataclass(frozen=True)
+class OwnRate:
+    """Parameters that learn at another rate than the network, without weight decay."""
+
+    parameters: list[nn.Parameter]
+    multiplier: float  # of the network's rate
+
+
+class Memory(Protocol):
+    """State outside the modules: a dictionary of past keys. DDP would broadcast it at every forward if it were a
+    buffer. Its `state_dict` does not depend on the number of processes."""
+
+    def to(self, device: torch.device | str) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Method(nn.Module):
-    """A pretraining method.
+    """A pretraining method. A subclass must give `backbone` and `forward`; all else has an answer here.
 
     >>> from mls.core.methods import names
     >>> names()
-    ['knn_moco', 'mls', 'moco_v2', 'supervised']
+    ['byol', 'densecl', 'knn_moco', 'mls', 'moco_v2', 'simsiam', 'supervised']
     """
 
+    measuring = True  # also work out what only the log wants; the trainer sets it before each step
+
+    def __init__(
+        self,
+        config: Config,
+        precision: Precision = "fp32",
+        image_labels: Float[Tensor, "images classes"] | None = None,
+    ) -> None:
+        """`image_labels` are for controls that are no methods (supervised training, oracle pseudo-labels)."""
+        super().__init__()
+        self.config = config
+
+    @property
+    def backbone(self) -> Backbone:
+        """What is exported and probed."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its backbone is")
+
+    def views(self) -> ViewPlan:
+        """The views of an image that `forward` gets: by default two crops, and the small crops of multi-crop."""
+        return ViewPlan.crops(self.config.augment)
+
     def forward(self, views: Views) -> StepOutput:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def after_step(self, outputs: list[StepOutput]) -> None:
+        """Called once after the optimizer's step, with the output of each micro-batch: moving averages, memories."""
+
+    def set_progress(self, step: int, epoch: int, steps_per_epoch: int) -> None:
+        """Called before each step; step and epoch count from 1. What it sets follows from its arguments and the
+        configuration alone, so a resume needs nothing else."""
 
     def decide(self, decided: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """Called once before the first step: settles what the configuration leaves to measurement. `decided` is what
         was decided when the run began, if it is a resume; what is returned is kept in the checkpoint."""
         return {}
 
-    def set_progress(self, step: int, epoch: int, steps_per_epoch: int) -> None:
-        """Called before each step; both count from 1. What it sets depends on nothing else, so a resume needs none."""
+    def own_rates(self) -> list[OwnRate]:
+        """Parameters with a learning rate of their own, such as those of a loss."""
+        return []
 
-    def after_step(self, outputs: list[StepOutput]) -> None:
-        """Called once after the optimizer's step, with the output of each micro-batch."""
-        raise NotImplementedError
+    # ------------------------------------------------------------------------------------------ what it says of itself
+
+    def introduction(self) -> list[str]:
+        """Sentences for the start of a run, after `decide` and `set_progress`."""
+        return []
+
+    def measurements(self) -> dict[str, float]:
+        """Cheap numbers for every line of the log."""
+        return {}
+
+    def health(self) -> dict[str, float]:
+        """Measures of collapse and the like, every `monitor.health_every` steps."""
+        return {}
+
+    def matches(self, views: Views, count: int) -> MatchedCrops | None:
+        """Up to `count` crops nearest to the first view of each image, without its own; None: it has no such thing."""
+        return None
+
+    # ------------------------------------------------------------------------------------------ state beside modules
+
+    def memories(self) -> Mapping[str, Memory]:
+        """By name. They move with `to`, and are part of `state_dict`."""
+        return {}
+
+    @property
+    def saves_together(self) -> bool:
+        """Does `state_dict` exchange data, so that all processes must call it at once?"""
+        return False
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {name: memory.state_dict() for name, memory in self.memories().items()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        for name, memory in self.memories().items():
+            memory.load_state_dict(state[name])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Method:
+        super()._apply(fn, recurse)
+        for memory in self.memories().values():
+            memory.to(next(self.parameters()).device)
+        return self
 
 
 def gradient_norms(out: StepOutput) -> dict[str, float]:

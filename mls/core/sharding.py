@@ -1,9 +1,8 @@
-"""A dictionary spread over the processes: slot s lies on process s % world, at place s // world. What each works out on
-its part, for the queries of all, becomes what the whole dictionary says. With one process all here is the identity."""
+"""A dictionary spread over the processes: slot s lies on process s % world, at place s // world. What each computes on
+its part, for the queries of all processes, is put together here. With one process all of it is the identity."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,15 +43,19 @@ class Sharding:
         first = (self.rank - head) % self.world
         return rows[first :: self.world], (head + first) // self.world
 
-    def everyones(self, tensors: Sequence[Float[Tensor, "batch ..."]]) -> list[Float[Tensor, "everyone ..."]]:
-        """The queries of all processes, in rank order; the gradient finds its way back to each."""
-        return list(tensors) if self.world == 1 else distributed.gather_with_gradient(tensors)
+    def own(self, batch: int) -> slice:
+        """Of the queries of all processes, in rank order, this process' own."""
+        return slice(self.rank * batch, (self.rank + 1) * batch)
 
-    def totals(self, parts: Float[Tensor, "sums everyone"]) -> Float[Tensor, "sums batch"]:
+    def gathered(self, queries: Float[Tensor, "batch ..."]) -> Float[Tensor, "world_batch ..."]:
+        """The queries of all processes, in rank order; the gradient finds its way back to each."""
+        return queries if self.world == 1 else distributed.gather_with_gradient([queries])[0]
+
+    def totals(self, parts: Float[Tensor, "sums world_batch"]) -> Float[Tensor, "sums batch"]:
         """Each process' sums over its rows, added up; of the queries of all only this process' own."""
         return parts if self.world == 1 else distributed.own_totals(parts)
 
-    def log_totals(self, parts: Float[Tensor, "everyone"]) -> Float[Tensor, "batch"]:
+    def log_totals(self, parts: Float[Tensor, "world_batch"]) -> Float[Tensor, "batch"]:
         """`totals` for logarithms of sums."""
         if self.world == 1:
             return parts
@@ -63,7 +66,7 @@ class Sharding:
     def topk(
         self,
         matcher: Matcher,
-        queries: Float[Tensor, "everyone dim"],
+        queries: Float[Tensor, "world_batch dim"],
         rows: Float[Tensor, "here dim"],
         k: int,
         exclude: Mask | None = None,
@@ -81,7 +84,7 @@ class Sharding:
         order = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
         return Matches(slots.gather(1, order), scores.gather(1, order))
 
-    def _side_by_side(self, parts: Shaped[Tensor, "all k"]) -> Shaped[Tensor, "everyone candidates"]:
+    def _side_by_side(self, parts: Shaped[Tensor, "all k"]) -> Shaped[Tensor, "world_batch candidates"]:
         return parts.view(self.world, -1, parts.shape[1]).transpose(0, 1).flatten(1)
 
 

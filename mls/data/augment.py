@@ -59,18 +59,22 @@ class Augment:
         device: torch.device | str,
         channels_last: bool = True,
         dtype: torch.dtype = torch.float32,
+        positions: bool = False,  # also hand over which samples were flipped
     ) -> None:
         self.config, self.seed, self.device, self.dtype = config, seed, torch.device(device), dtype
+        self.positions = positions
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Views:
-        images = []
+        images, flips = [], []
         for view, crops in enumerate(batch.crops):
             parameters = draw(self.config, self.seed, batch.epoch, batch.ids.numpy(), view)
             images.append(self._finish(crops.to(self.device, non_blocking=True), parameters))
+            if self.positions:
+                flips.append(parameters.flip.to(self.device, non_blocking=True))
         boxes = [boxes.to(self.device, non_blocking=True) for boxes in batch.boxes]
-        return Views(images, boxes, batch.ids.to(self.device, non_blocking=True))
+        return Views(images, boxes, batch.ids.to(self.device, non_blocking=True), flips)
 
     def _finish(
         self, crops: UInt8[Tensor, "batch 3 size size"], parameters: Parameters

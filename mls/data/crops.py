@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from mls.config import AugmentConfig
-from mls.data import Batch, Source
+from mls.data import Batch, Source, View, ViewPlan
 from mls.data.decode import Encoded, UnreadableImage, decode
 from mls.errors import DataError
 from mls.streams import derive, uniforms
@@ -40,10 +40,11 @@ class CropDataset(Dataset[Batch]):
     worker makes its `buffers`-th batch after it; 0 means that every batch has its own.
     """
 
-    def __init__(self, source: Source, augment: AugmentConfig, seed: int, buffers: int = 0) -> None:
+    def __init__(
+        self, source: Source, augment: AugmentConfig, seed: int, buffers: int = 0, plan: ViewPlan | None = None
+    ) -> None:
         self.source, self.seed, self.ratio, self.buffers = source, seed, augment.ratio, buffers
-        self.sizes = [augment.size] * 2 + [augment.small_size] * augment.small_crops
-        self.scales = [augment.scale] * 2 + [augment.small_scale] * augment.small_crops
+        self.views = (plan or ViewPlan.crops(augment)).views
         self.spare = SPARE
         self.ring: deque[list[Tensor]] = deque(maxlen=buffers)
 
@@ -57,7 +58,7 @@ class CropDataset(Dataset[Batch]):
         ids = np.array([index for _, index in indices], dtype=np.int64)
         draws = self._draws(epoch, ids)
         crops = self._room(len(ids))
-        boxes = np.empty((len(self.sizes), len(ids), 4), dtype=np.float32)
+        boxes = np.empty((len(self.views), len(ids), 4), dtype=np.float32)
         unreadable: list[tuple[int, str]] = []
         for row, wanted in enumerate(ids.tolist()):
             out = [view[row : row + 1] for view in crops]
@@ -65,7 +66,7 @@ class CropDataset(Dataset[Batch]):
         return Batch(crops, [torch.from_numpy(view) for view in boxes], torch.from_numpy(ids), epoch, unreadable)
 
     def _draws(self, epoch: int, ids: NDArray[np.int64]) -> Float64[np.ndarray, "views batch draws"]:
-        seeds = [derive(self.seed, "crop", epoch, view) for view in range(len(self.sizes))]
+        seeds = [derive(self.seed, "crop", epoch, view) for view in range(len(self.views))]
         return np.stack([uniforms(seed, ids, CROP_DRAWS) for seed in seeds])
 
     def _room(self, count: int) -> list[UInt8[Tensor, "batch 3 size size"]]:
@@ -74,7 +75,7 @@ class CropDataset(Dataset[Batch]):
         if len(self.ring) >= self.buffers > 0 and len(self.ring[0][0]) == count:
             self.ring.rotate(-1)
             return self.ring[-1]
-        crops = [torch.empty(count, 3, size, size, dtype=torch.uint8) for size in self.sizes]
+        crops = [torch.empty(count, 3, view.size, view.size, dtype=torch.uint8) for view in self.views]
         if self.buffers and get_worker_info() is not None:
             self.ring.append([view.share_memory_() for view in crops])
             return self.ring[-1]
@@ -102,11 +103,11 @@ class CropDataset(Dataset[Batch]):
     def _cut_from(self, image: Encoded, draws: NDArray[np.float64], out: list[Tensor]) -> list[Shares]:
         height, width = image.height, image.width
         boxes = [
-            crop_box(height, width, scale, self.ratio, numbers)
-            for scale, numbers in zip(self.scales, draws.tolist(), strict=True)
+            crop_box_within(height, width, view, self.ratio, numbers)
+            for view, numbers in zip(self.views, draws.tolist(), strict=True)
         ]
         factor = image.factor(
-            min(min(box[2:]) / size for box, size in zip(boxes, self.sizes, strict=True)) / self.spare
+            min(min(box[2:]) / view.size for box, view in zip(boxes, self.views, strict=True)) / self.spare
         )
         boxes = [reduced(box, factor) for box in boxes]
         pixels = image.pixels(factor)
@@ -118,6 +119,19 @@ class CropDataset(Dataset[Batch]):
         yield wanted
         draws = uniforms(derive(self.seed, "replacement", epoch), np.array([wanted]), REPLACEMENTS)[0]
         yield from (draws * len(self.source)).astype(np.int64).tolist()
+
+
+def crop_box_within(height: int, width: int, view: View, ratio: tuple[float, float], draws: Sequence[float]) -> Box:
+    """`crop_box` of the part of the image that the view is cut from.
+
+    >>> crop_box_within(90, 90, View(8, (1.0, 1.0), within=(1 / 3, 0.0, 2 / 3, 1 / 3)), (1.0, 1.0), [0.5] * CROP_DRAWS)
+    (0, 30, 30, 30)
+    """
+    x0, y0, x1, y1 = view.within
+    left, top = int(x0 * width + 0.5), int(y0 * height + 0.5)
+    right, bottom = max(left + 1, int(x1 * width + 0.5)), max(top + 1, int(y1 * height + 0.5))
+    row, column, h, w = crop_box(min(bottom, height) - top, min(right, width) - left, view.scale, ratio, draws)
+    return top + row, left + column, h, w
 
 
 def crop_box(

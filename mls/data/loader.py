@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mls.config import Config
-from mls.data import Batch, Source
+from mls.data import Batch, Source, ViewPlan
 from mls.data.crops import CropDataset
 from mls.data.listing import FileSource
 from mls.distributed import Process
@@ -101,14 +101,16 @@ class Loader:
         first: int,
         last: int,
         on_worker_start: Callable[[int], None] | None = None,
+        plan: ViewPlan | None = None,
     ) -> None:
         workers = worker_count(config.data.workers)
         self.waited = 0.0
+        buffers = PREFETCH + config.engine.accumulate
         self.batches = DataLoader(
-            Telling(CropDataset(source, config.augment, config.run.seed, PREFETCH + config.engine.accumulate)),
+            ErrorsAsItems(CropDataset(source, config.augment, config.run.seed, buffers, plan)),
             batch_sampler=StepSampler(source, config, process, first, last),
             num_workers=workers,
-            collate_fn=as_it_is,  # type: ignore[arg-type] (CropDataset makes whole batches)
+            collate_fn=already_collated,  # type: ignore[arg-type] (CropDataset makes whole batches)
             pin_memory=process.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
@@ -140,7 +142,7 @@ def in_workers(
         dataset,
         batch_size=None,
         num_workers=workers,
-        collate_fn=as_it_is,
+        collate_fn=already_collated,
         worker_init_fn=start,
         generator=torch.Generator(),
     ):
@@ -153,7 +155,7 @@ class WholeBatches(Protocol):
     def __getitems__(self, indices: list[tuple[int, int]]) -> Batch: ...
 
 
-class Telling(Dataset[Batch | UserError]):
+class ErrorsAsItems(Dataset[Batch | UserError]):
     """Hands over a user's error in the place of the batch: raised in a worker, its one sentence would arrive wrapped in
     the worker's traceback."""
 
@@ -167,6 +169,6 @@ class Telling(Dataset[Batch | UserError]):
             return error
 
 
-def as_it_is(item: Result) -> Result:
-    """Collates what is whole already."""
+def already_collated(item: Result) -> Result:
+    """A collate function for items that are whole batches already."""
     return item

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mls.config import Config
+from mls.core.method import OwnRate
 
 
 def scaled_lr(config: Config) -> float:
@@ -20,18 +21,19 @@ def scaled_lr(config: Config) -> float:
     return config.optim.lr * (config.data.batch_size / 256 if config.optim.scale_lr else 1.0)
 
 
-def build(config: Config, method: nn.Module) -> torch.optim.Optimizer:
-    """Parameters of a method's `loss` get no weight decay and `loss.lr_multiplier` times the rate."""
+def build(config: Config, network: nn.Module, own: Sequence[OwnRate] = ()) -> torch.optim.Optimizer:
+    """Parameters with a rate of their own get no weight decay."""
     optim, lr = config.optim, scaled_lr(config)
-    loss = getattr(method, "loss", None)
-    own = [p for p in loss.parameters() if p.requires_grad] if loss is not None else []
-    network = [p for p in method.parameters() if p.requires_grad and not any(p is mine for mine in own)]
-    weights = [p for p in network if p.ndim > 1 or optim.decay_norm_and_bias]
-    rest = [p for p in network if not (p.ndim > 1 or optim.decay_norm_and_bias)]
+    apart = {id(parameter) for rate in own for parameter in rate.parameters}
+    learning = [p for p in network.parameters() if p.requires_grad and id(p) not in apart]
+    weights = [p for p in learning if p.ndim > 1 or optim.decay_norm_and_bias]
+    rest = [p for p in learning if not (p.ndim > 1 or optim.decay_norm_and_bias)]
     groups = [
         {"params": weights, "weight_decay": optim.weight_decay, "share": 1.0},
         {"params": rest, "weight_decay": 0.0, "share": 1.0, "adapt": False},
-        {"params": own, "weight_decay": 0.0, "share": getattr(loss, "lr_multiplier", 1.0), "adapt": False},
+    ]
+    groups += [
+        {"params": rate.parameters, "weight_decay": 0.0, "share": rate.multiplier, "adapt": False} for rate in own
     ]
     groups = [{"adapt": True, **group} for group in groups if group["params"]]
     if optim.name == "sgd":

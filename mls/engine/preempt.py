@@ -1,4 +1,4 @@
-"""A signal sets a flag; the trainer asks for it at a step boundary, saves and leaves. Nothing happens in a handler."""
+"""A signal sets a flag; a session reads it once a step, saves and stops. Nothing else happens in a handler."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT
 
 
 class StopFlag:
-    """`exit_code` is 0 until SIGTERM, SIGUSR2 or Ctrl-C arrives. A second Ctrl-C stops at once."""
+    """`exit_code` is 0 until SIGTERM, SIGUSR2 or Ctrl-C arrives; `name` is the signal's. A second Ctrl-C stops at
+    once."""
 
     def __init__(self) -> None:
         self.exit_code = 0
+        self.name = ""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopFlag:
@@ -31,6 +33,7 @@ class StopFlag:
     def _set(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.exit_code == EXIT_INTERRUPTED:
             raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
         self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_SAVED
 
 

@@ -13,7 +13,7 @@ from mls.config import Config, differences, runs_root, to_yaml
 from mls.errors import CheckpointError, UserError
 from mls.files import runs_folder, write_atomically
 from mls.monitor.log import read_metrics
-from mls.recipes import load_config
+from mls.recipes import load_run_config
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        return load_config(self.path / "config.yaml")
+        return load_run_config(self.path / "config.yaml")
 
     @property
     def checkpoints(self) -> Path:
@@ -82,8 +82,9 @@ def _fresh_name(config: Config) -> str:
 
 # What may change between a checkpoint and its resume, because it changes nothing that is computed.
 FREE = ("run.name", "run.root", "run.recipe", "data.root", "data.annotations", "data.workers", "data.max_unreadable")
-FREE += ("engine.device", "engine.threads", "engine.checkpoint_every", "engine.keep_last", "engine.milestone_epochs")
-FREE += ("engine.max_steps", "engine.max_bad_steps", "engine.compile", "dictionary.sharded")
+FREE += ("engine.device", "engine.threads", "engine.checkpoint_every", "engine.checkpoint_minutes")
+FREE += ("engine.keep_last", "engine.milestone_epochs", "engine.max_steps", "engine.max_bad_steps", "engine.compile")
+FREE += ("dictionary.sharded", "run.plugins")
 
 
 def refuse_another_configuration(stored: Config, now: Config, where: Path) -> None:

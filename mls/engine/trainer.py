@@ -1,42 +1,40 @@
-"""The loop: one for CPU, one GPU and many. It knows nothing of the method but its contract (methods/base.py)."""
+"""The loop: one for CPU, one GPU and many. It knows nothing of the method but its contract (core/method.py)."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import platform
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import mls
 from mls import distributed
 from mls.config import Config, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
-from mls.data import Batch
+from mls.data import Batch, Source
 from mls.data.augment import Augment
 from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
 from mls.distributed import Process
 from mls.engine import optim
-from mls.engine.checkpoint import Checkpoints
-from mls.engine.preempt import StopFlag, leave_signals_to_the_parent
+from mls.engine.checkpoint import Checkpoints, Copied
+from mls.engine.events import versions
+from mls.engine.preempt import leave_signals_to_the_parent
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
+from mls.engine.session import Saving, Session
 from mls.errors import DataError, DivergedError, Stopped
 from mls.files import write_atomically
-from mls.models import build_pair, save_backbone
+from mls.models import Encoder, save_backbone
 from mls.models.momentum import HALF, precision_on
-from mls.monitor.health import health
 from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
 from mls.monitor.online import OnlineProbes
-from mls.monitor.progress import TrainingProgress, for_people
+from mls.monitor.progress import for_people
 from mls.monitor.window import Window
 from mls.recipes import from_dict
 
@@ -55,23 +53,23 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(self.source, config)
         self.total = config.optim.epochs * self.steps_per_epoch
 
-        pair = build_pair(config.model, config.run.seed, precision).to(process.device)
+        labels = watched_labels(self.source)
+        self.labels = None if labels is None else labels.to(process.device)
+        self.method = methods.build(config, precision, self.labels).to(process.device)
         if config.engine.channels_last:
-            pair = pair.to(memory_format=torch.channels_last)
-        labels = None
-        if self.source.class_names is not None and len(self.source) * len(self.source.class_names) <= MOST_LABELS:
-            labels = self.source.labels
-        labels = None if labels is None else labels.to(process.device)
-        self.method = methods.build(config, pair, labels).to(process.device)
-        self.method.dictionary.to(process.device)
-        self.optimizer = optim.build(config, self.method)
+            self.method.to(memory_format=torch.channels_last)
+        self.plan = self.method.views()
+        self.optimizer = optim.build(config, self.method, self.method.own_rates())
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
         # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
         half = HALF.get(precision, torch.float32)
-        self.augment = Augment(config.augment, config.run.seed, process.device, config.engine.channels_last, half)
+        self.augment = Augment(
+            config.augment, config.run.seed, process.device, config.engine.channels_last, half, self.plan.positions
+        )
         if config.engine.compile:
-            pair.query.compile()
-            pair.key.compile()
+            for module in self.method.modules():
+                if isinstance(module, Encoder):
+                    module.compile()
         # Parameters are equal by construction and buffers are each process' own: DDP only has to average gradients.
         self.forward: torch.nn.Module = self.method
         if process.world > 1:
@@ -81,7 +79,7 @@ class Trainer:
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
-        self.checkpoints = Checkpoints(run.checkpoints, config.engine.keep_last)
+        self.session = self.build_session()
         self.step = 0  # steps taken
         self.window = Window()
         self.unreadable: list[tuple[int, str]] = []
@@ -89,25 +87,33 @@ class Trainer:
         self.bad_steps = 0
         self.log_offset = 0
         self.restore()
-        self.saved_step = self.step
+
+    def build_session(self) -> Session:
+        engine = self.config.engine
+        store = Checkpoints(self.run.checkpoints, engine.keep_last)
+        events, export = self.run.path / "events.jsonl", self.export_backbone
+        saving = Saving(store, events, engine.checkpoint_minutes, engine.checkpoint_every, export)
+        how_to_resume = f"`mls pretrain --resume {self.run.path}` goes on"
+        return Session(self, self.total, saving, self.process.device, how_to_resume)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
     def train(self) -> None:
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopFlag())
-            self.progress = stack.enter_context(
-                TrainingProgress(self.total, self.step, self.run.name, show=self.process.main and not self.quiet)
-            )
             self.open_log(stack)
+            stack.enter_context(self.session.running(self.run.name, self.quiet))
             self.probes = OnlineProbes.build(self.config, self.source) if self.process.main else None
             self.introduce()
             last = min(self.total, self.config.engine.max_steps or self.total)
             loader = Loader(
-                self.source, self.config, self.process, self.step + 1, last, on_worker_start=leave_signals_to_the_parent
+                self.source,
+                self.config,
+                self.process,
+                self.step + 1,
+                last,
+                on_worker_start=leave_signals_to_the_parent,
+                plan=self.plan,
             )
-            go_on = f"`mls pretrain --resume {self.run.path}` goes on from the last checkpoint"
-            stack.enter_context(distributed.telling_lost_processes(go_on))
             batches = iter(loader)
             self.window.restart_clock()
             self.hint_from = self.step + self.config.monitor.log_every + 1  # workers need a moment to start
@@ -115,15 +121,12 @@ class Trainer:
                 micro_batches = [next(batches) for _ in range(self.config.engine.accumulate)]
                 self.window.waited += loader.waited
                 loader.waited = 0.0
-                exit_code = self.train_step(micro_batches, stop)
+                self.train_step(micro_batches)
                 self.after_step()
-                if exit_code:
-                    self.save_unless_saved()
-                    raise Stopped(self.farewell("a signal came"), exit_code)
             self.finish(last)
 
-    def train_step(self, micro_batches: list[Batch], stop: StopFlag) -> int:
-        """One optimizer update; returns the exit code that some process was asked to stop with, or 0."""
+    def train_step(self, micro_batches: list[Batch]) -> None:
+        """One optimizer update, or none where a loss or gradient is not finite."""
         self.step += 1
         epoch = epoch_of(self.step, self.steps_per_epoch)
         optim.set_lr(self.optimizer, self.lr(self.step))
@@ -147,7 +150,7 @@ class Trainer:
         # The one place where the CPU waits for the device: all processes agree on skipping and on stopping.
         # (fp16's scaler skips overflowing steps itself, so there only the loss is looked at.)
         finite = bool(torch.isfinite(self.loss_and_gradient(outputs)).all())
-        bad, exit_code = distributed.largest([float(not finite), float(stop.exit_code)], self.process.device)
+        (bad,) = self.session.agree(not finite)
         if bad:
             self.skip_step(epoch, micro_batches)
         else:
@@ -158,7 +161,6 @@ class Trainer:
                 self.window.labels = self.label_quality(outputs[0])
             self.method.after_step(outputs)
             self.window.add(outputs)
-        return int(exit_code)
 
     def after_step(self) -> None:
         step, monitor = self.step, self.config.monitor
@@ -168,34 +170,27 @@ class Trainer:
         if step % monitor.log_every == 0:
             values |= self.measurements()
         if self.process.main:
-            if step % monitor.health_every == 0 and len(self.method.dictionary):
-                values |= health(self.method.dictionary.rows())
+            if step % monitor.health_every == 0:
+                values |= self.method.health()
             if epoch_ends and self.probes is not None:
-                values |= self.probes(self.method.pair.query.backbone, epoch, self.process.device)
+                values |= self.probes(self.method.backbone, epoch, self.process.device)
             if values.get("data_wait", 0.0) > MUCH_WAITING and step >= self.hint_from:
                 self.hint_from = math.inf
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
-                self.progress.say(f"{share}: {remedy(self.source, self.config)}")
+                self.session.say(f"{share}: {remedy(self.source, self.config)}")
             if values:
                 self.log.write(step, epoch, values)
-                self.progress.update(step, epoch, for_people(values))
-            self.progress.step(step)
+                self.session.progress.update(step, epoch, for_people(values))
         every = self.config.engine.milestone_epochs
-        milestone = bool(every) and epoch_ends and epoch % every == 0
-        if step % self.config.engine.checkpoint_every == 0 or milestone:
-            self.save(milestone)
+        self.session.end_step(milestone=bool(every) and epoch_ends and epoch % every == 0)
 
     def finish(self, last: int) -> None:
-        self.save_unless_saved()
+        self.session.finish()
         if last < self.total:
-            raise Stopped(self.farewell(f"engine.max_steps={last} is reached"), 0)
+            raise Stopped(self.session.farewell(f"engine.max_steps={last} is reached"), 0)
         if self.process.main:
             write_atomically(self.run.path / "DONE", f"{self.step} steps\n".encode())
         distributed.barrier()
-
-    def farewell(self, why: str) -> str:
-        go_on = f"`mls pretrain --resume {self.run.path}` goes on"
-        return f"{why}: stopped after step {self.step} of {self.total}, everything is saved; {go_on}"
 
     # ------------------------------------------------------------------------------------------------ one step's parts
 
@@ -224,7 +219,8 @@ class Trainer:
         row["ids"] = [int(i) for batch in micro_batches for i in batch.ids]
         with open(self.run.path / f"skipped.{self.process.rank}.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        self.progress.say(f"step {self.step} gave a non-finite loss or gradient: skipped, image ids in skipped.*.jsonl")
+        self.session.events.write("skip", step=self.step, epoch=epoch)
+        self.session.say(f"step {self.step} gave a non-finite loss or gradient: skipped, image ids in skipped.*.jsonl")
         if self.bad_in_a_row >= self.config.engine.max_bad_steps:
             raise DivergedError(
                 f"{self.bad_in_a_row} non-finite steps in a row up to step {self.step}: lower optim.lr, add "
@@ -238,7 +234,7 @@ class Trainer:
             self.unreadable.append((image, reason))
             with open(self.run.path / "unreadable.txt", "a", errors="surrogateescape") as file:
                 file.write(reason + "\n")
-            self.progress.say(f"skipped an image that cannot be read: {reason}")
+            self.session.say(f"skipped an image that cannot be read: {reason}")
         limit = self.config.data.max_unreadable * len(self.source)
         if len(self.unreadable) > limit:
             raise DataError(
@@ -249,16 +245,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ what is measured
 
     def label_quality(self, out: StepOutput) -> dict[str, float]:
-        labels = self.method.image_labels
-        if labels is None or out.matched_ids is None or out.query_ids is None:
+        if self.labels is None or out.matched_ids is None or out.query_ids is None or out.candidate_ids is None:
             return {}
-        return label_quality(labels, out.query_ids, out.matched_ids, self.method.dictionary.ids)
+        return label_quality(self.labels, out.query_ids, out.matched_ids, out.candidate_ids)
 
     def measurements(self) -> dict[str, float]:
-        dictionary = self.method.dictionary
         values = self.window.read()
         values["lr"] = self.lr(self.step)
-        values["dictionary/fill"] = len(dictionary) / self.config.dictionary.size
+        values |= self.method.measurements()
         values["skipped_steps"] = float(self.bad_steps)
         values["unreadable_images"] = float(len(self.unreadable))
         values["images_per_second"] = self.config.data.batch_size * values.pop("steps_per_second")
@@ -275,32 +269,28 @@ class Trainer:
             f"{self.total} steps, on {self.process.world} × {self.process.device.type} in {self.precision}",
             f"learning rate {scaled:g} ({config.optim.lr:g} per 256 images, batch {config.data.batch_size})",
         ]
-        if self.method.key_norm.note:
-            words.append(self.method.key_norm.note)
-        if self.decided:
-            measured = ", ".join(self.decided["measured"])
-            words.append(f"matching with {self.decided['backend']} (a search takes {measured})")
-        if self.step:
-            words.append(f"resumed after step {self.step}")
-        elif isinstance(self.method, methods.MLS):
-            filled = math.ceil(config.objective.k / config.data.batch_size)  # steps until the dictionary holds k rows
-            first = 1 + max(filled, int(config.objective.warmup_epochs * self.steps_per_epoch))
-            words.append(f"InfoNCE alone until the multi-label term joins at step {first}")
-            if first > self.total:
-                words[-1] += ", which never comes: lower objective.warmup_epochs"
+        first = self.step + 1
+        self.method.set_progress(first, epoch_of(first, self.steps_per_epoch), self.steps_per_epoch)
+        words += self.method.introduction()
         if config.optim.warmup_epochs >= config.optim.epochs:
             words.append("the learning rate only warms up and never reaches its peak: lower optim.warmup_epochs")
         for sentence in words:
-            self.progress.say(sentence)
+            self.session.say(sentence)
 
     # ------------------------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
+        method: dict[str, Any] = {}
+        if self.process.main or self.method.saves_together:
+            method = self.method.state_dict()
+            method["_extra_state"] = Copied(method["_extra_state"])
+        if self.process.main:
+            self.log_offset = self.log.offset()
         return {
-            "format": 1,
+            "format": 2,
             "step": self.step,
             "config": to_dict(self.config),
-            "method": self.method.state_dict(),
+            "method": method,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),
@@ -308,13 +298,12 @@ class Trainer:
             "unreadable": self.unreadable,
             "bad_steps": self.bad_steps,
             "decided": self.decided,
-            "versions": {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+            "versions": versions(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
-        self.method.load_state_dict(state["method"])
-        self.method.dictionary.load_state_dict(state["dictionary"])
+        self.method.load_state_dict(method_state(state))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
@@ -322,38 +311,20 @@ class Trainer:
         self.unreadable = [(image, reason) for image, reason in state["unreadable"]]
         self.bad_steps = state["bad_steps"]
 
-    def save(self, milestone: bool = False) -> None:
-        """Rank 0 writes; the others wait, so that no process is steps ahead when the writing fails."""
-        error: Exception | None = None
-        dictionary = self.method.dictionary.state_dict() if self.process.main or self.method.sharding.world > 1 else {}
-        if self.process.main:
-            try:
-                self.log_offset = self.log.offset()
-                self.checkpoints.save(self.step, {**self.state_dict(), "dictionary": dictionary}, milestone)
-                self.export_backbone()
-            except Exception as caught:
-                error = caught
-        self.saved_step = self.step
-        (failed,) = distributed.largest([float(error is not None)], self.process.device)
-        if error is not None:
-            raise error
-        if failed:
-            raise Stopped("rank 0 could not save", 1)
-
-    def save_unless_saved(self) -> None:
-        if self.saved_step != self.step:
-            self.save()
-
-    def export_backbone(self) -> None:
-        card = {"architecture": self.config.model.backbone, "method": self.config.objective.method}
-        card |= {"step": self.step, "epochs": self.step / self.steps_per_epoch, "run": self.run.name}
-        card["versions"] = {"mls": mls.__version__, "torch": str(torch.__version__)}
-        card["config"] = to_dict(self.config)
-        save_backbone(self.run.path, self.method.pair.query.backbone, card, self.config.augment)
+    def export_backbone(self, state: dict[str, Any]) -> None:
+        """From the copy of a state, while training goes on."""
+        card: dict[str, Any] = {"architecture": self.config.model.backbone, "method": self.config.objective.method}
+        card |= {"step": state["step"], "epochs": state["step"] / self.steps_per_epoch, "run": self.run.name}
+        card |= {"versions": versions(), "config": to_dict(self.config)}
+        backbone = self.method.backbone
+        (prefix,) = (f"{name}." for name, module in self.method.named_modules() if module is backbone)
+        weights = {
+            name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)
+        }
+        save_backbone(self.run.path, backbone, card, self.config.augment, weights)
 
     def restore(self) -> None:
-        warn = lambda text: print(text, file=sys.stderr, flush=True) if self.process.main else None
-        state = self.checkpoints.newest(warn)
+        state = self.session.restore()
         if state is not None:
             refuse_another_configuration(from_dict(state["config"]), self.config, self.run.checkpoints)
             self.load_state_dict(state)
@@ -372,3 +343,17 @@ class Trainer:
         self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, to_dict(self.config))
         stack.callback(self.log.close)
         self.log.rewind(self.log_offset)
+
+
+def watched_labels(source: Source) -> Tensor | None:
+    """The source's labels, for monitors and controls; None where there are none or too many to hold."""
+    if source.class_names is None or len(source) * len(source.class_names) > MOST_LABELS:
+        return None
+    return source.labels
+
+
+def method_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The method's state in a checkpoint; of format 1, where the dictionary stood beside it, too."""
+    if "dictionary" in state:
+        return {**state["method"], "_extra_state": {"dictionary": state["dictionary"]}}
+    return state["method"]

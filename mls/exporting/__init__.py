@@ -11,31 +11,57 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from mls.errors import CheckpointError, UserError, unknown_name
+from mls.errors import CheckpointError, UserError
 from mls.exporting import to_detectron2, to_mmseg, to_safetensors, to_timm, to_torchvision
-from mls.exporting.certify import certificate, certify
+from mls.exporting.certify import Loaded, certificate, certify
 from mls.exporting.source import NoCounterpart, Source
 from mls.files import sha256, sync_folder, telling_disk_errors
+from mls.plugins import Registry, load_installed
 
-# Each has FILE, `write(source, folder, final) -> recipes` and `load(source, file, recipe) -> Loaded`.
-TARGETS: dict[str, ModuleType] = {
-    "torchvision": to_torchvision,
-    "timm": to_timm,
-    "detectron2": to_detectron2,
-    "mmseg": to_mmseg,
-    "safetensors": to_safetensors,
-}
-RECIPES = {  # recipe: target
-    to_torchvision.RECIPE: "torchvision",
-    to_timm.RECIPE: "timm",
-    to_mmseg.RECIPE: "mmseg",
-    to_safetensors.RECIPE: "safetensors",
-    to_detectron2.FPN: "detectron2",
-    to_detectron2.C4: "detectron2",
-}
+
+@runtime_checkable
+class Target(Protocol):
+    """What a to_*.py file, or a class of a plug-in, has to have."""
+
+    FILE: str  # the name of the file that holds the weights
+
+    def write(self, source: Source, folder: Path, final: Path) -> list[str]:
+        """Write FILE and its recipes into `folder`, which becomes `final`; gives back the recipes' names."""
+        ...
+
+    def load(self, source: Source, file: Path, recipe: Path | None) -> Loaded:
+        """The network that the recipe builds, filled from the file."""
+        ...
+
+
+TargetClass = TypeVar("TargetClass", bound=Callable[[], Target])
+
+TARGETS = Registry[Target]("export target")
+RECIPES: dict[str, str] = {}  # a recipe's name, by which a file's target is known
+
+
+def register(name: str, recipes: Sequence[str] = ()) -> Callable[[TargetClass], TargetClass]:
+    """Decorator of a class that is a Target and writes recipes of these names."""
+
+    def enter(target: TargetClass) -> TargetClass:
+        add(name, target(), recipes)
+        return target
+
+    return enter
+
+
+def add(name: str, target: Target, recipes: Sequence[str]) -> None:
+    TARGETS.add(name, target)
+    RECIPES.update(dict.fromkeys(recipes, name))
+
+
+add("torchvision", to_torchvision, [to_torchvision.RECIPE])
+add("timm", to_timm, [to_timm.RECIPE])
+add("detectron2", to_detectron2, [to_detectron2.FPN, to_detectron2.C4])
+add("mmseg", to_mmseg, [to_mmseg.RECIPE])
+add("safetensors", to_safetensors, [to_safetensors.RECIPE])
 
 
 @dataclass(frozen=True)
@@ -63,9 +89,9 @@ def export(
 ) -> list[Checked]:
     """Write the backbone of a run or a checkpoint for other programs, by default for all that have such a network, into
     `RUN/export`. All files are checked; after an error none is written."""
+    load_installed()
     for name in to or ():
-        if name not in TARGETS:
-            raise unknown_name("export target", name, TARGETS)
+        TARGETS[name]  # a wrong name is told before anything is read
     source = Source.open(weights, architecture, prefix)
     if "origin" in source.card:
         say(f"{source.path} holds {source.card['origin']}; mean and std are taken to be ImageNet's")

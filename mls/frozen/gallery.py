@@ -5,19 +5,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from mls.config import Config
-from mls.core import matching, methods
-from mls.core.dictionary import Rows
-from mls.core.products import OwnRows
+from mls.config import Config, MLSOptions
+from mls.core import methods
+from mls.core.method import Method
 from mls.data import Batch, Source
 from mls.data.augment import Augment
 from mls.data.crops import CropDataset, UnreadableImage, cut, decode
@@ -26,15 +24,12 @@ from mls.data.sources import build_source
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.schedule import epoch_of
-from mls.engine.trainer import MOST_LABELS
+from mls.engine.trainer import method_state, watched_labels
 from mls.errors import CheckpointError, DataError
-from mls.models import build_pair
 from mls.streams import generator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from mls.core.methods.moco import MoCo
 
 Pixels = UInt8[np.ndarray, "height width 3"]
 
@@ -59,29 +54,37 @@ def gallery(
 ) -> list[GalleryRow]:
     """Some query crops of the run's present epoch and the dictionary rows nearest to them.
 
-    The memory is the one `objective.labels_from` names (the backbone's where it names both). MLS gets no more than
-    `objective.k` matches, because no more are positives. Rows of the query's own image are left out: that a network
-    finds another crop of the same image says nothing.
+    Which rows these are is the method's to say (`Method.matches`): MLS gets no more than `objective.k`, because no more
+    are positives. Rows of the query's own image are left out: that a network finds another crop of the same image says
+    nothing.
     """
     run = run if isinstance(run, Run) else Run.open(run)
     config = run.config
     state = Checkpoints(run.checkpoints, config.engine.keep_last).newest(warn)
     if state is None:
         raise CheckpointError(f"{run.path} has no checkpoint yet, so no crops can be shown: wait until one is saved")
-    if not state["dictionary"]["filled"]:
-        raise CheckpointError(f"the dictionary of {run.path} is still empty: train for at least one step")
+    if state["step"] == 0:
+        raise CheckpointError(f"{run.path} has not been trained yet: train for at least one step")
     source = build_source(config.data)
-    labels = _labels(source)
-    method = _restore(config, state, labels)
-    epoch = epoch_of(max(1, state["step"]), steps_per_epoch(source, config))
-    batch = _query_crops(source, config, epoch, queries)
-    rows = method.dictionary.rows()
-    found = _nearest(method, config, batch, rows, matches)
+    labels = watched_labels(source)
+    method = restore(config, state, labels)
+    epoch = epoch_of(state["step"], steps_per_epoch(source, config))
+    batch = _query_crops(source, method, epoch, queries)
+    augment = Augment(
+        config.augment,
+        config.run.seed,
+        torch.device("cpu"),
+        channels_last=False,
+        positions=method.views().positions,
+    )
+    found = method.matches(augment(batch), matches)
+    if found is None:
+        raise CheckpointError(f"{config.objective.method} keeps no crops that could match: {run.path} has no gallery")
     lines = []
-    for crop, image, indices, scores in zip(batch.crops[0], batch.ids, found.indices, found.scores, strict=True):
-        ids = rows.ids[indices]
+    for number, (crop, image) in enumerate(zip(batch.crops[0], batch.ids, strict=True)):
+        ids, boxes, scores = found.ids[number], found.boxes[number], found.scores[number]
         shared = None if labels is None else ((labels[ids] * labels[image]).sum(1) > 0).tolist()
-        pictures = [_pixels(row_crop(source, config, rows, int(i))) for i in indices]
+        pictures = [_pixels(row_crop(source, config, int(i), box)) for i, box in zip(ids, boxes, strict=True)]
         lines.append(GalleryRow(_pixels(crop), pictures, scores.tolist(), shared, int(image), ids.tolist()))
     return lines
 
@@ -92,13 +95,12 @@ def meaning(config: Config) -> str:
     >>> meaning(Config())
     'the rows chosen as its positives'
     """
-    chosen = config.objective.method in ("mls", "knn_moco") and config.objective.pseudo_labels == "matched"
+    chosen = isinstance(config.objective, MLSOptions) and config.objective.pseudo_labels == "matched"
     return "the rows chosen as its positives" if chosen else "its nearest rows (this run takes no positives from them)"
 
 
-def row_crop(source: Source, config: Config, rows: Rows, index: int) -> UInt8[Tensor, "3 size size"]:
+def row_crop(source: Source, config: Config, image: int, box: Float[Tensor, "4"]) -> UInt8[Tensor, "3 size size"]:
     """The key crop behind a row, cut again from its image with the box that the row remembers."""
-    image = int(rows.ids[index])
     if image >= len(source):
         raise DataError(
             f"the run has seen image {image}, {source.name} has {len(source)} now: "
@@ -109,45 +111,24 @@ def row_crop(source: Source, config: Config, rows: Rows, index: int) -> UInt8[Te
     except (UnreadableImage, OSError) as error:
         raise DataError(f"{source.describe(image)} cannot be read any more ({error}): bring it back") from None
     height, width = pixels.shape[1:]
-    share = torch.where(rows.boxes[index].isnan(), torch.tensor([0.0, 0.0, 1.0, 1.0]), rows.boxes[index])
+    share = torch.where(box.isnan(), torch.tensor([0.0, 0.0, 1.0, 1.0]), box)
     x0, y0, x1, y1 = (share.double() * torch.tensor([width, height, width, height])).round().int().tolist()
     return cut(pixels, (y0, x0, y1 - y0, x1 - x0), config.augment.size)
 
 
-def _restore(config: Config, state: dict, labels: Tensor | None) -> MoCo:
+def restore(config: Config, state: dict[str, Any], labels: Tensor | None = None) -> Method:
     """The method as the checkpoint left it, on the CPU. `model.weights` may be gone by now, and is not needed."""
-    pair = build_pair(replace(config.model, weights=None), config.run.seed)
-    method = methods.build(config, pair, labels)
-    method.load_state_dict(state["method"])
-    method.dictionary.load_state_dict(state["dictionary"])
+    method = methods.build(replace(config, model=replace(config.model, weights=None)), image_labels=labels)
+    method.load_state_dict(method_state(state))
     return method.eval()
 
 
-def _labels(source: Source) -> Float[Tensor, "images classes"] | None:
-    if source.class_names is None or len(source) * len(source.class_names) > MOST_LABELS:
-        return None
-    return source.labels
-
-
-def _query_crops(source: Source, config: Config, epoch: int, queries: int) -> Batch:
+def _query_crops(source: Source, method: Method, epoch: int, queries: int) -> Batch:
     """The crops that these images have in this epoch; the images are the same in every epoch."""
+    config = method.config
     chosen = torch.randperm(len(source), generator=generator(config.run.seed, "gallery"))[:queries]
-    return CropDataset(source, config.augment, config.run.seed).__getitems__([(epoch, int(i)) for i in chosen])
-
-
-@torch.no_grad()
-def _nearest(method: MoCo, config: Config, batch: Batch, rows: Rows, count: int) -> matching.Matches:
-    views = Augment(config.augment, config.run.seed, torch.device("cpu"), channels_last=False)(batch)
-    g1, z1 = method.pair.query(views.images[0])
-    by_projection = config.objective.labels_from == "projection"
-    query, memory = (z1, rows.projection) if by_projection else (g1, rows.backbone)
-    own = OwnRows(batch.ids, rows.ids)
-    if isinstance(method, methods.MLS):
-        count = min(count, config.objective.k)
-    count = min(count, len(rows.ids) - int(own.counts().max()))
-    if count == 0:
-        raise CheckpointError("the dictionary holds crops of the query's own image only: train on for a few steps")
-    return matching.build("torch").topk(F.normalize(query, dim=1), memory, count, exclude=own)
+    crops = CropDataset(source, config.augment, config.run.seed, plan=method.views())
+    return crops.__getitems__([(epoch, int(i)) for i in chosen])
 
 
 def _pixels(image: UInt8[Tensor, "3 height width"]) -> Pixels:

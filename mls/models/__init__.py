@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError, unknown_name
@@ -16,14 +17,27 @@ from mls.models import backbones, foreign, pretrained
 from mls.models.backbones import Backbone
 from mls.models.heads import projection_head
 from mls.models.momentum import Encoder, EncoderPair, Precision
+from mls.recipes import load_config
 from mls.streams import derive
 
-__all__ = ["Encoder", "EncoderPair", "build_pair", "card", "load_backbone", "save_backbone", "weights_file"]
+__all__ = [
+    "Backbone",
+    "Encoder",
+    "EncoderPair",
+    "Precision",
+    "build_encoder",
+    "build_pair",
+    "card",
+    "load_backbone",
+    "save_backbone",
+    "weights_file",
+]
 PREFIXES = ("random", "scratch", "timm", "torchvision")
 
 
-def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") -> EncoderPair:
-    """The query encoder with the weights that the seed's `init` stream gives, and its copy, the key encoder."""
+def build_encoder(config: ModelConfig, seed: int, precision: Precision = "fp32") -> Encoder:
+    """Backbone and projection head with the weights that the seed's `init` stream gives, or the backbone's from
+    `model.weights`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
         backbone = backbones.build(config.backbone)
@@ -31,7 +45,12 @@ def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") ->
         head = projection_head(width, config.hidden or width, config.projection, config.head_norm)
     if config.weights:
         start_from(backbone, config.weights)
-    return EncoderPair(Encoder(backbone, head, precision))
+    return Encoder(backbone, head, precision)
+
+
+def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") -> EncoderPair[Encoder]:
+    """The query encoder and its copy, the key encoder."""
+    return EncoderPair(build_encoder(config, seed, precision))
 
 
 def start_from(backbone: nn.Module, weights: str) -> None:
@@ -43,11 +62,19 @@ def start_from(backbone: nn.Module, weights: str) -> None:
         raise ConfigError(f"model.weights={weights} does not fit model.backbone: {reason}") from None
 
 
-def save_backbone(folder: Path, backbone: Backbone, card: dict[str, Any], augment: AugmentConfig) -> None:
-    """`backbone.safetensors` and `backbone.json`: all that a user of the weights has to know."""
+def save_backbone(
+    folder: Path,
+    backbone: Backbone,
+    card: dict[str, Any],
+    augment: AugmentConfig,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """`backbone.safetensors` and `backbone.json`: all that a user of the weights has to know. `weights` may be a copy
+    of the backbone's state: while it trains, its own changes."""
     from safetensors.torch import save
 
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    weights = backbone.state_dict() if weights is None else weights
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     facts = {
         **card,
         "feature_dim": backbone.feature_dim,
@@ -95,11 +122,21 @@ def _by_name(name: str) -> Backbone:
 
 def _from_file(path: Path, architecture: str | None, prefix: str | None) -> Backbone:
     facts = _card_beside(path)
-    found = foreign.find(foreign.read(path), path, architecture or (facts or {}).get("architecture"), prefix)
+    architecture = architecture or (facts or {}).get("architecture")
+    _know(architecture, path.parent)
+    found = foreign.find(foreign.read(path), path, architecture, prefix)
     backbone = backbones.build(found.architecture)
     backbone.load_state_dict(found.state)
     backbone.card = facts or _card_of(found)
     return backbone
+
+
+def _know(architecture: str | None, folder: Path) -> None:
+    """A backbone of a plug-in: the configuration of its run, in the same folder, says which. No code is imported for
+    a backbone that is known without."""
+    known = architecture is None or ":" in architecture or architecture in backbones.names()
+    if not known and (folder / "config.yaml").is_file():
+        load_config(folder / "config.yaml")
 
 
 def weights_file(weights: str | Path) -> Path | None:

@@ -99,6 +99,9 @@ class TinyResNet(Backbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+    def maps(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim rows columns"]:
         x = torch.relu(self.bn1(self.conv1(images)))
-        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+        return self.layer3(self.layer2(self.layer1(x)))
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        return self.maps(images).mean((2, 3))

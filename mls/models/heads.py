@@ -1,4 +1,4 @@
-"""The projection head: what stands between the backbone feature g and the projection z."""
+"""The projection head, between the backbone feature g and the projection z, and the predictor that may follow it."""
 
 from typing import Literal
 
@@ -15,4 +15,11 @@ def projection_head(features: int, hidden: int, outputs: int, norm: Literal["non
         nn.ReLU(),
         nn.Linear(hidden, outputs, bias=False),
         nn.BatchNorm1d(outputs, affine=False),
+    )
+
+
+def predictor(width: int, hidden: int) -> nn.Sequential:
+    """The predictor of BYOL and SimSiam: what one side adds to its projection to foretell the other's."""
+    return nn.Sequential(
+        nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width)
     )

@@ -1,7 +1,7 @@
 """The query encoder and its slowly moving average, the key encoder. The only place where the average is taken."""
 
 import copy
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mls.errors import ConfigError
 from mls.models.backbones import Backbone
+from mls.models.spatial import pooled_and_map
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Wanted = Literal["auto", "fp32", "bf16", "fp16"]
@@ -40,9 +41,28 @@ class Encoder(nn.Module):
             projection = self.head(feature)
         return feature.float(), projection.float()  # everything after the network is done in fp32
 
+    def spatial(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> tuple[
+        Float[Tensor, "batch features"], Float[Tensor, "batch projection"], Float[Tensor, "batch features rows columns"]
+    ]:
+        """The same, and the map that the feature is pooled from."""
+        with torch.autocast(images.device.type, dtype=self.reduced, enabled=self.reduced is not None):
+            feature, maps = pooled_and_map(self.backbone, images)
+            projection = self.head(feature)
+        return feature.float(), projection.float(), maps.float()
 
-class EncoderPair(nn.Module):
-    def __init__(self, query: Encoder) -> None:
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class EncoderPair(nn.Module, Generic[Network]):
+    """`query` learns, `key` follows it."""
+
+    query: Network
+    key: Network
+
+    def __init__(self, query: Network) -> None:
         super().__init__()
         self.query = query
         self.key = copy.deepcopy(query)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mls import distributed
 
-Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+Encode = Callable[[Tensor], tuple[Tensor, ...]]  # images to any number of outputs, one row an image
 
 
 class KeyNorm:
@@ -31,7 +31,7 @@ class KeyNorm:
         self.mode = mode
         self.group = group
 
-    def __call__(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, ...]:
         """`stream` must be the same on all processes."""
         if self.mode == "split":
             return self._split(encode, images, stream)
@@ -39,21 +39,20 @@ class KeyNorm:
             return self._shuffle(encode, images, stream)
         return encode(images)
 
-    def _split(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _split(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, ...]:
         order = torch.randperm(len(images), generator=stream).to(images.device, non_blocking=True)
         groups = images[order].tensor_split(max(1, len(images) // self.group))
         outputs = [encode(group.contiguous(memory_format=_format(images))) for group in groups]
         back = order.argsort()
-        return torch.cat([g for g, _ in outputs])[back], torch.cat([z for _, z in outputs])[back]
+        return tuple(torch.cat(parts)[back] for parts in zip(*outputs, strict=True))
 
-    def _shuffle(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _shuffle(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, ...]:
         own = slice(distributed.rank() * len(images), (distributed.rank() + 1) * len(images))
-        (everyone,) = distributed.gather([images])
-        order = torch.randperm(len(everyone), generator=stream).to(images.device, non_blocking=True)
-        features, projections = encode(everyone[order[own]].contiguous(memory_format=_format(images)))
-        all_features, all_projections = distributed.gather([features, projections])
+        (of_all,) = distributed.gather([images])
+        order = torch.randperm(len(of_all), generator=stream).to(images.device, non_blocking=True)
+        outputs = encode(of_all[order[own]].contiguous(memory_format=_format(images)))
         back = order.argsort()[own]
-        return all_features[back], all_projections[back]
+        return tuple(output[back] for output in distributed.gather(outputs))
 
 
 def _format(images: Tensor) -> torch.memory_format:

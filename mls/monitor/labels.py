@@ -18,8 +18,8 @@ def label_quality(
     """overlap: mean cosine of a query's true labels and its matches'; precision: the share of matches that share a
     class with the query. `…_chance`: the same over all rows of the dictionary."""
     query = labels[query_ids]
-    everyone = labels[row_ids]
-    unit_query, unit_rows = F.normalize(query, dim=1), F.normalize(everyone, dim=1)
+    rows = labels[row_ids]
+    unit_query, unit_rows = F.normalize(query, dim=1), F.normalize(rows, dim=1)
     matched = labels[matched_ids]  # [batch, k, classes]
     cosines = (F.normalize(matched, dim=2) * unit_query[:, None]).sum(2)
     shared = (matched * query[:, None]).sum(2) > 0
@@ -27,5 +27,5 @@ def label_quality(
         "labels/overlap": float(cosines.mean()),
         "labels/overlap_chance": float((unit_query @ unit_rows.T).mean()),
         "labels/precision": float(shared.float().mean()),
-        "labels/precision_chance": float(((query @ everyone.T) > 0).float().mean()),
+        "labels/precision_chance": float(((query @ rows.T) > 0).float().mean()),
     }

@@ -290,7 +290,7 @@ def test_fine_tuning_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weigh
 
     def stop_in_the_second_epoch(rows: Tensor, views: Tensor) -> Tensor:
         if first.step == 5:  # of 3 an epoch
-            first.stop.exit_code = 75
+            first.session.stop.exit_code = 75
         return step(rows, views)
 
     first.train_step = stop_in_the_second_epoch  # type: ignore[method-assign]

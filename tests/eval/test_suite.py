@@ -91,7 +91,7 @@ def test_a_value_is_chosen_on_the_validation_part_and_never_on_the_test(tmp_path
     assert len(rows) == 4
     best = max(rows, key=lambda row: row["validation"])
     protocol = load_protocol("spml_scenes", [*few, *found])
-    assert cells.cell_key(protocol, "random", 0) == best["cell"]
+    assert cells.evaluation(protocol, "random").key == best["cell"]
     assert "best on the validation part" in said[0]
     told = choose(row, column, tmp_path, [*few, "training.epochs=1", "training.lr=0.01"], said.append)
     assert told == [] and len(said) == 1  # what the user sets is not tried

@@ -134,7 +134,7 @@ def test_training_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(
 
     def stop_in_the_second_epoch(*arguments: torch.Tensor) -> torch.Tensor:
         if first.step == 6:  # of 4 an epoch
-            first.stop.exit_code = 75
+            first.session.stop.exit_code = 75
         return step(*arguments)
 
     first.train_step = stop_in_the_second_epoch  # type: ignore[method-assign]
@@ -144,6 +144,30 @@ def test_training_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(
     assert second.step == 6
     second.train(quiet=True)
     assert second.history == whole.history
+    weights = second.weights()
+    assert all(torch.equal(value, weights[name]) for name, value in whole.weights().items())
+
+
+def test_training_stopped_at_the_last_step_of_an_epoch_still_ends_that_epoch(tmp_path: Path) -> None:
+    changes = ["training.loss=em_apl", "training.pseudo_from=1"]
+    whole = training(*changes)
+    whole.train(quiet=True)
+    first = training(*changes, folder=tmp_path)
+    step = first.train_step
+
+    def stop(*arguments: torch.Tensor) -> torch.Tensor:
+        if first.step == 8:  # of 4 an epoch
+            first.session.stop.exit_code = 75
+        return step(*arguments)
+
+    first.train_step = stop  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        first.train(quiet=True)
+    assert (first.step, len(first.history)) == (8, 1)
+    second = training(*changes, folder=tmp_path)
+    second.train(quiet=True)
+    assert second.history == whole.history
+    assert torch.equal(second.pseudo.nan_to_num(7), whole.pseudo.nan_to_num(7))
     weights = second.weights()
     assert all(torch.equal(value, weights[name]) for name, value in whole.weights().items())
 

@@ -61,7 +61,8 @@ def test_a_run_folder_holds_what_the_design_says(tiny: list[str]) -> None:
 
 @pytest.mark.parametrize("method", ["moco_v2", "knn_moco"])
 def test_other_methods_train(tiny: list[str], method: str) -> None:
-    run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, f"objective.method={method}"]), quiet=True)
+    rest = [one for one in tiny if not one.startswith("objective.")]
+    run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*rest, f"objective.method={method}"]), quiet=True)
     assert run.done
 
 
@@ -190,7 +191,9 @@ def test_non_finite_steps_are_skipped_counted_and_written_down(tiny: list[str]) 
     skipped = [json.loads(line) for line in (trainer.run.path / "skipped.0.jsonl").read_text().splitlines()]
     assert [row["step"] for row in skipped] == [4, 5, 9]
     assert all(len(row["ids"]) == 16 for row in skipped)
-    assert all(torch.isfinite(tensor).all() for tensor in trainer.method.state_dict().values())
+    assert all(
+        torch.isfinite(value).all() for value in trainer.method.state_dict().values() if isinstance(value, torch.Tensor)
+    )
 
 
 def test_too_many_non_finite_steps_in_a_row_end_the_run(tiny: list[str]) -> None:

@@ -500,16 +500,16 @@ def test_one_call_leaves_nothing_for_the_next(name: str) -> None:
     assert loss(first, labels).item() == alone
 
 
-def test_ll_cp_tells_which_labels_it_flipped_in_the_last_call() -> None:
+def test_ll_cp_relabels_what_the_step_corrected_and_nothing_else() -> None:
     logits, labels, _ = random_batch(46, batch=8, classes=10)
     loss = made("ll_cp", labels, delta_rel=4.0)
     for epoch in (1, 2, 3, 1):
         loss.set_epoch(epoch)
         for x, y in ((logits, labels), (-logits[:3], labels[:3])):
-            loss(x, y)
             expected = changed("ll_cp", x.tolist(), y.tolist(), 4.0, epoch)
-            assert loss.flipped.dtype == torch.bool and loss.flipped.shape == x.shape
-            assert loss.flipped.flatten().tolist() == expected
+            after, _ = loss.relabel(y, None, x)
+            assert after.dtype == y.dtype and (after != y).flatten().tolist() == expected
+            assert (after[after != y] == 1).all()
             assert any(expected) == (epoch > 1)
 
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from mls.config import Config
 from mls.core import methods
 from mls.core.method import gradient_norms
+from mls.core.methods.moco import MoCo
 from mls.data import Views
 from mls.errors import ConfigError
-from mls.models import build_pair
 from mls.recipes import load_config
 
 BATCH, SIZE, TAU = 8, 32, 0.2
@@ -18,11 +18,13 @@ BASE = [f"data.batch_size={BATCH}", f"dictionary.size={SIZE}", "objective.k=5", 
 
 
 def config_of(*overrides: str) -> Config:
-    return load_config("mls_scenes_tiny", [*BASE, "objective.in_batch_negatives=false", *overrides])
+    others = {"objective.method=moco_v2", "objective.method=supervised"} & set(overrides)
+    base = [one for one in BASE if not (others and one.startswith("objective.k"))]  # a key that these do not have
+    return load_config("mls_scenes_tiny", [*base, "objective.in_batch_negatives=false", *overrides])
 
 
-def method_of(config: Config, labels: torch.Tensor | None = None) -> methods.MoCo:
-    method = methods.build(config, build_pair(config.model, 0), labels)
+def method_of(config: Config, labels: torch.Tensor | None = None) -> MoCo:
+    method = methods.build(config, image_labels=labels)
     stream = torch.Generator().manual_seed(1)
     rows = [F.normalize(torch.randn(SIZE, dim, generator=stream), dim=1) for dim in (128, 16)]
     method.dictionary.enqueue(*rows, ids=torch.arange(SIZE), boxes=torch.rand(SIZE, 4, generator=stream))
@@ -36,7 +38,7 @@ def views_of(first_id: int = 100, crops: int = 2) -> Views:
     return Views(images, boxes, torch.arange(first_id, first_id + BATCH))
 
 
-def embeddings(method: methods.MoCo, views: Views) -> list[np.ndarray]:
+def embeddings(method: MoCo, views: Views) -> list[np.ndarray]:
     """g1, z1, g2, z2 as unit vectors in float64."""
     with torch.no_grad():
         outputs = [*method.pair.query(views.images[0]), *method.pair.key(views.images[1])]
@@ -59,7 +61,7 @@ def plain_labels(queries: np.ndarray, rows: np.ndarray, k: int = 5) -> np.ndarra
     return labels
 
 
-def memories(method: methods.MoCo) -> tuple[np.ndarray, np.ndarray]:
+def memories(method: MoCo) -> tuple[np.ndarray, np.ndarray]:
     rows = method.dictionary.rows()
     return rows.backbone.double().numpy(), rows.projection.double().numpy()
 
@@ -182,7 +184,7 @@ def test_own_rows_excluded_are_neither_matched_nor_pushed_away() -> None:
 
 def test_no_multi_label_term_before_k_rows_and_during_warm_up() -> None:
     config = config_of()
-    method = methods.build(config, build_pair(config.model, 0))
+    method = methods.build(config)
     assert "loss/multi_label" not in method(views_of()).scalars
     method = method_of(config)
     method.warming_up = True

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mls.config import Config
 from mls.core import losses, methods, products
-from mls.core.method import Keys, Queries
+from mls.core.methods.mls import MLS
+from mls.core.methods.moco import Keys, Query
 from mls.core.products import OwnRows, log_sum_exp, over_parts
 from mls.data import Views
-from mls.models import build_pair
 from mls.recipes import load_config
 from mls.tools.bench.memory import peak_bytes
 
@@ -39,21 +39,21 @@ def config_of(rows: int, *overrides: str) -> Config:
     return load_config("mls_scenes_tiny", [*base, *overrides])
 
 
-def method_of(rows: int, *overrides: str) -> methods.MLS:
+def method_of(rows: int, *overrides: str) -> MLS:
     config = config_of(rows, *overrides)
-    method = methods.build(config, build_pair(config.model, 0))
+    method = methods.build(config)
     method.dictionary.enqueue(unit(rows, 128, 1), unit(rows, WIDTH, 2), ids=torch.arange(rows) % (rows // 2))
-    assert isinstance(method, methods.MLS)
+    assert isinstance(method, MLS)
     return method
 
 
-def value_and_gradients(method: methods.MLS, batch: int = BATCH) -> list[torch.Tensor]:
+def value_and_gradients(method: MLS, batch: int = BATCH) -> list[torch.Tensor]:
     """Of both parts of the loss for some embeddings; the first queries have rows of their own in the dictionary."""
     g, z, ids = unit(batch, 128, 3).requires_grad_(), unit(batch, WIDTH, 4).requires_grad_(), torch.arange(batch)
     views, keys = Views([], [], ids), Keys(g.detach(), z.detach(), ids, torch.zeros(batch, 4))
-    seen, queries = method.look(views, keys), Queries(g, z, g, z)
-    contrast = method.negatives(queries, seen, keys, views).mean()
-    term = method.beside_info_nce(queries, seen, views, None)
+    rows = method.dictionary.queried_by(ids, method.config.dictionary.own_rows == "exclude")
+    contrast = method.negatives(Query(g, z), rows, keys, views).mean()
+    term = method.beside_info_nce(Query(g, z), rows, views, None)
     assert term is not None
     gradients = torch.autograd.grad(contrast + term, [g, z], allow_unused=True)
     return [contrast.detach(), term.detach(), *(gradient for gradient in gradients if gradient is not None)]
@@ -88,7 +88,7 @@ def test_every_way_to_label_and_to_weigh_is_the_same_in_parts(
 @pytest.mark.usefixtures("parts")
 def test_losses_that_look_at_all_rows_get_all_rows() -> None:
     for loss in ("wan", "ll_r", "two_way", "hml"):
-        method = method_of(37, f"objective.loss={loss}")
+        method = method_of(37, f"objective.loss={loss}", "objective.weight=1")
         _, term, _ = value_and_gradients(method)
         rows = method.dictionary.rows()
         cosines = unit(BATCH, WIDTH, 4) @ rows.projection.T

@@ -1,8 +1,10 @@
 """Exact resume: a run killed mid-epoch and resumed equals a run that was never stopped, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
+from mls.models import load_backbone
 
 TIMES = {"images_per_second", "data_wait"}
 GOLDEN = """data.scenes.count=640 data.scenes.test_count=64 data.batch_size=64 dictionary.size=160 objective.k=5
@@ -100,6 +103,52 @@ def test_killed_mid_epoch_and_resumed_equals_uninterrupted_run(
     assert [row["step"] for row in metrics(whole) if "loss" in row] == list(range(2, 41, 2))
 
 
+def test_killed_while_a_checkpoint_is_written_beside_the_steps_and_resumed_equals_uninterrupted_run(
+    tmp_path: Path, mls_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    overrides = [*GOLDEN, "optim.epochs=2", "engine.checkpoint_every=6", f"run.root={tmp_path}"]
+    assert mls_command("pretrain", "mls_scenes_tiny", *overrides, "--name", "whole").returncode == 0
+    whole, killed = Run.open(tmp_path / "whole"), Run(tmp_path / "killed")
+    script = tmp_path / "slow.py"
+    script.write_text(f"""
+import time
+import mls
+from mls.engine.checkpoint import HashingFile
+
+write = HashingFile.write
+
+def slow(file, data):
+    if "step-00000012" in file.file.name:
+        time.sleep(0.2 if data.nbytes < 100_000 else 600)
+    return write(file, data)
+
+HashingFile.write = slow
+mls.pretrain(mls.load_config("mls_scenes_tiny", {overrides!r} + ["run.name=killed"]), quiet=True)
+""")
+    process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    # Until the writer is in the middle of step 12, and training is beyond it: the last step is 20, and waits for it.
+    while not (unfinished(killed) and any(row["step"] > 12 for row in killed.metrics())):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert unfinished(killed) and Checkpoints(killed.checkpoints, 1).steps() == [6]
+
+    resumed = mls_command("pretrain", "--resume", str(killed.path))
+    assert resumed.returncode == 0 and "resumed after step 6" in resumed.stderr
+    assert same(final_state(whole), final_state(killed)) == []
+    assert metrics(whole) == metrics(killed)
+    assert torch.equal(*(load_backbone(run.path).conv1.weight for run in (whole, killed)))
+    assert not unfinished(killed)
+    events = [json.loads(line) for line in (killed.path / "events.jsonl").read_text().splitlines()]
+    done = [(row["event"], row["step"]) for row in events]
+    assert done == [("start", 0), ("save", 6), ("resume", 6), ("save", 12), ("save", 18), ("save", 20), ("stop", 20)]
+
+
+def unfinished(run: Run) -> list[Path]:
+    return [path for path in run.checkpoints.glob(".step-*.tmp") if path.stat().st_size]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_signal_saves_at_a_step_boundary_and_says_how_to_go_on(
@@ -155,8 +204,8 @@ def test_resume_goes_on_with_another_number_of_processes(
     after = final_state(run)
     assert after["step"] == 18
     # The new step wrote 64 of the 160 rows over the oldest; all others are where they were.
-    ids = before["dictionary"]["ids"]
-    assert int((after["dictionary"]["ids"] == ids).sum()) >= 160 - 64
+    ids = before["method"]["_extra_state"]["dictionary"]["ids"]
+    assert int((after["method"]["_extra_state"]["dictionary"]["ids"] == ids).sum()) >= 160 - 64
     assert mls_command("pretrain", "--resume", str(run.path), "engine.max_steps=null").returncode == 0
     assert run.done
 

@@ -71,7 +71,7 @@ def test_a_run_may_keep_its_rows_in_half_precision(tiny: list[str]) -> None:
     assert losses(half) != losses(plain)
     state = Checkpoints(half.checkpoints, 1).newest()
     assert state is not None
-    assert state["dictionary"]["backbone"].dtype == torch.float16
+    assert state["method"]["_extra_state"]["dictionary"]["backbone"].dtype == torch.float16
     (half.path / "DONE").unlink()
     with pytest.raises(CheckpointError, match=r"dictionary\.storage \(fp16 there, fp32 now\)"):
         mls.resume(half, ["dictionary.storage=fp32"], quiet=True)

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from mls import distributed
 from mls.core import methods
 from mls.core.dictionary import Dictionary
+from mls.core.methods.moco import MoCo
 from mls.core.sharding import Sharding
 from mls.data import Views
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
 from mls.errors import ConfigError
-from mls.models import build_pair
 from mls.recipes import load_config
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -152,16 +152,17 @@ def test_a_sharded_run_goes_on_with_other_numbers_of_processes(tmp_path: Path, m
 def newest(run: Run) -> dict[str, torch.Tensor]:
     state = Checkpoints(run.checkpoints, 1).newest()
     assert state is not None
-    return state["dictionary"]
+    return state["method"]["_extra_state"]["dictionary"]
 
 
 # ---------------------------------------------------------------------------------------------- what each process does
 
 
-def method_of(*overrides: str) -> methods.MoCo:
-    base = ["data.batch_size=16", f"dictionary.size={ROWS}", "objective.k=5", "model.projection=16"]
+def method_of(*overrides: str) -> MoCo:
+    base = ["data.batch_size=16", f"dictionary.size={ROWS}", "model.projection=16"]
+    base += [] if "objective.method=moco_v2" in overrides else ["objective.k=5"]
     config = load_config("mls_scenes_tiny", [*base, "model.key_norm=none", *overrides])
-    method = methods.build(config, build_pair(config.model, 0))
+    method = methods.build(config)
     stream = torch.Generator().manual_seed(1)
     for batch in (20, 20, 20):  # over the end of the ring
         rows = [F.normalize(torch.randn(batch, dim, generator=stream), dim=1) for dim in (128, 16)]
@@ -176,7 +177,7 @@ def views_of(rank: int, crops: int) -> Views:
     return Views(images, [torch.rand(BATCH, 4)] * len(images), torch.arange(rank * BATCH, (rank + 1) * BATCH))
 
 
-def step(method: methods.MoCo, views: Views) -> tuple[Any, list[torch.Tensor]]:
+def step(method: MoCo, views: Views) -> tuple[Any, list[torch.Tensor]]:
     out = method(views)
     out.loss.backward()
     method.after_step([out])

@@ -43,7 +43,7 @@ def test_objectives_compare_losses_in_one_table_and_go_on_where_they_stopped(
     assert table[NONE][2] == ""  # no multi-label term, no pseudo-labels
     assert 0 < float(table["em"][2]) < 1
     assert (tmp_path / "objectives.md").read_text() in first.stdout
-    assert {row["cell"] for row in Results(tmp_path / "results.jsonl").rows()} == set(table)
+    assert {row["weights"] for row in Results(tmp_path / "results.jsonl").rows()} == set(table)
 
     again = mls_command(*command)
     assert again.returncode == 0, again.stderr

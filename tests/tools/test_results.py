@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from mls.results import Results
+from mls.tables import as_csv, escaped
 from mls.tools.cli import app
-from mls.tools.results import as_csv, escaped
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Show = Callable[..., Result]

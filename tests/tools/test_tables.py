@@ -13,10 +13,11 @@ from mls.config import AugmentConfig
 from mls.errors import CheckpointError
 from mls.eval import cells, load_suite
 from mls.eval import suite as suite_module
-from mls.eval.suite import chosen_rows, given, like
+from mls.eval.cells import evaluation
+from mls.eval.comparison import as_text, difference
+from mls.eval.suite import chosen_rows, paper_row_of, row_of_weights
 from mls.models import load_backbone, save_backbone
 from mls.results import Results
-from mls.tools.tables import as_text, difference
 
 FEW = ["data.scenes.count=120", "data.scenes.test_count=40"]
 SUITE = """
@@ -52,15 +53,15 @@ def saved(folder: Path, method: str) -> str:
 def test_a_run_of_the_user_is_compared_with_the_papers_row_of_its_method_or_its_label(tmp_path: Path) -> None:
     suite = load_suite("paper_classification")
     run = saved(tmp_path / "some run", "moco_v2")
-    assert given(run, suite).name == "ours: some run"
-    paper = like(given(run, suite), suite)
+    assert row_of_weights(run, suite).name == "ours: some run"
+    paper = paper_row_of(row_of_weights(run, suite), suite)
     assert paper is not None and paper.name == "MoCo-v2"
-    labelled = given(f"DenseCL={run}", suite)
+    labelled = row_of_weights(f"DenseCL={run}", suite)
     assert labelled.name == "ours: DenseCL" and labelled.weights == run
-    assert like(given("torchvision:resnet50", suite), suite) is None
-    assert given("torchvision:resnet50@IMAGENET1K_V2", suite).weights == "torchvision:resnet50@IMAGENET1K_V2"
+    assert paper_row_of(row_of_weights("torchvision:resnet50", suite), suite) is None
+    assert row_of_weights("torchvision:resnet50@IMAGENET1K_V2", suite).weights == "torchvision:resnet50@IMAGENET1K_V2"
     with pytest.raises(CheckpointError, match="holds no backbone"):
-        given(str(tmp_path), suite)
+        row_of_weights(str(tmp_path), suite)
     with pytest.raises(CheckpointError, match="nowhere is neither a run folder nor a file"):
         chosen_rows(suite, [f"MLS={tmp_path / 'nowhere'}"], True, ())
 
@@ -91,12 +92,12 @@ def test_two_runs_of_one_label_are_one_row_with_differences_to_paper_and_random(
     table = suite_module.run(suite, tmp_path, weights, seeds=1, overrides=FEW, say=said.append)
     assert len(table.values["ours: MLS", "linear"]) == 2
     assert "torchvision's weights" in table.absent["published"] and len(said) == 1
-    text = as_text(table, False, "backbones")
+    text = as_text(table)
     parts = [[part.strip() for part in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
     lines = {name: numbers for name, *numbers in parts}
     assert lines["MLS (paper)"] == ["50", "40"] and lines["published (paper)"] == ["80", ""]
-    mean = sum(table.values["ours: MLS", "linear"]) / 2
-    floor = table.values["random", "linear"][0]
+    mean = 100 * sum(table.values["ours: MLS", "linear"]) / 2
+    floor = 100 * table.values["random", "linear"][0]
     assert lines["ours: MLS − the paper's MLS"][0] == difference(mean, 50.0)
     assert lines["ours: MLS − random"][0] == difference(mean, floor)
     assert "±" in lines["ours: MLS"][0] and "published: left out" in text
@@ -112,7 +113,7 @@ def test_weights_that_are_a_recipe_are_pretrained_once_for_every_seed(tmp_path: 
     stamp = (Path(first) / "DONE").stat().st_mtime_ns
     assert cells.pretrained(weights, 0, tmp_path, quiet=True) == first
     assert (Path(first) / "DONE").stat().st_mtime_ns == stamp
-    assert cells.pretrained("random", 0, tmp_path) == "random"
+    assert evaluation("knn_scenes", "random").ready(tmp_path, quiet=True).weights == "random"
 
 
 def test_a_killed_suite_goes_on_and_repeats_no_finished_cell(

@@ -2,7 +2,7 @@
 
 import typer
 
-from mls.tools.bench import ablations, analyse, downstream, input, matching, objectives, probe
+from mls.tools.bench import ablations, analyse, downstream, input, matching, objectives, probe, saving
 
 app = typer.Typer(help="Studies and measurements, each one command.", no_args_is_help=True)
 app.command("ablations")(ablations.ablations)
@@ -12,3 +12,4 @@ app.command("input")(input.bench)
 app.command("matching")(matching.bench)
 app.command("objectives")(objectives.objectives)
 app.command("probe")(probe.probe)
+app.command("saving")(saving.saving)

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mls.errors import ConfigError, unknown_name
 
-if TYPE_CHECKING:
-    from mls.config import Config
-    from mls.results import Results
-
 
 @dataclass(frozen=True)
-class Cell:
+class Ablation:
     name: str
     overrides: tuple[str, ...]
     paper: str = ""  # box / mask AP on COCO, R50-FPN, 400 epochs (MLS, ICCV 2023)
 
 
-GRIDS: dict[str, tuple[Cell, ...]] = {
+GRIDS: dict[str, tuple[Ablation, ...]] = {
     "loss": (  # Table 6
-        Cell("none (MoCo-v2)", ("objective.method=moco_v2",), "38.8 / 35.5"),
-        Cell("softmax over neighbours", ("objective.method=knn_moco", "objective.weight=0.4"), "39.1 / 35.3"),
-        Cell("bce_pos", ("objective.loss=bce_pos",), "39.6 / 35.7"),
-        Cell("bce", ("objective.loss=bce",), "40.1 / 36.2"),
+        Ablation("none (MoCo-v2)", ("objective.method=moco_v2",), "38.8 / 35.5"),
+        Ablation("softmax over neighbours", ("objective.method=knn_moco", "objective.weight=0.4"), "39.1 / 35.3"),
+        Ablation("bce_pos", ("objective.loss=bce_pos",), "39.6 / 35.7"),
+        Ablation("bce", ("objective.loss=bce",), "40.1 / 36.2"),
     ),
     "queues": tuple(  # Table 7
-        Cell(
+        Ablation(
             f"labels from {labels}, classified with {classes}",
             (f"objective.labels_from={labels}", f"objective.classify_with={classes}"),
             paper,
@@ -45,13 +41,13 @@ GRIDS: dict[str, tuple[Cell, ...]] = {
         )
     ),
     "k": tuple(  # Table 8
-        Cell(f"k {k}", (f"objective.k={k}",), paper)
+        Ablation(f"k {k}", (f"objective.k={k}",), paper)
         for k, paper in ((1, "39.7 / 35.9"), (5, "40.0 / 36.1"), (20, "40.1 / 36.2"), (40, "39.2 / 35.4"))
     ),
     "size": tuple(  # Figure 5 prints no numbers
-        Cell(f"dictionary {size}", (f"dictionary.size={size}",)) for size in (1024, 2048, 4096, 8192, 16384)
+        Ablation(f"dictionary {size}", (f"dictionary.size={size}",)) for size in (1024, 2048, 4096, 8192, 16384)
     ),
-    "weight": tuple(Cell(f"λ {weight}", (f"objective.weight={weight}",)) for weight in (0.1, 0.3, 0.5, 0.7, 1.0)),
+    "weight": tuple(Ablation(f"λ {weight}", (f"objective.weight={weight}",)) for weight in (0.1, 0.3, 0.5, 0.7, 1.0)),
 }
 SHORT = ("data.scenes.count=1536", "data.scenes.test_count=500", "optim.epochs=2", "dictionary.size=1024")
 SHORT += ("objective.warmup_epochs=0",)
@@ -80,8 +76,10 @@ def ablations(
         mls bench ablations mls_coco_r50 data.root=/data/coco --grid loss
     """
     from mls.config import runs_root
-    from mls.recipes import load_config
-    from mls.results import Results
+    from mls.eval.cells import over_seeds
+    from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, table_of
+    from mls.recipes import applicable, load_config
+    from mls.tables import Column, Row, render, terminal_width
 
     recipe, *overrides = arguments or ["mls_scenes_tiny"]
     if "=" in recipe:
@@ -94,31 +92,21 @@ def ablations(
         overrides += [change for change in SHORT if not change.startswith("data.scenes") or "scenes" in recipe]
     base = load_config(recipe, overrides)
     folder = out or runs_root(base) / f"ablations-{base.run.recipe}{'-short' * short}"
-    store = Results(folder / "results.jsonl")
-    for name in chosen:
-        lines = [_line(store, folder, recipe, overrides, cell, seeds) for cell in GRIDS[name]]
-        table = _table(name, base, lines, seeds)
-        (folder / f"{name}.md").write_text(table)
-        print(table)
-    print(f"{folder}: runs, tables, results.jsonl")
-
-
-def _line(store: Results, folder: Path, recipe: str, overrides: list[str], cell: Cell, seeds: int) -> list[str]:
-    """One row of a table: the cell over all seeds."""
-    from mls.tools.studies import finish_cell, spread
-
-    found = []
-    for seed in range(seeds):
-        own = [*overrides, *cell.overrides, f"run.seed={seed}", f"run.root={folder}"]
-        found.append(finish_cell(store, cell.name, recipe, own))
-    cells = [spread([row[name] for row in found if name in row]) for name in ("linear", "knn")]
-    overlap = [spread([row[name] for row in found if name in row], 3) for name in ("overlap", "chance")]
-    return [cell.name, *cells, *overlap, cell.paper]
-
-
-def _table(name: str, base: Config, lines: list[list[str]], seeds: int) -> str:
-    from mls.tools.studies import markdown_table
-
-    header = [name, "linear mAP", "kNN mAP", "pseudo-label overlap", "by chance", "paper: COCO box / mask AP"]
     note = f"{base.run.recipe}, {base.optim.epochs} epochs, {seeds} seed{'s' * (seeds > 1)}"
-    return f"{markdown_table(header, lines)}\n\n{note}; the paper's column is another task, data set and network\n"
+    note += "; the paper's column is another task, data set and network"
+    for name in chosen:
+        cells = {
+            row.name: [
+                Pretraining(row.name, recipe, applicable(recipe, [*overrides, *row.overrides]), seed)
+                for seed in range(seeds)
+            ]
+            for row in GRIDS[name]
+        }
+        ours = table_of(over_seeds(cells, folder), name, (*PROBES, *OVERLAP), note)
+        rows = [
+            Row(row.labels, {**row.values, "paper": own.paper}) for row, own in zip(ours.rows, GRIDS[name], strict=True)
+        ]
+        table = replace(ours, columns=[*ours.columns, Column("paper: COCO box / mask AP", "paper")], rows=rows)
+        (folder / f"{name}.md").write_text(render(table) + "\n")
+        print(f"{render(table, width=terminal_width())}\n")
+    print(f"{folder}: runs, tables, results.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -45,8 +46,8 @@ def analyse(
     """
     from mls.errors import ConfigError, unknown_name
     from mls.files import runs_folder
+    from mls.tables import markdown_table, terminal_width
     from mls.tools.analyses import Study, analyses
-    from mls.tools.studies import markdown_table
 
     name, *overrides = arguments or ["all"]
     if "=" in name:
@@ -61,6 +62,6 @@ def analyse(
     for one in known if name == "all" else [name]:
         finding = known[one](study)
         finding.figure.savefig(folder / f"{one}.png", dpi=150, bbox_inches="tight")
-        text = f"{markdown_table(finding.header, finding.rows)}\n\n{finding.says}\n"
-        (folder / f"{one}.md").write_text(text)
-        print(f"{text}\n{folder / one}.png\n")
+        table = partial(markdown_table, finding.header, finding.rows)
+        (folder / f"{one}.md").write_text(f"{table()}\n\n{finding.says}\n")
+        print(f"{table(width=terminal_width())}\n\n{finding.says}\n\n{folder / one}.png\n")

@@ -29,17 +29,17 @@ def downstream(
 
         mls bench downstream --short --seeds 1 --weights mine=runs/mls_scenes_tiny-…
     """
+    from mls.eval.comparison import as_text
     from mls.eval.suite import load_suite
     from mls.eval.suite import run as run_suite
     from mls.files import runs_folder
-    from mls.tools.tables import as_text
+    from mls.tables import terminal_width
 
     name = "scenes_dense"
     folder = out or runs_folder() / "downstream"
     folder.mkdir(parents=True, exist_ok=True)
     changes = [*(["training.steps=100", "training.falls=[]"] if short else []), *(overrides or [])]
     say = lambda text: typer.echo(text, err=True)
-    table = run_suite(load_suite(name), folder, weights or (), seeds=seeds, overrides=changes, say=say)
-    text = as_text(table, tiny=False, name=name)
-    (folder / "downstream.md").write_text(text)
-    print(f"{text}\n{folder}: runs, table, results.jsonl")
+    found = run_suite(load_suite(name), folder, weights or (), seeds=seeds, overrides=changes, say=say)
+    (folder / "downstream.md").write_text(as_text(found))
+    print(f"{as_text(found, width=terminal_width())}\n{folder}: runs, table, results.jsonl")

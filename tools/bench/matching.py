@@ -85,7 +85,7 @@ def _measure(device: str, batch: int, max_rows: int, k: int, rounds: int, quick:
 
 
 def _print_parts(parts: list[dict[str, float]]) -> None:
-    from mls.tools.studies import markdown_table
+    from mls.tables import print_table
 
     lines = []
     for part in parts:
@@ -94,11 +94,13 @@ def _print_parts(parts: list[dict[str, float]]) -> None:
         shares = [f"{1e3 * one:.1f} ms" for one in added]
         lines.append([f"{rows:,}", f"{step:.2f} s", *shares, f"{sum(added) / step:.2%}", f"{LIMITS[rows]:.0%}"])
     header = ["rows", "MoCo-v2 step", "matching", "multi-label term", "enqueue", "MLS adds", "at most"]
-    print(f"What MLS adds to MoCo-v2's ResNet-50 step\n\n{markdown_table(header, lines)}\n")
+    print("What MLS adds to MoCo-v2's ResNet-50 step\n")
+    print_table(header, lines)
+    print()
 
 
 def _print_searches(found: list[Search], step: float, k: int) -> None:
-    from mls.tools.studies import markdown_table
+    from mls.tables import print_table
 
     def line(search: Search) -> list[str]:
         peak = f"{search.peak / 2**20:.1f} MiB"
@@ -107,13 +109,15 @@ def _print_searches(found: list[Search], step: float, k: int) -> None:
         return [str(search.width), f"{search.rows:,}", search.name, *cost, note]
 
     header = ["d", "rows", "back-end", "a search", "of a step", "peak memory", "answer"]
-    print(f"Finding the {k} nearest rows\n\n{markdown_table(header, list(map(line, found)))}\n")
+    print(f"Finding the {k} nearest rows\n")
+    print_table(header, list(map(line, found)))
+    print()
 
 
 def _print_memory(memory: dict[str, float]) -> None:
-    from mls.tools.studies import markdown_table
+    from mls.tables import print_table
 
     lines = [[name, f"{memory[name] / 2**20:.0f} MiB"] for name in ("in one piece", "in parts")]
     share = memory["in parts"] / memory["in one piece"]
-    print(markdown_table(["InfoNCE and BCE, forward and backward", "peak of extra memory"], lines))
+    print_table(["InfoNCE and BCE, forward and backward", "peak of extra memory"], lines)
     print(f"\n{int(memory['rows']):,} rows, batch {int(memory['batch'])}: {share:.1%} of the memory\n")

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -35,13 +36,6 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 }
 # Without known negatives and soft labels, as here, and with their own options these are the same as another loss.
 TWINS = {"an": "bce", "iu": "bce_pos", "dw": "wan", "em_apl": "em"}
-COLUMNS = {  # heading: the key in a cell's numbers, and digits
-    "linear mAP": ("linear", 1),
-    "kNN mAP": ("knn", 1),
-    "pseudo-label overlap": ("overlap", 3),
-    "by chance": ("chance", 3),
-    "pseudo-label precision": ("precision", 3),
-}
 ROUNDS = 15
 
 
@@ -59,7 +53,7 @@ def objectives(
     """Pretrain with every loss on the same recipe and print what each gives and costs.
 
     A loss is taken with the options of its recipe (`em_scenes_tiny` and so on) where it has one. The time of a step is
-    measured here, in turns on one batch, and told as a multiple of BCE's. Finished cells are not run again.
+    measured here, in turns on one batch, and given as a multiple of BCE's. Finished cells are not run again.
 
     Examples:
 
@@ -68,10 +62,11 @@ def objectives(
         mls bench objectives mls_scenes_tiny optim.epochs=8 --seeds 5
     """
     from mls.config import runs_root
-    from mls.recipes import load_config
-    from mls.results import Results
+    from mls.eval.cells import over_seeds
+    from mls.eval.pretraining import MEASURED, Pretraining, table_of
+    from mls.recipes import applicable, load_config
+    from mls.tables import Column, Row, render, terminal_width
     from mls.tools.bench.ablations import SHORT
-    from mls.tools.studies import finish_cell, markdown_table
 
     recipe, *overrides = arguments or ["mls_scenes_tiny"]
     if "=" in recipe:
@@ -79,22 +74,22 @@ def objectives(
     if short:
         quick = [change for change in SHORT if not change.startswith("data.scenes") or "scenes" in recipe]
         overrides = [*quick, *overrides]
-    cells = {name: [*overrides, *changes] for name, changes in chosen(loss).items()}
+    losses = {name: applicable(recipe, [*overrides, *changes]) for name, changes in chosen(loss).items()}
     base = load_config(recipe, overrides)
-    times = relative_times({name: load_config(recipe, changes) for name, changes in cells.items()})
+    times = relative_times({name: load_config(recipe, changes) for name, changes in losses.items()})
 
     folder = out or runs_root(base) / f"objectives-{base.run.recipe}{'-short' * short}"
-    store = Results(folder / "results.jsonl")
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in cells}
-    for seed in range(seeds):  # all losses before the next seed: a study that is stopped still compares
-        for name, changes in cells.items():
-            cell = finish_cell(store, name, recipe, [*changes, f"run.seed={seed}", f"run.root={folder}"])
-            found[name].append(cell)
-    table = markdown_table(["loss", *COLUMNS, "time of a step"], [_line(name, found[name], times) for name in cells])
+    cells = {
+        name: [Pretraining(name, recipe, changes, seed) for seed in range(seeds)] for name, changes in losses.items()
+    }
     note = f"{base.run.recipe}, {base.optim.epochs} epochs, {seeds} seed{'s' * (seeds > 1)}; time: forward, backward "
     note += f"and optimizer over {PAPER}'s, in turns on one batch, median of {ROUNDS}"
-    (folder / "objectives.md").write_text(f"{table}\n\n{note}\n")
-    print(f"{table}\n\n{note}\n{folder}: runs, table, results.jsonl")
+    measured = table_of(over_seeds(cells, folder), "loss", MEASURED, note)
+    rows = [Row(row.labels, {**row.values, "time": [times[row.labels[0]]]}) for row in measured.rows]
+    time = Column("time of a step", "time", digits=2, scale=1)
+    table = replace(measured, columns=[*measured.columns, time], rows=rows)
+    (folder / "objectives.md").write_text(render(table) + "\n")
+    print(f"{render(table, width=terminal_width())}\n{folder}: runs, table, results.jsonl")
 
 
 def chosen(wanted: list[str] | None = None) -> dict[str, list[str]]:
@@ -132,7 +127,6 @@ def relative_times(configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[
     from mls import distributed
     from mls.core import methods
     from mls.engine import optim
-    from mls.models import build_pair
     from mls.models.momentum import precision_on
 
     base = configs[PAPER]
@@ -141,18 +135,15 @@ def relative_times(configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[
         torch.set_num_threads(base.engine.threads)
     # One network and one dictionary for all: only what the losses do differs.
     layout = torch.channels_last if base.engine.channels_last else torch.contiguous_format
-    pair = (
-        build_pair(base.model, base.run.seed, precision_on(device, base.engine.precision))
-        .to(device)
-        .to(memory_format=layout)
-    )
-    trained = {name: methods.build(config, pair).to(device) for name, config in configs.items()}
+    precision = precision_on(device, base.engine.precision)
+    trained = {name: methods.build(config, precision).to(device) for name, config in configs.items()}
+    shared = trained[PAPER].to(memory_format=layout)
     views = _random_batch(base, trained[PAPER], device)
     optimizers = {}
     for name, method in trained.items():
-        method.dictionary, method.measuring = trained[PAPER].dictionary, False
+        method.pair, method.dictionary, method.measuring = shared.pair, shared.dictionary, False
         method.set_progress(step=base.optim.epochs, epoch=base.optim.epochs, steps_per_epoch=1)  # schedules at work
-        optimizers[name] = optim.build(configs[name], method)
+        optimizers[name] = optim.build(configs[name], method, method.own_rates())
         optim.set_lr(optimizers[name], 0.0)  # the random batch teaches nothing
     ratios: dict[str, list[float]] = {name: [] for name in trained}
     for number in range(-2, rounds):  # two to warm up
@@ -178,18 +169,10 @@ def _random_batch(config: Config, method: MoCo, device: torch.device) -> Views:
     from mls.data import Views
 
     count, size, rows = config.data.batch_size, config.augment.size, config.dictionary.size
-    method.dictionary.to(device)
-    widths = method.pair.query.backbone.feature_dim, config.model.projection
+    widths = method.backbone.feature_dim, config.model.projection
     memory = [F.normalize(torch.randn(rows, width, device=device), dim=1) for width in widths]
     method.dictionary.enqueue(*memory, ids=torch.arange(rows, device=device))
     images = [torch.randn(count, 3, size, size, device=device) for _ in range(2)]
     if config.engine.channels_last:
         images = [image.contiguous(memory_format=torch.channels_last) for image in images]
     return Views(images, [torch.zeros(count, 4, device=device)] * 2, torch.arange(rows, rows + count, device=device))
-
-
-def _line(name: str, cells: list[dict[str, Any]], times: Mapping[str, float]) -> list[str]:
-    from mls.tools.studies import spread
-
-    values = [spread([cell[key] for cell in cells if key in cell], digits) for key, digits in COLUMNS.values()]
-    return [name, *values, f"{times[name]:.2f}"]

@@ -74,7 +74,7 @@ def probe(
     import torch
     from threadpoolctl import threadpool_limits
 
-    from mls.tools.studies import markdown_table
+    from mls.tables import print_table
 
     if quick:
         images, dim, classes, penalties = 1500, 64, 5, 5
@@ -87,7 +87,7 @@ def probe(
             typer.echo(f"— {rows[-1].name}", err=True)
     torch.set_num_threads(before)
     header = ["probe", "ours, s", "scikit-learn, s", "ratio", "in CPU", "ours", "scikit-learn's", "apart", "gap"]
-    print(markdown_table(header, [row.cells() for row in rows]))
+    print_table(header, [row.cells() for row in rows])
     print(f"\n{images} × {dim} features, {classes} classes, {threads} threads. {NOTE}")
 
 

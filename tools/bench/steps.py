@@ -5,21 +5,17 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from mls.core import methods, products
-from mls.core.method import Keys, Queries
+from mls.core.methods.mls import MLS
+from mls.core.methods.moco import Keys, MoCo, Query
 from mls.data import Views
 from mls.engine import optim
-from mls.models import build_pair
 from mls.recipes import load_config
 from mls.tools.bench.memory import peak_bytes
-
-if TYPE_CHECKING:
-    from mls.core.methods import MLS, MoCo
 
 
 def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: int) -> dict[str, float]:
@@ -27,7 +23,7 @@ def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: i
     the rows of the second memory. In turns, medians."""
     moco = _method("moco_v2", device, batch, rows, k, size)
     mls = _method("mls", device, batch, rows, k, size)
-    assert isinstance(mls, methods.MLS)
+    assert isinstance(mls, MLS)
     images = [torch.randn(batch, 3, size, size, device=device) for _ in range(2)]
     images = [image.contiguous(memory_format=torch.channels_last) for image in images]
     ids = torch.arange(batch, device=device)
@@ -35,8 +31,8 @@ def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: i
     optimizer = optim.build(moco.config, moco)
     g, z = _embeddings(mls, batch, device)
     keys = Keys(g.detach(), z.detach(), ids, torch.zeros(batch, 4, device=device))
-    seen, queries = mls.look(views, keys), Queries(g, z, g, z)
-    positives = mls.pseudo_labels(queries, seen, views)
+    seen, query = mls.dictionary.queried_by(ids), Query(g, z)
+    positives = mls.pseudo_labels(query, seen, views)
 
     def step() -> None:
         out = moco(views)
@@ -47,8 +43,8 @@ def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: i
 
     works: dict[str, Callable[[], object]] = {
         "MoCo-v2 step": step,
-        "matching": lambda: mls.pseudo_labels(queries, seen, views),
-        "multi-label term": lambda: mls.multi_label(z, seen.rows.projection, positives, seen)[0].backward(),
+        "matching": lambda: mls.pseudo_labels(query, seen, views),
+        "multi-label term": lambda: mls.multi_label(z, seen, positives)[0].backward(),
         "backbone rows enqueued": lambda: mls.dictionary.enqueue(*vars(keys).values()),  # the projection's are MoCo's
     }
     return {"rows": rows, **_medians(works, device, rounds)}
@@ -70,7 +66,7 @@ def _medians(works: dict[str, Callable[[], object]], device: str, rounds: int) -
 def fused_memory(device: str, rows: int, batch: int) -> dict[str, float]:
     """Bytes beyond the dictionary's that both losses and their gradients take, in parts and in one piece."""
     method = _method("mls", device, batch, rows, 20, 32, backbone="resnet_tiny")
-    assert isinstance(method, methods.MLS)
+    assert isinstance(method, MLS)
     method.measuring = False
     at_once = products.ENTRIES
     found = {"rows": float(rows), "batch": float(batch), "in parts": _peak(method, batch, device)}
@@ -88,24 +84,24 @@ def _peak(method: MLS, batch: int, device: str) -> float:
     views, keys = Views([], [], ids), Keys(g.detach(), z.detach(), ids, torch.zeros(batch, 4, device=device))
 
     def losses() -> None:
-        seen, queries = method.look(views, keys), Queries(g, z, g, z)
-        term = method.beside_info_nce(queries, seen, views, None)
+        seen, query = method.dictionary.queried_by(ids), Query(g, z)
+        term = method.beside_info_nce(query, seen, views, None)
         assert term is not None
-        (method.negatives(queries, seen, keys, views).mean() + term).backward()
+        (method.negatives(query, seen, keys, views).mean() + term).backward()
 
     return float(peak_bytes(losses, device))
 
 
 def _method(name: str, device: str, batch: int, rows: int, k: int, size: int, backbone: str = "resnet50") -> MoCo:
-    keys = {"objective.method": name, "objective.k": k, "data.batch_size": batch, "dictionary.size": rows}
+    keys = {"objective.method": name, "data.batch_size": batch, "dictionary.size": rows}
     keys |= {"model.backbone": backbone, "augment.size": size, "model.hidden": "null", "optim.lr": 1e-6}
-    keys |= {"model.projection": 256, "objective.in_batch_negatives": "false", "objective.normalise": "mean"}
-    keys |= {"objective.loss": "bce", "model.key_norm": "none"}
+    keys |= {"model.projection": 256, "objective.in_batch_negatives": "false", "model.key_norm": "none"}
+    keys |= {"objective.k": k, "objective.loss": "bce", "objective.normalise": "mean"} if name == "mls" else {}
     config = load_config("mls_scenes_tiny", [f"{key}={value}" for key, value in keys.items()])
-    pair = build_pair(config.model, 0, "bf16" if device == "cuda" else "fp32").to(device)
-    method = methods.build(config, pair.to(memory_format=torch.channels_last)).to(device)
-    method.dictionary.to(device)
-    widths = method.pair.query.backbone.feature_dim, config.model.projection
+    method = methods.build(config, "bf16" if device == "cuda" else "fp32")
+    assert isinstance(method, MoCo)
+    method.to(device).to(memory_format=torch.channels_last)
+    widths = method.backbone.feature_dim, config.model.projection
     for start in range(0, rows, 4096):
         memory = [F.normalize(torch.randn(min(4096, rows - start), width, device=device), dim=1) for width in widths]
         method.dictionary.enqueue(*memory, ids=torch.arange(start, start + len(memory[0]), device=device))
@@ -113,5 +109,5 @@ def _method(name: str, device: str, batch: int, rows: int, k: int, size: int, ba
 
 
 def _embeddings(method: MoCo, batch: int, device: str) -> list[torch.Tensor]:
-    widths = method.pair.query.backbone.feature_dim, method.config.model.projection
+    widths = method.backbone.feature_dim, method.config.model.projection
     return [F.normalize(torch.randn(batch, width, device=device), dim=1).requires_grad_() for width in widths]

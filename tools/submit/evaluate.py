@@ -17,7 +17,7 @@ from mls.tools.eval import ROWS
 from mls.tools.submit.options import Changes, DryRun, ProfileName, hand_over, say
 
 if TYPE_CHECKING:
-    from mls.eval.suite import Cell
+    from mls.eval.cells import Evaluation
     from mls.slurm.job_spec import JobSpec
     from mls.slurm.profile import Profile
 
@@ -57,8 +57,8 @@ def evaluate(
 
     name, *overrides = arguments
     root = (out or runs_folder()).absolute()
-    given = load_profile(profile, slurm or [])
-    wanted = given if whole else one_process(given)
+    loaded = load_profile(profile, slurm or [])
+    wanted = loaded if whole else one_process(loaded)
     weights = [_absolute_weights(one) for one in weights or ()]
     tasks = plan(name, weights, root, tiny, seeds, only or (), overrides)
     if not tasks:
@@ -107,16 +107,16 @@ def plan(
     for column in suite.tiny if tiny else suite.columns:
         for row in suites.chosen_rows(suite, weights, tiny, only):
             if row.choose and not tiny:
-                told = {"suite": _absolute(name), "weights": list(weights), "only": row.name.partition(" · ")[0]}
-                told |= {"seeds": seeds, "overrides": list(overrides), "root": str(root)}
-                tasks.setdefault(row.name, Task(row.name, run_row, told))
+                call = {"suite": _absolute(name), "weights": list(weights), "only": row.name.partition(" · ")[0]}
+                call |= {"seeds": seeds, "overrides": list(overrides), "root": str(root)}
+                tasks.setdefault(row.name, Task(row.name, run_row, call))
                 continue
             for cell in suites.plan(row, column, seeds, overrides):
                 known, cell_name = _look_up(cell, root)
-                told = {"weights": cell.weights, "seed": cell.seed, "root": str(root)}
+                call = {"weights": cell.weights, "seed": cell.seed, "root": str(root)}
                 if not known:
                     frozen = isinstance(cell.protocol, Frozen)
-                    tasks.setdefault(cell_name, Task(cell_name, run_cell, told, to_yaml(cell.protocol), frozen))
+                    tasks.setdefault(cell_name, Task(cell_name, run_cell, call, to_yaml(cell.protocol), frozen))
     return list(tasks.values())
 
 
@@ -129,16 +129,12 @@ def refuse_frozen(tasks: Sequence[Task]) -> None:
             )
 
 
-def _look_up(cell: Cell, root: Path) -> tuple[bool, str]:
+def _look_up(cell: Evaluation, root: Path) -> tuple[bool, str]:
     """Whether a cell is finished, and its name. Neither is known before its weights are there."""
     from mls.errors import UserError
-    from mls.eval import cells
-    from mls.results import Results
 
     try:
-        name = cells.cell_name(cell.protocol, cell.weights, cell.seed)
-        known = cells.finished(Results(root / "results.jsonl"), cells.cell_key(cell.protocol, cell.weights, cell.seed))
-        return bool(known), name
+        return cell.stored(root) is not None, cell.name
     except UserError:
         digest = hashlib.sha256(f"{cell.protocol}{cell.weights}".encode()).hexdigest()[:8]
         return False, f"{cell.protocol.recipe}-seed{cell.seed}-{digest}"

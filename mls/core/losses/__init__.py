@@ -53,6 +53,7 @@ class Loss(nn.Module):
     separable: bool = False  # an entry depends on its own logit and label alone: the classes may come in parts
     needs_index: bool = False  # `forward` needs the samples' row numbers, and `observe` all their labels
     lr_multiplier: float = 1.0  # what the loss learns takes this many times the network's learning rate
+    relabels: Literal["never", "step", "epoch"] = "never"  # when `relabel` completes the training labels
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__()
@@ -83,6 +84,24 @@ class Loss(nn.Module):
 
     def observe(self, labels: Num[Tensor, "samples classes"]) -> None:
         """Called once with the labels of all training samples, before the optimizer is built."""
+
+    def relabel(
+        self,
+        labels: Num[Tensor, "samples classes"],
+        pseudo: Float[Tensor, "samples classes"] | None,
+        outputs: Float[Tensor, "samples classes"],
+        share: float = 0.0,
+        rounds: int = 1,
+    ) -> tuple[Num[Tensor, "samples classes"], Float[Tensor, "samples classes"] | None]:
+        """What becomes of the labels and soft labels that training goes on with: `relabels="step"` with the outputs of
+        the step that was just taken, for its samples; `relabels="epoch"` with the probabilities of all samples, `share`
+        of whose unknown labels get soft ones in `rounds` rounds together."""
+        return labels, pseudo
+
+    @classmethod
+    def defaults_for(cls, positives: float) -> dict[str, Any]:
+        """Options whose default follows from how many positive labels a sample has."""
+        return {}
 
     def entries(
         self,
@@ -125,6 +144,20 @@ def build(name: str, **options: Any) -> Loss:
     AssumedNegative(temperature=0.2, reduction=mean)
     """
     return LOSSES[name](**_checked(LOSSES.aliases.get(name, name), options))
+
+
+def defaults(name: str, positives: float) -> dict[str, Any]:
+    """Options of a loss that follow from the number of positive labels a sample has."""
+    return LOSSES[name].defaults_for(positives)
+
+
+RATED_FOR = 64 * 80  # labels of a downstream batch: a loss's lr_multiplier is chosen for these
+
+
+def own_rate(loss: Loss, entries: int, adaptive: bool) -> float:
+    """The rate of what a loss learns itself, times the network's, with a batch of this many entries. hml's scale and
+    margin are pulled by a sum over all entries; an adaptive optimizer takes no account of a gradient's size."""
+    return 1.0 if adaptive else loss.lr_multiplier * RATED_FOR / entries
 
 
 def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -30,10 +30,10 @@ def info_nce(
     """
     query, key = at_least_fp32(query), at_least_fp32(key)
     others = log_sum_exp(query, negatives, temperature, mask)  # [batch]
-    return told_apart((query * key).sum(dim=1) / temperature, others)
+    return info_nce_of_logits((query * key).sum(dim=1) / temperature, others)
 
 
-def told_apart(own: Float[Tensor, "batch"], others: Float[Tensor, "batch"]) -> Float[Tensor, ""]:
+def info_nce_of_logits(own: Float[Tensor, "batch"], others: Float[Tensor, "batch"]) -> Float[Tensor, ""]:
     """InfoNCE from the logit of each query's own key and the log-sum-exp of its negatives' logits.
 
     -log( exp(own) / (exp(own) + exp(others)) ) is softplus(others - own)

@@ -1,5 +1,4 @@
-"""The entropy family: an unknown label is neither positive nor negative, its prediction's entropy is what counts. Which
-labels get a soft pseudo-label is decided by the trainer, not here."""
+"""The entropy family: an unknown label is neither positive nor negative, its prediction's entropy is what counts."""
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +79,8 @@ class PseudoLabelled(EntropyMaximisation):
 
         beta (-s log f - (1 - s) log(1 - f))        f = sigmoid(x), x and s [batch, classes]
 
-    and `em` elsewhere. `pseudo` holds s, and NaN where there is none; without `pseudo` this is `em`.
+    and `em` elsewhere. `pseudo` holds s, and NaN where there is none; without `pseudo` this is `em`. `relabel` is the
+    paper's asymmetric pseudo-labelling: in each round the lowest scores of each class become soft labels, for good.
 
     alpha, beta  0.2, 0.02 VOC; 0.1, 0.9 COCO; 0.1, 0.2 NUS-WIDE; 0.01, 0.4 CUB in the paper.
 
@@ -89,6 +89,8 @@ class PseudoLabelled(EntropyMaximisation):
     >>> loss / torch.tensor(2.0).log()  # 1, beta, -alpha
     tensor([[ 1.0000,  0.9000, -0.1000]])
     """
+
+    relabels = "epoch"
 
     def __init__(
         self, alpha: float = 0.1, beta: float = 0.9, temperature: float = 1.0, reduction: str = "mean"
@@ -110,3 +112,16 @@ class PseudoLabelled(EntropyMaximisation):
         soft = pseudo.nan_to_num(0.0).to(logits.dtype)  # a NaN would reach the gradient through `where`
         softened = self.beta * F.binary_cross_entropy_with_logits(logits, soft, reduction="none")
         return torch.where((labels == 0) & ~pseudo.isnan(), softened, entries)
+
+    @torch.no_grad()
+    def relabel(
+        self, labels: Tensor, pseudo: Tensor | None, outputs: Tensor, share: float = 0.0, rounds: int = 1
+    ) -> tuple[Tensor, Tensor | None]:
+        pseudo = torch.full(labels.shape, torch.nan) if pseudo is None else pseudo.clone()
+        unannotated = labels == 0
+        unknown = unannotated & pseudo.isnan()
+        for column, count in enumerate((share * unannotated.sum(0) / rounds).int().tolist()):
+            candidates = unknown[:, column].nonzero()[:, 0]
+            lowest = outputs[candidates, column].argsort(stable=True)[:count]
+            pseudo[candidates[lowest], column] = outputs[candidates[lowest], column]
+        return labels, pseudo

@@ -1,5 +1,5 @@
 """Large-loss rejection and correction: among the unknown labels, assumed negative, those with the largest loss are
-likely positives. The trainer makes LL-Cp's corrections permanent, from `flipped`."""
+likely positives."""
 
 import math
 from fractions import Fraction
@@ -110,8 +110,8 @@ class PermanentCorrection(LargeLoss):
 
         as `ll_ct`, with k = ceil(batch * classes * delta_rel / 100) from epoch 2 on        x [batch, classes]
 
-    After each call `flipped` [batch, classes] says what was corrected. Whoever owns the labels writes +1 there; where
-    nobody does (pretraining, whose labels are new at each step) the correction is temporary.
+    `relabel` makes what a step corrected +1 for good; in pretraining, whose labels are new at each step, the correction
+    is temporary.
 
     delta_rel  per cent of all labels of the batch that are corrected.
 
@@ -120,11 +120,11 @@ class PermanentCorrection(LargeLoss):
     >>> logits, labels = torch.tensor([[0.0, 9.0, -1.0, 2.0]]), torch.tensor([[1, 0, 0, 0]])
     >>> round(loss(logits, labels).item(), 4)
     0.2834
-    >>> loss.flipped
-    tensor([[False,  True, False,  True]])
+    >>> loss.relabel(labels, None, logits)[0]
+    tensor([[1, 1, 0, 1]])
     """
 
-    flipped: Bool[Tensor, "batch classes"] | None = None
+    relabels = "step"
 
     def __init__(self, delta_rel: float = 0.1, temperature: float = 1.0, reduction: str = "mean") -> None:
         super().__init__(delta_rel, temperature, reduction)
@@ -135,5 +135,9 @@ class PermanentCorrection(LargeLoss):
     def entries(
         self, logits: Float[Tensor, "batch classes"], labels: Num[Tensor, "batch classes"], *_: object
     ) -> Float[Tensor, "batch classes"]:
-        self.flipped = self.large(logits, labels)
-        return super().entries(logits, labels.masked_fill(self.flipped, 1))
+        return super().entries(logits, labels.masked_fill(self.large(logits, labels), 1))
+
+    def relabel(
+        self, labels: Tensor, pseudo: Tensor | None, outputs: Tensor, share: float = 0.0, rounds: int = 1
+    ) -> tuple[Tensor, Tensor | None]:
+        return labels.masked_fill(self.large(self.scaled(outputs), labels), 1), pseudo

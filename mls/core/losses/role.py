@@ -41,6 +41,10 @@ class ExpectedPositives(Loss):
 
     elementwise = False
 
+    @classmethod
+    def defaults_for(cls, positives: float) -> dict[str, Any]:
+        return {"expected_positives": positives}
+
     def __init__(self, expected_positives: float = 1.5, temperature: float = 1.0) -> None:
         super().__init__(temperature)
         require(expected_positives >= 0, "expected_positives", expected_positives, "a number from 0 up")

@@ -1,26 +1,57 @@
-"""Pretraining methods by name."""
+"""Pretraining methods by name. A method is one file here, or a plug-in's: a class with `@register(name, options)`.
+Nothing is imported before it is asked for."""
 
-from torch import Tensor
+from __future__ import annotations
 
-from mls.config import Config
-from mls.core.method import Keys, Method, StepOutput
-from mls.core.methods.mls import MLS, KnnMoCo
-from mls.core.methods.moco import MoCo
-from mls.core.methods.supervised import Supervised
-from mls.errors import unknown_name
-from mls.models import EncoderPair
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
-__all__ = ["MLS", "Keys", "KnnMoCo", "Method", "MoCo", "StepOutput", "Supervised", "build", "names"]
+from mls.config import OBJECTIVES, Config, ObjectiveConfig
+from mls.plugins import Registry
 
-METHODS = {"moco_v2": MoCo, "mls": MLS, "knn_moco": KnnMoCo, "supervised": Supervised}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mls.core.method import Method, StepOutput
+    from mls.models import Precision
+
+__all__ = ["Method", "StepOutput", "build", "find", "names", "register"]
+
+FILES = {"knn_moco": "mls", "supervised": "controls"}  # of the methods that are not in a file of their own name
+METHODS: Registry[type[Method]] = Registry("method")
+
+MethodClass = TypeVar("MethodClass", bound="type[Method]")
+
+
+def register(name: str, options: type[ObjectiveConfig]) -> Callable[[MethodClass], MethodClass]:
+    """Class decorator: `objective.method=name` trains this method, and `objective.*` is checked against `options`."""
+
+    def enter(method: MethodClass) -> MethodClass:
+        OBJECTIVES.add(name, options)
+        return METHODS.register(name)(method)
+
+    return enter
 
 
 def names() -> list[str]:
-    return sorted(METHODS)
+    return OBJECTIVES.names()
 
 
-def build(config: Config, pair: EncoderPair, image_labels: Tensor | None = None) -> MoCo:
-    """`image_labels` [images, classes] are for the controls (oracle, supervised) and for monitoring alone."""
-    if config.objective.method not in METHODS:
-        raise unknown_name("method", config.objective.method, names())
-    return METHODS[config.objective.method](config, pair, image_labels)
+def find(name: str) -> type[Method]:
+    """The class of a method."""
+    module = OBJECTIVES[name].__module__
+    if name not in METHODS and module == ObjectiveConfig.__module__:  # one of ours, not imported yet
+        importlib.import_module(f"mls.core.methods.{FILES.get(name, name.removesuffix('_v2'))}")
+    return METHODS[name]
+
+
+def build(config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> Method:
+    """`image_labels` [images, classes] are for the controls (oracle, supervised): no method learns from them."""
+    return find(config.objective.method)(config, precision, image_labels)
+
+
+def __getattr__(name: str) -> object:
+    if name in ("Method", "StepOutput"):
+        return getattr(importlib.import_module("mls.core.method"), name)
+    raise AttributeError(f"module 'mls.core.methods' has no attribute '{name}'")

@@ -2,102 +2,113 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from mls.config import Config
+from mls.config import Config, MoCoOptions
+from mls.core import matching
 from mls.core.dictionary import Dictionary
-from mls.core.losses.contrastive import told_apart
-from mls.core.method import Keys, Method, Queries, Seen, StepOutput
+from mls.core.health import collapse_measures
+from mls.core.losses.contrastive import info_nce_of_logits
+from mls.core.method import MatchedCrops, Method, StepOutput
+from mls.core.methods import register
 from mls.core.products import OwnRows, log_sum_exp
+from mls.core.queried_rows import QueriedRows
 from mls.core.sharding import Sharding
 from mls.data import Views
 from mls.distributed import gather, rank
-from mls.models import EncoderPair
+from mls.errors import CheckpointError
+from mls.models import Backbone, Precision, build_pair
 from mls.models.norm import KeyNorm, share_statistics
 from mls.streams import generator
 
 
+class Query(NamedTuple):
+    """One crop of each image, embedded with gradient: g1 and z1 of unit length, by the name of the memory they meet."""
+
+    backbone: Float[Tensor, "batch features"]
+    projection: Float[Tensor, "batch projection"]
+
+
+@dataclass
+class Keys:
+    """What a step adds to the dictionary: g2 and z2 of all processes' images, and where they come from."""
+
+    backbone: Float[Tensor, "batch features"]
+    projection: Float[Tensor, "batch projection"]
+    ids: Int64[Tensor, batch]
+    boxes: Float[Tensor, "batch 4"]
+
+
+@register("moco_v2", MoCoOptions)
 class MoCo(Method):
-    def __init__(self, config: Config, pair: EncoderPair, image_labels: Tensor | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.pair = pair
-        self.measuring = True  # also work out what only the log wants; the trainer sets it from the step
-        self.image_labels = image_labels  # controls and monitoring only; no method learns from them
+    def __init__(self, config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> None:
+        super().__init__(config, precision, image_labels)
+        self.options = cast(MoCoOptions, config.objective)
+        self.pair = build_pair(config.model, config.run.seed, precision)
         self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group)
         if self.key_norm.mode == "sync":
-            share_statistics(pair.key)
-        # Not a module: as a buffer DDP would broadcast it at every forward.
-        self.sharding = Sharding.over_processes(config.dictionary.sharded)
+            share_statistics(self.pair.key)
         self.dictionary = Dictionary(
             config.dictionary.size,
-            backbone=pair.query.backbone.feature_dim,
-            projection=config.model.projection,
             storage=config.dictionary.storage,
-            sharding=self.sharding,
+            sharding=Sharding.over_processes(config.dictionary.sharded),
+            backbone=self.backbone.feature_dim,
+            projection=config.model.projection,
         )
 
+    @property
+    def backbone(self) -> Backbone:
+        return self.pair.query.backbone
+
     def forward(self, views: Views) -> StepOutput:
-        objective = self.config.objective
+        temperature = self.options.temperature
+        rows = self.dictionary.queried_by(views.ids, self.config.dictionary.own_rows == "exclude")  # one state for all
         keys, own = self.encode_keys(views)
-        seen = self.look(views, keys)  # one state for everything below
         z2 = keys.projection[own]
 
         crops = [views.images[0], *views.images[2:]]  # small crops are queries too
-        out = StepOutput(loss=z2.new_zeros(()), keys=keys, query_ids=views.ids)
+        out = StepOutput(z2.new_zeros(()), keys=keys, query_ids=views.ids, candidate_ids=rows.ids)
         for number, images in enumerate(crops):
-            queries = self.embed(images)
-            own_key = (queries.z * z2).sum(dim=1)  # [batch]
-            contrast = told_apart(own_key / objective.temperature, self.negatives(queries, seen, keys, views))
-            part = self.beside_info_nce(queries, seen, views, out if number == 0 else None)
-            total = contrast if part is None else contrast + objective.weight * part
-            out.loss = out.loss + total / len(crops)
+            query = Query(*(F.normalize(output, dim=1) for output in self.pair.query(images)))
+            own_key = (query.projection * z2).sum(dim=1)  # [batch]
+            negatives = self.negatives(query, rows, keys, views)  # [batch]
+            contrast = info_nce_of_logits(own_key / temperature, negatives)
+            term = self.beside_info_nce(query, rows, views, out if number == 0 else None)
+            out.loss = out.loss + (contrast if term is None else contrast + term) / len(crops)
             if number == 0:
-                out.outputs = [queries.z, queries.g]
-                out.parts["info_nce"] = contrast
-                if part is not None:
-                    out.parts["multi_label"] = objective.weight * part
+                out.outputs = [query.projection, query.backbone]
+                out.parts |= {"info_nce": contrast} | ({} if term is None else {"multi_label": term})
                 out.scalars["loss/info_nce"] = contrast.detach()
-                out.scalars["chance/info_nce"] = self.chance(seen, keys, views)
+                out.scalars["chance/info_nce"] = self.chance(rows, keys, views)
                 out.scalars["cosine/own_key"] = own_key.mean().detach()
         out.scalars["loss"] = out.loss.detach()
         return out
 
-    def embed(self, images: Float[Tensor, "batch 3 height width"]) -> Queries:
-        g1, z1 = self.pair.query(images)
-        g1, z1 = F.normalize(g1, dim=1), F.normalize(z1, dim=1)
-        return Queries(g1, z1, *self.sharding.everyones([g1, z1]))
-
-    def look(self, views: Views, keys: Keys) -> Seen:
-        rows, slots = self.dictionary.rows(), self.dictionary.ids
-        counted = torch.full_like(views.ids, len(slots))
-        if self.config.dictionary.own_rows == "keep":
-            return Seen(rows, None, counted)
-        asked_for = keys.ids if self.sharding.world > 1 else views.ids
-        return Seen(rows, OwnRows(asked_for, rows.ids), counted - OwnRows(views.ids, slots).counts())
-
-    def negatives(self, queries: Queries, seen: Seen, keys: Keys, views: Views) -> Float[Tensor, "batch"]:
+    def negatives(self, query: Query, rows: QueriedRows, keys: Keys, views: Views) -> Float[Tensor, "batch"]:
         """The log-sum-exp of the logits of each query's negatives."""
-        temperature = self.config.objective.temperature
-        others = log_sum_exp(queries.all_z, seen.rows.projection, temperature, seen.exclude)
-        others = self.sharding.log_totals(others)
-        if self.config.objective.in_batch_negatives:
+        temperature = self.options.temperature
+        others = rows.logsumexp("projection", query.projection, temperature)
+        if self.options.in_batch_negatives:
             own_keys = OwnRows(views.ids, keys.ids)  # its own key is the positive, never a negative
-            others = torch.logaddexp(others, log_sum_exp(queries.z, keys.projection, temperature, own_keys))
+            others = torch.logaddexp(others, log_sum_exp(query.projection, keys.projection, temperature, own_keys))
         return others
 
-    def chance(self, seen: Seen, keys: Keys, views: Views) -> Float[Tensor, ""]:
+    def chance(self, rows: QueriedRows, keys: Keys, views: Views) -> Float[Tensor, ""]:
         """InfoNCE of a network that cannot tell anything from anything."""
-        count = 1.0 + seen.counted
-        if self.config.objective.in_batch_negatives:
+        count = 1.0 + rows.counts
+        if self.options.in_batch_negatives:
             count = count + len(keys.ids) - OwnRows(views.ids, keys.ids).counts()
         return count.log().mean()
 
     def beside_info_nce(
-        self, queries: Queries, seen: Seen, views: Views, out: StepOutput | None
+        self, query: Query, rows: QueriedRows, views: Views, out: StepOutput | None
     ) -> Float[Tensor, ""] | None:
         """The term beside InfoNCE; MoCo-v2 has none. `out` receives what the log wants (first query crop only)."""
         return None
@@ -116,4 +127,36 @@ class MoCo(Method):
     def after_step(self, outputs: list[StepOutput]) -> None:
         self.pair.update(self.config.model.momentum)
         for out in outputs:
-            self.dictionary.enqueue(out.keys.backbone, out.keys.projection, out.keys.ids, out.keys.boxes)
+            self.dictionary.enqueue(**vars(out.keys))
+
+    # ------------------------------------------------------------------------------------------ what it says of itself
+
+    def memories(self) -> Mapping[str, Dictionary]:
+        return {"dictionary": self.dictionary}
+
+    @property
+    def saves_together(self) -> bool:
+        return self.dictionary.sharding.world > 1
+
+    def introduction(self) -> list[str]:
+        return [self.key_norm.note] if self.key_norm.note else []
+
+    def measurements(self) -> dict[str, float]:
+        return {"dictionary/fill": len(self.dictionary) / self.dictionary.capacity}
+
+    def health(self) -> dict[str, float]:
+        rows = self.dictionary.rows()
+        return collapse_measures("backbone", rows.backbone) | collapse_measures("projection", rows.projection)
+
+    @torch.no_grad()
+    def matches(self, views: Views, count: int) -> MatchedCrops | None:
+        return self.nearest_crops("backbone", views, count)
+
+    def nearest_crops(self, memory: str, views: Views, count: int) -> MatchedCrops:
+        query = Query(*(F.normalize(output, dim=1) for output in self.pair.query(views.images[0])))
+        rows = self.dictionary.queried_by(views.ids, exclude_own=True)
+        count = min(count, int(rows.counts.min()))
+        if count == 0:
+            raise CheckpointError("the dictionary holds crops of the query's own image only: train on for a few steps")
+        found = rows.topk(memory, getattr(query, memory), count, matching.build("torch"))
+        return MatchedCrops(self.dictionary.ids[found.indices], self.dictionary.boxes[found.indices], found.scores)

@@ -114,7 +114,7 @@ def test_the_embedded_scenes_are_trained_on_and_the_kept_network_has_the_stored_
     monkeypatch.chdir(tmp_path)
     protocol, root = scenes("training.steps=20", "training.falls=[18]", "training.lr=0.01"), tmp_path / "runs"
     values = cells.run(protocol, "random", 0, root, quiet=True)
-    folder = root / "eval" / cells.cell_name(protocol, "random", 0)
+    folder = cells.evaluation(protocol, "random").folder(root)
     assert values == pytest.approx(numbers_again(protocol, folder, tmp_path / "spare"), abs=1e-6)
     assert values["box_ap50"] > 0
     rows = Results(root / "results.jsonl").rows()
@@ -142,7 +142,7 @@ def test_a_runs_weights_and_statistics_are_what_training_starts_from(tmp_path: P
 def test_a_data_set_in_cocos_layout_is_trained_on(coco: Path, tmp_path: Path) -> None:
     protocol = on_disk("coco_fpn_1x", coco)
     values = cells.run(protocol, "random", 0, tmp_path, quiet=True)
-    folder = tmp_path / "eval" / cells.cell_name(protocol, "random", 0)
+    folder = cells.evaluation(protocol, "random").folder(tmp_path)
     assert values == pytest.approx(numbers_again(protocol, folder, tmp_path / "spare"), abs=1e-6)
 
 
@@ -323,10 +323,10 @@ def test_a_killed_command_goes_on_from_the_last_checkpoint(
         assert first.wait(60) == 130, first.stderr.read()
     with begin() as second:
         assert second.stderr is not None
-        next(text for text in second.stderr if "goes on after step" in text)
+        next(text for text in second.stderr if "resumed after step" in text)
         time.sleep(3)
         os.killpg(second.pid, signal.SIGKILL)
     (saved,) = tmp_path.glob("eval/*/state/step-*.pt")
     assert 0 < int(saved.stem.split("-")[1]) < 100
     third = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
-    assert third.returncode == 0 and "goes on after step" in third.stderr, third.stderr
+    assert third.returncode == 0 and "resumed after step" in third.stderr, third.stderr

@@ -15,7 +15,7 @@ from mls.core.sharding import Sharding
 
 @dataclass(frozen=True)
 class Positives:
-    """Slot slots[i, j] is a positive of query i wherever given[i, j]; no slot is given twice for a query.
+    """Slot slots[i, j] is a positive of query i wherever present[i, j]; no slot is a query's positive twice.
 
     >>> first = Positives.of(Matches(torch.tensor([[2, 0]]), torch.tensor([[0.9, 0.8]])))
     >>> second = Positives.of(Matches(torch.tensor([[3, 2]]), torch.tensor([[0.7, 0.6]])))
@@ -24,7 +24,7 @@ class Positives:
     """
 
     slots: Int64[Tensor, "queries most"]
-    given: Bool[Tensor, "queries most"]
+    present: Bool[Tensor, "queries most"]
 
     @classmethod
     def of(cls, matches: Matches) -> Positives:
@@ -32,33 +32,27 @@ class Positives:
         return cls(matches.indices, ~matches.scores.isneginf())
 
     def __and__(self, other: Positives) -> Positives:
-        return Positives(self.slots, self.given & self._are_in(other))
+        return Positives(self.slots, self.present & self._are_in(other))
 
     def __or__(self, other: Positives) -> Positives:
-        fresh = other.given & ~other._are_in(self)
-        return Positives(torch.cat([self.slots, other.slots], dim=1), torch.cat([self.given, fresh], dim=1))
+        fresh = other.present & ~other._are_in(self)
+        return Positives(torch.cat([self.slots, other.slots], dim=1), torch.cat([self.present, fresh], dim=1))
 
     def _are_in(self, other: Positives) -> Bool[Tensor, "queries most"]:
-        return ((self.slots[:, :, None] == other.slots[:, None]) & other.given[:, None]).any(dim=2)
+        return ((self.slots[:, :, None] == other.slots[:, None]) & other.present[:, None]).any(dim=2)
 
     def counts(self) -> Int64[Tensor, "queries"]:
-        return self.given.sum(dim=1)
+        return self.present.sum(dim=1)
 
     def labels(self, part: slice) -> Float[Tensor, "queries part"]:
         """+1 for the positives among these rows, 0 for the rest."""
         width = part.stop - part.start
-        inside = self.given & (self.slots >= part.start) & (self.slots < part.stop)
+        inside = self.present & (self.slots >= part.start) & (self.slots < part.stop)
         places = (self.slots - part.start).clamp(0, width - 1)
         labels = torch.zeros(len(self.slots), width, device=self.slots.device)
         return labels.scatter_add_(1, places, inside.float())
 
-    def here(self, sharding: Sharding) -> Positives:
+    def held(self, sharding: Sharding) -> Positives:
         """Those that lie on this process, by their place there."""
-        if sharding.world == 1:
-            return self
-        return Positives(self.slots // sharding.world, self.given & (self.slots % sharding.world == sharding.rank))
-
-    def of_process(self, sharding: Sharding, batch: int) -> Positives:
-        """Of everyone's queries this process' own."""
-        own = slice(sharding.rank * batch, (sharding.rank + 1) * batch)
-        return Positives(self.slots[own], self.given[own])
+        own = self.slots % sharding.world == sharding.rank
+        return Positives(self.slots // sharding.world, self.present & own)

@@ -1,4 +1,4 @@
-"""Is the representation collapsing? Measured on the dictionary's rows: they are there anyway."""
+"""Is the representation collapsing? Measured on features of many images, such as a dictionary's rows."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mls.core.dictionary import Rows
-
 SAMPLE = 1024  # rows: enough for a stable rank, cheap enough for a laptop
 
 
 @torch.no_grad()
-def health(rows: Rows) -> dict[str, float]:
-    """For both memories: spread of a coordinate (1 is uniform on the sphere, 0 collapsed), mean cosine, RankMe."""
-    measures: dict[str, float] = {}
-    for name, memory in (("backbone", rows.backbone), ("projection", rows.projection)):
-        sample = memory[:SAMPLE].float()
-        if len(sample) < 2:
-            continue
-        measures[f"health/{name}_std"] = float(sample.std(dim=0).mean() * sample.shape[1] ** 0.5)
-        measures[f"health/{name}_cosine"] = mean_cosine(sample)
-        measures[f"health/{name}_rank"] = rank_me(sample)
-    return measures
+def collapse_measures(name: str, rows: Float[Tensor, "rows dim"]) -> dict[str, float]:
+    """Spread of a coordinate (1 is uniform on the sphere, 0 collapsed), mean cosine, RankMe."""
+    sample = rows[:SAMPLE].float()
+    if len(sample) < 2:
+        return {}
+    return {
+        f"health/{name}_std": float(spread(sample)),
+        f"health/{name}_cosine": mean_cosine(sample),
+        f"health/{name}_rank": rank_me(sample),
+    }
+
+
+def spread(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
+    """The standard deviation of a coordinate, in units of that of unit vectors in all directions."""
+    return rows.std(dim=0).mean() * rows.shape[1] ** 0.5
 
 
 def mean_cosine(rows: Float[Tensor, "rows dim"]) -> float:

@@ -1,0 +1,137 @@
+"""A pretraining run as a cell: a recipe with a seed, and what its backbone is worth to a linear probe and to kNN. The
+tables of `mls demo` and of the studies under `mls bench` are made of these."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mls import engine
+from mls.config import Config
+from mls.data.scenes import ScenesSource, make_scenes
+from mls.engine import Run
+from mls.eval.cells import Cell, Measured, config_hash, values_over_seeds
+from mls.eval.outcome import Outcome
+from mls.files import slug
+from mls.frozen.features import embed
+from mls.frozen.metrics import mean_average_precision
+from mls.frozen.probe import knn_scores, linear_probe
+from mls.frozen.untrained import untrained
+from mls.models import load_backbone
+from mls.recipes import load_config
+from mls.results import Results
+from mls.tables import Column, Row, Table
+
+PROBES = (Column("linear mAP", "linear"), Column("kNN mAP", "knn"))
+OVERLAP = (Column("pseudo-label overlap", "overlap", 3, scale=1), Column("by chance", "chance", 3, scale=1))
+PRECISION = Column("pseudo-label precision", "precision", 3, scale=1)
+MEASURED = (*PROBES, *OVERLAP, PRECISION)
+
+
+@dataclass(frozen=True)
+class Pretraining(Cell):
+    row: str  # of the table
+    recipe: str
+    overrides: Sequence[str]
+    seed: int = 0
+    trained: bool = True  # False: the network as it was initialised
+
+    @cached_property
+    def config(self) -> Config:
+        """Without the place of the run, which changes no number."""
+        return load_config(self.recipe, [*self.overrides, f"run.seed={self.seed}", "run.root=null"])
+
+    def placed(self, root: Path, name: str | None) -> Config:
+        return replace(self.config, run=replace(self.config.run, root=str(root), name=name))
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    @property
+    def name(self) -> str:
+        return f"{slug(self.row)}-seed{self.seed}-{config_hash(self.config)}"
+
+    @property
+    def dataset(self) -> str:
+        return self.config.data.source
+
+    def folder(self, root: Path) -> Path:
+        return root / self.name
+
+    def facts(self) -> dict[str, Any]:
+        return {"protocol": self.recipe, "task": "pretraining", "dataset": self.dataset, "weights": self.row}
+
+    def stored(self, root: Path) -> Measured | None:
+        found = super().stored(root)
+        if found is not None:
+            return found
+        # Version 0.1 stored one row for all numbers of a run, the probes' in per cent.
+        old = Results(root / "results.jsonl").find(cell=self.row, config=config_hash(self.placed(root, name=None)))
+        if old is None:
+            return None
+        values = {column.name: old[column.name] / column.scale for column in MEASURED if column.name in old}
+        return Measured(values, old, stored_before=True)
+
+    def measure(self, folder: Path, quiet: bool) -> Outcome:
+        print(f"— {self.row}, seed {self.seed}", file=sys.stderr)
+        began = time.monotonic()
+        if not self.trained:
+            backbone = untrained(self.config, ScenesSource(self.config.data.scenes))
+            return Outcome(probe_on_scenes(backbone, self.config), "untrained", None, time.monotonic() - began)
+        run = engine.finish(self.placed(folder.parent, self.name), quiet)
+        values = online_knn(run)
+        if run.config.data.source == "scenes":
+            print("  probing (linear and kNN)", file=sys.stderr)
+            values = probe_on_scenes(load_backbone(run.path), run.config)
+        return Outcome(values | label_overlap(run), "after the last step", None, time.monotonic() - began)
+
+
+def table_of(found: Mapping[str, Sequence[Measured]], heading: str, columns: Sequence[Column], note: str) -> Table:
+    """A row for each set of seeds."""
+    return Table([heading], columns, [Row([name], values_over_seeds(seeds)) for name, seeds in found.items()], note)
+
+
+def probe_on_scenes(backbone: nn.Module, config: Config) -> dict[str, float]:
+    """Multi-label mAP of a linear probe and of kNN, trained on the train split, measured on the test split."""
+    train, test = ScenesSource(config.data.scenes, "train"), ScenesSource(config.data.scenes, "test")
+    features = embed(backbone, train, range(len(train)), config.augment)
+    queries = embed(backbone, test, range(len(test)), config.augment)
+    probe = linear_probe(features, train.labels, queries)
+    votes = knn_scores(features, train.labels, queries)
+    return {
+        "linear": float(mean_average_precision(probe.scores, test.labels)),
+        "knn": float(mean_average_precision(votes, test.labels)),
+    }
+
+
+def scene_type_map(config: Config) -> float:
+    """The mAP of predicting each class by its frequency in the scene's type, which the background alone shows."""
+    scenes = config.data.scenes
+    train = make_scenes(scenes.count, "train", scenes.size, scenes.seed)
+    test = make_scenes(scenes.test_count, "test", scenes.size, scenes.seed)
+    types = int(train.types.max()) + 1
+    frequencies = torch.stack([train.labels[train.types == one].mean(0) for one in range(types)])
+    return float(mean_average_precision(frequencies[test.types], test.labels))
+
+
+def online_knn(run: Run) -> dict[str, float]:
+    """The last value that the monitor measured, where the data have labels."""
+    found = run.last("knn/map") or run.last("knn/top1")
+    return {} if found is None else {"knn": found}
+
+
+def label_overlap(run: Run) -> dict[str, float]:
+    """Pseudo-label overlap, its chance level, and precision, mean over the last tenth of the log."""
+    rows: list[dict[str, Any]] = [row for row in run.metrics() if row.get("labels/overlap") is not None]
+    rows = rows[-max(1, len(rows) // 10) :]
+    logged = {"overlap": "labels/overlap", "chance": "labels/overlap_chance", "precision": "labels/precision"}
+    return {name: sum(row[key] for row in rows) / len(rows) for name, key in logged.items()} if rows else {}

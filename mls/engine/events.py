@@ -1,0 +1,40 @@
+"""`events.jsonl`: what happened to a run besides its numbers (start, resume, stop, save, skip), each with the time and
+the process. Lines are only ever appended: a resume, which takes metrics back to its checkpoint, leaves them alone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import socket
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mls
+from mls import distributed
+
+
+class EventLog:
+    """Without a path, as on all ranks but the first, nothing is written."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+
+    def write(self, event: str, **facts: Any) -> None:
+        if self.path is None:
+            return
+        row = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
+        row |= {"host": socket.gethostname(), "pid": os.getpid(), "world": distributed.world()}
+        # A full disk must not end the training here: the next checkpoint fails on it, with its sentence.
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "ab", buffering=0) as file:  # one system call a line: threads and kills tear none
+                file.write(json.dumps({**row, **facts}).encode() + b"\n")
+
+
+def versions() -> dict[str, str]:
+    return {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()}

@@ -1,0 +1,83 @@
+"""Cells of tables: which are found again, which are measured, in which order."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mls.config import to_yaml
+from mls.eval.cells import Cell, config_hash, over_seeds
+from mls.eval.outcome import Outcome
+from mls.eval.pretraining import PROBES, Pretraining, table_of
+from mls.recipes import load_config
+from mls.results import Results
+from mls.tables import render
+
+FEW = ["data.scenes.count=256", "data.scenes.test_count=200", "data.batch_size=64", "dictionary.size=128"]
+FEW += ["optim.epochs=1", "objective.warmup_epochs=0", "engine.threads=1"]
+
+
+@dataclass(frozen=True)
+class Counting(Cell):
+    """Measures its seed and notes that it did."""
+
+    row: str
+    seed: int
+    log: list[str] = field(default_factory=list)
+    dataset: str = "none"
+
+    @property
+    def key(self) -> str:
+        return f"{self.row}{self.seed}"
+
+    name = key
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
+    def measure(self, folder: Path, quiet: bool) -> Outcome:
+        self.log.append(self.key)
+        if self.key == "b1":
+            raise KeyboardInterrupt
+        return Outcome({"map": self.seed / 10}, "", None, 0.0)
+
+
+def test_all_rows_come_before_the_next_seed_and_a_stopped_table_goes_on(tmp_path: Path) -> None:
+    log: list[str] = []
+    cells = {row: [Counting(row, seed, log) for seed in range(count)] for row, count in (("a", 2), ("b", 1), ("c", 3))}
+    cells["b"].append(Counting("b", 1, log))
+    try:
+        over_seeds(cells, tmp_path)
+    except KeyboardInterrupt:
+        assert log == ["a0", "b0", "c0", "a1", "b1"]
+    log.clear()
+    cells["b"].pop()
+    found = over_seeds(cells, tmp_path)
+    assert log == ["c1", "c2"]
+    assert {row: [one.values["map"] for one in seeds] for row, seeds in found.items()} == {
+        "a": [0.0, 0.1],
+        "b": [0.0],
+        "c": [0.0, 0.1, 0.2],
+    }
+    assert [one.stored_before for one in found["c"]] == [True, False, False]
+
+
+def test_a_study_that_was_moved_is_found_again(tmp_path: Path) -> None:
+    cell = Pretraining("random", "moco_v2_scenes_tiny", FEW, trained=False)
+    first = cell.finish(tmp_path / "study")
+    assert 0 < first.values["linear"] < 1
+    (tmp_path / "study").rename(tmp_path / "elsewhere")
+    again = cell.finish(tmp_path / "elsewhere")
+    assert again.stored_before and again.values == first.values
+    assert Pretraining("random", "moco_v2_scenes_tiny", [*FEW, "optim.lr=0.1"]).key != cell.key
+
+
+def test_studies_of_version_0_1_are_read(tmp_path: Path) -> None:
+    """One row for all numbers, the probes' in per cent; the place of the run counted."""
+    config = load_config("moco_v2_scenes_tiny", [*FEW, "run.seed=0", f"run.root={tmp_path}"])
+    assert "root" in to_yaml(config)
+    values = {"linear": 51.25, "knn": 42.0, "overlap": 0.25, "run": "MoCo-v2-seed0-00000000"}
+    Results(tmp_path / "results.jsonl").add(cell="MoCo-v2", config=config_hash(config), seed=0, **values)
+    found = Pretraining("MoCo-v2", "moco_v2_scenes_tiny", FEW).finish(tmp_path)
+    assert found.stored_before and found.row["run"] == "MoCo-v2-seed0-00000000"
+    assert found.values == {"linear": 0.5125, "knn": 0.42, "overlap": 0.25}
+    assert "| MoCo-v2  | 51.2       | 42.0    |" in render(table_of({"MoCo-v2": [found]}, "backbone", PROBES, ""))

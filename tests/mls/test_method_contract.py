@@ -1,0 +1,164 @@
+"""The contract of a method, by methods that have little in common with MoCo: they train on the scenes, resume exactly,
+and the rest of mls asks them nothing that they do not have."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mls
+from mls.config import AugmentConfig, ObjectiveConfig
+from mls.core import methods
+from mls.core.method import Method, StepOutput
+from mls.data import View, ViewPlan, Views
+from mls.data.augment import Augment
+from mls.data.crops import CropDataset
+from mls.data.scenes import ScenesSource
+from mls.engine.checkpoint import Checkpoints
+from mls.errors import CheckpointError, ConfigError, Stopped
+from mls.frozen.gallery import gallery
+from mls.recipes import load_config
+
+ROOT = Path(__file__).parents[2]
+PREDICTOR = "objective.predictor=64"
+OWN_KEYS = {"simsiam": PREDICTOR, "byol": PREDICTOR, "densecl": "objective.dense_weight=0.5"}
+
+
+def settings(tiny: list[str], method: str) -> list[str]:
+    """The tiny recipe without the keys that only mls has."""
+    return [*(one for one in tiny if not one.startswith("objective.")), f"objective.method={method}", OWN_KEYS[method]]
+
+
+@pytest.mark.parametrize("method", OWN_KEYS)
+def test_a_method_of_another_kind_trains_and_resumes_exactly(tiny: list[str], method: str) -> None:
+    config = [*settings(tiny, method), "monitor.log_every=1", "data.scenes.count=160", "optim.lr=0.05"]
+    whole = mls.pretrain(load_config("mls_scenes_tiny", [*config, "run.name=whole"]), quiet=True)
+    with pytest.raises(Stopped):
+        mls.pretrain(load_config("mls_scenes_tiny", [*config, "run.name=halves", "engine.max_steps=17"]), quiet=True)
+    halves = mls.resume(whole.path.with_name("halves"), ["engine.max_steps=null"], quiet=True)
+    losses = [[row["loss"] for row in run.metrics() if "loss" in row] for run in (whole, halves)]
+    assert losses[0] == losses[1]
+    assert sum(losses[0][-10:]) < sum(losses[0][4:14])  # of 30 steps; before the fifth few negatives are there
+    first, second = (Checkpoints(run.checkpoints, 1).newest() for run in (whole, halves))
+    assert first is not None and second is not None
+    torch.testing.assert_close(first["method"], second["method"], rtol=0, atol=0, equal_nan=True)
+    assert mls.load_backbone(whole.path).feature_dim == 128
+    assert any("knn/map" in row for row in whole.metrics())
+    with pytest.raises(CheckpointError, match="keeps no crops that could match"):
+        gallery(whole)
+
+
+def test_a_method_without_a_memory_says_nothing_of_one(tiny: list[str]) -> None:
+    run = mls.pretrain(load_config("mls_scenes_tiny", settings(tiny, "simsiam")), quiet=True)
+    assert not [name for row in run.metrics() for name in row if "dictionary" in name or "labels" in name]
+
+
+def test_densecl_equals_the_plain_formula() -> None:
+    config = load_config(
+        "mls_scenes_tiny",
+        ["objective.method=densecl", "dictionary.size=32", "data.batch_size=4", "model.projection=16"],
+    )
+    method = methods.build(config).eval()
+    stream = torch.Generator().manual_seed(0)
+    rows = [F.normalize(torch.randn(32, dim, generator=stream), dim=1) for dim in (16, 128)]
+    method.memories()["dictionary"].enqueue(*rows, ids=torch.arange(32))  # type: ignore[attr-defined]
+    views = Views(
+        [torch.randn(4, 3, 32, 32, generator=stream) for _ in range(2)], [torch.zeros(4, 4)] * 2, torch.arange(4)
+    )
+    with torch.no_grad():
+        loss = method(views).loss
+        (z1, c1, d1), (z2, c2, d2) = method.pair.query(views.images[0]), method.pair.key(views.images[1])
+    expected = 0.0
+    for image in range(4):
+        logits = torch.cat([(z1[image] @ z2[image])[None], rows[0] @ z1[image]]) / 0.2
+        expected += 0.5 * -logits.log_softmax(0)[0].item() / 4
+        cells = len(c1[image])
+        for cell in range(cells):
+            match = int((c2[image] @ c1[image, cell]).argmax())
+            logits = torch.cat([(d1[image, cell] @ d2[image, match])[None], rows[1] @ d1[image, cell]]) / 0.2
+            expected += 0.5 * -logits.log_softmax(0)[0].item() / (4 * cells)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_key_of_another_method_is_refused_and_a_recipe_s_are_left_out() -> None:
+    with pytest.raises(
+        ConfigError, match=r"moco_v2 has no objective.k \(the command line\): it is a key of knn_moco, mls"
+    ):
+        load_config("moco_v2_scenes_tiny", ["objective.k=5"])
+    with pytest.raises(ConfigError, match=r"unknown objective.method 'simsaim': did you mean 'simsiam'\?"):
+        load_config("mls_scenes_tiny", ["objective.method=simsaim"])
+    other = load_config("em_scenes_tiny", ["objective.method=simsiam"])  # objective.loss was the recipe's for mls
+    assert set(vars(other.objective)) == {"method", "predictor"}
+
+
+def test_views_are_cut_and_placed_as_the_plan_says() -> None:
+    augment = AugmentConfig(size=32, flip=0.5, jitter=0, grey=0, blur=0, small_crops=1, small_size=16)
+    plan = ViewPlan.crops(augment, positions=True).with_grid(2, 2, size=8).with_windows(3, 12, (0.1, 0.2))
+    assert [view.size for view in plan.views] == [32, 32, 16, 8, 8, 8, 8, 12, 12, 12]
+    source = ScenesSource(load_config("mls_scenes_tiny").data.scenes)
+    batch = CropDataset(source, augment, seed=0, plan=plan).__getitems__([(1, i) for i in range(8)])
+    plain = CropDataset(source, augment, seed=0).__getitems__([(1, i) for i in range(8)])
+    assert all(torch.equal(one, other) for one, other in zip(plain.crops, batch.crops[:3], strict=True))
+    quarters = [box[0].tolist() for box in batch.boxes[3:7]]
+    assert quarters == [[0, 0, 0.5, 0.5], [0.5, 0, 1, 0.5], [0, 0.5, 0.5, 1], [0.5, 0.5, 1, 1]]
+    views = Augment(augment, 0, "cpu", positions=True)(batch)
+    assert {bool(flip) for flip in views.flips[0]} == {True, False}
+    # A pixel of a view, found where `positions` says it lies in the image.
+    pictures = torch.stack([torch.as_tensor(source.read(i)) for i in range(8)]).float()
+    place = 2 * views.positions(3, 8, 8) - 1  # [images, cells, 2]
+    expected = F.grid_sample(pictures / 255, place[:, None], align_corners=False)[:, :, 0]
+    mean, std = (torch.tensor(values)[:, None] for values in (augment.mean, augment.std))
+    found = views.images[3].flatten(2) * std + mean
+    assert (found - expected).abs().mean() < 0.12 < (found.flip(2) - expected).abs().mean()
+
+
+def test_a_method_gets_the_views_that_it_asks_for(tiny: list[str]) -> None:
+    seen: list[list[int]] = []
+
+    class Options(ObjectiveConfig):
+        pass
+
+    @methods.register("windows_only", Options)
+    class WindowsOnly(methods.find("simsiam")):  # type: ignore[misc]
+        def __init__(self, config, precision="fp32", image_labels=None) -> None:  # type: ignore[no-untyped-def]
+            from dataclasses import replace
+
+            from mls.config import SimSiamOptions
+
+            super().__init__(replace(config, objective=SimSiamOptions(predictor=32)), precision, image_labels)
+
+        def views(self) -> ViewPlan:
+            return ViewPlan((View(16, (0.1, 0.3)),) * 2, positions=True)
+
+        def forward(self, views: Views) -> StepOutput:
+            seen.append([*(len(image[0, 0]) for image in views.images), len(views.flips)])
+            return super().forward(views)
+
+    rest = [one for one in tiny if not one.startswith("objective.")]
+    try:
+        run = mls.pretrain(
+            load_config("mls_scenes_tiny", [*rest, "objective.method=windows_only", "optim.epochs=1"]), quiet=True
+        )
+    finally:
+        from mls.config import OBJECTIVES
+
+        del OBJECTIVES["windows_only"], methods.METHODS["windows_only"]
+    assert run.done
+    assert set(map(tuple, seen)) == {(16, 16, 2)}
+
+
+def test_nothing_around_the_methods_imports_one_or_asks_for_its_class() -> None:
+    files = [*ROOT.glob("mls/engine/*.py"), *ROOT.glob("mls/monitor/*.py"), ROOT / "mls/frozen/gallery.py"]
+    assert len(files) > 10
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert not node.module.startswith("mls.core.methods."), file
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Attribute)
+                and node.value.attr == "method"
+            ):
+                assert node.attr in {*dir(Method), "items", "method"}, f"{file}: method.{node.attr}"
