@@ -102,10 +102,10 @@ def mean_and_std(values: Sequence[float], digits: int = 1) -> str:
     """
     if not values:
         return ""
-    mean = statistics.fmean(values)
-    if math.isnan(mean):
+    if any(map(math.isnan, values)):
         return "nan"
-    return f"{mean:.{digits}f} ± {_std(values):.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {_std(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def _std(values: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from mls.config import Config
 from mls.errors import ConfigError, LaunchError
 from mls.monitor.log import read_metrics
-from mls.monitor.progress import duration
+from mls.progress import duration
 from mls.recipes import load_config
 from mls.results import Results
 from mls.slurm import job_spec, local, scheduler

@@ -56,12 +56,11 @@ def check(
     source: Source,
     workers: int = 0,
     progress: Progress = lambda done: None,
-    on_worker_start: Callable[[int], None] | None = None,
 ) -> Report:
     """Decode every image once."""
     report = Report(len(source))
     done = 0
-    for findings in in_workers(_Chunks(source), workers, on_worker_start):
+    for findings in in_workers(_Chunks(source), workers):
         for kind, image, detail in findings:
             report.found.setdefault(kind, []).append((image, detail))
         done = min(done + CHUNK, len(source))

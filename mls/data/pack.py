@@ -51,7 +51,6 @@ def pack(
     packing: Packing,
     workers: int = 0,
     progress: Progress = lambda done: None,
-    on_worker_start: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the shards that are missing or damaged in `out`; returns the manifest.
 
@@ -72,9 +71,7 @@ def pack(
     for leftover in out.glob(".*.tmp"):  # of a process that was killed
         leftover.unlink()
     missing = [number for number, name in enumerate(names) if name not in manifest["shards"]]
-    for number, record in zip(
-        missing, in_workers(_Shards(source, out, packing, names, missing), workers, on_worker_start), strict=True
-    ):
+    for number, record in zip(missing, in_workers(_Shards(source, out, packing, names, missing), workers), strict=True):
         manifest["shards"] = dict(sorted([*manifest["shards"].items(), (names[number], record)]))
         _save(out, manifest)
         done += len(_ids(number, packing, len(source)))

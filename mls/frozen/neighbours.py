@@ -23,8 +23,8 @@ from mls.data.crops import UnreadableImage, decode
 from mls.data.sources import build_source
 from mls.errors import DataError, reason
 from mls.frozen.features import CachedFeatures, cached_features, embed, embed_batches, hash_of_images, hash_of_weights
-from mls.frozen.gallery import GalleryRow
 from mls.frozen.index import Index, build
+from mls.frozen.match_picture import GalleryRow
 from mls.models import card, load_backbone, weights_file
 
 SIDE = 16  # pixels of a thumbnail
