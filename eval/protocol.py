@@ -11,25 +11,21 @@ from typing import Any, Literal
 
 import yaml
 
-from mls.config import AugmentConfig, ScenesConfig
+from mls.config import AugmentConfig, limited, positive, share
 from mls.errors import ConfigError, unknown_name
 from mls.eval.dense import schema as dense
 from mls.eval.dense.schema import Detection, Segmentation
+from mls.eval.schema import DataSetConfig
 from mls.recipes import Kind, build, find, load_yaml, read_yaml, shipped
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    name: str = "scenes"  # mls.eval.data.names()
-    root: str | None = None  # default: the data set's folder under $MLS_DATA
-    check_sizes: bool = True  # refuse another number of images than published
+class DataConfig(DataSetConfig):
     seed: int = 1200  # of the split and of labels that are drawn: the weak-label papers' number
-    validation: float = 0.2  # share of train held out to choose on, where no split is published for it
-    shots: int | None = None  # train on so many images a class; the run's seed is the draw
+    validation: float = share(0.2)  # share of train held out to choose on, where no split is published for it
+    shots: int | None = positive(None)  # train on so many images a class; the run's seed is the draw
     test_crop: Literal["squash", "centre"] = "squash"  # the whole image scaled to a square, or its middle square
     test_resize: float = 1.0  # centre: the short side is scaled to this many times augment.size before the crop
-    workers: int | None = None  # default: the cores this process may use, at most 8
-    scenes: ScenesConfig = field(default_factory=ScenesConfig)
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,7 @@ class TrainingData(DataConfig):
     labels: Literal["full", "one_positive_all_negatives", "single_positive", "partial_positives", "partial_labels"] = (
         "full"  # what the training sees of the truth (eval/regimes.py)
     )
-    proportion: float = 0.5  # of the partial regimes
+    proportion: float = share(0.5)  # of the partial regimes
     train_crop: Literal["squash", "random"] = "squash"  # squash, or a random resized crop
 
 
@@ -51,12 +47,12 @@ class ModelConfig:
 class TrainingConfig:
     loss: str = "an"  # softmax: cross-entropy, where every image has one label
     options: dict[str, Any] = field(default_factory=dict)  # of the loss; beside those in `options_of`
-    epochs: int = 10
-    batch_size: int = 16
+    epochs: int = positive(10)
+    batch_size: int = positive(16)
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float = 1e-5
+    lr: float = positive(1e-5)
     head_lr: float = 1.0  # times lr, for the classifier's last layer
-    layer_decay: float = 1.0  # times lr, once for every stage between a layer and the head
+    layer_decay: float = limited(1.0, above=0, high=1)  # times lr, once for every stage between a layer and the head
     loss_lr: float | None = None  # times lr, for what the loss learns (HML, ROLE); default: the loss' own
     momentum: float = 0.9
     nesterov: bool = False
@@ -65,16 +61,16 @@ class TrainingConfig:
     penalty: float = 1e-5  # its strength
     schedule: Literal["constant", "cosine", "steps"] = "constant"  # of the learning rate, step by step
     steps: list[int] = field(default_factory=list)  # the epochs after which `steps` divides it by ten
-    warmup_epochs: float = 0.0  # the rate rises from nothing
+    warmup_epochs: float = limited(0.0, low=0)  # the rate rises from nothing
     train: Literal["all", "head"] = "all"  # head: the backbone stays as it is (MoCo's linear evaluation)
     batch_norm: Literal["train", "frozen"] = "train"  # frozen: statistics and affine parameters stay the pretrained
-    mixup: float = 0.0  # alpha of https://arxiv.org/abs/1710.09412
-    rand_augment: int = 0  # operations an image, at magnitude 9, of https://arxiv.org/abs/1909.13719
-    linear_epochs: int = 0  # LinearInit: this long on frozen features first, then end to end
+    mixup: float = limited(0.0, low=0)  # alpha of https://arxiv.org/abs/1710.09412
+    rand_augment: int = limited(0, low=0)  # operations an image, at magnitude 9, of https://arxiv.org/abs/1909.13719
+    linear_epochs: int = limited(0, low=0)  # LinearInit: this long on frozen features first, then end to end
     linear_lr: float = 1e-3
-    linear_batch_size: int = 16
+    linear_batch_size: int = positive(16)
     pseudo_from: int = 5  # em_apl only: pseudo-negatives after each epoch from this one on (T_w)
-    pseudo_share: float = 0.9  # em_apl only: of each class' unannotated labels, in all rounds together (theta)
+    pseudo_share: float = share(0.9)  # em_apl only: of each class' unannotated labels, in all rounds together (theta)
     select: Literal["best", "last"] = "best"  # the epoch that is tested, by `metric` on the validation part
     patience: int | None = None  # stop after more than this many epochs without a new best; published EM code: 0
     drop: float | None = None  # stop when the metric is this many points below the best; published LL code: 3
@@ -96,7 +92,7 @@ class Supervised:
     recipe: str = "custom"  # filled in from the file's name
     metric: str = "map"  # chooses the epoch; eval/supervised.py lists what is measured
     groups: int = 0  # also the metric of this many groups of classes, from rare to frequent in the training labels
-    seeds: int = 3  # runs of a suite
+    seeds: int = positive(3)  # runs of a suite
     data: TrainingData = field(default_factory=TrainingData)
     augment: AugmentConfig = field(default_factory=lambda: plain(448))
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -109,7 +105,7 @@ class Supervised:
 
 @dataclass(frozen=True)
 class FrozenData(DataConfig):
-    validation: float = 0.2  # only linear and svm choose anything
+    validation: float = share(0.2)  # only linear and svm choose anything
     test_crop: Literal["squash", "centre"] = "centre"
     test_resize: float = 256 / 224
     train_crop: Literal["squash", "random"] = "random"  # of the augmented passes
@@ -128,16 +124,16 @@ class ProbeConfig:
     """Of `task: linear`, `knn` and `svm`; each reads what is its own."""
 
     solver: Literal["lbfgs", "sgd"] = "lbfgs"  # linear: fitted to convergence, or SGD as in MoCo's linear evaluation
-    l2: list[float] = field(default_factory=lambda: [10.0**n for n in range(-7, 1)])  # lbfgs: penalties to try
-    lr: list[float] = field(default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0, 30.0])  # sgd: learning rates to try
-    weight_decay: list[float] = field(default_factory=lambda: [0.0, 1e-5, 1e-4])  # sgd: weight decays to try
-    epochs: int = 100
-    batch_size: int = 256
+    l2: list[float] = positive([10.0**n for n in range(-7, 1)])  # lbfgs: penalties to try
+    lr: list[float] = positive([0.1, 0.3, 1.0, 3.0, 10.0, 30.0])  # sgd: learning rates to try
+    weight_decay: list[float] = limited([0.0, 1e-5, 1e-4], low=0)  # sgd: weight decays to try
+    epochs: int = positive(100)
+    batch_size: int = positive(256)
     schedule: Literal["cosine", "steps"] = "cosine"  # steps: a tenth after 60 and 80 per cent, as in MoCo
-    k: list[int] = field(default_factory=lambda: [1, 5, 10, 20, 50, 100, 200])  # knn: neighbours to try
-    temperature: float = 0.07  # knn: of the votes
-    costs: list[float] = field(default_factory=lambda: [2.0**n for n in range(-19, -3)])  # svm: C to try
-    folds: int = 3  # svm: of the cross-validation that chooses C for each class
+    k: list[int] = positive([1, 5, 10, 20, 50, 100, 200])  # knn: neighbours to try
+    temperature: float = positive(0.07)  # knn: of the votes
+    costs: list[float] = positive([2.0**n for n in range(-19, -3)])  # svm: C to try
+    folds: int = limited(3, low=2)  # svm: of the cross-validation that chooses C for each class
 
 
 @dataclass(frozen=True)
@@ -147,7 +143,7 @@ class Frozen:
     task: str = "linear"
     recipe: str = "custom"
     metric: str = "top1"  # chooses the setting, on a part of the training images; map where images have many labels
-    seeds: int = 1
+    seeds: int = positive(1)
     data: FrozenData = field(default_factory=FrozenData)
     augment: AugmentConfig = field(default_factory=lambda: plain(224))  # only features.passes augments
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -160,30 +156,7 @@ AnyProtocol = Classification | Detection | Segmentation
 
 
 def check(protocol: Classification) -> None:
-    """Refuse what cannot work, before anything is loaded."""
-    data = protocol.data
-    greater = {"augment.size": protocol.augment.size, "seeds": protocol.seeds, "data.shots": data.shots or 1}
-    shares = {"data.validation": data.validation}
-    if isinstance(protocol, Supervised):
-        training = protocol.training
-        for key in ("epochs", "batch_size", "lr", "linear_batch_size", "layer_decay"):
-            greater[f"training.{key}"] = getattr(training, key)
-        shares |= {"data.proportion": protocol.data.proportion, "training.pseudo_share": training.pseudo_share}
-        shares["training.layer_decay"] = training.layer_decay
-    else:
-        greater |= {f"probe.{key}": getattr(protocol.probe, key) for key in ("epochs", "batch_size", "temperature")}
-        for key in ("l2", "lr", "weight_decay", "k", "costs"):
-            values = getattr(protocol.probe, key)
-            if not values or not all(value > 0 or (key == "weight_decay" and value == 0) for value in values):
-                raise ConfigError(f"probe.{key} is {values}: give a list of values above 0 to try")
-        if protocol.probe.folds < 2:
-            raise ConfigError(f"probe.folds is {protocol.probe.folds}: cross-validation needs 2 or more")
-    for key, value in greater.items():
-        if not value > 0:
-            raise ConfigError(f"{key} is {value}: it must be greater than 0")
-    for key, share in shares.items():
-        if not 0 <= share <= 1:
-            raise ConfigError(f"{key} is {share}: it must lie between 0 and 1")
+    """Refuse combinations that cannot work, before anything is loaded."""
     if isinstance(protocol, Supervised):
         _check_training(protocol.training)
 
@@ -194,9 +167,6 @@ def _check_training(training: TrainingConfig) -> None:
             f"training.pseudo_from is {training.pseudo_from} of {training.epochs} epochs: pseudo-labels need an epoch "
             "before them and one after, so choose a number from 1 to training.epochs - 1"
         )
-    for key in ("mixup", "rand_augment", "warmup_epochs", "linear_epochs"):
-        if getattr(training, key) < 0:
-            raise ConfigError(f"training.{key} is {getattr(training, key)}: 0 is off, it cannot be less")
     if training.warmup_epochs >= training.epochs:
         raise ConfigError(
             f"training.warmup_epochs is {training.warmup_epochs:g} of {training.epochs} epochs: make it shorter"

@@ -18,9 +18,12 @@ from mls.plugins import Registry
 
 def limited(default: Any, *, above: float | None = None, low: float | None = None, high: float | None = None) -> Any:
     """A key with limits, which `check_limits` holds: greater than `above`, at least `low`, at most `high`, and finite.
-    None, where a key allows it, is within all limits; of several values each must be."""
+    None, where a key allows it, is within all limits; of several values, one or more, each must be."""
     limits = {"above": above, "low": low, "high": high}
-    return field(default=default, metadata={name: limit for name, limit in limits.items() if limit is not None})
+    metadata = {name: limit for name, limit in limits.items() if limit is not None}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def positive(default: Any) -> Any:
@@ -338,6 +341,8 @@ def _check_limit(key: str, value: Any, item: Field[Any]) -> None:
         if not 0 < values[0] <= values[1]:
             raise ConfigError(f"{key} is [{values[0]}, {values[1]}]: it must be two rising numbers greater than 0")
         return
+    if not values:
+        raise ConfigError(f"{key} is empty: give one or more values")
     above, low, high = limits.get("above"), limits.get("low"), limits.get("high")
     for one in values:
         if math.isinf(one):

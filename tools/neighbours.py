@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mls.frozen.neighbours import Calibration, EmbeddedSource, Pair
 
 SHOWN = 12  # pairs in a picture
-ASKED = 6  # images of the data set, where no query is given
+QUERIES = 6  # images of the data set, without --query
 
 
 def neighbours(
@@ -48,23 +48,20 @@ def neighbours(
     source = source_from(dataset) if dataset is not None else source
     if source is None:
         raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
-    asked = InMemorySource.of_files(query) if query else source
+    queries = InMemorySource.of_files(query) if query else source
     embedded = EmbeddedSource(source, Embedder.of(weights))
     if query:
         numbers = list(range(len(query)))
-        found = embedded.nearest(embed(embedded.embedder.network, asked, numbers, embedded.embedder.augment), k)
+        found = embedded.nearest(embed(embedded.embedder.network, queries, numbers, embedded.embedder.augment), k)
     else:
-        numbers = list(range(0, len(source), max(1, len(source) // ASKED)))[:ASKED]
-        with_itself = embedded.nearest(embedded.cached.features[numbers], k + 1)
-        found = [
-            [pair for pair in pairs if pair[0] != own][:k] for own, pairs in zip(numbers, with_itself, strict=True)
-        ]
+        numbers = list(range(0, len(source), max(1, len(source) // QUERIES)))[:QUERIES]
+        found = embedded.nearest_others(numbers, k)
     lines = []
     for number, pairs in zip(numbers, found, strict=True):
-        print(asked.describe(number))
+        print(queries.describe(number))
         for image, cosine in pairs:
             print(f"  {cosine:.3f}  {source.describe(image)}")
-        lines.append(gallery_row(asked.read(number), number, source, pairs))
+        lines.append(gallery_row(queries.read(number), number, source, pairs))
     draw(lines).save(out)
     print(out)
 
@@ -105,8 +102,6 @@ def leakcheck(
 
         mls leakcheck scenes scenes:test --weights runs/my-run --out leaks
     """
-    from dataclasses import asdict
-
     from mls.files import write_atomically
     from mls.frozen.neighbours import EmbeddedSource, Embedder, calibrate, near_duplicates, source_from
     from mls.tables import markdown_table, terminal_width
@@ -121,10 +116,10 @@ def leakcheck(
     for text in second:
         other = EmbeddedSource(source_from(text), embedded.embedder)
         pairs, total = near_duplicates(embedded, other, limit), len(other.source)
-        share = f"{len(pairs) / total:.2%}"
-        lines.append([text, f"{total:,}", f"{len(pairs):,}", share, _draw(embedded, other, pairs, out)])
+        picture = _draw(embedded, other, pairs, out)
+        lines.append([text, f"{total:,}", f"{len(pairs):,}", f"{len(pairs) / total:.2%}", picture])
         named = [
-            {**asdict(pair), "names": [embedded.source.describe(pair.first), other.source.describe(pair.second)]}
+            {**vars(pair), "names": [embedded.source.describe(pair.first), other.source.describe(pair.second)]}
             for pair in pairs
         ]
         report["second"][text] = {"images": total, "pairs": named}

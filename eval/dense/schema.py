@@ -6,27 +6,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mls.config import ScenesConfig
+from mls.config import positive, share
 from mls.errors import ConfigError
+from mls.eval.schema import DataSetConfig
 
 
 @dataclass(frozen=True)
-class DenseData:
-    name: str = "coco2017"  # mls.eval.data.names()
-    root: str | None = None  # default: the data set's folder under $MLS_DATA
-    check_sizes: bool = True  # refuse another number of images than published
-    workers: int | None = None  # default: the cores this process may use, at most 8
-    flip: float = 0.5  # probability of a mirrored training image
-    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+class DenseData(DataSetConfig):
+    name: str = "coco2017"
+    flip: float = share(0.5)  # probability of a flipped training image
 
 
 @dataclass(frozen=True)
 class Schedule:
     """The training of both tasks: SGD, counted in steps."""
 
-    steps: int = 90000
-    batch_size: int = 16  # images per step, of all processes together
-    lr: float = 0.02
+    steps: int = positive(90000)
+    batch_size: int = positive(16)  # images per step, of all processes together
+    lr: float = positive(0.02)
     momentum: float = 0.9
     weight_decay: float = 1e-4
     norm_decay: float = 0.0  # the weight decay of normalisation layers
@@ -35,7 +32,7 @@ class Schedule:
     power: float = 0.9
     min_lr: float = 0.0  # final rate of poly
     warmup_steps: int = 1000  # the rate rises linearly over these steps
-    warmup_from: float = 0.001  # from this share of the rate
+    warmup_from: float = positive(0.001)  # from this share of the rate
     precise_bn: int = 200  # batches to measure batch normalisation's statistics on after training; 0: not measured
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -43,9 +40,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class DetectionData(DenseData):
-    min_sizes: list[int] = field(default_factory=lambda: [640, 672, 704, 736, 768, 800])  # one is drawn per image
-    test_size: int = 800  # of the short side in the test
-    max_size: int = 1333  # of the long side: longer images are scaled down
+    min_sizes: list[int] = positive([640, 672, 704, 736, 768, 800])  # one is drawn per image
+    test_size: int = positive(800)  # of the short side in the test
+    max_size: int = positive(1333)  # of the long side: longer images are scaled down
 
 
 @dataclass(frozen=True)
@@ -56,15 +53,11 @@ class DetectorConfig:
     weights: str = "torchvision:resnet50@IMAGENET1K_V1"  # without --weights
     neck: Literal["fpn", "c4"] = "fpn"  # c4: proposals on the last stage but one; the last is in the head
     masks: bool = True
-    width: int = 256  # of the feature pyramid and the convolutions of the heads
+    width: int = positive(256)  # of the feature pyramid and the convolutions of the heads
     box_width: int = 1024  # of the box head's hidden layer
-    anchors: list[int] = field(
-        default_factory=lambda: [32, 64, 128, 256, 512]
-    )  # fpn: one per level; c4: all on one map
-    before_nms: list[int] = field(
-        default_factory=lambda: [2000, 1000]
-    )  # proposals per level, in training and in the test
-    proposals: list[int] = field(default_factory=lambda: [1000, 1000])  # after suppression, in training and in the test
+    anchors: list[int] = positive([32, 64, 128, 256, 512])  # fpn: one per level; c4: all on one map
+    before_nms: list[int] = field(default_factory=lambda: [2000, 1000])  # proposals per level, in training and test
+    proposals: list[int] = field(default_factory=lambda: [1000, 1000])  # after suppression, in training and test
     proposal_batch: int = 256  # anchors per image in the loss of the proposals
     box_batch: int = 512  # proposals per image in the loss of the boxes
     score: float = 0.05  # detections with a lower score are left out
@@ -80,7 +73,7 @@ class Detection:
     recipe: str = "custom"  # filled in from the file's name
     backend: Literal["torchvision", "detectron2"] = "torchvision"  # whose network and trainer are used
     metric: str = "box_ap"
-    seeds: int = 1
+    seeds: int = positive(1)
     data: DetectionData = field(default_factory=DetectionData)
     model: DetectorConfig = field(default_factory=DetectorConfig)
     training: Schedule = field(default_factory=Schedule)
@@ -89,13 +82,13 @@ class Detection:
 @dataclass(frozen=True)
 class SegmentationData(DenseData):
     name: str = "cityscapes"
-    resize: tuple[int, int] = (2048, 1024)  # width, height: images are scaled to fit, in training times a factor
-    ratio: tuple[float, float] = (0.5, 2.0)  # range of that factor
-    crop: tuple[int, int] = (1024, 512)  # width, height
+    resize: tuple[int, int] = positive((2048, 1024))  # width, height of the scaled image; times a factor in training
+    ratio: tuple[float, float] = positive((0.5, 2.0))  # range of that factor
+    crop: tuple[int, int] = positive((1024, 512))  # width, height
     most: float = 0.75  # share of a crop that one class may cover (after ten draws: any)
     photometric: bool = True  # brightness, contrast, saturation and hue of SSD
     test: Literal["whole", "slide"] = "whole"  # slide: windows as large as the crop, their scores averaged
-    stride: tuple[int, int] = (513, 513)  # of the windows
+    stride: tuple[int, int] = positive((513, 513))  # of the windows
 
 
 @dataclass(frozen=True)
@@ -106,7 +99,7 @@ class SegmenterConfig:
     weights: str = "torchvision:resnet50@IMAGENET1K_V1"
     head: Literal["fcn", "pspnet", "psanet"] = "fcn"
     output_stride: int = 8  # of the dilated backbone
-    width: int = 512
+    width: int = positive(512)
     auxiliary_width: int = 256
     auxiliary_weight: float = 0.4
     dropout: float = 0.1
@@ -137,7 +130,7 @@ class Segmentation:
     recipe: str = "custom"
     backend: Literal["torchvision", "mmseg"] = "torchvision"  # torchvision: segmenter.py, made of its parts
     metric: str = "miou"
-    seeds: int = 3
+    seeds: int = positive(3)
     data: SegmentationData = field(default_factory=SegmentationData)
     model: SegmenterConfig = field(default_factory=SegmenterConfig)
     training: Schedule = field(default_factory=poly)
@@ -147,29 +140,11 @@ Dense = Detection | Segmentation
 
 
 def check(protocol: Dense) -> None:
-    """Refuse invalid settings, before anything is loaded."""
-    training, model = protocol.training, protocol.model
-    greater = {f"training.{key}": getattr(training, key) for key in ("steps", "batch_size", "lr", "warmup_from")}
-    greater |= {"seeds": protocol.seeds, "model.width": model.width}
-    if isinstance(protocol, Detection):
-        greater |= {f"data.{key}": getattr(protocol.data, key) for key in ("test_size", "max_size")}
-        smallest = {"data.min_sizes": protocol.data.min_sizes, "model.anchors": protocol.model.anchors}
-        greater |= {key: min(sizes, default=0) for key, sizes in smallest.items()}
-        for key in ("before_nms", "proposals"):
-            if len(getattr(protocol.model, key)) != 2:
-                raise ConfigError(f"model.{key} needs two numbers, one for training and one for the test")
-    else:
-        sides = {
-            "data.resize": protocol.data.resize,
-            "data.crop": protocol.data.crop,
-            "data.ratio": protocol.data.ratio,
-        }
-        greater |= {key: min(value) for key, value in {**sides, "data.stride": protocol.data.stride}.items()}
-    for key, value in greater.items():
-        if not value > 0:
-            raise ConfigError(f"{key} is {value}: it must be greater than 0")
-    if not 0 <= protocol.data.flip <= 1:
-        raise ConfigError(f"data.flip is {protocol.data.flip}: it must lie between 0 and 1")
+    """Refuse combinations that cannot work, before anything is loaded."""
+    training = protocol.training
+    for key in ("before_nms", "proposals"):
+        if isinstance(protocol, Detection) and len(getattr(protocol.model, key)) != 2:
+            raise ConfigError(f"model.{key} needs two numbers, one for training and one for the test")
     if training.warmup_steps >= training.steps:
         raise ConfigError(f"training.warmup_steps is {training.warmup_steps} of {training.steps}: make it shorter")
     if training.schedule == "steps" and any(fall >= training.steps for fall in training.falls):

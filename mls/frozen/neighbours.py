@@ -91,6 +91,11 @@ class EmbeddedSource:
             for ids, cosines in zip(found.indices, found.scores, strict=True)
         ]
 
+    def nearest_others(self, numbers: list[int], k: int) -> list[list[tuple[int, float]]]:
+        """For each of these images the k nearest other images of this data set."""
+        found = self.nearest(self.cached.features[numbers], k + 1)
+        return [[pair for pair in pairs if pair[0] != own][:k] for own, pairs in zip(numbers, found, strict=True)]
+
 
 def source_from(text: str) -> Source:
     """Anything that pretraining reads: a folder, a list, COCO, VOC, shards on disk or behind a URL; `scenes` and
@@ -165,10 +170,8 @@ def calibrate(embedded: EmbeddedSource) -> Calibration:
         altered = InMemorySource("altered copies", [""] * len(images), [alter(image) for image in images])
         of_copies = embed(embedder.network, altered, range(len(altered)), embedder.augment, batch=64)
         cosines.append(F.cosine_similarity(of_copies, features))
-    nearest = embedded.nearest(features, 2) if len(embedded.source) > 1 else []
-    others = [
-        next(score for i, score in found if i != own) for own, found in zip(chosen.tolist(), nearest, strict=False)
-    ]
+    nearest = embedded.nearest_others(chosen.tolist(), 1) if len(embedded.source) > 1 else []
+    others = [score for ((_, score),) in nearest]
     return Calibration(torch.cat(cosines), torch.tensor(others))
 
 

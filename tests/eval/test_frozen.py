@@ -66,10 +66,10 @@ class Counting(nn.Module):
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([weight]))
-        self.seen = 0
+        self.images_seen = 0
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.seen += len(images)
+        self.images_seen += len(images)
         return images.mean((2, 3)) * self.weight
 
 
@@ -77,12 +77,12 @@ def test_a_data_set_goes_through_a_backbone_once(folders: Path) -> None:
     backbone = Counting()
     first = extract(backbone, folders, "train", size=32, quiet=True)
     again = extract(backbone, str(folders), "train", size=32, quiet=True)
-    assert backbone.seen == 24
+    assert backbone.images_seen == 24
     assert torch.equal(first.features, again.features) and first.sha256 == again.sha256
     assert first.labels.tolist() == [0] * 12 + [1] * 12 and list(first.class_names) == ["dark", "light"]
     extract(backbone, folders, "test", size=32, quiet=True)
     extract(backbone, folders, "train", size=48, quiet=True)
-    assert backbone.seen == 24 + 12 + 24
+    assert backbone.images_seen == 24 + 12 + 24
 
 
 def test_other_weights_layers_or_images_are_other_features(folders: Path) -> None:
@@ -174,8 +174,8 @@ def test_an_untrained_backbone_gets_statistics_of_the_images_and_a_trained_one_k
     train = load(protocol.data).train
     untrained = frozen.build_backbone(protocol, "random", 0, train)
     assert not torch.equal(untrained.bn1.running_mean, torch.zeros(32))
-    kept = frozen.build_backbone(protocol, str(saved), 0, train)
-    assert torch.equal(kept.bn1.running_mean, load_backbone(saved).bn1.running_mean)
+    backbone = frozen.build_backbone(protocol, str(saved), 0, train)
+    assert torch.equal(backbone.bn1.running_mean, load_backbone(saved).bn1.running_mean)
 
 
 def test_the_choice_of_k_does_not_look_at_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +196,7 @@ def test_a_stopped_extraction_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
 
     class Failing(Counting):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            if self.seen > 400:
+            if self.images_seen > 400:
                 raise KeyboardInterrupt
             return super().forward(images)
 
@@ -206,7 +206,7 @@ def test_a_stopped_extraction_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     backbone = Counting()
     monkeypatch.setattr(extraction, "hash_of_weights", lambda network: hash_of_weights(Failing()))
     features = features_of(backbone, images, protocol, quiet=True)
-    assert backbone.seen == 600 - 256
+    assert backbone.images_seen == 600 - 256
     assert len(features.features) == 600
 
 

@@ -99,12 +99,12 @@ def test_a_report_counts_all_images(tmp_path: Path, workers: int) -> None:
         (tmp_path / name).write_bytes(data)
     for i in range(130):
         (tmp_path / f"more-{i}.jpg").write_bytes(zoo()["plain.jpg"][0])
-    seen: list[int] = []
+    calls: list[int] = []
     source = build_source(DataConfig(root=str(tmp_path)))
-    report = check(source, workers, seen.append)
+    report = check(source, workers, calls.append)
     assert report.images == 146 and report.unreadable == 6
     assert report.found["CMYK"] == [(str(tmp_path / "print.jpg"), "CMYK")]
-    assert seen == [64, 128, 146]
+    assert calls == [64, 128, 146]
 
 
 @given(st.binary(max_size=120), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\x00"]))

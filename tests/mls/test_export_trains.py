@@ -38,8 +38,8 @@ def test_detectron2_trains_from_the_recipe_wherever_the_folder_is(exported: Path
     moved = exported.rename(tmp_path / "elsewhere")
     recipe, data = moved / "detectron2_fpn.yaml", tmp_path / "coco"
     where = ["--config-file", recipe, "--coco", data, "--num-gpus", 0, "OUTPUT_DIR", tmp_path / "out"]
-    said = run(moved / "detectron2_train.py", *where, *SMALL)
-    assert f"Loading from {moved / 'backbone.pkl'}" in said
+    output = run(moved / "detectron2_train.py", *where, *SMALL)
+    assert f"Loading from {moved / 'backbone.pkl'}" in output
     assert (tmp_path / "out" / "model_final.pth").is_file()
 
 
@@ -57,8 +57,8 @@ def test_mmseg_trains_from_the_configuration_wherever_the_folder_is(exported: Pa
         options += [f"{part}.dataset.data_root={tmp_path / 'city'}"]
         options += [f"{part}.num_workers=0", f"{part}.persistent_workers=False"]
     call = [train, moved / "mmseg_config.py", "--work-dir", tmp_path / "out"]
-    said = run(*call, "--cfg-options", "train_cfg.max_iters=2", *options)
-    assert f"load model from: {moved / 'backbone.pth'}" in said
-    assert "mIoU" in said
-    said = run(*call, "--resume", "--cfg-options", "train_cfg.max_iters=4", *options)
-    assert "resumed epoch: 0, iter: 2" in said and (tmp_path / "out" / "iter_4.pth").is_file()
+    output = run(*call, "--cfg-options", "train_cfg.max_iters=2", *options)
+    assert f"load model from: {moved / 'backbone.pth'}" in output
+    assert "mIoU" in output
+    output = run(*call, "--resume", "--cfg-options", "train_cfg.max_iters=4", *options)
+    assert "resumed epoch: 0, iter: 2" in output and (tmp_path / "out" / "iter_4.pth").is_file()

@@ -131,14 +131,14 @@ WRONG = {  # a recipe, what stands there, what a mistake makes of it, and what t
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_wrong_recipe_is_caught(mistake: str, which: str, source: Source, exported: Path, tmp_path: Path) -> None:
-    name, right, wrong, said = WRONG[mistake]
+    name, right, wrong, message = WRONG[mistake]
     target = {FPN: "detectron2", C4: "detectron2", MMSEG: "mmseg"}.get(name, "torchvision")
     if which == "real":
         need(target)
     text = (exported / name).read_text()
     assert right in text
     (tmp_path / name).write_text(text.replace(right, wrong))
-    with pytest.raises((CheckpointError, ConfigError), match=said):
+    with pytest.raises((CheckpointError, ConfigError), match=message):
         certify(source, TARGETS[target].load(source, exported / TARGETS[target].FILE, tmp_path / name))
 
 
@@ -219,11 +219,11 @@ def test_the_restatement_has_the_tensors_of_every_resnet(name: str) -> None:
 
 def test_without_a_choice_a_backbone_goes_where_it_fits(tmp_path: Path) -> None:
     torch.save(trained("resnet_tiny"), tmp_path / "tiny.pth")
-    said: list[str] = []
-    checked = mls.export(tmp_path / "tiny.pth", say=said.append)
+    message: list[str] = []
+    checked = mls.export(tmp_path / "tiny.pth", say=message.append)
     assert [one.target for one in checked] == ["safetensors"]
     assert (tmp_path / "export" / "backbone.safetensors").is_file()
-    assert sum("not for" in line and "resnet_tiny" in line for line in said) == 4
+    assert sum("not for" in line and "resnet_tiny" in line for line in message) == 4
     with pytest.raises(ConfigError, match="detectron2 has no network with the layers of resnet_tiny"):
         mls.export(tmp_path / "tiny.pth", ["detectron2"])
     with pytest.raises(ConfigError, match="unknown export target 'detectron': did you mean 'detectron2'"):

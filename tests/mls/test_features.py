@@ -1,4 +1,4 @@
-"""Features kept on disk: the same rows whatever happens on the way."""
+"""Cached features: the same rows after kills, damage and full disks."""
 
 import json
 import signal
@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Counting:
-    """Gives the rows from a start on, and remembers which starts were asked for."""
+    """Yields the rows from a start on, and stores the starts."""
 
     def __init__(self, batch: int = 100, stop_after: int = COUNT) -> None:
         self.batch, self.stop_after, self.starts = batch, stop_after, []
@@ -44,7 +44,7 @@ class Counting:
             yield ROWS[at : at + self.batch]
 
 
-def keep(compute: Counting) -> CachedFeatures:
+def cached(compute: Counting) -> CachedFeatures:
     return cached_features(FACTS, COUNT, compute, quiet=True)
 
 
@@ -58,7 +58,7 @@ def test_blocks_hold_the_rows_of_the_batches_in_order(sizes: list[int]) -> None:
 
 def test_features_are_computed_once_and_read_from_a_file_that_numpy_reads_too() -> None:
     first, again = Counting(), Counting()
-    found, reread = keep(first), keep(again)
+    found, reread = cached(first), cached(again)
     assert torch.equal(found.features, ROWS) and torch.equal(reread.features, ROWS)
     assert first.starts == [0] and again.starts == []
     assert found.sha256 == reread.sha256
@@ -66,7 +66,7 @@ def test_features_are_computed_once_and_read_from_a_file_that_numpy_reads_too() 
 
 
 def test_other_facts_are_other_features() -> None:
-    keep(Counting())
+    cached(Counting())
     other = Counting()
     cached_features(FACTS | {"size": 64}, COUNT, other, quiet=True)
     assert other.starts == [0]
@@ -74,46 +74,46 @@ def test_other_facts_are_other_features() -> None:
 
 def test_an_interrupted_extraction_goes_on_from_its_last_whole_block() -> None:
     with pytest.raises(KeyboardInterrupt):
-        keep(Counting(stop_after=2 * BLOCK + 5))
+        cached(Counting(stop_after=2 * BLOCK + 5))
     again = Counting(batch=33)
-    assert torch.equal(keep(again).features, ROWS)
+    assert torch.equal(cached(again).features, ROWS)
     assert again.starts == [2 * BLOCK]
 
 
 @pytest.mark.parametrize(("damaged_row", "goes_on_from"), [(0, 0), (BLOCK + 3, BLOCK), (COUNT - 1, 3 * BLOCK)])
 def test_a_damaged_file_is_noticed_and_completed(damaged_row: int, goes_on_from: int) -> None:
-    whole = keep(Counting())
+    whole = cached(Counting())
     path = whole.folder / "features.npy"
     digest, data = whole.sha256, bytearray(path.read_bytes())
     data[len(data) - 16 * (COUNT - damaged_row)] ^= 1
     del whole
     path.write_bytes(data)
     again = Counting()
-    found = keep(again)
+    found = cached(again)
     assert torch.equal(found.features, ROWS) and found.sha256 == digest
     assert again.starts == [goes_on_from]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"dim": 4}', '{"dim": "x", "blocks": []}'])
 def test_a_damaged_index_means_starting_anew(text: str) -> None:
-    folder = keep(Counting()).folder
+    folder = cached(Counting()).folder
     (folder / "features.json").write_text(text)
-    assert torch.equal(keep(Counting()).features, ROWS)
+    assert torch.equal(cached(Counting()).features, ROWS)
     assert json.loads((folder / "features.json").read_text())["dim"] == 4
 
 
 def test_writing_to_the_tensor_leaves_the_file_as_it_is() -> None:
-    keep(Counting()).features.zero_()
+    cached(Counting()).features.zero_()
     again = Counting()
-    assert torch.equal(keep(again).features, ROWS) and again.starts == []
+    assert torch.equal(cached(again).features, ROWS) and again.starts == []
 
 
 def test_a_full_disk_is_one_sentence() -> None:
-    folder = keep(Counting()).folder
+    folder = cached(Counting()).folder
     (folder / "features.npy").unlink()
     (folder / "features.npy").symlink_to("/dev/full")
     with pytest.raises(UserError, match="no disk space left .*MLS_CACHE"):
-        keep(Counting())
+        cached(Counting())
 
 
 def test_a_killed_process_loses_one_block_at_most(tmp_path: Path) -> None:
@@ -136,5 +136,5 @@ def test_a_killed_process_loses_one_block_at_most(tmp_path: Path) -> None:
     blocks = len(index()[0]["blocks"])
     assert 0 < blocks < 4
     again = Counting()
-    assert torch.equal(keep(again).features, ROWS)
+    assert torch.equal(cached(again).features, ROWS)
     assert again.starts[0] >= blocks * BLOCK

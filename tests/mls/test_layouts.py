@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """One folder a layout, written when first asked for."""
+    """One folder a layout, written on first use."""
     root = tmp_path_factory.mktemp("layouts")
 
     def folder(layout):
@@ -48,12 +48,12 @@ def truth():
 
 def objects(scenes, i):
     """(class, box, mask) of each object of one scene."""
-    seen = scenes.classes[i] >= 0
+    visible = scenes.classes[i] >= 0
     return list(
         zip(
-            scenes.classes[i, seen].tolist(),
-            scenes.boxes[i, seen].tolist(),
-            scenes.masks[i, seen].numpy(),
+            scenes.classes[i, visible].tolist(),
+            scenes.boxes[i, visible].tolist(),
+            scenes.masks[i, visible].numpy(),
             strict=True,
         )
     )
@@ -249,9 +249,9 @@ def test_pretraining_finds_the_layout_by_itself(written, layout, root, kind, cou
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_progress_counts_every_image_once(tmp_path, layout):
-    told = []
-    write(layout, tmp_path / "out", TRAIN, TEST, SIZE, progress=told.append)
-    assert told == list(range(1, TRAIN + TEST + 1))
+    calls = []
+    write(layout, tmp_path / "out", TRAIN, TEST, SIZE, progress=calls.append)
+    assert calls == list(range(1, TRAIN + TEST + 1))
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path):

@@ -87,11 +87,13 @@ def test_entries_that_are_not_known_are_as_if_they_were_not_there(case: tuple[np
     points = voc_11_point(*tensors(scores, targets, known))
     expected = {}
     for c in range(scores.shape[1]):
-        kept_scores, kept = scores[known[:, c], c], targets[known[:, c], c]
-        if kept.any():
-            expected[c] = average_precision_score(kept, kept_scores)
-            assert points[c].item() == pytest.approx(voc_11_point(*tensors(kept_scores, kept)).item(), abs=1e-9)
-        elif kept.size:
+        known_scores, known_targets = scores[known[:, c], c], targets[known[:, c], c]
+        if known_targets.any():
+            expected[c] = average_precision_score(known_targets, known_scores)
+            assert points[c].item() == pytest.approx(
+                voc_11_point(*tensors(known_scores, known_targets)).item(), abs=1e-9
+            )
+        elif known_targets.size:
             expected[c] = 0.0
         assert found[c].item() == pytest.approx(expected.get(c, 0.0), abs=1e-9)
     counting = mean_average_precision(*tensors(scores, targets), skip_empty=False, known=torch.from_numpy(known))

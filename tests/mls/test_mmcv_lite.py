@@ -11,7 +11,7 @@ from mls.frameworks.mmcv_lite import Operators, psamask_backward, psamask_forwar
 
 
 def looped(x: Tensor, psa_type: int, mask: tuple[int, int]) -> Tensor:
-    """As mmcv's C++ has it: position i brings a weight for every position j in the window around it."""
+    """As mmcv's C++ has it: position i has a weight for every position j in the window around it."""
     n, _, height, width = x.shape
     half = (mask[0] - 1) // 2, (mask[1] - 1) // 2
     out = x.new_zeros(n, height * width, height * width)

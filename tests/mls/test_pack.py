@@ -128,7 +128,7 @@ def test_a_killed_pack_goes_on_and_ends_as_one_that_never_stopped(
     running.wait()
     done = [name for name in contents(tmp_path / "killed") if name.endswith(".tar")]
     assert 0 < len(done) < 80
-    kept = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in done}
+    times = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in done}
     with open(tmp_path / "killed/shard-000001.tar", "r+b") as shard:  # as a failing disk would
         shard.seek(700)
         shard.write(b"rot")
@@ -139,7 +139,7 @@ def test_a_killed_pack_goes_on_and_ends_as_one_that_never_stopped(
     assert again.stdout.startswith("160 images in 80 shards")
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert not list((tmp_path / "killed").glob(".*.tmp")) and not list((tmp_path / "killed").glob(".shard*"))
-    assert (tmp_path / "killed/shard-000000.tar").stat().st_mtime_ns == kept["shard-000000.tar"], "it was made again"
+    assert (tmp_path / "killed/shard-000000.tar").stat().st_mtime_ns == times["shard-000000.tar"], "it was made again"
 
 
 def test_another_packing_or_a_full_folder_is_refused(tmp_path: Path) -> None:

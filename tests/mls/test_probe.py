@@ -87,25 +87,25 @@ def test_multi_label_probe_equals_sklearn_class_by_class(dtype: torch.dtype, l2:
     train, labels = features_and_labels(400)
     test, _ = features_and_labels(100, seed=1)
     found = linear_probe(train.to(dtype), labels, test.to(dtype), l2=[l2], tolerance=1e-10).scores.sigmoid()
-    x, asked = standardised(train, test)
+    x, queries = standardised(train, test)
     for column in range(labels.shape[1]):
         # sklearn minimises C * sum of losses + |w|^2 / 2
         sklearn = LogisticRegression(C=1 / (2 * len(x) * l2), solver="newton-cholesky", tol=1e-10).fit(
             x, labels[:, column]
         )
-        np.testing.assert_allclose(found[:, column].numpy(), sklearn.predict_proba(asked)[:, 1], atol=1e-4)
+        np.testing.assert_allclose(found[:, column].numpy(), sklearn.predict_proba(queries)[:, 1], atol=1e-4)
 
 
 def test_single_label_probe_equals_sklearns_softmax() -> None:
     train, labels = features_and_labels(400)
     test, _ = features_and_labels(100, seed=1)
     found = linear_probe(train, one_label(labels), test, l2=[1e-3], tolerance=1e-10)
-    x, asked = standardised(train, test)
+    x, queries = standardised(train, test)
     sklearn = LogisticRegression(C=1 / (2 * len(x) * 1e-3), solver="newton-cholesky", tol=1e-10).fit(
         x, labels.argmax(dim=1)
     )
     assert found.metric == "top1"
-    np.testing.assert_allclose(found.scores.softmax(dim=1).numpy(), sklearn.predict_proba(asked), atol=1e-4)
+    np.testing.assert_allclose(found.scores.softmax(dim=1).numpy(), sklearn.predict_proba(queries), atol=1e-4)
 
 
 @pytest.mark.parametrize("multilabel", [True, False])

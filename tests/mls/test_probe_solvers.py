@@ -67,9 +67,9 @@ def test_integers_leave_out_what_is_not_annotated_and_floats_call_it_absent() ->
 
 def test_a_fifth_of_every_class_is_held_out() -> None:
     numbers = torch.arange(10).repeat_interleave(15)
-    kept, held = held_out_split(read_labels(numbers), 0.2, seed=1)
+    fitted, held = held_out_split(read_labels(numbers), 0.2, seed=1)
     assert numbers[held].bincount().tolist() == [3] * 10
-    assert torch.cat([kept, held]).sort().values.tolist() == list(range(150))
+    assert torch.cat([fitted, held]).sort().values.tolist() == list(range(150))
     assert not torch.equal(held, held_out_split(read_labels(numbers), 0.2, seed=2)[1])
 
 
@@ -166,15 +166,15 @@ def test_entries_that_are_not_annotated_are_left_out_of_their_class() -> None:
     found = linear_probe(features, signs, test, truth, l2=[1e-2], tolerance=1e-10)
     design = standardised(features)
     x = ((features.double() - design.mean) * design.scale).numpy()
-    asked = ((test.double() - design.mean) * design.scale).numpy()
+    queries = ((test.double() - design.mean) * design.scale).numpy()
     precisions = []
     for column in range(3):
-        known, seen = (labels[:, column].numpy() != 0 for labels in (signs, truth))
+        known, known_test = (labels[:, column].numpy() != 0 for labels in (signs, truth))
         cost = 1 / (2 * known.sum() * 1e-2)
         theirs = LogisticRegression(C=cost, tol=1e-9, max_iter=5000).fit(x[known], signs[:, column].numpy()[known])
-        scores = theirs.decision_function(asked)
+        scores = theirs.decision_function(queries)
         np.testing.assert_allclose(found.scores[:, column].numpy(), scores, atol=2e-3)
-        precisions.append(average_precision_score(truth[:, column].numpy()[seen] > 0, scores[seen]))
+        precisions.append(average_precision_score(truth[:, column].numpy()[known_test] > 0, scores[known_test]))
     assert found.value == pytest.approx(np.mean(precisions), abs=2e-3)
 
 
@@ -316,7 +316,7 @@ def test_machines_equal_sklearns_and_so_does_the_chosen_cost(dim: int) -> None:
     signs, wanted = (torch.stack([n == 0, n > 1], dim=1).to(torch.int8) * 2 - 1 for n in (numbers, truth))
     signs[:20, 1] = 0
     found = svm_probe(features, signs, test, wanted, costs=(0.01, 1.0, 100.0))
-    x, asked = (torch.nn.functional.normalize(f, dim=1) for f in (features, test))
+    x, queries = (torch.nn.functional.normalize(f, dim=1) for f in (features, test))
     for column in range(2):
         known = signs[:, column] != 0
         here, labels = x[known], signs[known, column].numpy()
@@ -330,7 +330,7 @@ def test_machines_equal_sklearns_and_so_does_the_chosen_cost(dim: int) -> None:
         scale = np.abs(machine.coef_).max()
         np.testing.assert_allclose(found.weight[:, column].numpy(), machine.coef_[0], atol=5e-3 * scale)
         np.testing.assert_allclose(found.bias[column].item(), machine.intercept_[0], atol=5e-3 * scale)
-        expected = average_precision_score(wanted[:, column], machine.decision_function(asked))
+        expected = average_precision_score(wanted[:, column], machine.decision_function(queries))
         assert found.average_precision[column].item() == pytest.approx(expected, abs=2e-3)
 
 

@@ -30,7 +30,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.asked, self.faults = folder, [], {}
+        self.folder, self.requests, self.faults = folder, [], {}
         self.pause = 0.0  # seconds between the first half of a file and the second
         super().__init__(("127.0.0.1", 0), Handler)
 
@@ -46,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(body=False)
 
     def do_GET(self) -> None:
-        self.server.asked.append(self.path.rpartition("/")[2])
+        self.server.requests.append(self.path.rpartition("/")[2])
         self.answer(body=True)
 
     def answer(self, body: bool) -> None:
@@ -114,11 +114,11 @@ def test_shards_come_once_and_are_read_as_local_ones(server: Server, tmp_path: P
     assert [made.read(i) for i in range(6)] == [picture(i) for i in range(6)]
     (folder,) = (tmp_path / "cache" / "shards").iterdir()
     assert made.describe(4) == f"{folder}/shard-1.tar:1.jpg"
-    asked = [*server.asked]
-    assert sorted(asked) == ["manifest.json", "shard-0.tar", "shard-1.tar"]
+    requests = [*server.requests]
+    assert sorted(requests) == ["manifest.json", "shard-0.tar", "shard-1.tar"]
     again = source(f"{server.url}/shard-{{0..1}}.tar")
     assert [again.read(i) for i in range(6)] == [picture(i) for i in range(6)]
-    assert server.asked[len(asked) :] == ["manifest.json"]
+    assert server.requests[len(requests) :] == ["manifest.json"]
 
 
 def test_without_the_server_the_copies_are_enough(server: Server, caplog: pytest.LogCaptureFixture) -> None:
@@ -141,7 +141,7 @@ def test_a_server_that_fails_now_and_then_is_asked_again(
     with caplog.at_level(logging.WARNING):
         made = source(f"{server.url}/shard-0.tar")
     assert [made.read(i) for i in range(3)] == [picture(i) for i in range(3)]
-    assert server.asked.count("shard-0.tar") == 3
+    assert server.requests.count("shard-0.tar") == 3
     assert len([m for m in caplog.messages if "shard-0.tar did not come (" in m and reason in m]) == 2
 
 
@@ -165,7 +165,7 @@ def test_a_server_that_says_no_is_not_asked_again(server: Server, fault: str, re
     server.faults["shard-0.tar"] = (fault, 99)
     with pytest.raises(DataError, match=rf"shard-0\.tar cannot be had \({reason}\): check the address"):
         source(f"{server.url}/shard-0.tar")
-    assert server.asked.count("shard-0.tar") == 1
+    assert server.requests.count("shard-0.tar") == 1
 
 
 def test_a_slow_server_is_waited_for(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_processes_that_want_the_same_shard_load_it_once(server: Server) -> None
     command = [sys.executable, "-c", FETCH, f"{server.url}/shard-0.tar"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
     assert [process.communicate(timeout=300)[0] for process in both] == [picture(2)] * 2
-    assert server.asked.count("shard-0.tar") == 1
+    assert server.requests.count("shard-0.tar") == 1
 
 
 def test_a_pack_behind_a_url_brings_its_class_names_and_a_new_one_replaces_the_copy(

@@ -1,4 +1,4 @@
-"""The embedded scenes: the same ones every time, and what is said about them is what they show."""
+"""The embedded scenes: the same ones every time, and their annotations are what they show."""
 
 from dataclasses import replace
 
@@ -128,9 +128,9 @@ def test_boxes_are_tight_around_what_is_seen(style):
 def test_labels_are_the_classes_that_are_seen(style):
     scenes = make_scenes(130, style=style, masks=True)
     for labels, masks, classes in zip(scenes.labels, scenes.masks, scenes.classes.tolist(), strict=True):
-        seen = {digit for digit, mask in zip(classes, masks, strict=True) if mask.any()}
-        assert {i for i, label in enumerate(labels.tolist()) if label == 1} == seen
-        assert labels.sum() == len(seen)
+        visible = {digit for digit, mask in zip(classes, masks, strict=True) if mask.any()}
+        assert {i for i, label in enumerate(labels.tolist()) if label == 1} == visible
+        assert labels.sum() == len(visible)
 
 
 @STYLES
@@ -141,9 +141,9 @@ def test_a_pixel_belongs_to_one_object_at_most(style):
 def test_objects_hidden_by_others_are_left_out_and_padding_comes_last():
     style = replace(CROWDED, objects=(9, 9))
     scenes = make_scenes(300, size=16, style=style, masks=True)
-    seen = scenes.classes >= 0
-    assert 0 < (~seen).sum() < seen.sum()  # nine were painted in every scene
-    assert not (~seen[:, :-1] & seen[:, 1:]).any()
+    visible = scenes.classes >= 0
+    assert 0 < (~visible).sum() < visible.sum()  # nine were painted in every scene
+    assert not (~visible[:, :-1] & visible[:, 1:]).any()
 
 
 def test_what_is_drawn_looks_like_its_class():

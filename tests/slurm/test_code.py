@@ -38,11 +38,11 @@ for finder in [one for one in sys.meta_path if one is not Editable and "editable
 WITNESS = """
 import importlib, json, os, time
 from pathlib import Path
-def look(rooms, folder):
-    seen = {room: [importlib.import_module(name).EDITION, importlib.import_module(name).__file__]
+def record(rooms, folder):
+    imported = {room: [importlib.import_module(name).EDITION, importlib.import_module(name).__file__]
             for room, name in rooms.items()}
     start = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-    (Path(folder) / f"seen-{start}.json").write_text(json.dumps(seen))
+    (Path(folder) / f"imported-{start}.json").write_text(json.dumps(imported))
     while start == 0:
         time.sleep(0.1)
 """
@@ -54,7 +54,7 @@ from mls.slurm import job_spec, submit
 from mls.slurm.profile import load_profile
 folder = Path(sys.argv[1])
 arguments = {"rooms": json.loads(sys.argv[2]), "folder": str(folder)}
-one = job_spec.create(folder, "witness:look", arguments, folder / "submission", "slurm").write()
+one = job_spec.create(folder, "witness:record", arguments, folder / "submission", "slurm").write()
 submit.submit([one], load_profile("box"), "witness")
 """
 
@@ -90,15 +90,15 @@ def submit_witness(cluster: Any, checkout: Path, folder: Path) -> None:
 def test_a_requeued_job_runs_the_code_it_was_submitted_with_in_every_room(cluster: Any, checkout: Path) -> None:
     folder = checkout.parent / "job"
     submit_witness(cluster, checkout, folder)
-    cluster.wait_for((folder / "seen-0.json").is_file, "the first start")
+    cluster.wait_for((folder / "imported-0.json").is_file, "the first start")
     for room in ROOMS:
         edit(checkout, room, 2)
     cluster.box.run_command("scontrol", "requeue", str(job_spec.read(folder).job))
     cluster.wait_until_done(folder)
     for start in (0, 1):
-        seen = json.loads((folder / f"seen-{start}.json").read_text())
-        assert {room: edition for room, (edition, _) in seen.items()} == dict.fromkeys(ROOMS, 1)
-        assert all(Path(file).is_relative_to(folder / "submission" / "code") for _, file in seen.values())
+        imported = json.loads((folder / f"imported-{start}.json").read_text())
+        assert {room: edition for room, (edition, _) in imported.items()} == dict.fromkeys(ROOMS, 1)
+        assert all(Path(file).is_relative_to(folder / "submission" / "code") for _, file in imported.values())
 
 
 def test_the_snapshot_takes_what_git_would_and_says_what_was_changed(checkout: Path, tmp_path: Path) -> None:

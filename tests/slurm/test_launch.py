@@ -84,8 +84,8 @@ def test_a_local_job_trains_in_two_processes_and_is_watched(mls_command: Call, t
     _wait_until(lambda: run.done or job_spec.read(run.path).history.rows(event="failed"))
     assert run.done, [file.read_text() for file in job_spec.read(run.path).log_files()]
     assert len(job_spec.read(run.path).history.rows(event="started")) == 2
-    (seen,) = watch.status_of(watch.find(runs), runs)
-    assert (seen.state, seen.step, seen.restarts) == ("done", "48/48", 0)
+    (status,) = watch.status_of(watch.find(runs), runs)
+    assert (status.state, status.step, status.restarts) == ("done", "48/48", 0)
     assert "on 2 × cpu" in mls_command("jobs", str(run.path), "--lines", "40").stdout
 
 
@@ -102,7 +102,7 @@ def test_a_cancelled_local_job_saves_and_is_not_started_again(
     one = job_spec.read(run.path)
     assert job_spec.last_save(run.path) >= 6
     assert len(one.history.rows(event="started")) == 1
-    # Training alone was asked: the controller would have asked it once more, and that saves nothing.
+    # Only training got SIGINT: from the controller a second one would follow, at which it ends without saving.
     assert "KeyboardInterrupt" not in (Path(one.logs) / "controller.log").read_text()
 
 

@@ -126,26 +126,28 @@ def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Both(request.param, ours, theirs, first, images)
 
 
-def seen(network: nn.Module, parts: list[str], run: Callable[[], Any]) -> tuple[list[Any], Any]:
+def outputs_of(network: nn.Module, parts: list[str], run: Callable[[], Any]) -> tuple[list[Any], Any]:
     """What some parts of a network give while it runs, and what it gives itself."""
-    kept: dict[str, Any] = {}
+    outputs: dict[str, Any] = {}
     hooks = [
-        network.get_submodule(part).register_forward_hook(lambda _, __, output, part=part: kept.update({part: output}))
+        network.get_submodule(part).register_forward_hook(
+            lambda _, __, output, part=part: outputs.update({part: output})
+        )
         for part in parts
     ]
     with torch.no_grad(), frameworks.quiet():
         result = run()
     for hook in hooks:
         hook.remove()
-    return [kept[part] for part in parts], result
+    return [outputs[part] for part in parts], result
 
 
 def test_the_maps_and_the_proposals_scores_are_the_same(both: Both) -> None:
     inputs = [{"image": image} for image in both.images]
-    (maps, (logits, deltas), anchors), _ = seen(
+    (maps, (logits, deltas), anchors), _ = outputs_of(
         both.ours.model, ["backbone", "rpn.head", "rpn.anchor_generator"], lambda: both.ours.predict(both.images)
     )
-    (their_maps, (their_logits, their_deltas), their_anchors), _ = seen(
+    (their_maps, (their_logits, their_deltas), their_anchors), _ = outputs_of(
         both.theirs, ["backbone", HEAD.rstrip("."), "proposal_generator.anchor_generator"], lambda: both.theirs(inputs)
     )
     torch.testing.assert_close(anchors[0], torch.cat([one.tensor for one in their_anchors]))
@@ -156,8 +158,8 @@ def test_the_maps_and_the_proposals_scores_are_the_same(both: Both) -> None:
 
 def test_the_detections_are_the_same(both: Both) -> None:
     image = both.images[0]
-    (masks,), (found,) = seen(both.ours.model, ["roi_heads.mask_predictor"], lambda: both.ours.predict([image]))
-    (their_masks,), (one,) = seen(
+    (masks,), (found,) = outputs_of(both.ours.model, ["roi_heads.mask_predictor"], lambda: both.ours.predict([image]))
+    (their_masks,), (one,) = outputs_of(
         both.theirs, ["roi_heads.mask_head.predictor"], lambda: both.theirs([{"image": image}])
     )
     instances = one["instances"]
@@ -205,10 +207,10 @@ def test_the_losses_and_their_gradients_are_the_same(both: Both) -> None:
     ours, theirs = copy.deepcopy(both.ours).train(), copy.deepcopy(both.theirs).train()
     # The very same pixels: where rounding decides whether a unit is above zero, gradients are others.
     ours.model.transform.normalize = lambda image: ((image * 255).round() - theirs.pixel_mean) / theirs.pixel_std
-    told = targets(both.images)
-    losses = ours(both.images, told)
+    truth = targets(both.images)
+    losses = ours(both.images, truth)
     with EventStorage(0), frameworks.quiet():
-        their_losses = theirs([in_detectron2s_form(*one) for one in zip(both.images, told, strict=True)])
+        their_losses = theirs([in_detectron2s_form(*one) for one in zip(both.images, truth, strict=True)])
     values = {LOSSES[name]: loss.item() for name, loss in losses.items()}
     assert values == pytest.approx({name: loss.item() for name, loss in their_losses.items()}, rel=1e-4)
     assert min(values.values()) > 0

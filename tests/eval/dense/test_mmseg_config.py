@@ -132,15 +132,15 @@ ELSEWHERE |= {"training": {"batch_size", "precise_bn", "precision", "device"}}
 
 
 def test_no_field_of_a_protocol_is_left_out_silently() -> None:
-    asked = lambda *overrides: dict(flat(described(load_protocol("cityscapes_pspnet", overrides), 19)))
+    keys_of = lambda *overrides: dict(flat(described(load_protocol("cityscapes_pspnet", overrides), 19)))
     for section, values in CHANGES.items():
         beside = {key.partition("=")[0].partition(".")[2] for key in BESIDE if key.startswith(section)}
         fields = {field.name for field in dataclasses.fields(getattr(Segmentation(), section))}
         assert fields == values.keys() | beside | ELSEWHERE[section]
         for key, value in values.items():
-            assert asked(f"{section}.{key}={value}") != asked(), key
+            assert keys_of(f"{section}.{key}={value}") != keys_of(), key
     for change, other in BESIDE.items():
-        assert asked(change, other) != asked(other), change
+        assert keys_of(change, other) != keys_of(other), change
 
 
 @pytest.mark.parametrize("schedule", ["poly", "steps"])

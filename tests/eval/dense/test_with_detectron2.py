@@ -92,7 +92,7 @@ def detections(model: Any, cfg: Any, masks: bool) -> list[Detections]:
 
 
 def numbers_again(protocol: Detection, folder: Path, spare: Path) -> dict[str, float]:
-    """What our evaluator says of the network that a cell kept."""
+    """Our metrics of the network that a cell stored."""
     from detectron2.modeling import build_model
 
     data = load_images(protocol)

@@ -81,7 +81,7 @@ def test_scenes_in_cityscapes_layout_are_trained_on_and_counted_as_we_count(
 
 
 def counted_by_us(protocol: Segmentation, weights: dict[str, Tensor]) -> dict[str, float]:
-    """Our metric, on what mmsegmentation's network finds with the weights that were kept."""
+    """Our metric, on what mmsegmentation's network predicts with the stored weights."""
     test = load_images(protocol).test
     classes = len(test.class_names)
     config = described(protocol, "resnet18", classes)
@@ -221,8 +221,8 @@ def test_two_processes_share_a_batch_and_the_test_and_the_first_tells_of_it(
 ) -> None:
     done = mls_command("eval", "run", "segmentation_scenes", *SMALL, "--out", str(tmp_path), processes=2)
     assert done.returncode == 0, done.stderr
-    told = [line for line in done.stderr.splitlines() if not line.startswith(("W", "*"))]  # torchrun's own
-    assert told and all(line.startswith(("segmentation_scenes on mmseg", "test images")) for line in told)
+    printed = [line for line in done.stderr.splitlines() if not line.startswith(("W", "*"))]  # torchrun's own
+    assert printed and all(line.startswith(("segmentation_scenes on mmseg", "test images")) for line in printed)
     stored, _ = Results(tmp_path / "results.jsonl").read()
     assert {row["backend"] for row in stored} == {"mmseg"}
     (cell,) = (tmp_path / "eval").iterdir()
