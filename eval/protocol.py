@@ -69,8 +69,8 @@ class TrainingConfig:
     linear_epochs: int = limited(0, low=0)  # LinearInit: this long on frozen features first, then end to end
     linear_lr: float = 1e-3
     linear_batch_size: int = positive(16)
-    pseudo_from: int = 5  # em_apl only: pseudo-negatives after each epoch from this one on (T_w)
-    pseudo_share: float = share(0.9)  # em_apl only: of each class' unannotated labels, in all rounds together (theta)
+    pseudo_from: int = 5  # soft labels after each epoch from this one on (T_w), where a loss gives any (em_apl)
+    pseudo_share: float = share(0.9)  # to so many of each class' unannotated labels, in all rounds together (theta)
     select: Literal["best", "last"] = "best"  # the epoch that is tested, by `metric` on the validation part
     patience: int | None = None  # stop after more than this many epochs without a new best; published EM code: 0
     drop: float | None = None  # stop when the metric is this many points below the best; published LL code: 3
@@ -162,11 +162,6 @@ def check(protocol: Classification) -> None:
 
 
 def _check_training(training: TrainingConfig) -> None:
-    if training.loss == "em_apl" and not 1 <= training.pseudo_from < training.epochs:
-        raise ConfigError(
-            f"training.pseudo_from is {training.pseudo_from} of {training.epochs} epochs: pseudo-labels need an epoch "
-            "before them and one after, so choose a number from 1 to training.epochs - 1"
-        )
     if training.warmup_epochs >= training.epochs:
         raise ConfigError(
             f"training.warmup_epochs is {training.warmup_epochs:g} of {training.epochs} epochs: make it shorter"
@@ -232,6 +227,8 @@ def _plain(value: Any) -> Any:
 
 def fingerprint(protocol: AnyProtocol) -> str:
     """Tells two protocols apart; where the data lies and how it is loaded does not count."""
+    from mls.core.losses import LOSSES  # loads torch, which a list of protocols does without
+
     values = _plain(asdict(protocol))
     for key in ("root", "workers", "check_sizes"):
         values["data"].pop(key)
@@ -239,7 +236,7 @@ def fingerprint(protocol: AnyProtocol) -> str:
     if isinstance(protocol, Supervised):
         values["options_of"] = protocol.loss_options()
         values["training"].pop("options")
-        if protocol.training.loss != "em_apl":
+        if LOSSES[protocol.training.loss].relabels != "epoch":
             values["training"].pop("pseudo_from")
             values["training"].pop("pseudo_share")
     values.pop("seeds")

@@ -280,6 +280,11 @@ def refuse_impossible(protocol: Supervised, loss: Loss, single_label: bool) -> N
     training = protocol.training
     if not loss.needs_index and loss.relabels == "never":
         return
+    if loss.relabels == "epoch" and not 1 <= training.pseudo_from < training.epochs:
+        raise ConfigError(
+            f"training.pseudo_from is {training.pseudo_from} of {training.epochs} epochs: pseudo-labels need an epoch "
+            "before them and one after, so choose a number from 1 to training.epochs - 1"
+        )
     if single_label:
         raise ConfigError(
             f"training.loss={training.loss} completes labels that are partly unknown, but each image of "

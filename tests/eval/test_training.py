@@ -249,7 +249,7 @@ def test_mistakes_in_a_protocol_are_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'training\.loss'"):
         protocol("training.los=em")
     with pytest.raises(ConfigError, match=r"pseudo_from is 9 of 4 epochs"):
-        protocol("training.loss=em_apl", "training.pseudo_from=9")
+        training("training.loss=em_apl", "training.pseudo_from=9")
     with pytest.raises(ConfigError, match=r"training.precision=fp16 needs a GPU"):
         training("training.precision=fp16", "training.device=cpu")
     with pytest.raises(ConfigError, match="no validation part"):
