@@ -177,8 +177,9 @@ class Evaluation(Cell):
     @property
     def loss(self) -> str:
         """What a protocol of the weak-label family compares."""
-        weak = isinstance(self.protocol, Supervised) and self.protocol.task == "multilabel"
-        return self.protocol.training.loss if weak else ""
+        if isinstance(self.protocol, Supervised) and self.protocol.task == "multilabel":
+            return self.protocol.training.loss
+        return ""
 
     @property
     def title(self) -> str:

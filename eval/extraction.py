@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int8, Int64
@@ -49,7 +49,7 @@ def extract(
     size: int | None = None,
     resize: float | None = None,
     reading: Reading = Reading(),
-    device: str = "auto",
+    device: Literal["auto", "cpu", "cuda"] = "auto",
     quiet: bool = False,
 ) -> Features:
     """Features of a split of a data set, with its labels: the middle square of each image, no augmentation.
@@ -98,7 +98,7 @@ def features_of(
     batches = Batches(images, protocol, seed, device)
 
     @torch.no_grad()
-    def compute(first: int) -> Iterator[Tensor]:
+    def compute(first: int) -> Generator[Tensor, None, None]:
         for _, views in batches.frozen(number, torch.arange(first, len(images)), protocol.features.batch_size):
             with torch.autocast(device.type, dtype=reduced, enabled=reduced is not None):
                 features = network(views)

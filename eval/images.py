@@ -21,7 +21,7 @@ from mls.data.scenes import ScenesSource
 from mls.errors import DataError, UserError, reason
 from mls.eval.data import LabelledImages
 from mls.eval.data.cifar import PixelSource
-from mls.eval.protocol import Classification, DataConfig, Supervised
+from mls.eval.protocol import Classification, FrozenData, Supervised, TrainingData
 from mls.streams import derive, generator, uniforms
 
 # AlexNet's principal components of the colours of ImageNet (Krizhevsky et al. 2012), as published in fb.resnet.torch.
@@ -33,7 +33,12 @@ class Pixels:
     """Whole batches of uint8 images. An index is (epoch, row); epoch 0 has the test's crop."""
 
     def __init__(
-        self, images: LabelledImages, data: DataConfig, augment: AugmentConfig, seed: int, operations: int = 0
+        self,
+        images: LabelledImages,
+        data: TrainingData | FrozenData,
+        augment: AugmentConfig,
+        seed: int,
+        operations: int = 0,
     ) -> None:
         self.images, self.data, self.augment, self.seed = images, data, augment, seed
         self.rand_augment = rand_augment(operations) if operations else None
@@ -123,6 +128,7 @@ class Batches:
     def training(self, epoch: int, done: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows, views) of one epoch in its order, after `done` batches; the last batch may be smaller. Views are
         those of this process' share of the rows."""
+        assert isinstance(self.protocol, Supervised)
         order = torch.randperm(len(self.pixels.images), generator=generator(self.seed, "order", epoch))
         batches = order.split(self.protocol.training.batch_size)[done:]
         loaded = self._load(epoch, [shares(rows)[distributed.rank()] for rows in batches])
@@ -157,6 +163,7 @@ class Batches:
             yield batch
 
     def _with_lighting(self, views: Float[Tensor, "batch 3 size size"], batch: Batch, epoch: int) -> Tensor:
+        assert isinstance(self.protocol, Supervised)
         deviation = self.protocol.training.lighting
         if not deviation:
             return views

@@ -137,7 +137,8 @@ def choose(row: Row, column: Column, root: Path, overrides: Sequence[str], say: 
     ]
     if len(candidates) == 1:
         return candidates[0]
-    values = [validated(*plan(row, column, 1, [*candidate, *overrides]), root) for candidate in candidates]
+    cells = [cell for candidate in candidates for cell in plan(row, column, 1, [*candidate, *overrides])]
+    values = [validated(cell, root) for cell in cells]
     best = candidates[values.index(max(values))]
     say(f"{row.name}, {column.protocol}: {', '.join(best)} is the best on the validation part")
     return best

@@ -29,6 +29,7 @@ def main() -> None:
 
     print(f"images: {len(train.features)}")
     print(f"dim: {train.features.shape[1]}")
+    assert probe.value is not None  # it is, where the test images have labels
     print(f"linear_{probe.metric}: {100 * probe.value:.2f}")
     for k, value in votes.values.items():
         print(f"knn_{votes.metric}_k{k}: {100 * value:.2f}")

@@ -29,6 +29,7 @@ class BarlowTwinsOptions(ObjectiveConfig):
 class BarlowTwins(methods.Method):
     def __init__(self, config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> None:
         super().__init__(config, precision, image_labels)
+        assert isinstance(config.objective, BarlowTwinsOptions)
         self.options = config.objective
         self.encoder = build_encoder(config.model, config.run.seed, precision)
 

@@ -133,8 +133,7 @@ class ObjectiveConfig:
 OBJECTIVES = Registry[type[ObjectiveConfig]]("objective.method")
 
 
-def _objective(name: str) -> Any:
-    return OBJECTIVES.register(name)
+_objective = OBJECTIVES.register
 
 
 @_objective("moco_v2")

@@ -103,7 +103,7 @@ def in_parallel(network: nn.Module, learns_statistics: bool = True) -> nn.Module
     return DistributedDataParallel(network)
 
 
-def exchanging_buffers(exchange: bool) -> dict[str, bool]:
+def exchanging_buffers(exchange: bool) -> dict[str, Any]:
     """The argument of DistributedDataParallel that says whether each forward starts with rank 0's buffers, under the
     name that this version of torch gives it."""
     known = inspect.signature(DistributedDataParallel).parameters

@@ -10,10 +10,10 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, TypeVar
 
 from mls.errors import ConfigError, UserError, unknown_name
@@ -78,13 +78,14 @@ def _is_newer_version(entry: Any, existing: Any) -> bool:
 _loaded: dict[str, ModuleType] = {}
 
 
-def load(names: Sequence[str]) -> list[str]:
-    """Import plug-ins (files or modules), each once. Gives back what `run.plugins` keeps of them."""
+def load(names: Iterable[str], copies: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """Import plug-ins (files or modules), each once. Gives back what `run.plugins` keeps of them. `copies` names other
+    files that are to be executed in their place."""
     found = []
     for name in names:
         name = absolute(name)
         if name not in _loaded:
-            _loaded[name] = _import(name)
+            _loaded[name] = _import(copies.get(name, name))
         found.append(name)
     return found
 
@@ -96,16 +97,16 @@ def loaded() -> list[str]:
 
 def absolute(name: str, base: Path = Path()) -> str:
     """A file's absolute path, a module's name."""
-    return os.path.abspath(base / Path(name).expanduser()) if _is_file_name(name) else name
+    return os.path.abspath(base / Path(name).expanduser()) if is_file_name(name) else name
 
 
-def _is_file_name(name: str) -> bool:
+def is_file_name(name: str) -> bool:
     return name.endswith(".py") or "/" in name or os.sep in name
 
 
 def _import(name: str) -> ModuleType:
     try:
-        if _is_file_name(name):
+        if is_file_name(name):
             return _import_file(Path(name))
         _announce(name)
         return importlib.import_module(name)

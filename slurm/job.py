@@ -67,7 +67,7 @@ class Job:
 
 
 def _call(spec: job_spec.JobSpec) -> None:
-    plugins.load(spec.plugins)
+    plugins.load(spec.plugins, spec.plugins)
     module, _, function = spec.call.partition(":")
     try:
         getattr(importlib.import_module(module), function)(**spec.arguments)

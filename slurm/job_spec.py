@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mls import plugins
 from mls.errors import LaunchError
 from mls.files import write_atomically
 from mls.results import Results
+from mls.slurm import snapshot
 
 SUBMISSION = "submission"
 NAME = "job_spec.json"
@@ -35,7 +35,7 @@ class JobSpec:
     cluster: str = "slurm"
     job: str | None = None  # SLURM's number, NUMBER_INDEX in an array, the process' number on this machine
     submitted: float = 0.0
-    plugins: list[str] = field(default_factory=list)  # what was imported where it was submitted
+    plugins: Mapping[str, str] = field(default_factory=dict)  # those of the submission, and what to import for each
 
     @property
     def submission(self) -> Path:
@@ -78,7 +78,7 @@ def create(folder: Path, call: str, arguments: Mapping[str, Any], shared: Path, 
         code=str(shared.resolve() / "code"),
         logs=str(shared.resolve() / "logs"),
         cluster=cluster,
-        plugins=plugins.loaded(),
+        plugins=snapshot.plugin_copies(shared.resolve() / "code"),
     )
 
 

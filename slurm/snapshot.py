@@ -12,6 +12,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from mls import plugins
+
 PACKAGES = ("eval", "slurm", "tools", "configs")
 IGNORED = ("__pycache__", "*.pyc", ".*")
 
@@ -22,8 +24,18 @@ def take(target: Path) -> Path:
     copy_package(package_folder("mls"), target / "mls")
     for name in PACKAGES:
         copy_package(package_folder(f"mls.{name}"), target / "mls" / name)
+    for name, copy in plugin_copies(target).items():
+        if name != copy:
+            Path(copy).parent.mkdir(exist_ok=True)
+            shutil.copy2(name, copy)
     write_origin(package_folder("mls"), target)
     return target
+
+
+def plugin_copies(target: Path) -> dict[str, str]:
+    """The plug-ins of this process, and what a job imports in their place: a file's copy, a module itself."""
+    copy_of = lambda name: str(target / "plugins" / Path(name).name) if plugins.is_file_name(name) else name
+    return {name: copy_of(name) for name in plugins.loaded()}
 
 
 def package_folder(name: str) -> Path:

@@ -61,7 +61,9 @@ def run_here(spec: JobSpec) -> None:
 
 def sbatch_script(spec: JobSpec, profile: Profile, title: str, count: int = 1, after: str | None = None) -> str:
     """The script that would be submitted; needs no SLURM."""
-    parameters = sbatch_parameters(profile, title, after) | ({"map_count": count} if count > 1 else {})
+    parameters = sbatch_parameters(profile, title, after)
+    if count > 1:
+        parameters["map_count"] = count
     command = f"{_python(spec)} -u -m submitit.core._submit {shlex.quote(spec.logs)}"
     return _make_sbatch_string(command=command, folder=spec.logs, **parameters)
 

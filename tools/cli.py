@@ -81,7 +81,8 @@ def with_plugins(command: Callable[..., None]) -> Callable[..., None]:
     annotation = Annotated[list[str] | None, option]
     signature = inspect.signature(command, eval_str=True)
     added = inspect.Parameter("plugin_names", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-    importing.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])
+    parameters = [*signature.parameters.values(), added]
+    importing.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
     importing.__annotations__ = {**command.__annotations__, "plugin_names": annotation}
     return importing
 

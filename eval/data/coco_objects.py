@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,7 +71,7 @@ def _outlines(found: list[dict[str, Any]], sizes: list[tuple[int, int]], file: P
             if isinstance(shape, dict) and isinstance(shape["counts"], list):
                 shape = mask.frPyObjects(shape, height, width)
             elif isinstance(shape, list):
-                shape = mask.merge(mask.frPyObjects(shape, height, width))
+                shape = mask.merge(cast(list[Any], mask.frPyObjects(shape, height, width)))
             outlines.append(shape)
             progress(len(outlines))
     return outlines

@@ -4,7 +4,7 @@ voc_objects.py), and the embedded scenes."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ class Objects:
         outlines = self.outlines
         if outlines is not None:
             outlines = outlines[rows] if isinstance(rows, slice) else [outlines[i] for i in rows.nonzero()[:, 0]]
-        parts = (self.boxes, self.classes, self.areas, self.crowd, self.difficult)
-        return Objects(*(part[rows] for part in parts), outlines)
+        named = {name: getattr(self, name)[rows] for name in ("boxes", "classes", "areas", "crowd", "difficult")}
+        return Objects(**named, outlines=outlines)
 
     def masks(self) -> UInt8[Tensor, "objects height width"]:
         from faster_coco_eval import mask
@@ -79,18 +79,18 @@ class ObjectImages:
 
 def gather(many: list[Objects]) -> tuple[Objects, Int64[Tensor, "images_and_one"]]:
     """The objects of all images below each other, and where each image's begin."""
-    parts = [torch.cat([getattr(one, name) for one in many]) for name in ("boxes", "classes", "areas")]
-    flags = [torch.cat([getattr(one, name) for one in many]) for name in ("crowd", "difficult")]
+    names = ("boxes", "classes", "areas", "crowd", "difficult")
+    named = {name: torch.cat([getattr(one, name) for one in many]) for name in names}
     masked = all(one.outlines is not None for one in many)
     outlines = [outline for one in many for outline in one.outlines or ()] if masked else None
     starts = torch.tensor([0, *(len(one) for one in many)]).cumsum(0)
-    return Objects(*parts, *flags, outlines), starts
+    return Objects(**named, outlines=outlines), starts
 
 
 def encode(masks: Bool[Tensor, "objects height width"]) -> list[RunLengths]:
     from faster_coco_eval import mask
 
-    return mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8)))
+    return cast(list[RunLengths], mask.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8))))
 
 
 def scenes(config: ScenesConfig) -> DataSet[ObjectImages]:

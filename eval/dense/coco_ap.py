@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -32,7 +32,8 @@ def coco_ap(found: Sequence[Detections], truth: ObjectImages, masks: bool) -> di
     true = COCO(as_coco(truth))
     rows = detections_as_coco(found, masks)
     values = {}
-    for kind, name in (("bbox", "box"), ("segm", "mask"))[: 1 + masks]:
+    kinds: tuple[tuple[Literal["bbox", "segm"], str], ...] = (("bbox", "box"), ("segm", "mask"))
+    for kind, name in kinds[: 1 + masks]:
         if not rows:
             values |= dict.fromkeys((f"{name}_ap", f"{name}_ap50", f"{name}_ap75"), 0.0)
             continue

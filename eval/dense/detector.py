@@ -5,6 +5,7 @@ aligned. Losses that differ from torchvision's are in proposals.py and roi_heads
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -68,19 +69,25 @@ class Detector(nn.Module):
             post_nms_top_n=dict(zip(("training", "testing"), protocol.model.proposals, strict=True)),
             nms_thresh=0.7,
         )
-        resize = GeneralizedRCNNTransform(data.min_sizes, data.max_size, list(mean), list(std), body.divisor)
+        # torchvision's annotation says int; its code takes a list, too.
+        resize = GeneralizedRCNNTransform(cast(Any, data.min_sizes), data.max_size, list(mean), list(std), body.divisor)
         self.model = GeneralizedRCNN(body, proposals, heads, resize)
         self.test_size, self.min_sizes = data.test_size, data.min_sizes
+
+    @property
+    def resize(self) -> Any:
+        return self.model.transform
 
     def forward(
         self, images: Sequence[UInt8[Tensor, "3 height width"]], targets: Sequence[ObjectTarget]
     ) -> dict[str, Float[Tensor, ""]]:
         device = next(self.parameters()).device
-        self.model.transform.min_size = self.min_sizes
+        self.resize.min_size = self.min_sizes
         truth = []
         for target in targets:
             one = {"boxes": target.boxes.to(device), "labels": target.classes.to(device) + 1}
             if self.masks:
+                assert target.masks is not None
                 one["masks"] = target.masks.to(device)
             truth.append(one)
         return self.model([image.to(device) / 255 for image in images], truth)
@@ -89,7 +96,7 @@ class Detector(nn.Module):
     def predict(self, images: Sequence[UInt8[Tensor, "3 height width"]]) -> list[Detections]:
         """Boxes are in pixels of `images`, before they are scaled."""
         device = next(self.parameters()).device
-        self.model.transform.min_size = [self.test_size]
+        self.resize.min_size = [self.test_size]
         found = self.model([image.to(device) / 255 for image in images])
         return [
             Detections(

@@ -59,7 +59,7 @@ def register(data: DetectionData, scenes: Path) -> tuple[list[str], str]:
 
 
 def _register_voc(root: Path, year: int, split: str) -> str:
-    from detectron2.data.datasets import register_pascal_voc
+    from detectron2.data.datasets import register_pascal_voc  # pyright: ignore
 
     name = detectron2_train.unregistered(f"{root}/VOC{year}/{split}")
     register_pascal_voc(name, str(root / f"VOC{year}"), split, year)
@@ -67,7 +67,7 @@ def _register_voc(root: Path, year: int, split: str) -> str:
 
 
 def build_evaluator(name: str, metric: str, masks: bool) -> Any:
-    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator  # pyright: ignore
 
     if metric == "voc07":
         return PascalVOCDetectionEvaluator(name)

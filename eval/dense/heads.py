@@ -26,9 +26,11 @@ class Classify(nn.Sequential):
     """Dropout of whole channels, then a class score for each position."""
 
     def __init__(self, width: int, classes: int, dropout: float) -> None:
-        super().__init__(nn.Dropout2d(dropout), nn.Conv2d(width, classes, 1))
-        nn.init.normal_(self[1].weight, std=0.01)
-        nn.init.zeros_(self[1].bias)
+        scores = nn.Conv2d(width, classes, 1)
+        super().__init__(nn.Dropout2d(dropout), scores)
+        nn.init.normal_(scores.weight, std=0.01)
+        assert scores.bias is not None
+        nn.init.zeros_(scores.bias)
 
 
 class FCN(nn.Module):

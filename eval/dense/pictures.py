@@ -55,8 +55,8 @@ def scaled(pixels: Pixels) -> Image.Image:
 
 def with_boxes(pixels: Pixels, objects: Detections | Objects, names: Sequence[str]) -> Image.Image:
     scores = objects.scores if isinstance(objects, Detections) else torch.ones(len(objects.boxes))
-    shown = (scores >= MIN_SCORE).nonzero()[:, 0].tolist()
-    columns = objects.classes.tolist()
+    shown: list[int] = (scores >= MIN_SCORE).nonzero()[:, 0].tolist()
+    columns: list[int] = objects.classes.tolist()
     image = scaled(with_masks(pixels, [(objects.outlines[i], columns[i]) for i in shown] if objects.outlines else []))
     draw = ImageDraw.Draw(image)
     for i in shown:

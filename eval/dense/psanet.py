@@ -4,6 +4,7 @@ collects from all others and distributes to them, with weights that it predicts 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,7 @@ class PSANet(nn.Module):
         # mmsegmentation pads this 1x1 convolution, so that resizing shrinks the map a little towards its centre. So do
         # we, because the published tables were made with this network.
         self.project = convolution(2 * width, inputs, 1)
-        self.project[0].padding = (1, 1)
+        cast(nn.Conv2d, self.project[0]).padding = (1, 1)
         self.join = convolution(2 * inputs, width)
         self.classify = Classify(width, classes, dropout)
 

@@ -40,12 +40,19 @@ class Heads(RoIHeads):
             {"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in zip(*parts, strict=True)
         ]
         if self.mask_predictor is not None:
-            shared = self.mask_head is None
-            pool, head = (self.box_roi_pool, self.box_head) if shared else (self.mask_roi_pool, self.mask_head)
-            logits = self.mask_predictor(head(pool(features, [one["boxes"] for one in found], image_shapes)))
+            boxes = [one["boxes"] for one in found]
+            logits = self.mask_predictor(self.mask_maps(features, boxes, image_shapes))
             for one, masks in zip(found, maskrcnn_inference(logits, [one["labels"] for one in found]), strict=True):
                 one["masks"] = masks
         return found, {}
+
+    def mask_maps(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """The maps from which masks are predicted."""
+        if self.mask_head is None or self.mask_roi_pool is None:
+            return self.box_head(self.box_roi_pool(features, boxes, image_shapes))
+        return self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
 
     def losses(
         self,
@@ -65,10 +72,7 @@ class Heads(RoIHeads):
         positive = [one > 0 for one in labels]
         boxes = [one[rows] for one, rows in zip(proposals, positive, strict=True)]
         numbers = [one[rows] for one, rows in zip(matched, positive, strict=True)]
-        if self.mask_head is None:
-            maps = maps[torch.cat(positive)]
-        else:
-            maps = self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))
+        maps = maps[torch.cat(positive)] if self.mask_head is None else self.mask_maps(features, boxes, image_shapes)
         logits = self.mask_predictor(maps)
         parts = zip([one["masks"] for one in targets], boxes, numbers, strict=True)
         truth = torch.cat([masks_in_boxes(*part, logits.shape[-1]) for part in parts])
@@ -106,6 +110,7 @@ class MaskPredictor(MaskRCNNPredictor):
 
     def __init__(self, channels: int, width: int, classes: int) -> None:
         super().__init__(channels, width, classes + 1)
+        assert self.conv5_mask.bias is not None
         nn.init.zeros_(self.conv5_mask.bias)
         _initialise(self.mask_fcn_logits, std=0.001)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mls import distributed
 from mls.eval.dense import pictures
@@ -39,12 +38,12 @@ def run(protocol: Dense, weights: str, seed: int, folder: Path | None, title: st
     network = build_network(protocol, weights, seed, data.train.class_names)
     training = DenseTraining(protocol, network, data.train, seed, folder)
     training.train(title or protocol.recipe, quiet)
-    values = tested(protocol, training.network, data.test, quiet)
+    values = tested(protocol, network, data.test, quiet)
     if folder is not None and distributed.rank() == 0:
         rows = pictures.chosen(data.test)
-        found = training.network.predict([data.test.pixels(row) for row in rows])
+        found = network.predict([data.test.pixels(row) for row in rows])
         pictures.save(folder / "found.png", data.test, rows, found)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     selection = f"after {protocol.training.steps} steps"
     return Outcome(values, selection, None, time.monotonic() - began, state)
 
@@ -60,11 +59,12 @@ def build_network(protocol: Dense, weights: str, seed: int, class_names: list[st
     backbone, mean, std = build_backbone(protocol, weights, seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init", "dense"))
-        kind = Detector if isinstance(protocol, Detection) else Segmenter
-        return kind(backbone, protocol, len(class_names), mean, std)
+        if isinstance(protocol, Detection):
+            return Detector(backbone, protocol, len(class_names), mean, std)
+        return Segmenter(backbone, protocol, len(class_names), mean, std)
 
 
-def tested(protocol: Dense, network: nn.Module, images: Any, quiet: bool) -> dict[str, float]:
+def tested(protocol: Dense, network: Any, images: Any, quiet: bool) -> dict[str, float]:
     if isinstance(protocol, Segmentation):
         classes = len(images.class_names)
         counts = torch.zeros(classes, classes, dtype=torch.int64)
@@ -80,7 +80,7 @@ def tested(protocol: Dense, network: nn.Module, images: Any, quiet: bool) -> dic
 
 
 @torch.no_grad()
-def predictions(network: nn.Module, images: Any, quiet: bool) -> Iterator[tuple[int, Any]]:
+def predictions(network: Any, images: Any, quiet: bool) -> Iterator[tuple[int, Any]]:
     """(row, what is found) of this process' share of the images."""
     network.eval()
     rows = range(distributed.rank(), len(images), distributed.world())

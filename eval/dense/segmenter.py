@@ -47,6 +47,8 @@ class Segmenter(nn.Module):
         self.head = HEADS[settings.head](self.trunk.channels[self.last], settings, classes)
         width, channels = settings.auxiliary_width, self.trunk.channels[self.before]
         self.auxiliary = FCN(channels, width, classes, settings.dropout, convolutions=1)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
 

@@ -78,10 +78,10 @@ class Detectron2Training:
     def __init__(
         self, protocol: Detection, cfg: Any, images: int, seed: int, state: Path, save_every: float = SAVE_EVERY
     ) -> None:
-        from detectron2.checkpoint import DetectionCheckpointer
-        from detectron2.engine import create_ddp_model
-        from detectron2.modeling import build_model
-        from detectron2.solver import build_lr_scheduler, build_optimizer
+        from detectron2.checkpoint import DetectionCheckpointer  # pyright: ignore
+        from detectron2.engine import create_ddp_model  # pyright: ignore
+        from detectron2.modeling import build_model  # pyright: ignore
+        from detectron2.solver import build_lr_scheduler, build_optimizer  # pyright: ignore
 
         self.cfg, self.images, self.seed = cfg, images, seed
         self.draw("init")  # heads are the same whatever the backbone has drawn
@@ -102,7 +102,7 @@ class Detectron2Training:
             self.load_state_dict(restored)
 
     def build_trainer(self) -> Any:
-        from detectron2.engine import AMPTrainer, SimpleTrainer
+        from detectron2.engine import AMPTrainer, SimpleTrainer  # pyright: ignore
 
         if self.reduced is None:
             return SimpleTrainer(self.parallel, self.batches("order"), self.optimizer)
@@ -113,14 +113,14 @@ class Detectron2Training:
 
     def draw(self, *purpose: str | int) -> None:
         """Seeds what detectron2 draws from: torch's, numpy's and Python's own streams."""
-        from detectron2.utils.env import seed_all_rng
+        from detectron2.utils.env import seed_all_rng  # pyright: ignore
 
         seed_all_rng(derive(self.seed, "detectron2", *purpose) % 2**32)
 
     def batches(self, purpose: str) -> Iterable[Any]:
         """detectron2's endless stream of training batches; another one for each step that it is begun at."""
-        from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
-        from detectron2.data.samplers import TrainingSampler
+        from detectron2.data import DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts  # pyright: ignore
+        from detectron2.data.samplers import TrainingSampler  # pyright: ignore
 
         def stream() -> Iterator[Any]:
             dataset = get_detection_dataset_dicts(self.cfg.DATASETS.TRAIN)
@@ -132,7 +132,7 @@ class Detectron2Training:
         return stream()
 
     def train(self, title: str = "", quiet: bool = False) -> None:
-        from detectron2.utils.events import EventStorage
+        from detectron2.utils.events import EventStorage  # pyright: ignore
 
         total = self.cfg.SOLVER.MAX_ITER
         with self.session.running(title, quiet), EventStorage(self.step) as self.trainer.storage:
@@ -161,7 +161,7 @@ class Detectron2Training:
         self.step += 1
 
     def measure_statistics(self, show: bool) -> None:
-        from detectron2.engine.hooks import PreciseBN
+        from detectron2.engine.hooks import PreciseBN  # pyright: ignore
 
         count = self.cfg.TEST.PRECISE_BN.NUM_ITER
         self.network.train()
@@ -190,7 +190,7 @@ class Whole:
     mapper: Callable[[dict[str, Any]], Any]
 
     def __call__(self, image: dict[str, Any]) -> Any:
-        from detectron2.data.detection_utils import SizeMismatchError
+        from detectron2.data.detection_utils import SizeMismatchError  # pyright: ignore
 
         try:
             return self.mapper(image)
@@ -227,8 +227,8 @@ def shown(batches: Iterable[Any], progress: Callable[[int], None]) -> Iterator[A
 
 def tested(cfg: Any, network: nn.Module, metric: str, quiet: bool) -> dict[str, float]:
     """What detectron2's own evaluator says, the same in all processes."""
-    from detectron2.data import DatasetMapper, build_detection_test_loader
-    from detectron2.evaluation import DatasetEvaluators, inference_on_dataset
+    from detectron2.data import DatasetMapper, build_detection_test_loader  # pyright: ignore
+    from detectron2.evaluation import DatasetEvaluators, inference_on_dataset  # pyright: ignore
 
     (name,) = cfg.DATASETS.TEST
     evaluator = detectron2_data.build_evaluator(name, metric, cfg.MODEL.MASK_ON)

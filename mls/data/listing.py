@@ -8,9 +8,9 @@ import re
 import stat
 from collections.abc import Sequence
 from difflib import get_close_matches
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from torch import Tensor
 from mls.config import DataConfig
 from mls.errors import DataError
 from mls.streams import generator
+
+if TYPE_CHECKING:
+    cached_property = property  # pyright takes no cached_property for the property of a protocol, here of Source
+else:
+    from functools import cached_property
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 LOOKED_FOR = f"looked for {', '.join(EXTENSIONS)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mls.config import DataConfig
 from mls.data import Source
@@ -23,8 +23,8 @@ from mls.plugins import Registry
 if TYPE_CHECKING:
     from mls.data.tar import TarSource
 
-# Each makes a source of `data.*`. (Any: for pyright a lazy `labels` is no attribute of a Source.)
-SOURCES = Registry[Callable[[DataConfig], Any]]("data.source", DataError)
+# Each makes a source of `data.*`.
+SOURCES = Registry[Callable[[DataConfig], Source]]("data.source", DataError)
 register = SOURCES.register  # decorator of such a function
 
 

@@ -8,9 +8,9 @@ import logging
 import os
 import re
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,11 @@ from mls.data.listing import LOOKED_FOR, Names, multi_hot, printable, show
 from mls.data.tarindex import IndexingBar, Progress, load_index, read_at
 from mls.errors import DataError
 from mls.streams import generator
+
+if TYPE_CHECKING:
+    cached_property = property  # pyright takes no cached_property for the property of a protocol, here of Source
+else:
+    from functools import cached_property
 
 __all__ = ["IndexingBar", "TarSource", "expand_braces", "load_index"]
 

@@ -25,7 +25,10 @@ from mls.plugins import Registry, load_installed
 class Target(Protocol):
     """What a to_*.py file, or a class of a plug-in, has to have."""
 
-    FILE: str  # the name of the file that holds the weights
+    @property
+    def FILE(self) -> str:
+        """The name of the file that holds the weights."""
+        ...
 
     def write(self, source: Source, folder: Path, final: Path) -> list[str]:
         """Write FILE and its recipes into `folder`, which becomes `final`; gives back the recipes' names."""

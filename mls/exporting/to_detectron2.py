@@ -132,9 +132,9 @@ def _restated(file: Path, recipe: Path | None, settings: dict[str, Any], tensors
 def _real(file: Path, recipe: Path | None, config: dict[str, Any]) -> Loaded:
     frameworks.load("detectron2")
     with frameworks.quiet():
-        from detectron2.checkpoint import DetectionCheckpointer
-        from detectron2.config import CfgNode
-        from detectron2.modeling import build_model
+        from detectron2.checkpoint import DetectionCheckpointer  # pyright: ignore
+        from detectron2.config import CfgNode  # pyright: ignore
+        from detectron2.modeling import build_model  # pyright: ignore
 
         cfg = detectron2_train.new_config()
         cfg.merge_from_other_cfg(CfgNode(config))

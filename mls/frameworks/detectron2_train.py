@@ -15,8 +15,8 @@ from typing import Any
 
 def register_extra_norm() -> None:
     """Register `MODEL.ROI_HEADS.NAME: Res5ROIHeadsExtraNorm`: a normalisation after res5, as MoCo adds it."""
-    from detectron2.layers import get_norm
-    from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads
+    from detectron2.layers import get_norm  # pyright: ignore
+    from detectron2.modeling.roi_heads import ROI_HEADS_REGISTRY, Res5ROIHeads  # pyright: ignore
 
     class Res5ROIHeadsExtraNorm(Res5ROIHeads):
         @classmethod
@@ -31,7 +31,7 @@ def register_extra_norm() -> None:
 
 def new_config() -> Any:
     """detectron2's defaults, with the head of the C4 recipe registered."""
-    from detectron2.config import get_cfg
+    from detectron2.config import get_cfg  # pyright: ignore
 
     register_extra_norm()
     return get_cfg()
@@ -43,7 +43,7 @@ def annotations_of(root: Path, split: str) -> Path:
 
 def register_coco(root: Path, split: str) -> str:
     """A split in the layout of COCO 2017, with any classes. Returns the name of the data set in detectron2."""
-    from detectron2.data.datasets import register_coco_instances
+    from detectron2.data.datasets import register_coco_instances  # pyright: ignore
 
     name = unregistered(f"{root}/{split}")
     register_coco_instances(name, {}, str(annotations_of(root, split)), str(root / split))
@@ -52,7 +52,7 @@ def register_coco(root: Path, split: str) -> str:
 
 def unregistered(name: str) -> str:
     """Remove a data set of this name from detectron2's catalogs: its files may have changed since."""
-    from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.data import DatasetCatalog, MetadataCatalog  # pyright: ignore
 
     for catalog in (DatasetCatalog, MetadataCatalog):
         if name in catalog:
@@ -76,9 +76,9 @@ def configure(args: Namespace) -> Any:
 
 
 def train(args: Namespace) -> dict[str, Any]:
-    from detectron2.data import MetadataCatalog
-    from detectron2.engine import DefaultTrainer, default_setup
-    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator
+    from detectron2.data import MetadataCatalog  # pyright: ignore
+    from detectron2.engine import DefaultTrainer, default_setup  # pyright: ignore
+    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator  # pyright: ignore
 
     class Trainer(DefaultTrainer):
         @classmethod
@@ -96,7 +96,7 @@ def train(args: Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    from detectron2.engine import default_argument_parser, launch
+    from detectron2.engine import default_argument_parser, launch  # pyright: ignore
 
     parser = default_argument_parser()
     parser.add_argument("--coco", type=Path, help="a folder in COCO's layout; default: the recipe's data sets")

@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +63,7 @@ def embed_batches(
     device: torch.device | str = "cpu",
     batch: int = 250,
     workers: int = 0,
-) -> Iterator[Float[Tensor, "batch dim"]]:
+) -> Generator[Float[Tensor, "batch dim"], None, None]:
     """The features of `embed`, a batch at a time; `workers` processes read and decode."""
     device, training = torch.device(device), backbone.training
     backbone.eval().to(device)
@@ -112,7 +112,7 @@ class CachedFeatures:
 def cached_features(
     facts: Mapping[str, Any],
     count: int,
-    compute: Callable[[int], Iterator[Float[Tensor, "batch dim"]]],
+    compute: Callable[[int], Generator[Float[Tensor, "batch dim"]]],
     title: str = "features",
     quiet: bool = False,
 ) -> CachedFeatures:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Embedder:
             return cls(Thumbnail(), AugmentConfig(size=size or 64))
         file = weights_file(weights)
         facts = {} if file is None else card(file)
-        statistics = {key: tuple(facts[key]) for key in ("mean", "std") if key in facts}
+        statistics: dict[str, Any] = {key: tuple(facts[key]) for key in ("mean", "std") if key in facts}
         return cls(load_backbone(weights), AugmentConfig(size=size or facts.get("input_size", 224), **statistics))
 
 
@@ -75,7 +75,7 @@ class EmbeddedSource:
         facts = {"images": hash_of_images(self.source), "weights": hash_of_weights(self.embedder.network)}
         facts |= {"size": augment.size, "statistics": [*augment.mean, *augment.std]}
 
-        def compute(first: int) -> Iterator[Tensor]:
+        def compute(first: int) -> Generator[Tensor, None, None]:
             workers = min(8, len(os.sched_getaffinity(0)) - 1) if count - first > 2000 else 0
             return embed_batches(self.embedder.network, self.source, range(first, count), augment, device, 64, workers)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,9 +29,10 @@ def pooled_and_map(
         x = backbone.maxpool(backbone.relu(backbone.bn1(backbone.conv1(images))))
         maps = backbone.layer4(backbone.layer3(backbone.layer2(backbone.layer1(x))))
         return backbone.fc(torch.flatten(backbone.avgpool(maps), 1)), maps
-    if hasattr(backbone, "forward_features") and hasattr(backbone, "forward_head"):  # timm
-        features = backbone.forward_features(images)
-        return backbone.forward_head(features, pre_logits=True), _timm_map(backbone, features, images)
+    if hasattr(backbone, "forward_features") and hasattr(backbone, "forward_head"):
+        network = cast(Any, backbone)  # of timm
+        features = network.forward_features(images)
+        return network.forward_head(features, pre_logits=True), _timm_map(network, features, images)
     raise ConfigError(f"{type(backbone).__name__} gives no map of features here: use a ResNet or a network of timm")
 
 

@@ -92,7 +92,7 @@ class _TensorBoard:
 class _Wandb:
     def __init__(self, folder: Path, project: str, run_name: str, settings: Mapping[str, Any]) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore
         except ImportError:
             raise ConfigError(
                 f'monitor.wandb={project} needs wandb: pip install "mls[wandb]", or unset monitor.wandb'

@@ -5,14 +5,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mls import plugins
 from mls.engine import Run
 from mls.errors import ConfigError, LaunchError
-from mls.slurm import job_spec, profile, rendezvous, scheduler, submit, watch
+from mls.slurm import job_spec, profile, rendezvous, scheduler, snapshot, submit, watch
 from mls.slurm.profile import Profile, load_profile
 from mls.slurm.rendezvous import Task
 
@@ -114,18 +114,28 @@ def test_debug_runs_in_this_process(mls_command: Call, tiny: list[str], tmp_path
     assert Run(tmp_path / "runs" / "d").done
 
 
-def test_a_job_has_the_plugins_of_its_submission(mls_command: Call, tiny: list[str], tmp_path: Path) -> None:
+def test_a_job_has_the_plugins_of_its_submission_as_they_were(
+    mls_command: Call, tiny: list[str], tmp_path: Path, registries_as_before: None
+) -> None:
+    plugin = tmp_path / "squared.py"
+    plugin.write_text("from mls.core.losses import LOSSES\nLOSSES.add('squared', LOSSES['bce'])\n")
+    plugins.load([str(plugin)])
+    code = tmp_path / "job" / "code"
+    spec = job_spec.create(tmp_path / "job", "mls.losses:build", {"name": "squared"}, tmp_path / "job", "debug").write()
+    snapshot.take(code)
+    plugin.write_text("raise SystemExit('edited later')")
+    start = "import sys; from mls.slurm.job import Job; Job(sys.argv[1])()"  # an evaluation has no run.plugins
+    job = subprocess.run([sys.executable, "-c", start, spec.folder], capture_output=True, text=True)
+    assert (job.returncode, job.stderr) == (0, f"importing the plug-in {code / 'plugins' / 'squared.py'}\n")
+
+
+def test_a_submitted_run_names_its_plugin(mls_command: Call, tiny: list[str], tmp_path: Path) -> None:
     plugin = tmp_path / "squared.py"
     plugin.write_text("from mls.core.losses import LOSSES\nLOSSES.add('squared', LOSSES['bce'])\n")
     few = [*tiny, "optim.epochs=1", "objective.loss=squared", "--cluster", "debug", "--name", "d"]
     done = mls_command("submit", "pretrain", "mls_scenes_tiny", "--import", str(plugin), *few)
     assert done.returncode == 0, done.stderr
-    assert job_spec.read(tmp_path / "runs" / "d").plugins == [str(plugin)]
-    again = job_spec.create(tmp_path / "e", "mls.losses:build", {"name": "squared"}, tmp_path / "e", "debug")
-    replace(again, plugins=[str(plugin)]).write()
-    code = "import sys; from mls.slurm.job import Job; Job(sys.argv[1])()"  # an evaluation has no run.plugins
-    job = subprocess.run([sys.executable, "-c", code, str(tmp_path / "e")], capture_output=True, text=True)
-    assert (job.returncode, job.stderr) == (0, f"importing the plug-in {plugin}\n")
+    assert list(job_spec.read(tmp_path / "runs" / "d").plugins) == [str(plugin)]
 
 
 def test_a_finished_job_that_is_started_again_does_nothing(tmp_path: Path) -> None:

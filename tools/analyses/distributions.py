@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float64, Int8
@@ -134,7 +135,7 @@ def classwise(study: Study) -> Finding:
     precision = {loss: class_precision(study, loss) for loss in ("an", "em", "em_apl")}
     met = (test.truth > 0).any(0).nonzero()[:, 0]  # a class without positives has no average precision
     gains = {loss: precision[loss] - precision["an"] for loss in ("em", "em_apl")}
-    order = met[gains["em_apl"][met].argsort(descending=True, stable=True)].tolist()
+    order: list[int] = met[gains["em_apl"][met].argsort(descending=True, stable=True)].tolist()
     drawn = order if len(order) <= 2 * MOST_BARS else [*order[:MOST_BARS], *order[-MOST_BARS:]]
     figure, [[axes]] = panels(rows=1, columns=1, width=6.4, height=1.4 + 0.32 * len(drawn))
     for loss, shift in (("em", -0.2), ("em_apl", 0.2)):
@@ -188,7 +189,7 @@ def class_precision(study: Study, loss: str) -> Float64[Tensor, "classes"]:
     return 100 * average_precision(training.scores(test), test.truth, known=test.truth != 0)
 
 
-def _histogram(axes: Axes, positives: Float[Tensor, "some"], negatives: Float[Tensor, "others"]) -> None:
+def _histogram(axes: Axes, positives: Float[np.ndarray, "some"], negatives: Float[np.ndarray, "others"]) -> None:
     edges = [i / BINS for i in range(BINS + 1)]
     for values, colour, label in ((negatives, NEGATIVE, "negatives"), (positives, POSITIVE, "positives")):
         share = [100 / len(values)] * len(values)

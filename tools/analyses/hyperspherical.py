@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,8 @@ def correlation(study: Study) -> Finding:
 
     training = study.trained("hml")
     train = prepare(training.protocol.data).train
-    embeddings = F.normalize(training.classifier.head.weight.detach().double().cpu())
+    weight = cast(Tensor, training.classifier.head.weight)
+    embeddings = F.normalize(weight.detach().double().cpu())
     learnt, true = embeddings @ embeddings.T, phi(train.truth)
     one, other = torch.triu_indices(len(learnt), len(learnt), offset=1)
     cosines, phis = learnt[one, other], true[one, other]
@@ -262,7 +263,7 @@ def _sheet(test: LabelledImages, scores: dict[str, Tensor], rows: Int64[Tensor, 
     cells = figure.subplots(lines, 6, squeeze=False, width_ratios=[1, 1.25, 1.25] * 2).reshape(-1, 3)
     for row, (picture, *charts) in zip(rows.tolist(), cells, strict=False):
         picture.imshow(test.pixels(row).permute(1, 2, 0).numpy())
-        present = [test.class_names[column] for column in (test.truth[row] > 0).nonzero()[:, 0].tolist()]
+        present = [name for name, truth in zip(test.class_names, test.truth[row].tolist(), strict=True) if truth > 0]
         picture.set_title(f"present: {', '.join(present) or 'none'}", fontsize=10)
         picture.axis("off")
         for axes, (loss, values) in zip(charts, scores.items(), strict=True):

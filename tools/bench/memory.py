@@ -31,7 +31,7 @@ def peak_bytes(work: Callable[[], object], device: str = "cpu") -> int:
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
     held, most = 0, 0
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+        held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
         most = max(most, held)
     return most
 

@@ -102,11 +102,13 @@ def chosen(wanted: list[str] | None = None) -> dict[str, list[str]]:
 
 def settings(loss: str) -> list[str]:
     """The overrides that make a recipe's objective this loss."""
+    from mls.config import MLSOptions
     from mls.recipes import load_config, recipes
 
     if f"{loss}_scenes_tiny" not in recipes():
         return [f"objective.loss={loss}", *SETTINGS.get(loss, ())]
     objective = load_config(f"{loss}_scenes_tiny").objective
+    assert isinstance(objective, MLSOptions)
     options = [f"objective.options.{key}={value}" for key, value in objective.options.items()]
     return [f"objective.loss={loss}", f"objective.weight={objective.weight}", *options]
 

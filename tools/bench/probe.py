@@ -143,9 +143,9 @@ def logistic(name: str, penalties: int, features: Tensor, labels: Tensor, test: 
             [[_loss(features, kind, w, b, l2) for (w, b), l2 in zip(of, grid, strict=True)] for of in answers]
         )
         gaps = (losses / losses.amin(dim=0) - 1).amax(dim=1)
-        metrics = [[known.measure(test @ w.float() + b.float()) for w, b in of] for of in answers]
+        ours_reach, theirs_reach = ([known.measure(test @ w.float() + b.float()) for w, b in of] for of in answers)
         title = f"{name}, {penalties} penalties, scikit-learn from {'the last one' if warm else 'zero'}"
-        found.append(Row(title, ours, theirs, *metrics, " / ".join(f"{gap:.0e}" for gap in gaps)))
+        found.append(Row(title, ours, theirs, ours_reach, theirs_reach, " / ".join(f"{gap:.0e}" for gap in gaps)))
         typer.echo(f"— {title}", err=True)
     return found
 
@@ -164,7 +164,7 @@ def sklearn_grid(
         found.append([])
         for l2 in grid:  # scikit-learn minimises C * sum of losses + |w|^2 / 2
             model.set_params(C=1 / (2 * len(x) * l2)).fit(x, column)
-            found[-1].append((model.coef_.T.copy(), model.intercept_.copy()))
+            found[-1].append((np.array(model.coef_.T), np.array(model.intercept_)))
     return [
         (np.concatenate([w for w, _ in fits], axis=1), np.concatenate([b for _, b in fits]))
         for fits in zip(*found, strict=True)
@@ -195,7 +195,7 @@ def neighbours(images: int, dim: int, classes: int, _: int) -> list[Row]:
     vote = lambda distances: np.exp((1 - distances) / 0.07)
 
     def theirs() -> list[float]:
-        model = KNeighborsClassifier(metric="cosine", weights=vote, algorithm="brute").fit(features, labels)
+        model = KNeighborsClassifier(metric="cosine", weights=vote, algorithm="brute").fit(features, labels)  # pyright: ignore[reportArgumentType]
         return [model.set_params(n_neighbors=k).score(test, truth) for k in NEIGHBOURS]
 
     mine, ours = timed(lambda: list(knn(features, labels, test, truth, k=NEIGHBOURS).values.values()))
@@ -228,7 +228,7 @@ def sklearn_machines(features: Tensor, labels: Tensor, test: Tensor, truth: Tens
     x, asked = (F.normalize(part, dim=1).double().numpy() for part in (features, test))
     tried, tested = [], []
     for column, wanted in zip(labels.T.numpy(), truth.T.numpy(), strict=True):
-        model = LinearSVC(class_weight={True: 2.0, False: 1.0}, dual=False, tol=1e-6, max_iter=10_000)
+        model = LinearSVC(class_weight={True: 2.0, False: 1.0}, dual=False, tol=1e-6, max_iter=10_000)  # pyright: ignore[reportArgumentType]
         means = []
         for cost in SVM_COSTS:
             model.set_params(C=cost)

@@ -106,7 +106,7 @@ class Race(Dataset[dict[str, float]]):
             LARGE[WHOLE]: _batches(self.large, spare=math.inf),
         }
         try:
-            import simplejpeg
+            import simplejpeg  # pyright: ignore
         except ImportError:
             return rows
         if all(read(i).startswith(b"\xff\xd8") for i in range(count)):

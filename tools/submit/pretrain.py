@@ -131,6 +131,7 @@ def _evaluate_behind(runs: Sequence[JobSpec], suite: str, root: Path, profile: P
 
 
 def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:
+    from mls import plugins
     from mls.engine import Run
     from mls.slurm import job_spec, watch
     from mls.slurm import submit as launch
@@ -142,6 +143,7 @@ def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:
         (seen,) = watch.status_of([job_spec.read(run.path)], run.path.parent)
         if seen.state in ("queued", "queued again", "running"):
             raise UserError(f"{run.path} is {seen.state} ({seen.reason}): `mls cancel {run.path}` first")
+    plugins.load(run.config.run.plugins)  # so that the job takes them along
     made = job_spec.create_pretraining(run.path, run.path / "submission", cluster)
     if dry_run:
         print(launch.sbatch_script(made, profile, run.name), end="")

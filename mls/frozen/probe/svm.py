@@ -63,8 +63,8 @@ def svm_probe(
     and of all costs' weights.
     """
     labels = read_labels(train_labels.to(train_features.device), multilabel)
-    signs, where = _signs(labels), {"device": train_features.device}
-    fold_of = torch.from_numpy(np.stack([_folds(sign, folds) for sign in signs.cpu().numpy()])).to(**where)
+    signs, device = _signs(labels), train_features.device
+    fold_of = torch.from_numpy(np.stack([_folds(sign, folds) for sign in signs.cpu().numpy()])).to(device)
     design = unscaled(_prepared(train_features))
     axes = principal_axes(design)
     weights, tried = [], []
@@ -72,10 +72,10 @@ def svm_probe(
         some, left_out = signs[chunk], fold_of[chunk]
         fitted = fit_svm(design, axes, some, left_out, folds, costs)  # [costs, folds and all, classes, dim]
         tried.append(_validated(design, fitted[:, :folds], some, left_out))
-        weights.append(fitted[tried[-1].argmax(dim=0), folds, torch.arange(len(some), **where)])
+        weights.append(fitted[tried[-1].argmax(dim=0), folds, torch.arange(len(some), device=device)])
         progress(chunk.stop, labels.classes)
     weight, found = torch.cat(weights).T, torch.cat(tried, dim=1)
-    chosen = torch.tensor(list(costs), dtype=torch.float64, **where)[found.argmax(dim=0)]
+    chosen = torch.tensor(list(costs), dtype=torch.float64, device=device)[found.argmax(dim=0)]
     scores = _prepared(test_features).to(weight) @ weight
     precision = value = None
     if test_labels is not None:
