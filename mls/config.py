@@ -130,6 +130,7 @@ class ObjectiveConfig:
         """Refuse what cannot work together, before anything is loaded."""
 
 
+NOT_A_KEY = "not a key"
 OBJECTIVES = Registry[type[ObjectiveConfig]]("objective.method")
 
 
@@ -295,9 +296,14 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
-    """The keys in which two configurations differ, with both values."""
-    other = dict(flatten(second))
-    return [(key, value, other[key]) for key, value in flatten(first) if value != other[key]]
+    """The keys in which two configurations differ, with both values; NOT_A_KEY for a key that its method lacks.
+
+    >>> differences(Config(), Config(objective=SimSiamOptions()))[:2]
+    [('objective.method', 'mls', 'simsiam'), ('objective.temperature', 0.2, 'not a key')]
+    """
+    here, there = dict(flatten(first)), dict(flatten(second))
+    both = {key: (here.get(key, NOT_A_KEY), there.get(key, NOT_A_KEY)) for key in {**here, **there}}
+    return [(key, one, other) for key, (one, other) in both.items() if one != other]
 
 
 def defaults(values: Mapping[str, Any]) -> Config:
