@@ -48,11 +48,6 @@ class Resolved(Generic[Schema]):
     origins: dict[str, str]
 
 
-def load_run_config(file: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration that a run stored. Version 0.1 stored the keys of all methods together."""
-    return resolve(file, overrides, stored=True).config
-
-
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a recipe (a YAML file, or the name of one that ships with mls) and `key=value` overrides.
 
@@ -62,14 +57,13 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> Config:
     return resolve(recipe, overrides).config
 
 
-def resolve(recipe: str | Path, overrides: Sequence[str] = (), stored: bool = False) -> Resolved[Config]:
-    """`stored`: a run's own file, in which keys of other methods than the run's mean nothing."""
+def resolve(recipe: str | Path, overrides: Sequence[str] = ()) -> Resolved[Config]:
     path = find_recipe(recipe)
     rest = [override for override in overrides if not override.startswith("run.plugins=")]
     changed = [override for override in overrides if override not in rest]
     named = _parsed(changed[-1])["run"]["plugins"] if changed else _plugins_of(path)
     imported = plugins.load(_plugin_names(named, changed[-1] if changed else path.name))
-    values, origins = read_yaml(path, RECIPE, stored)  # after the import, which adds to the values that are valid
+    values, origins = read_yaml(path, RECIPE)  # after the import, which adds to the values that are valid
     run = values.setdefault("run", {})
     run.setdefault("recipe", path.stem)
     if imported or plugins.loaded():
@@ -205,12 +199,13 @@ def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return values, {key: f"{path.name}:{line}" for key, line in _lines(node)}
 
 
-def read_yaml(path: Path, kind: Kind[Any], stored: bool = False) -> tuple[dict[str, Any], dict[str, str]]:
+def read_yaml(path: Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The same for a file of this kind, its keys checked; `base: NAME` starts from another one."""
     values, origins = load_yaml(path)
     base = values.pop("base", None)
     origins.pop("base", None)
-    values = _of_method(values, values) if stored else values
+    if isinstance(values.get("run"), dict) and "recipe" in values["run"]:  # a run's own; 0.1 stored all methods' keys
+        values = _of_method(values, values)
     base_values: dict[str, Any] = {}
     if base is not None:
         base_values, base_origins = read_yaml(_base_of(path, base, kind), kind)

@@ -12,7 +12,7 @@ from mls.config import Config, runs_root, to_yaml
 from mls.engine.run import Run
 from mls.errors import UserError
 from mls.files import write_atomically
-from mls.recipes import load_run_config
+from mls.recipes import load_config
 
 if TYPE_CHECKING:
     from mls.distributed import Process
@@ -48,7 +48,7 @@ def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool 
         from mls import distributed
         from mls.engine.trainer import Trainer
 
-        config = load_run_config(path / "config.yaml", overrides)
+        config = load_config(path / "config.yaml", overrides)
         process = distributed.start(config.engine.device)
         Trainer.check_resume(config, Run(path))
         _on_main(lambda: write_atomically(path / "config.yaml", to_yaml(config).encode()), process)

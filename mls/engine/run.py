@@ -13,7 +13,7 @@ from mls.config import Config, differences, runs_root, to_yaml
 from mls.errors import CheckpointError, UserError
 from mls.files import runs_folder, write_atomically
 from mls.monitor.log import read_metrics
-from mls.recipes import load_run_config
+from mls.recipes import load_config
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Run:
 
     @property
     def config(self) -> Config:
-        return load_run_config(self.path / "config.yaml")
+        return load_config(self.path / "config.yaml")
 
     @property
     def checkpoints(self) -> Path:

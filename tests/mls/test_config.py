@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -117,3 +118,14 @@ def test_a_configuration_survives_yaml(k: int, lr: float, name: str | None, opti
         file.write(to_yaml(config))
         file.flush()
         assert load_config(file.name) == config
+
+
+def test_a_configuration_that_version_0_1_stored_is_read(tmp_path: Path) -> None:
+    """It held the keys of all methods, whatever the run's own was."""
+    values = yaml.safe_load(to_yaml(load_config("moco_v2_scenes_tiny", ["run.name=old"])))
+    values["objective"] |= {"k": 20, "weight": 0.5, "loss": "bce", "options": {}, "pseudo_labels": "matched"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_config(tmp_path / "config.yaml") == load_config("moco_v2_scenes_tiny", ["run.name=old"])
+    assert from_dict(values) == load_config("moco_v2_scenes_tiny", ["run.name=old"])
+    with pytest.raises(ConfigError, match=r"moco_v2 has no objective.k"):
+        load_config(tmp_path / "config.yaml", ["objective.k=5"])
