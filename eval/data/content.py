@@ -1,11 +1,11 @@
-"""What tells two data sets apart: names, sizes, labels, classes and parts. Where they lie does not count."""
+"""What tells two data sets apart: names, sizes, labels, classes, parts. Where they lie does not count."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from mls.eval.data import DataSet
 from mls.eval.data.cifar import PixelSource
 from mls.eval.data.regions import IndexedFiles
 
-MOST_SIZES = 20_000  # files of a part whose sizes are looked at, evenly spaced: a million would take minutes on NFS
+# Files of a part, evenly spaced: of a million it would take minutes on a network's disk to look at each.
+SIZES = 20_000  # of so many the size counts
+READ, BYTES = 256, 1 << 16  # of so many the first bytes
 
 
 def content_hash(data: DataSet[Any]) -> str:
-    """Of everything that a protocol can see of the data but the pixels themselves; of them the files' sizes."""
+    """Of names, labels, classes and parts, of the sizes of the files and of what stands in some of them."""
     return hashlib.sha256(_digest(data)).hexdigest()[:16]
 
 
@@ -39,11 +41,11 @@ def _parts(value: Any) -> Sequence[Any]:
         return [str((value.dtype, tuple(value.shape))).encode(), value.contiguous().numpy().tobytes()]
     if isinstance(value, FileSource):
         names = value.relative_paths
-        return [names.starts.tobytes(), names.text.tobytes(), _sizes(len(value), value.path)]
+        return [names.starts.tobytes(), names.text.tobytes(), _files(len(value), value.path)]
     if isinstance(value, IndexedFiles):
         folder = os.path.commonpath(value.paths)
         names = "\n".join(os.path.relpath(path, folder) for path in value.paths)
-        return [os.fsencode(names), _sizes(len(value.paths), value.paths.__getitem__), str(value.first).encode()]
+        return [os.fsencode(names), _files(len(value.paths), value.paths.__getitem__), str(value.first).encode()]
     if isinstance(value, PixelSource):
         return [value.images]
     if dataclasses.is_dataclass(value):
@@ -57,14 +59,26 @@ def _parts(value: Any) -> Sequence[Any]:
     return [b"" if callable(value) else repr(value).encode()]
 
 
-def _sizes(count: int, path: Any) -> bytes:
-    """Of missing files 0: whether they may be missing is for the reader to say."""
-    chosen = torch.linspace(0, count - 1, min(count, MOST_SIZES), dtype=torch.float64).round().long().tolist()
+def _files(count: int, path: Callable[[int], bytes | Path]) -> bytes:
+    """Sizes, and what stands in some. Whether files may be missing is for the reader to say."""
+    sizes = [_size(path(number)) for number in _spaced(count, SIZES)]
+    return np.array(sizes, np.int64).tobytes() + b"".join(_start(path(number)) for number in _spaced(count, READ))
 
-    def size(file: bytes | Path) -> int:
-        try:
-            return os.stat(file).st_size
-        except OSError:
-            return 0
 
-    return np.array([size(path(number)) for number in chosen], np.int64).tobytes()
+def _spaced(count: int, most: int) -> list[int]:
+    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long().tolist()
+
+
+def _size(file: bytes | Path) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return 0
+
+
+def _start(file: bytes | Path) -> bytes:
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.sha256(opened.read(BYTES)).digest()
+    except OSError:
+        return b""
