@@ -2,6 +2,14 @@
 names are fetched when first used."""
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what an editor and a type checker see; at run time __getattr__ finds the same
+    from mls.eval.cells import run
+    from mls.eval.extraction import extract
+    from mls.eval.protocol import load_protocol, protocols
+    from mls.eval.suite import load_suite, suites
+    from mls.frozen.probe import knn, linear_probe
 
 _HOME = {
     "extract": "mls.eval.extraction",

@@ -26,7 +26,7 @@ from mls.frozen import probe
 from mls.frozen.probe.linear import Progress
 from mls.frozen.untrained import STATISTICS_IMAGES, with_batch_statistics
 from mls.models import load_backbone, weights_file
-from mls.monitor.progress import counting
+from mls.progress import counting
 from mls.streams import derive, generator
 
 LEAVE_ONE_OUT_UP_TO = 20000  # training images: then kNN's k is chosen by leaving one out

@@ -18,7 +18,7 @@ from mls.data.augment import Augment, normalise
 from mls.data.crops import CROP_DRAWS, UnreadableImage, centre, crop_box, cut
 from mls.data.loader import ErrorsAsItems, already_collated, worker_count
 from mls.data.scenes import ScenesSource
-from mls.errors import DataError, UserError
+from mls.errors import DataError, UserError, reason
 from mls.eval.data import LabelledImages
 from mls.eval.data.cifar import PixelSource
 from mls.eval.protocol import Classification, DataConfig, Supervised
@@ -52,11 +52,7 @@ class Pixels:
         try:
             return self.images.pixels(row)
         except (UnreadableImage, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(
-                f"{self.images.describe(row)} cannot be read ({reason}): a benchmark needs all of its images, "
-                "so download this one again"
-            ) from None
+            raise unreadable(self.images.describe(row), reason(error)) from None
 
     def _to_size(self, image: Tensor, epoch: int, draws: Sequence[float]) -> UInt8[Tensor, "3 size size"]:
         size, (height, width) = self.augment.size, image.shape[1:]
@@ -72,6 +68,10 @@ class Pixels:
             # Only the CPU's stream: torch.manual_seed would seed a GPU's, too.
             torch.default_generator.manual_seed(derive(self.seed, "rand augment", epoch, row))
             return self.rand_augment(crop)
+
+
+def unreadable(image: str, why: str) -> DataError:
+    return DataError(f"{image} cannot be read ({why}): a benchmark needs all of its images, so download this one again")
 
 
 def rand_augment(operations: int) -> Callable[[Tensor], Tensor]:

@@ -4,8 +4,16 @@ The public API is the list below. Names are imported when they are first used: `
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:  # what an editor and a type checker see; at run time __getattr__ finds the same
+    from mls import eval, losses, matching, methods, plugins
+    from mls.engine import Run, pretrain, resume
+    from mls.exporting import export, verify_export
+    from mls.models import load_backbone
+    from mls.recipes import load_config
+
+__version__ = "0.2.0"
 
 _HOME = {
     "load_config": "mls.recipes",
@@ -16,8 +24,9 @@ _HOME = {
     "export": "mls.exporting",
     "verify_export": "mls.exporting",
 }
-_PARTS = ("eval", "losses", "matching", "methods")  # modules that people reach through `mls.`
+_PARTS = ("eval", "losses", "matching", "methods", "plugins")  # modules that people reach through `mls.`
 __all__ = ["Run", "__version__", "export", "load_backbone", "load_config", "pretrain", "resume", "verify_export"]
+__all__ += ["eval", "losses", "matching", "methods", "plugins"]
 
 
 def __getattr__(name: str) -> object:
@@ -26,3 +35,7 @@ def __getattr__(name: str) -> object:
     if name in _PARTS:
         return importlib.import_module(f"mls.{name}")
     raise AttributeError(f"module 'mls' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

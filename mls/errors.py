@@ -42,6 +42,11 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
+def reason(error: BaseException) -> str:
+    """The message of an exception, for an OSError without the path that its text repeats."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[UserError] = ConfigError) -> UserError:
     """The error for a name that is not in a registry, with the nearest valid name.
 

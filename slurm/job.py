@@ -16,6 +16,7 @@ from typing import Any
 import submitit
 from submitit.core.utils import UncompletedJobError
 
+from mls import plugins
 from mls.errors import EXIT_MISTAKE, EXIT_SAVED, Stopped, UserError
 from mls.files import write_atomically
 from mls.slurm import job_spec, rendezvous, scheduler
@@ -66,6 +67,7 @@ class Job:
 
 
 def _call(spec: job_spec.JobSpec) -> None:
+    plugins.load(spec.plugins)
     module, _, function = spec.call.partition(":")
     try:
         getattr(importlib.import_module(module), function)(**spec.arguments)

@@ -8,10 +8,11 @@ import os
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from mls import plugins
 from mls.errors import LaunchError
 from mls.files import write_atomically
 from mls.results import Results
@@ -34,6 +35,7 @@ class JobSpec:
     cluster: str = "slurm"
     job: str | None = None  # SLURM's number, NUMBER_INDEX in an array, the process' number on this machine
     submitted: float = 0.0
+    plugins: list[str] = field(default_factory=list)  # what was imported where it was submitted
 
     @property
     def submission(self) -> Path:
@@ -76,6 +78,7 @@ def create(folder: Path, call: str, arguments: Mapping[str, Any], shared: Path, 
         code=str(shared.resolve() / "code"),
         logs=str(shared.resolve() / "logs"),
         cluster=cluster,
+        plugins=plugins.loaded(),
     )
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 import time
@@ -172,13 +171,9 @@ def _in_the_box(profile: Profile, what: str) -> Profile:
 @contextlib.contextmanager
 def _box(folder: Path, settings: Settings) -> Iterator[Box]:
     """A private SLURM, used by the commands of this process."""
-    before = dict(os.environ)
     cluster = box.start(folder, settings)
     try:
-        os.environ.clear()
-        os.environ.update(cluster.environment())
-        yield cluster
+        with scheduler.environment(cluster.environment()):
+            yield cluster
     finally:
-        os.environ.clear()
-        os.environ.update(before)
         box.stop(folder)

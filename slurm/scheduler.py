@@ -3,10 +3,11 @@ no accounting. And cancelling, whether a job may be queued again, and an environ
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from mls.errors import LaunchError
 
@@ -67,6 +68,19 @@ def cancel(jobs: Sequence[str]) -> None:
     done = subprocess.run(["scancel", *jobs], capture_output=True, text=True)
     if done.returncode:
         raise LaunchError(f"scancel refused: {done.stderr.strip()}")
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Replace the environment of this process and of those that it starts."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def clean_environment() -> dict[str, str]:

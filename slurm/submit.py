@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,8 @@ def submit(specs: Sequence[JobSpec], profile: Profile, title: str, after: str | 
         snapshot.take(code)
     Path(first.logs).mkdir(parents=True, exist_ok=True)
     jobs = [Job(spec.folder) for spec in specs]
-    with _clean_environment():
+    # From within a job sbatch would take over the variables that SLURM set for that job.
+    with scheduler.environment(scheduler.clean_environment()):
         try:
             executor = _executor(first, profile, title, after)
             submitted = executor.submit_array(jobs)
@@ -98,20 +98,6 @@ def _executor(spec: JobSpec, profile: Profile, title: str, after: str | None) ->
 def _python(spec: JobSpec) -> str:
     """This Python, started in the snapshot: `python -m` imports from its folder first, before an editable install."""
     return f"env -u PYTHONSAFEPATH -C {shlex.quote(spec.code)} {shlex.quote(sys.executable)}"
-
-
-@contextlib.contextmanager
-def _clean_environment() -> Iterator[None]:
-    """For submitting from within a job: sbatch would take over the variables that SLURM set for that job."""
-    before = dict(os.environ)
-    clean = scheduler.clean_environment()
-    os.environ.clear()
-    os.environ.update(clean)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _reason(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from mls.config import Config
 from mls.errors import ConfigError, LaunchError
 from mls.monitor.log import read_metrics
-from mls.monitor.progress import duration
+from mls.progress import duration
 from mls.recipes import load_config
 from mls.results import Results
 from mls.slurm import job_spec, local, scheduler
@@ -67,20 +67,20 @@ def state_and_reason(spec: JobSpec, slurm_state: str | None) -> tuple[str, str]:
         if local.alive(spec):
             return "running", f"process {spec.job}"
         slurm_state = "no such process"
-    says = f"SLURM: {slurm_state}" if slurm_state else "SLURM does not know the job any more"
+    in_slurm = f"SLURM: {slurm_state}" if slurm_state else "SLURM does not know the job any more"
     if slurm_state and not slurm_state.startswith(scheduler.ENDED) and slurm_state != "no such process":
         waits = slurm_state.startswith("PENDING")
         again = waits and any(row["event"] == "started" for row in events)
-        return ("queued again" if again else "queued" if waits else "running"), says
+        return ("queued again" if again else "queued" if waits else "running"), in_slurm
     failed = [row for row in events if row["event"] == "failed"]
     if failed:
-        return "failed", f"{failed[-1]['error']} ({says})"
+        return "failed", f"{failed[-1]['error']} ({in_slurm})"
     if slurm_state == "CANCELLED":
         saved = f"saved at step {last['saved']}, " if last and last["saved"] else ""
-        return "cancelled", f"{saved}{says}"
+        return "cancelled", f"{saved}{in_slurm}"
     if last is not None and last["event"] == "stopped":
-        return "stopped", f"{last['message']} ({says})"
-    return "lost", f"its end was not recorded, {says}; it resumes from step {job_spec.last_save(spec.folder)}"
+        return "stopped", f"{last['message']} ({in_slurm})"
+    return "lost", f"its end was not recorded, {in_slurm}; it resumes from step {job_spec.last_save(spec.folder)}"
 
 
 def progress(spec: JobSpec) -> tuple[str, str, float | None]:

@@ -43,18 +43,22 @@ def tiny(tmp_path: Path) -> list[str]:
 def registries_as_before() -> Iterator[None]:
     """What plug-ins have registered is forgotten after the test: others count the names."""
     from mls import plugins
+    from mls.config import OBJECTIVES
     from mls.core.losses import LOSSES
+    from mls.core.methods import METHODS
     from mls.data.sources import SOURCES
     from mls.eval.data import LAYOUTS
     from mls.exporting import TARGETS
     from mls.models.backbones import BACKBONES
 
-    places = [LOSSES, LOSSES.aliases, SOURCES, LAYOUTS, TARGETS, BACKBONES, plugins._loaded]
+    places = [LOSSES, LOSSES.aliases, OBJECTIVES, SOURCES, LAYOUTS, TARGETS, BACKBONES, plugins._loaded]
     before, path = [dict(place) for place in places], list(sys.path)
     yield
     for place, content in zip(places, before, strict=True):
         place.clear()
         place.update(content)
+    for name in set(METHODS) - set(OBJECTIVES):  # our own are imported when they are asked for, and stay
+        del METHODS[name]
     added = set(sys.path) - set(path)
     for name, module in list(sys.modules.items()):
         if os.path.dirname(getattr(module, "__file__", None) or "") in added:

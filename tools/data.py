@@ -41,13 +41,12 @@ def check(
         mls data check /data/coco --source coco --json > findings.json
     """
     from mls.data.check import check
-    from mls.engine.preempt import leave_signals_to_the_parent
     from mls.errors import DataError
-    from mls.monitor.progress import counting
+    from mls.progress import counting
 
     images = _source(src, source, annotations)
     with counting("checking", len(images)) as advance:
-        report = check(images, _workers(workers), advance, leave_signals_to_the_parent)
+        report = check(images, _workers(workers), advance)
     if as_json:
         print(json.dumps({"images": report.images, "unreadable": report.unreadable, "found": report.found}, indent=1))
     else:
@@ -80,8 +79,7 @@ def pack(
         mls pretrain mls_folder_r50 data.root=/data/packed
     """
     from mls.data.pack import Packing, pack
-    from mls.engine.preempt import leave_signals_to_the_parent
-    from mls.monitor.progress import counting
+    from mls.progress import counting
 
     images, dst = _source(src, source, annotations), dst.expanduser()
     with counting("packing", len(images)) as advance:
@@ -91,7 +89,6 @@ def pack(
             Packing(short_side, quality, per_shard),
             _workers(workers),
             advance,
-            leave_signals_to_the_parent,
         )
     shards = made["shards"].values()
     size = sum(shard["bytes"] for shard in shards) / 2**20

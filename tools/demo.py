@@ -80,7 +80,8 @@ def demo(
 
 
 def _picture(run: Path, target: Path) -> Path:
-    from mls.frozen.gallery import draw, gallery
+    from mls.engine.gallery import gallery
+    from mls.frozen.match_picture import draw
 
     draw(gallery(run)).save(target)
     return target

@@ -41,7 +41,7 @@ def neighbours(
     """
     from mls.errors import ConfigError
     from mls.frozen.features import embed
-    from mls.frozen.gallery import draw
+    from mls.frozen.match_picture import draw
     from mls.frozen.neighbours import EmbeddedSource, Embedder, InMemorySource, gallery_row, source_from
 
     weights, source = _weights_and_data(run)
@@ -149,7 +149,7 @@ def _explained(embedded: EmbeddedSource, calibration: Calibration, limit: float,
 def _draw(first: EmbeddedSource, second: EmbeddedSource, pairs: list[Pair], folder: Path) -> str:
     """Each line: an image of B in red, the image of A that it is like in yellow."""
     from mls.files import slug
-    from mls.frozen.gallery import draw
+    from mls.frozen.match_picture import draw
     from mls.frozen.neighbours import gallery_row
 
     if not pairs:

@@ -1,5 +1,5 @@
 """`mls report`: one offline page about one or more runs. Words and looks are in report.html, charts in charts.py, the
-crops come from mls/frozen/gallery.py, the numbers from metrics.jsonl and nowhere else."""
+crops come from mls/engine/gallery.py, the numbers from metrics.jsonl and nowhere else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mls.tools.charts import chart
 if TYPE_CHECKING:
     from mls.config import Config
     from mls.engine import Run
-    from mls.frozen.gallery import Pixels
+    from mls.frozen.match_picture import Pixels
 
 # The first four are a plot's edges: whoever checks the page asks for them here.
 
@@ -86,8 +86,8 @@ def render(cards: Sequence[Card]) -> str:
 
 
 def _card(run: Run, label: str) -> Card:
+    from mls.engine.gallery import gallery, meaning
     from mls.errors import UserError
-    from mls.frozen.gallery import gallery, meaning
 
     card = Card(label, run, run.config, run.metrics())
     reached, total = _progress(card)
@@ -131,7 +131,7 @@ def _cost(card: Card, reached: int, total: int | None) -> list[tuple[str, str]]:
     """What the recipe says it costs and brings, and what the speed of this run makes of it."""
     from statistics import median
 
-    from mls.monitor.progress import duration
+    from mls.progress import duration
     from mls.recipes import find_recipe, recipes
 
     said = []

@@ -200,7 +200,7 @@ def averaged(rows: Sequence[Row], long: bool) -> list[Series]:
 
 def tabulate(series: Sequence[Series], by: str | None) -> Table:
     """With `by`, the names of the columns tell what the rows leave open, as far as it varies."""
-    from mls.monitor.progress import duration
+    from mls.progress import duration
 
     shown = [name for name in FIELDS if needed(name, series)]
     names = [*(shown if by is None else [by]), *(["run"] if any(one.of["run"] for one in series) else [])]

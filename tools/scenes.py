@@ -40,7 +40,7 @@ def export(
         mls scenes export --layout voc --out scenes-voc --train 2000 --test 500 --size 256
     """
     from mls.data.layouts import write
-    from mls.monitor.progress import counting
+    from mls.progress import counting
 
     out = out.expanduser()
     with counting(f"writing {layout}", train + test) as advance:

@@ -16,7 +16,7 @@ from mls.errors import DataError
 from mls.eval.data import DataSet, Layout, register
 from mls.eval.data.objects import ObjectImages, Objects, RunLengths
 from mls.eval.data.one_class import every_image
-from mls.monitor.progress import counting
+from mls.progress import counting
 
 
 def read(folder: Path) -> DataSet[ObjectImages]:

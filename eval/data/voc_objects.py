@@ -14,7 +14,7 @@ from mls.errors import DataError
 from mls.eval.data import DataSet, Layout, register
 from mls.eval.data.objects import ObjectImages, Objects, gather
 from mls.eval.data.one_class import every_image
-from mls.monitor.progress import counting
+from mls.progress import counting
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 

@@ -69,15 +69,11 @@ def overrides(protocol: Detection) -> dict[str, Any]:
 
 def refuse_unknown_to_detectron2(protocol: Detection, source: Source) -> None:
     """Refuse a backbone that it cannot build. schema.py refuses what depends on the protocol alone."""
-    if source.plan is None:
+    plan = source.plan_for("detectron2", "take a ResNet such as resnet50, or set backend=torchvision")
+    if protocol.model.neck == "c4" and not plan.bottleneck:
         raise ConfigError(
-            f"detectron2 has no network with the layers of {source.architecture}: take a ResNet such as resnet50, or "
-            "set backend=torchvision"
-        )
-    if protocol.model.neck == "c4" and not source.plan.bottleneck:
-        raise ConfigError(
-            f"detectron2's C4 needs a ResNet of 50 layers or more, {source.plan.name} has fewer: set model.neck=fpn, "
-            "or backend=torchvision"
+            f"detectron2's C4 needs a ResNet of 50 layers or more, {plan.name} has fewer: set model.neck=fpn, or "
+            "backend=torchvision"
         )
 
 

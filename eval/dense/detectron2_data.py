@@ -46,8 +46,7 @@ def register(data: DetectionData, scenes: Path) -> tuple[list[str], str]:
     """Returns detectron2's names of the training sets and of the test set."""
     if data.name == "voc0712":
         root = devkit(folder_of(data.name, data.root))
-        parts = [("VOC2007", "trainval", 2007), ("VOC2012", "trainval", 2012), ("VOC2007", "test", 2007)]
-        *train, test = [_register_voc(root, *part) for part in parts]
+        *train, test = [_register_voc(root, *part) for part in ((2007, "trainval"), (2012, "trainval"), (2007, "test"))]
         return train, test
     if data.name == "coco2017":
         root = folder_of(data.name, data.root)
@@ -59,11 +58,11 @@ def register(data: DetectionData, scenes: Path) -> tuple[list[str], str]:
     return [train], test
 
 
-def _register_voc(root: Path, folder: str, split: str, year: int) -> str:
+def _register_voc(root: Path, year: int, split: str) -> str:
     from detectron2.data.datasets import register_pascal_voc
 
-    name = detectron2_train.unregistered(f"{root}/{folder}/{split}")
-    register_pascal_voc(name, str(root / folder), split, year)
+    name = detectron2_train.unregistered(f"{root}/VOC{year}/{split}")
+    register_pascal_voc(name, str(root / f"VOC{year}"), split, year)
     return name
 
 

@@ -21,7 +21,7 @@ from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import Dense, Schedule
 from mls.eval.dense.views import training_batches
 from mls.models.momentum import HALF, precision_on
-from mls.monitor.progress import counting
+from mls.progress import counting
 from mls.streams import derive
 
 SAVE_EVERY = 300.0  # seconds

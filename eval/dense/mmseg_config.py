@@ -100,12 +100,8 @@ def model(protocol: Segmentation, start: Start, classes: int, device: torch.devi
     settings = protocol.model
     synced = distributed.world() > 1 and device.type == "cuda"  # one process needs none, and CPUs have none
     norm_cfg = {"type": "SyncBN" if synced else "BN", "requires_grad": True}
-    head = {
-        "dropout_ratio": settings.dropout,
-        "num_classes": classes,
-        "norm_cfg": norm_cfg,
-        "align_corners": settings.align_corners,
-    }
+    head = {"dropout_ratio": settings.dropout, "num_classes": classes, "norm_cfg": norm_cfg}
+    head |= {"align_corners": settings.align_corners}
     return {
         "type": "EncoderDecoder",
         "data_preprocessor": {
@@ -181,17 +177,9 @@ def turned(size: tuple[int, int]) -> tuple[int, int]:
 
 def optim_wrapper(training: Schedule, device: torch.device) -> Config:
     precision = precision_on(device, training.precision, "training.precision")
-    wrapper: Config = {
-        "type": "AmpOptimWrapper" if precision in AMP else "OptimWrapper",
-        **AMP.get(precision, {}),
-        "optimizer": {
-            "type": "SGD",
-            "lr": training.lr,
-            "momentum": training.momentum,
-            "weight_decay": training.weight_decay,
-        },
-        "clip_grad": None,
-    }
+    sgd = {"type": "SGD", "lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay}
+    kind = "AmpOptimWrapper" if precision in AMP else "OptimWrapper"
+    wrapper: Config = {"type": kind, **AMP.get(precision, {}), "optimizer": sgd, "clip_grad": None}
     if training.norm_decay != training.weight_decay:
         wrapper["paramwise_cfg"] = {"norm_decay_mult": training.norm_decay / training.weight_decay}
     return wrapper
@@ -201,20 +189,10 @@ def param_scheduler(training: Schedule) -> list[Config]:
     """After a warm-up `poly` starts at its full rate, as mmsegmentation's configurations have it; ours has fallen a
     little by then."""
     warmup = training.warmup_steps
-    rising = {
-        "type": "LinearLR",
-        "start_factor": training.warmup_from,
-        "begin": 0,
-        "end": warmup + 1,  # the factor is 1 there
-        "by_epoch": False,
-    }
-    poly = {
-        "type": "PolyLR",
-        "eta_min": training.min_lr,
-        "power": training.power,
-        "begin": warmup,
-        "end": training.steps,
-        "by_epoch": False,
-    }
-    steps = {"type": "MultiStepLR", "milestones": training.falls, "gamma": 0.1, "by_epoch": False}
-    return [*([rising] if warmup else []), poly if training.schedule == "poly" else steps]
+    # The factor is 1 at `end`.
+    rising = {"type": "LinearLR", "start_factor": training.warmup_from, "begin": 0, "end": warmup + 1}
+    poly = {"type": "PolyLR", "eta_min": training.min_lr, "power": training.power}
+    poly |= {"begin": warmup, "end": training.steps}
+    steps = {"type": "MultiStepLR", "milestones": training.falls, "gamma": 0.1}
+    schedules = [*([rising] if warmup else []), poly if training.schedule == "poly" else steps]
+    return [{**schedule, "by_epoch": False} for schedule in schedules]

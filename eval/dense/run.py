@@ -23,7 +23,7 @@ from mls.eval.dense.segmenter import Segmenter
 from mls.eval.dense.voc_ap import voc_ap
 from mls.eval.outcome import Outcome
 from mls.frameworks import installed as frameworks
-from mls.monitor.progress import counting
+from mls.progress import counting
 from mls.streams import derive
 
 TEST_BATCH = 8  # images

@@ -18,11 +18,12 @@ from torchvision.transforms.v2 import functional as tv
 from mls import distributed
 from mls.data.crops import UnreadableImage
 from mls.data.loader import already_collated, worker_count
-from mls.engine.preempt import leave_signals_to_the_parent
-from mls.errors import DataError, UserError
+from mls.errors import DataError, UserError, reason
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import VOID, RegionImages
 from mls.eval.dense.schema import DenseData, SegmentationData
+from mls.eval.images import unreadable
+from mls.signals import leave_signals_to_the_parent
 from mls.streams import derive, generator
 
 CROP_DRAWS = 10  # tries until no class covers too much of the crop
@@ -118,11 +119,7 @@ class TrainingViews(Dataset[list[Any] | UserError]):
         try:
             return self.view(row, derive(self.seed, "dense view", place))
         except (UnreadableImage, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(
-                f"{self.images.describe(row)} cannot be read ({reason}): a benchmark needs all of its images, "
-                "so download this one again"
-            ) from None
+            raise unreadable(self.images.describe(row), reason(error)) from None
 
     def view(self, row: int, seed: int) -> tuple[Image, Any]:
         if isinstance(self.images, ObjectImages):

@@ -26,7 +26,7 @@ from mls.eval.outcome import Outcome
 from mls.exporting import to_detectron2
 from mls.frameworks import installed as frameworks
 from mls.models.momentum import HALF, precision_on
-from mls.monitor.progress import counting
+from mls.progress import counting
 from mls.streams import derive
 
 

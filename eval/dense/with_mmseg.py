@@ -33,7 +33,7 @@ from mls.eval.outcome import Outcome
 from mls.exporting import to_mmseg, to_torchvision
 from mls.frameworks import installed as frameworks
 from mls.frameworks.resnet_plan import NoCounterpart
-from mls.monitor.progress import counting
+from mls.progress import counting
 from mls.streams import derive
 
 # mmengine's own log and checkpoints: ours are in their place.

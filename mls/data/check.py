@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from mls.data import Source
 from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.loader import in_workers
+from mls.errors import reason
 
 REPLACED = "another image takes its place, and the run lists it in unreadable.txt"
 KINDS = {  # kind of file: what the loader does with it
@@ -55,12 +56,11 @@ def check(
     source: Source,
     workers: int = 0,
     progress: Progress = lambda done: None,
-    on_worker_start: Callable[[int], None] | None = None,
 ) -> Report:
     """Decode every image once."""
     report = Report(len(source))
     done = 0
-    for findings in in_workers(_Chunks(source), workers, on_worker_start):
+    for findings in in_workers(_Chunks(source), workers):
         for kind, image, detail in findings:
             report.found.setdefault(kind, []).append((image, detail))
         done = min(done + CHUNK, len(source))
@@ -84,7 +84,7 @@ class _Chunks(Dataset[list[tuple[str, str, str]]]):
             try:
                 findings = inspect(self.source.read(i), name)
             except OSError as error:
-                findings = [("unreadable", error.strerror or str(error))]
+                findings = [("unreadable", reason(error))]
             found += [(kind, name, detail) for kind, detail in findings]
         return found
 
@@ -128,8 +128,8 @@ def _is_deep_colour(image: Encoded) -> bool:
     return image.header.format == "PNG" and isinstance(image.data, bytes) and image.data[24] == 16
 
 
-def _kind_of_error(reason: str) -> str:
-    text = reason.lower()
+def _kind_of_error(message: str) -> str:
+    text = message.lower()
     for kind, words in {
         "empty": ("is empty",),
         "no image": ("not an image",),

@@ -16,7 +16,7 @@ from PIL import Image
 from mls.data.pictures import VOID, Export, Picture, polygons, save_photo, with_folder, write_text
 from mls.data.scenes import CLASS_NAMES, SPLITS
 from mls.data.voc_layout import voc
-from mls.errors import DataError, unknown_name
+from mls.errors import DataError, reason, unknown_name
 
 COCO_IDS = [1, 2, 3, 5, 6, 7, 9, 10, 11, 13]  # with gaps, as COCO's own: an id is not a column
 THINGS = {0: 24, 1: 25, 2: 26, 3: 27, 4: 28, 5: 31, 6: 32, 7: 33}  # digit: Cityscapes id of a class with instances
@@ -52,8 +52,7 @@ def write(
         if existed:
             out.mkdir(exist_ok=True)
         if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise DataError(f"cannot write the scenes to {out} ({reason}): choose another --out") from error
+            raise DataError(f"cannot write the scenes to {out} ({reason(error)}): choose another --out") from error
         raise
 
 

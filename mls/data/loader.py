@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Protocol, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from mls.data.crops import CropDataset
 from mls.data.listing import FileSource
 from mls.distributed import Process
 from mls.errors import ConfigError, DataError, UserError
+from mls.signals import leave_signals_to_the_parent
 
 Result = TypeVar("Result")
 
@@ -100,7 +101,6 @@ class Loader:
         process: Process,
         first: int,
         last: int,
-        on_worker_start: Callable[[int], None] | None = None,
         plan: ViewPlan | None = None,
     ) -> None:
         workers = worker_count(config.data.workers)
@@ -114,7 +114,7 @@ class Loader:
             pin_memory=process.device.type == "cuda",
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=on_worker_start if workers else None,
+            worker_init_fn=leave_signals_to_the_parent if workers else None,
             generator=torch.Generator(),  # its own, so that the global stream stays untouched
         )
 
@@ -132,18 +132,15 @@ class Loader:
             yield batch
 
 
-def in_workers(
-    dataset: Dataset[Result | UserError], workers: int, on_worker_start: Callable[[int], None] | None = None
-) -> Iterator[Result]:
+def in_workers(dataset: Dataset[Result | UserError], workers: int) -> Iterator[Result]:
     """The items of a data set, in order, made by worker processes. An error of the user is an item that is raised here:
     raised in a worker, its one sentence would arrive wrapped in the worker's traceback."""
-    start = on_worker_start if workers else None
     for item in DataLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
         collate_fn=already_collated,
-        worker_init_fn=start,
+        worker_init_fn=leave_signals_to_the_parent if workers else None,
         generator=torch.Generator(),
     ):
         if isinstance(item, UserError):

@@ -25,7 +25,7 @@ from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.listing import FileSource, show
 from mls.data.loader import in_workers
 from mls.data.tar import MANIFEST
-from mls.errors import DataError, UserError
+from mls.errors import DataError, UserError, reason
 from mls.files import atomic_file, sha256, write_atomically
 
 VERSION = 1
@@ -51,7 +51,6 @@ def pack(
     packing: Packing,
     workers: int = 0,
     progress: Progress = lambda done: None,
-    on_worker_start: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Write the shards that are missing or damaged in `out`; returns the manifest.
 
@@ -72,16 +71,14 @@ def pack(
     for leftover in out.glob(".*.tmp"):  # of a process that was killed
         leftover.unlink()
     missing = [number for number, name in enumerate(names) if name not in manifest["shards"]]
-    for number, record in zip(
-        missing, in_workers(_Shards(source, out, packing, names, missing), workers, on_worker_start), strict=True
-    ):
+    for number, record in zip(missing, in_workers(_Shards(source, out, packing, names, missing), workers), strict=True):
         manifest["shards"] = dict(sorted([*manifest["shards"].items(), (names[number], record)]))
         _save(out, manifest)
         done += len(_ids(number, packing, len(source)))
         progress(done)
     if not any(record["images"] for record in manifest["shards"].values()):
-        reason = manifest["shards"][names[0]]["left_out"][0][1]
-        raise DataError(f"none of the {len(source)} images of {source.name} can be read (first: {reason})")
+        first = manifest["shards"][names[0]]["left_out"][0][1]
+        raise DataError(f"none of the {len(source)} images of {source.name} can be read (first: {first})")
     manifest["complete"] = True
     _save(out, manifest)
     return manifest
@@ -148,7 +145,7 @@ class _Shards(Dataset[dict[str, Any] | UserError]):
                 try:
                     data, suffix = packed(self.source.read(i), self.packing)
                 except (UnreadableImage, OSError) as error:
-                    left_out.append((self.source.describe(i), getattr(error, "strerror", None) or str(error)))
+                    left_out.append((self.source.describe(i), reason(error)))
                     continue
                 about: dict[str, Any] = {"path": self.source.describe(i)}
                 if self.pairs is not None:

@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 
 import torch
 
-from mls.engine.preempt import SIGNALS
 from mls.errors import CheckpointError
 from mls.files import atomic_file, telling_disk_errors, write_atomically
+from mls.signals import SIGNALS
 
 PATTERN = re.compile(r"step-(\d{8})\.pt$")
 

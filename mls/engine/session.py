@@ -17,9 +17,9 @@ import torch
 from mls import distributed
 from mls.engine.checkpoint import BackgroundWriter, Checkpoints, snapshot
 from mls.engine.events import EventLog, versions
-from mls.engine.preempt import StopFlag
 from mls.errors import EXIT_LOST, Stopped
-from mls.monitor.progress import TrainingProgress
+from mls.progress import TrainingProgress
+from mls.signals import StopFlag
 
 
 class Training(Protocol):

@@ -23,7 +23,6 @@ from mls.distributed import Process
 from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints, Copied
 from mls.engine.events import versions
-from mls.engine.preempt import leave_signals_to_the_parent
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
 from mls.engine.session import Saving, Session
@@ -34,8 +33,8 @@ from mls.models.momentum import HALF, precision_on
 from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
 from mls.monitor.online import OnlineProbes
-from mls.monitor.progress import for_people
 from mls.monitor.window import Window
+from mls.progress import for_people
 from mls.recipes import from_dict
 
 MUCH_WAITING = 0.2  # share of the time spent waiting for data that is worth a hint
@@ -111,7 +110,6 @@ class Trainer:
                 self.process,
                 self.step + 1,
                 last,
-                on_worker_start=leave_signals_to_the_parent,
                 plan=self.plan,
             )
             batches = iter(loader)

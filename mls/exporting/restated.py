@@ -17,6 +17,7 @@ from mls.exporting.source import STAGES, Images, Pixels, Stages, outputs
 from mls.frameworks.resnet_plan import ResNetPlan
 from mls.models.resnet_names import from_detectron2
 
+Prepare = Callable[[Pixels], Images]
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 
@@ -94,14 +95,9 @@ class RestatedResNet(nn.Module):
         return outputs(modules, lambda: self(images))
 
     def load(
-        self,
-        framework: str,
-        file: Path,
-        recipe: Path | None,
-        tensors: Mapping[str, Tensor],
-        prepare: Callable[[Pixels], Images],
+        self, framework: str, file: Path, recipe: Path | None, tensors: Mapping[str, Tensor], prepare: Prepare
     ) -> Loaded:
-        """Fill it with a file's tensors, which have detectron2's names."""
+        """Fill it with a file's tensors, which have detectron2's names. `prepare`: the recipe's normalisation."""
         fill(self, tensors)
         own = {from_detectron2(name): tensor for name, tensor in self.state_dict().items()}
         by = f"mls's restatement of {framework}'s ResNet ({framework} is not installed)"

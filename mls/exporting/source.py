@@ -46,13 +46,12 @@ class Source:
             plan = None if foreign.misfits(backbone.state_dict(), name) else ResNetPlan.of(name)
         return cls(backbone, path, card, plan)
 
-    def plan_for(self, target: str) -> ResNetPlan:
+    def plan_for(self, target: str, advice: str | None = None) -> ResNetPlan:
         """The plan of a network that `target` can build."""
         if self.plan is None:
-            raise NoCounterpart(
-                f"{target} has no network with the layers of {self.architecture}: export to safetensors"
-                f"{' or timm' * self.architecture.startswith('timm:')}, or train a ResNet such as resnet50"
-            )
+            others = "safetensors or timm" if self.architecture.startswith("timm:") else "safetensors"
+            advice = advice or f"export to {others}, or train a ResNet such as resnet50"
+            raise NoCounterpart(f"{target} has no network with the layers of {self.architecture}: {advice}")
         return self.plan
 
     @property

@@ -147,11 +147,8 @@ def _real(file: Path, recipe: Path | None, config: dict[str, Any]) -> Loaded:
         for part in parts.values():
             blank(part)
         DetectionCheckpointer(model).load(str(file))
-    own = {
-        from_detectron2(prefix + name): tensor
-        for prefix, part in parts.items()
-        for name, tensor in part.state_dict().items()
-    }
+    states = [(prefix + name, tensor) for prefix, part in parts.items() for name, tensor in part.state_dict().items()]
+    own = {from_detectron2(name): tensor for name, tensor in states}
 
     def stages(pixels: Pixels) -> Stages:
         colours = in_colours(pixels, cfg.INPUT.FORMAT == "RGB")

@@ -1,1 +1,1 @@
-"""What is read from a network that no longer learns: features, neighbours, probes, metrics, a run's matches."""
+"""Analysis of frozen networks: features, nearest neighbours, probes, metrics, and the matches of a run."""

@@ -25,9 +25,10 @@ from mls.data import Source
 from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, centre, decode
 from mls.data.loader import in_workers
-from mls.errors import DataError, Stopped, UserError
+from mls.errors import DataError, Stopped, UserError, reason
 from mls.files import alone, cache_folder, telling_disk_errors, write_atomically
-from mls.monitor.progress import counting
+from mls.progress import counting
+from mls.signals import StopFlag
 
 BLOCK = 256  # rows that are written and hashed together; a killed process loses at most one block
 SAMPLED = 64  # images whose content enters the hash, to notice a data set that was rewritten under the same names
@@ -93,9 +94,8 @@ class WholeImages(Dataset[UInt8[Tensor, "batch 3 size size"] | UserError]):
         try:
             return centre(decode(self.source.read(index)), self.size)
         except (UnreadableImage, OSError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
             raise DataError(
-                f"{self.source.describe(index)} cannot be read ({reason}): `mls data check` finds all such images"
+                f"{self.source.describe(index)} cannot be read ({reason(error)}): `mls data check` finds all of them"
             ) from None
 
 
@@ -123,8 +123,6 @@ def cached_features(
     Rows are appended in blocks, each with its hash: a killed process loses at most one block, and blocks that were
     damaged later are found and computed again. A second process that needs the same features waits for the first.
     """
-    from mls.engine.preempt import StopFlag  # a circular import at the top: mls.engine imports mls.frozen
-
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder("features") / key
     folder.mkdir(exist_ok=True)

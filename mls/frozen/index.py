@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mls.chunks import chunks
 from mls.core import matching
-from mls.core.matching import Matches
+from mls.core.matching import Matcher, Matches
 from mls.errors import ConfigError
 
 EXACT_UP_TO = 1 << 18  # rows; with fewer, exact searches take less time than building an index
@@ -51,15 +51,21 @@ class Exact:
 
     def search(self, queries: Float[Tensor, "batch dim"], k: int) -> Matches:
         matching.check_k(k, len(self.features))
-        parts = F.normalize(queries.float(), dim=1).split(QUERIES)
-        best: list[Matches | None] = [None] * len(parts)
-        for chunk in chunks(len(self.features), ROWS):
-            rows = F.normalize(self.features[chunk].float(), dim=1)
-            for number, part in enumerate(parts):
-                found = self.matcher.topk(part, rows, min(k, len(rows)))
-                found, before = Matches(found.indices + chunk.start, found.scores), best[number]
-                best[number] = found if before is None else matching.merge(before, found, k)
-        return _concatenated([found for found in best if found is not None])
+        return exact_search(self.features, queries, k, self.matcher)
+
+
+def exact_search(
+    rows: Float[Tensor, "rows dim"], queries: Float[Tensor, "batch dim"], k: int, matcher: Matcher
+) -> Matches:
+    """The k rows of largest cosine to each query. Rows are read once, a chunk at a time: they may be memory-mapped."""
+    best: dict[int, Matches] = {}
+    for chunk in chunks(len(rows), ROWS):
+        some = F.normalize(rows[chunk].float(), dim=1)
+        for number, part in enumerate(queries.split(QUERIES)):
+            found = matcher.topk(F.normalize(part.float(), dim=1), some, min(k, len(some)))
+            found = Matches(found.indices + chunk.start, found.scores)
+            best[number] = matching.merge(best[number], found, k) if number in best else found
+    return _concatenated(list(best.values()))
 
 
 class Approximate:

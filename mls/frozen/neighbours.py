@@ -21,10 +21,10 @@ from mls.config import AugmentConfig, DataConfig
 from mls.data import Source
 from mls.data.crops import UnreadableImage, decode
 from mls.data.sources import build_source
-from mls.errors import DataError
+from mls.errors import DataError, reason
 from mls.frozen.features import CachedFeatures, cached_features, embed, embed_batches, hash_of_images, hash_of_weights
-from mls.frozen.gallery import GalleryRow
 from mls.frozen.index import Index, build
+from mls.frozen.match_picture import GalleryRow
 from mls.models import card, load_backbone, weights_file
 
 SIDE = 16  # pixels of a thumbnail
@@ -118,8 +118,7 @@ class InMemorySource:
             try:
                 pixels.append(decode(path.expanduser().read_bytes()))
             except (UnreadableImage, OSError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise DataError(f"{path} cannot be read ({reason}): give the path of an image file") from None
+                raise DataError(f"{path} cannot be read ({reason(error)}): give the path of an image file") from None
         return cls("queries", [str(path) for path in paths], pixels)
 
     def __len__(self) -> int:

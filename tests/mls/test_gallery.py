@@ -20,8 +20,9 @@ from mls.data.loader import steps_per_epoch
 from mls.data.sources import build_source
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
+from mls.engine.gallery import gallery, meaning, row_crop
 from mls.errors import CheckpointError, DataError, UserError
-from mls.frozen.gallery import CELL, FRAME, MARGIN, GalleryRow, draw, gallery, meaning, row_crop
+from mls.frozen.match_picture import CELL, FRAME, MARGIN, GalleryRow, draw
 from mls.models import build_pair
 
 SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2

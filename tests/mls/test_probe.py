@@ -62,8 +62,8 @@ def test_knn_answers_the_same_in_portions(monkeypatch: pytest.MonkeyPatch) -> No
     train, labels = features_and_labels(60)
     test, _ = features_and_labels(23, seed=1)
     whole = knn_scores(train, labels, test)
-    for name, size in {"QUERIES": 5, "ROWS": 7, "GATHERED": 100}.items():
-        monkeypatch.setattr(f"mls.frozen.probe.neighbours.{name}", size)
+    for name, size in {"index.QUERIES": 5, "index.ROWS": 7, "probe.neighbours.GATHERED": 100}.items():
+        monkeypatch.setattr(f"mls.frozen.{name}", size)
     assert torch.allclose(knn_scores(train, labels, test), whole, atol=1e-6)
 
 

@@ -40,7 +40,7 @@ class Design:
             yield self.features[images].to(self.dtype), images
 
 
-def plain(features: Float[Tensor, "images dim"]) -> Design:
+def unscaled(features: Float[Tensor, "images dim"]) -> Design:
     """Unchanged features."""
     like = {"dtype": torch.float64, "device": features.device}
     return Design(
@@ -52,7 +52,7 @@ def plain(features: Float[Tensor, "images dim"]) -> Design:
 
 def centred(features: Float[Tensor, "images dim"]) -> Design:
     """Mean 0. With a free bias this changes no weight, and it makes the minimisation converge faster."""
-    design = plain(features)
+    design = unscaled(features)
     for x, _ in design.parts(ROWS):
         design.mean += x.sum(dim=0, dtype=torch.float64) / len(features)
     return design

@@ -1,4 +1,4 @@
-"""Logistic regression on frozen features: all penalties together, to convergence, and the choice among them.
+"""Logistic regression on frozen features: all penalties together, to convergence, and the selection among them.
 Stochastic gradient descent is in sgd.py, the support vector machine in svm.py."""
 
 from __future__ import annotations
@@ -86,20 +86,19 @@ def linear_probe(
         part = design if rows is None else Design(design.features, design.mean, design.scale, rows)
         return _fit(part, labels, penalties, axes, tolerance, options.progress)
 
-    choice = Choice(train_features, labels, options)
-    weight, bias = fit(l2, choice.rows)
-    tried = [
-        Candidate({"l2": penalty}, choice.measure(w, b)) for penalty, w, b in zip(l2, weight, bias[:, 0], strict=True)
-    ]
-    best = max(range(len(l2)), key=lambda i: (rank(tried[i].value), l2[i]))
-    if options.refit and choice.rows is not None:
+    selection = Selection(train_features, labels, options)
+    weight, bias = fit(l2, selection.rows)
+    fits = zip(l2, weight, bias[:, 0], strict=True)
+    tried = [Candidate({"l2": penalty}, selection.measure(w, b)) for penalty, w, b in fits]
+    best = max(range(len(l2)), key=lambda i: (nan_lowest(tried[i].value), l2[i]))
+    if options.refit and selection.rows is not None:
         path = [
             l2[best],
             *(penalty for penalty in l2 if penalty > l2[best]),
         ]  # the stronger ones are warm starts
         weight, bias = fit(path, None)
-        return finish(weight[0], bias[0, 0], tried, best, labels, test_features, test_labels)
-    return finish(weight[best], bias[best, 0], tried, best, labels, test_features, test_labels)
+        return build_probe(weight[0], bias[0, 0], tried, best, labels, test_features, test_labels)
+    return build_probe(weight[best], bias[best, 0], tried, best, labels, test_features, test_labels)
 
 
 @torch.no_grad()
@@ -146,7 +145,7 @@ def objective(labels: Labels, design: Design, copies: int = 1) -> Softmax | Logi
     )
 
 
-class Choice:
+class Selection:
     """The images on which settings are chosen: a validation set, or the training images that are held out."""
 
     def __init__(self, features: Tensor, labels: Labels, options: ProbeOptions) -> None:
@@ -163,12 +162,12 @@ class Choice:
         return self.labels.measure(_scores(self.features, weight, bias, self.held))
 
 
-def rank(value: float) -> float:
+def nan_lowest(value: float) -> float:
     """For comparing: NaN (no positive among the held-out images, or a fit that diverged) is below every metric."""
     return value if value == value else -1.0
 
 
-def finish(
+def build_probe(
     weight: Tensor,
     bias: Tensor,
     tried: list[Candidate],

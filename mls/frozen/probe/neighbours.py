@@ -7,17 +7,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mls.chunks import chunks, rows_within
+from mls.chunks import rows_within
 from mls.core.matching import Matches, TorchMatcher
 from mls.errors import ConfigError, DataError
+from mls.frozen.index import exact_search
 from mls.frozen.probe.labels import Labels, Metric, read_labels
 
-ROWS = 16384  # training images, and
-QUERIES = 1024  # test images that are compared at a time
 GATHERED = 2**25  # entries of neighbours' labels that exist at once
 
 
@@ -88,33 +86,14 @@ def nearest(
     rows: Float[Tensor, "rows dim"], queries: Float[Tensor, "queries dim"], k: int, leave_one_out: bool = False
 ) -> Matches:
     """The k rows of largest cosine to each query. `leave_one_out`: the queries are the rows, and none is matched with
-    itself. Rows are read once, a chunk at a time, so they may be memory-mapped."""
-    wanted = k + leave_one_out
-    matcher, best = TorchMatcher(), dict[int, Matches]()
-    for chunk in chunks(len(rows), ROWS):
-        some = F.normalize(rows[chunk].float(), dim=1)
-        for number, part in enumerate(queries.split(QUERIES)):
-            found = matcher.topk(F.normalize(part.float(), dim=1), some, min(wanted, len(some)))
-            best[number] = _best(best.get(number), Matches(found.indices + chunk.start, found.scores), wanted)
-    matches = _joined(list(best.values()), dim=0)
+    itself. Rows may be memory-mapped."""
+    matches = exact_search(rows, queries, k + leave_one_out, TorchMatcher())
     if not leave_one_out:
         return matches
     # With k + 1 duplicates a row may be missing in its own list: then the last entry is dropped.
     itself = matches.indices == torch.arange(len(rows), device=rows.device)[:, None]
     others = itself.int().argsort(dim=1, stable=True)[:, :k]
     return Matches(matches.indices.gather(1, others), matches.scores.gather(1, others))
-
-
-def _best(first: Matches | None, second: Matches, k: int) -> Matches:
-    if first is None:
-        return second
-    both = _joined([first, second], dim=1)
-    values, places = both.scores.topk(min(k, both.scores.shape[1]), dim=1)
-    return Matches(both.indices.gather(1, places), values)
-
-
-def _joined(parts: Sequence[Matches], dim: int) -> Matches:
-    return Matches(torch.cat([part.indices for part in parts], dim), torch.cat([part.scores for part in parts], dim))
 
 
 def _chunks(matches: Matches, labels: Labels) -> Iterator[Matches]:

@@ -36,7 +36,7 @@ class Softmax:
         loss = (total.log() - right).sum(dim=(1, 2), dtype=torch.float64)
         return loss, slopes.div_(total).scatter_add_(1, own, torch.full_like(total, -1.0))
 
-    def keep(self, groups: Bool[Tensor, "groups"]) -> Softmax:
+    def select(self, groups: Bool[Tensor, "groups"]) -> Softmax:
         return replace(self, groups=int(groups.sum()))
 
 
@@ -64,7 +64,7 @@ class Logistic:
             entries, slopes = entries * weights, slopes * weights
         return entries.sum(dim=1, dtype=torch.float64), slopes[:, None]
 
-    def keep(self, groups: Bool[Tensor, "groups"]) -> Logistic:
+    def select(self, groups: Bool[Tensor, "groups"]) -> Logistic:
         return replace(self, **{name: getattr(self, name)[groups] for name in ("share", "weight", "row")})
 
 
@@ -95,5 +95,5 @@ class SquaredHinge:
         slopes = weights * short
         return (slopes * short).sum(dim=1, dtype=torch.float64), slopes.mul_(sign).mul_(-2)[:, None]
 
-    def keep(self, groups: Bool[Tensor, "groups"]) -> SquaredHinge:
+    def select(self, groups: Bool[Tensor, "groups"]) -> SquaredHinge:
         return replace(self, **{name: getattr(self, name)[groups] for name in ("row", "fold")})

@@ -14,9 +14,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mls.errors import ConfigError
-from mls.frozen.probe.design import Design, plain
+from mls.frozen.probe.design import Design, unscaled
 from mls.frozen.probe.labels import Labels, read_labels
-from mls.frozen.probe.linear import Candidate, Choice, Probe, ProbeOptions, finish, objective, rank
+from mls.frozen.probe.linear import Candidate, Probe, ProbeOptions, Selection, build_probe, nan_lowest, objective
 from mls.streams import generator
 
 MOMENTUM = 0.9
@@ -61,20 +61,20 @@ def sgd_probe(
     """
     labels = read_labels(train_labels.to(train_features.device), options.multilabel)
     settings = [{"lr": rate, "weight_decay": decay} for rate, decay in product(sgd.lr, sgd.weight_decay)]
-    choice = Choice(train_features, labels, options)
+    selection = Selection(train_features, labels, options)
 
     def train(chosen: Sequence[dict[str, float]], rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        design = plain(train_features.detach())
+        design = unscaled(train_features.detach())
         design.rows = rows
         return _train(design, labels, chosen, sgd, options)
 
-    weight, bias = train(settings, choice.rows)
-    tried = [Candidate(each, choice.measure(w, b)) for each, w, b in zip(settings, weight, bias, strict=True)]
-    best = max(range(len(tried)), key=lambda i: (rank(tried[i].value), -settings[i]["lr"]))
-    if options.refit and choice.rows is not None:
+    weight, bias = train(settings, selection.rows)
+    tried = [Candidate(each, selection.measure(w, b)) for each, w, b in zip(settings, weight, bias, strict=True)]
+    best = max(range(len(tried)), key=lambda i: (nan_lowest(tried[i].value), -settings[i]["lr"]))
+    if options.refit and selection.rows is not None:
         weight, bias = train([settings[best]], None)
-        return finish(weight[0], bias[0], tried, best, labels, test_features, test_labels)
-    return finish(weight[best], bias[best], tried, best, labels, test_features, test_labels)
+        return build_probe(weight[0], bias[0], tried, best, labels, test_features, test_labels)
+    return build_probe(weight[best], bias[best], tried, best, labels, test_features, test_labels)
 
 
 def _train(

@@ -57,7 +57,7 @@ class Objective(Protocol):
         """The sum of the loss over these images for each group, and its derivative by the logits."""
         ...
 
-    def keep(self, groups: Bool[Tensor, "groups"]) -> Objective:
+    def select(self, groups: Bool[Tensor, "groups"]) -> Objective:
         """Only these groups."""
         ...
 
@@ -115,8 +115,8 @@ def _descend(problem: _Problem, warm: _WarmStart, tolerance: float, max_rounds: 
         if not bool(left.all()):
             warm.remember(active, search, problem)
             active, point, loss, gradient, floor = (tensor[left] for tensor in (active, point, loss, gradient, floor))
-            problem = problem.keep(left)
-            search.keep(left)
+            problem = problem.select(left)
+            search.select(left)
     warm.store_minimum(whole, final)
     weight, bias = whole.weights(final)
     return Fit(weight.view(*final.shape[:2], -1), bias.view(final.shape[:2]), losses, gaps, rounds)
@@ -145,8 +145,8 @@ class _Problem:
         mean = design.mean.to(design.dtype)
         return cls(design, mean, axes, objective, bias[..., 0], along.rsqrt(), penalty, l2)
 
-    def keep(self, groups: Tensor) -> _Problem:
-        objective = self.objective.keep(groups)
+    def select(self, groups: Tensor) -> _Problem:
+        objective = self.objective.select(groups)
         return replace(self, objective=objective, bias=self.bias[groups], stretch=self.stretch[groups])
 
     def weights(self, point: Tensor) -> tuple[Float[Tensor, "columns dim"], Float[Tensor, "columns"]]:
@@ -272,7 +272,7 @@ class _Search:
         """False once steps are so short that rounding hides their effect."""
         return self.step.flatten() > MIN_STEP
 
-    def keep(self, groups: Tensor) -> None:
+    def select(self, groups: Tensor) -> None:
         self.pairs = deque(((m[groups], c[groups], i[groups]) for m, c, i in self.pairs), maxlen=HISTORY)
         for name in ("direction", "slope", "scale", "step"):
             setattr(self, name, getattr(self, name)[groups])

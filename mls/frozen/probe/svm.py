@@ -17,7 +17,7 @@ from torch import Tensor
 from mls.chunks import chunks
 from mls.errors import DataError
 from mls.frozen.metrics import average_precision
-from mls.frozen.probe.design import Axes, Design, plain, principal_axes
+from mls.frozen.probe.design import Axes, Design, principal_axes, unscaled
 from mls.frozen.probe.labels import Labels, read_labels
 from mls.frozen.probe.linear import SCORED, Progress, quiet
 from mls.frozen.probe.objectives import SquaredHinge
@@ -65,7 +65,7 @@ def svm_probe(
     labels = read_labels(train_labels.to(train_features.device), multilabel)
     signs, where = _signs(labels), {"device": train_features.device}
     fold_of = torch.from_numpy(np.stack([_folds(sign, folds) for sign in signs.cpu().numpy()])).to(**where)
-    design = plain(_prepared(train_features))
+    design = unscaled(_prepared(train_features))
     axes = principal_axes(design)
     weights, tried = [], []
     for chunk in chunks(labels.classes, CLASSES):
