@@ -218,7 +218,7 @@ class Evaluation(Cell):
         if self.weights.startswith("pretrain:"):
             cell = replace(self, weights=pretrained(self.weights, self.seed, root, quiet), recipe=self.weights)
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or isinstance(self.protocol, Frozen):
-            _ = cell.source  # wrong weights are told before the data are read
+            _ = cell.source  # an error of the weights comes before the data are read
             return cell
         process = distributed.start(self.protocol.training.device)
         found = cell.source if process.main else None
@@ -233,9 +233,9 @@ class Evaluation(Cell):
         # Version 0.1 did not look at the content of the data; of a published size it can be trusted. Nor did it say
         # of which network "random" was, and it called random networks of timm by their published name.
         source = self.source
-        if source.file is None and not source.given.startswith(("random", "torchvision:")):
+        if source.file is None and not source.load_name.startswith(("random", "torchvision:")):
             return None
-        old = source.hash if source.file else hashlib.sha256(source.given.encode()).hexdigest()[:16]
+        old = source.hash if source.file else hashlib.sha256(source.load_name.encode()).hexdigest()[:16]
         return self.found_as(self._key(old), root)
 
     def facts(self) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def choose(
     ]
     if len(candidates) == 1:
         return candidates[0]
-    values = [validated(*plan(suite, row, column, 1, [*candidate, *overrides]), root) for candidate in candidates]
+    values = [validated(plan(suite, row, column, 1, [*candidate, *overrides])[0], root) for candidate in candidates]
     best = candidates[values.index(max(values))]
     say(f"{row.name}, {column.protocol}: {', '.join(best)} is the best on the validation part")
     return best

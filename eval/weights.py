@@ -24,7 +24,7 @@ WRITING = 5.0  # seconds that a run may take between writing its tensors and its
 class Weights:
     name: str  # as tables show it
     hash: str  # of the file that was read, else of the name
-    given: str  # for `mls.load_backbone`, or "random": the protocol's backbone
+    load_name: str  # for `mls.load_backbone`, or "random": the protocol's backbone
     file: Path | None = None
     tensors: bytes = b""  # the file
     card: bytes = b""  # the .json beside it
@@ -40,7 +40,7 @@ class Weights:
     def placed(self, folder: Path) -> str:
         """The weights as tasks take them: a copy of what was read, so that nothing changes while they are evaluated."""
         if self.file is None:
-            return self.given
+            return self.load_name
         copy = folder / "weights" / self.file.name
         if self.tensors:  # of several processes the first one read them
             copy.parent.mkdir(parents=True, exist_ok=True)

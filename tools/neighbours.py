@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mls.frozen.neighbours import Calibration, EmbeddedSource, Pair
 
 SHOWN = 12  # pairs in a picture
-ASKED = 6  # images of the data set, where no query is given
+RANDOM_QUERIES = 6  # images of the data set, where no query is given
 
 
 def neighbours(
@@ -48,23 +48,23 @@ def neighbours(
     source = source_from(dataset) if dataset is not None else source
     if source is None:
         raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
-    asked = InMemorySource.of_files(query) if query else source
+    queries = InMemorySource.of_files(query) if query else source
     embedded = EmbeddedSource(source, Embedder.of(weights))
     if query:
         numbers = list(range(len(query)))
-        found = embedded.nearest(embed(embedded.embedder.network, asked, numbers, embedded.embedder.augment), k)
+        found = embedded.nearest(embed(embedded.embedder.network, queries, numbers, embedded.embedder.augment), k)
     else:
-        numbers = list(range(0, len(source), max(1, len(source) // ASKED)))[:ASKED]
+        numbers = list(range(0, len(source), max(1, len(source) // RANDOM_QUERIES)))[:RANDOM_QUERIES]
         with_itself = embedded.nearest(embedded.cached.features[numbers], k + 1)
         found = [
             [pair for pair in pairs if pair[0] != own][:k] for own, pairs in zip(numbers, with_itself, strict=True)
         ]
     lines = []
     for number, pairs in zip(numbers, found, strict=True):
-        print(asked.describe(number))
+        print(queries.describe(number))
         for image, cosine in pairs:
             print(f"  {cosine:.3f}  {source.describe(image)}")
-        lines.append(gallery_row(asked.read(number), number, source, pairs))
+        lines.append(gallery_row(queries.read(number), number, source, pairs))
     draw(lines).save(out)
     print(out)
 
@@ -116,7 +116,7 @@ def leakcheck(
     embedded = EmbeddedSource(source_from(first), Embedder.of(weights))
     calibration = calibrate(embedded)
     limit = calibration.threshold if threshold is None else threshold
-    print(_explained(embedded, calibration, limit, given=threshold is not None))
+    print(_explained(embedded, calibration, limit, by_user=threshold is not None))
     lines, report = [], {"first": first, "threshold": limit, "false_alarms": calibration.alarms(limit), "second": {}}
     for text in second:
         other = EmbeddedSource(source_from(text), embedded.embedder)
@@ -134,11 +134,11 @@ def leakcheck(
     print(out / "leakcheck.json")
 
 
-def _explained(embedded: EmbeddedSource, calibration: Calibration, limit: float, given: bool) -> str:
+def _explained(embedded: EmbeddedSource, calibration: Calibration, limit: float, by_user: bool) -> str:
     found = float((calibration.copies >= limit).float().mean())
     words = f"A: {len(embedded.source):,} images. An image counts as a near-duplicate from a cosine of {limit:.3f}: "
     alarms = calibration.alarms(limit)
-    words += f"{'as you said; ' if given else ''}{found:.0%} of altered copies lie above it, and {alarms:.1%} of the "
+    words += f"{'as you said; ' if by_user else ''}{found:.0%} of altered copies lie above it, and {alarms:.1%} of the "
     words += "images of A have another image of A there."
     if alarms > 0.2:
         words += "\nThat is many: A holds duplicates itself, or these features cannot tell images apart well enough."

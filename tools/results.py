@@ -246,9 +246,9 @@ def columns(metrics: Sequence[str]) -> list[str]:
     for metric in metrics:
         sets.setdefault(metric.rpartition("/")[0], []).append(metric)
     rank = {metric: place for group in sets.values() for place, metric in enumerate(group)}
-    kept = sorted(metrics, key=lambda metric: rank[metric])[:MOST_METRICS]
-    left_out = [metric for metric in metrics if metric not in kept]
+    fitting = sorted(metrics, key=lambda metric: rank[metric])[:MOST_METRICS]
+    left_out = [metric for metric in metrics if metric not in fitting]
     if left_out:
         example = left_out[0].rpartition(" ")[2]
         say(f"left out {', '.join(left_out)}: choose columns with a filter, for example 'metric={example}'")
-    return [metric for _, group in sorted(sets.items()) for metric in group if metric in kept]
+    return [metric for _, group in sorted(sets.items()) for metric in group if metric in fitting]
