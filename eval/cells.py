@@ -11,6 +11,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,17 @@ from mls import distributed, engine
 from mls.config import Config
 from mls.config import to_yaml as config_to_yaml
 from mls.errors import ConfigError
-from mls.eval import frozen, supervised
+from mls.eval import frozen, splits, supervised
+from mls.eval.data import folder_of
 from mls.eval.dense import run as dense
+from mls.eval.dense.prepare import content as dense_content
 from mls.eval.dense.schema import Dense
 from mls.eval.outcome import Outcome
-from mls.eval.protocol import AnyProtocol, Supervised, fingerprint, load_protocol, to_yaml
+from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
-from mls.files import alone, runs_folder, sha256, write_atomically
+from mls.eval.weights import Weights, read
+from mls.files import alone, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
-from mls.models import weights_file
 from mls.recipes import load_config
 from mls.results import Results
 
@@ -53,6 +56,10 @@ class Measured:
     values: dict[str, float]  # by metric, without the data set's name
     row: Mapping[str, Any]  # what its rows in the store have in common
     stored_before: bool = False
+
+    @property
+    def date(self) -> str:
+        return str(self.row.get("time", ""))[:10]
 
 
 class Cell(ABC):
@@ -87,7 +94,11 @@ class Cell(ABC):
         return self
 
     def stored(self, root: Path) -> Measured | None:
-        found = Results(root / "results.jsonl").cell(self.key)
+        return self.found_as(self.key, root)
+
+    @staticmethod
+    def found_as(key: str, root: Path) -> Measured | None:
+        found = Results(root / "results.jsonl").cell(key)
         if found is None:
             return None
         values = {metric.partition("/")[2]: value for metric, value in found.values.items()}
@@ -103,11 +114,11 @@ class Cell(ABC):
     def tidy(self, folder: Path, outcome: Outcome, keep: bool) -> None:  # noqa: B027 (there may be nothing to do)
         """Once the numbers are stored: write what is to be kept, delete the rest."""
 
-    def finish(self, root: Path, keep: bool = False, quiet: bool = False) -> Measured:
-        """Its numbers, from the store where they are there already."""
+    def finish(self, root: Path, keep: bool = False, quiet: bool = False, again: bool = False) -> Measured:
+        """Its numbers, from the store where they are there already, unless they shall be measured `again`."""
         cell = self.ready(root, quiet)
         folder = cell.folder(root)
-        known = cell.stored(root)
+        known = None if again else cell.stored(root)
         if known and (not keep or cell.keeps(folder)):
             return known
         outcome = cell.measure(folder, quiet)
@@ -131,14 +142,14 @@ class Cell(ABC):
         return Measured(outcome.values, row)
 
 
-def over_seeds(rows: Mapping[str, Sequence[Cell]], root: Path) -> dict[str, list[Measured]]:
+def over_seeds(rows: Mapping[str, Sequence[Cell]], root: Path, again: bool = False) -> dict[str, list[Measured]]:
     """Each row of a table, which has a cell for each seed; all rows before the next seed, so that a table that was
     stopped still compares. What is finished is not measured again."""
     found: dict[str, list[Measured]] = {name: [] for name in rows}
     for cells in zip_longest(*rows.values()):
         for name, cell in zip(rows, cells, strict=True):
             if cell is not None:
-                found[name].append(cell.finish(root))
+                found[name].append(cell.finish(root, again=again))
     return found
 
 
@@ -159,10 +170,23 @@ class Evaluation(Cell):
     weights: str  # a run, a file or a name
     seed: int = 0
     recipe: str = ""  # pretrain:RECIPE KEY=VALUE ..., where the weights are the run of a recipe
+    of_main: Weights | None = None  # what the first of several processes read
+
+    @cached_property
+    def source(self) -> Weights:
+        return self.of_main or read(self.weights, self.protocol.model.backbone)
+
+    @cached_property
+    def content(self) -> str:
+        """Of the data, which are there: another folder of the same name is another cell."""
+        return dense_content(self.protocol) if isinstance(self.protocol, Dense) else splits.content(self.protocol.data)
 
     @property
     def key(self) -> str:
-        text = f"{fingerprint(self.protocol)}/{weights_hash(self.weights)}/{self.seed}"
+        return self._key(self.content, self.source.hash)
+
+    def _key(self, *identity: str) -> str:
+        text = "/".join([fingerprint(self.protocol), *identity, str(self.seed)])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     @property
@@ -185,15 +209,35 @@ class Evaluation(Cell):
     def title(self) -> str:
         backend = self.protocol.backend if isinstance(self.protocol, Dense) else "torchvision"
         on = f" on {backend}" if backend != "torchvision" else ""
-        return f"{self.protocol.recipe}{on}, {self.loss or self.recipe or self.weights}, seed {self.seed}"
+        return f"{self.protocol.recipe}{on}, {self.loss or self.recipe or self.source.name}, seed {self.seed}"
 
     def ready(self, root: Path, quiet: bool) -> Evaluation:
-        """The run behind `pretrain:RECIPE ...` is trained first."""
+        """The run behind `pretrain:RECIPE ...` is trained first; of several processes one reads the weights."""
         if isinstance(self.protocol, Dense):
             frameworks.require(self.protocol.backend)  # before a backbone is trained for it
-        if not self.weights.startswith("pretrain:"):
-            return self
-        return replace(self, weights=pretrained(self.weights, self.seed, root, quiet), recipe=self.weights)
+        cell = self
+        if self.weights.startswith("pretrain:"):
+            cell = replace(self, weights=pretrained(self.weights, self.seed, root, quiet), recipe=self.weights)
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or isinstance(self.protocol, Frozen):
+            _ = cell.source  # an error of the weights comes before the data are read
+            return cell
+        process = distributed.start(self.protocol.training.device)
+        found = cell.source if process.main else None
+        shared = distributed.from_main(found and replace(found, tensors=b""))
+        return cell if process.main else replace(cell, of_main=shared)
+
+    def stored(self, root: Path) -> Measured | None:
+        found = super().stored(root)
+        data = self.protocol.data
+        if found is not None or data.name == "folder" or not data.check_sizes:
+            return found
+        # Version 0.1 did not look at the content of the data; of a published size it can be trusted. Nor did it say
+        # of which network "random" was, and it called random networks of timm by their published name.
+        source = self.source
+        if source.file is None and not source.load_name.startswith(("random", "torchvision:")):
+            return None
+        old = source.hash if source.file else hashlib.sha256(source.load_name.encode()).hexdigest()[:16]
+        return self.found_as(self._key(old), root)
 
     def facts(self) -> dict[str, Any]:
         protocol = self.protocol
@@ -203,9 +247,12 @@ class Evaluation(Cell):
             "dataset": protocol.data.name,
             **({"loss": protocol.training.loss} if isinstance(protocol, Supervised) else {}),
             **({"backend": protocol.backend} if isinstance(protocol, Dense) else {}),
+            "root": str(folder_of(protocol.data.name, protocol.data.root)) if protocol.data.name == "folder" else None,
+            "content": self.content,
             "settings": fingerprint(protocol),
-            "weights": self.recipe or self.weights,
-            "weights_hash": weights_hash(self.weights),
+            "weights": self.recipe or self.source.name,
+            "weights_hash": self.source.hash,
+            "step": self.source.facts.get("step"),
         }
 
     def keeps(self, folder: Path) -> bool:
@@ -214,13 +261,16 @@ class Evaluation(Cell):
     def tidy(self, folder: Path, outcome: Outcome, keep: bool) -> None:
         if keep and outcome.weights:
             save_classifier(outcome.weights, folder)
-        shutil.rmtree(folder / "state" if keep else folder, ignore_errors=True)
+        for rest in (folder / "state", folder / "weights") if keep else (folder,):
+            shutil.rmtree(rest, ignore_errors=True)
 
     def measure(self, folder: Path, quiet: bool) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "protocol.yaml", to_yaml(self.protocol).encode())
         run = RUNNERS[self.protocol.task]
-        return run(self.protocol, self.weights, self.seed, folder, title=self.title, quiet=quiet)
+        weights = self.source.placed(folder)
+        distributed.barrier()
+        return run(self.protocol, weights, self.seed, folder, title=self.title, quiet=quiet)
 
 
 def run(
@@ -272,12 +322,6 @@ def save_classifier(weights: dict[str, Tensor], folder: Path) -> None:
     from safetensors.torch import save
 
     write_atomically(folder / "classifier.safetensors", save(weights))
-
-
-def weights_hash(weights: str) -> str:
-    """Of the file behind the weights; of the name where there is none."""
-    path = weights_file(weights) if ":" not in weights else None
-    return (hashlib.sha256(weights.encode()).hexdigest() if path is None else sha256(path))[:16]
 
 
 def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:

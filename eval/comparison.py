@@ -23,6 +23,13 @@ def notes(found: Comparison) -> list[str]:
         lines[0] += f" The paper's numbers: {found.suite.source}."
     if found.tiny and papers:
         lines.append("Our columns are the embedded scenes: the papers' columns are other data and another network.")
+    replaced = sorted({row.network for row in found.rows if row.made_of and row.network})
+    if replaced and not found.tiny:
+        lines.append(f"The paper's columns are its own networks ({', '.join(replaced)}), not the one that a row names.")
+    if found.dates:
+        count = sum(map(len, found.values.values()))
+        days = " to ".join(dict.fromkeys((min(found.dates), max(found.dates))))
+        lines.append(f"{len(found.dates)} of {count} numbers: measured on {days}, not run again; --again runs them.")
     for (row, column), chosen in found.chosen.items():
         if chosen:
             lines.append(f"{row}, {column}: {', '.join(chosen)}, best on the validation part.")

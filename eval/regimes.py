@@ -14,7 +14,7 @@ from torch import Tensor
 from mls.errors import unknown_name
 
 Truth: TypeAlias = Int8[np.ndarray, "images classes"]
-Kept: TypeAlias = Bool[np.ndarray, "images classes"]
+Mask: TypeAlias = Bool[np.ndarray, "images classes"]
 
 
 def observe(
@@ -55,37 +55,37 @@ def split(count: int, share: float = 0.2, seed: int = 1200) -> tuple[Int64[Tenso
     return order[:train].sort().values, order[train:].sort().values
 
 
-def _all(truth: Truth, proportion: float, rng: np.random.RandomState) -> Kept:
+def _all(truth: Truth, proportion: float, rng: np.random.RandomState) -> Mask:
     return np.ones(truth.shape, bool)
 
 
-def _one_positive(truth: Truth, proportion: float, rng: np.random.RandomState) -> Kept:
-    kept = np.zeros(truth.shape, bool)
+def _one_positive(truth: Truth, proportion: float, rng: np.random.RandomState) -> Mask:
+    observed = np.zeros(truth.shape, bool)
     for row, labels in enumerate(truth):
         positives = np.flatnonzero(labels == 1)
         rng.shuffle(positives)
-        kept[row, positives[:1]] = True
+        observed[row, positives[:1]] = True
         # The published generator also shuffles the negatives, of which it keeps none: what it draws for the rows
         # after this one depends on it.
         rng.shuffle(np.flatnonzero(labels == -1))
-    return kept
+    return observed
 
 
-def _one_positive_all_negatives(truth: Truth, proportion: float, rng: np.random.RandomState) -> Kept:
+def _one_positive_all_negatives(truth: Truth, proportion: float, rng: np.random.RandomState) -> Mask:
     return _one_positive(truth, proportion, rng) | (truth == -1)
 
 
-def _partial_positives(truth: Truth, proportion: float, rng: np.random.RandomState) -> Kept:
+def _partial_positives(truth: Truth, proportion: float, rng: np.random.RandomState) -> Mask:
     draws = np.where(truth == 1, rng.random_sample(truth.shape), np.inf)
     lowest = draws == draws.min(axis=1, keepdims=True)
     return (truth == 1) & ((draws < proportion) | lowest)
 
 
-def _partial_labels(truth: Truth, proportion: float, rng: np.random.RandomState) -> Kept:
+def _partial_labels(truth: Truth, proportion: float, rng: np.random.RandomState) -> Mask:
     return rng.random_sample(truth.shape) < proportion
 
 
-REGIMES: dict[str, Callable[[Truth, float, np.random.RandomState], Kept]] = {
+REGIMES: dict[str, Callable[[Truth, float, np.random.RandomState], Mask]] = {
     "full": _all,
     "single_positive": _one_positive,
     "one_positive_all_negatives": _one_positive_all_negatives,

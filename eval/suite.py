@@ -13,7 +13,8 @@ from typing import Any, Literal
 from mls.errors import CheckpointError, ConfigError, DataError, unknown_name
 from mls.eval.cells import Evaluation, evaluation, over_seeds, validated, values_over_seeds
 from mls.eval.protocol import load_protocol
-from mls.models import backbones, card, weights_file
+from mls.eval.weights import check_name, is_name, public_name
+from mls.models import card, weights_file
 from mls.recipes import Kind, build, find, read_yaml, shipped
 
 
@@ -30,11 +31,13 @@ class Row:
     name: str = ""
     set: list[str] = field(default_factory=list)
     choose: dict[str, list[Any]] = field(default_factory=dict)  # values of a key, tried on the validation part
-    weights: str | None = None  # default: the protocol's
+    weights: str | None = None  # default: the protocol's where methods are compared, none where backbones are
+    network: str = ""  # of the suite's `networks`, which gives the weights; a part of the name
     ours: bool = True  # false: the paper's numbers alone
     tiny: str | None = None  # where backbones are compared: the weights of --tiny
     method: str = ""  # where backbones are compared: the run's, so that a run of the user finds the paper's numbers
     paper: list[float | None] = field(default_factory=list)  # one a column, in per cent
+    made_of: str = ""  # the suite's row that it comes from, where the paper's network was replaced by another
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Suite:
     title: str = ""
     source: str = ""  # of the paper's numbers
     compares: Literal["methods", "backbones"] = "methods"  # what --weights adds: other networks for all rows, or rows
+    networks: dict[str, str] = field(default_factory=dict)  # of the paper: the weights of each
     columns: list[Column] = field(default_factory=list)
     tiny: list[Column] = field(default_factory=list)  # the same on the embedded scenes
     rows: list[Row] = field(default_factory=list)
@@ -59,6 +63,22 @@ class Comparison:
     chosen: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # what `choose` came to, as overrides
     missing: dict[str, str] = field(default_factory=dict)  # column to why it could not be run
     absent: dict[str, str] = field(default_factory=dict)  # row to why its weights cannot be had
+    dates: list[str] = field(default_factory=list)  # of the runs that were not run again
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a suite is run, and how."""
+
+    weights: Sequence[str] = ()
+    tiny: bool = False
+    seeds: int | None = None
+    only: Sequence[str] = ()
+    overrides: Sequence[str] = ()
+    again: bool = False
+
+
+EVERYTHING = Part()
 
 
 def check(suite: Suite) -> None:
@@ -67,6 +87,11 @@ def check(suite: Suite) -> None:
             raise ConfigError(
                 f"row '{row.name}' of the suite has {len(row.paper)} paper numbers for {len(suite.columns)} columns: "
                 "give one for each, null where there is none"
+            )
+        if row.network and not (row.network in suite.networks and row.network in row.name):
+            raise ConfigError(
+                f"row '{row.name}' of the suite has network '{row.network}': it must be one of the suite's networks "
+                f"({', '.join(suite.networks) or 'none'}) and stand in the row's name"
             )
 
 
@@ -88,29 +113,23 @@ def load_suite(name: str | Path) -> Suite:
     return build(SUITE, values, origins, (), path.name).config
 
 
-def run(
-    suite: Suite,
-    root: Path,
-    weights: Sequence[str] = (),
-    tiny: bool = False,
-    seeds: int | None = None,
-    only: Sequence[str] = (),
-    overrides: Sequence[str] = (),
-    say: Callable[[str], None] = print,
-) -> Comparison:
+def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], None] = print) -> Comparison:
     """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
-    columns = suite.tiny if tiny else suite.columns
-    found = Comparison(suite, columns, chosen_rows(suite, weights, tiny, only), tiny)
+    columns = suite.tiny if part.tiny else suite.columns
+    found = Comparison(suite, columns, chosen_rows(suite, part.weights, part.tiny, part.only), part.tiny)
     say_once = lru_cache(maxsize=None)(say)  # columns may share their runs
+    for row in found.rows:
+        if row.ours and row.weights:
+            check_name(row.weights)  # before others train for hours
 
     for column in columns:
         for row in found.rows:
             if row.name in found.absent or not row.ours:
                 continue
             try:
-                chosen = [] if tiny else choose(row, column, root, overrides, say_once)
-                cells = {row.name: plan(row, column, seeds, [*chosen, *overrides])}
-                measured = over_seeds(cells, root)[row.name]
+                chosen = [] if part.tiny else choose(suite, row, column, root, part.overrides, say_once)
+                cells = {row.name: plan(suite, row, column, part.seeds, [*chosen, *part.overrides])}
+                measured = over_seeds(cells, root, part.again)[row.name]
             except DataError as error:
                 found.missing[column.name] = str(error)
                 say(f"{column.name}: left out. {error}")
@@ -119,15 +138,18 @@ def run(
                 found.absent[row.name] = str(error)
                 say(f"{row.name}: left out. {error}")
                 continue
-            if measured and column.metric not in measured[0].values:
+            if column.metric not in measured[0].values:
                 raise unknown_name(f"metric of column {column.name}", column.metric, measured[0].values)
             values = values_over_seeds(measured)[column.metric]
             found.values.setdefault((row.name, column.name), []).extend(values)
             found.chosen[row.name, column.name] = chosen
+            found.dates += [one.date for one in measured if one.stored_before]
     return found
 
 
-def choose(row: Row, column: Column, root: Path, overrides: Sequence[str], say: Callable[[str], None]) -> list[str]:
+def choose(
+    suite: Suite, row: Row, column: Column, root: Path, overrides: Sequence[str], say: Callable[[str], None]
+) -> list[str]:
     """The values of `row.choose` that are best on the validation part with the first seed, as the papers choose a rate
     or a share for each method and data set. The test is not looked at. Tiny columns say their options themselves."""
     keys = [key for key in row.choose if not any(one.startswith(f"{key}=") for one in [*row.set, *overrides])]
@@ -137,17 +159,22 @@ def choose(row: Row, column: Column, root: Path, overrides: Sequence[str], say: 
     ]
     if len(candidates) == 1:
         return candidates[0]
-    cells = [cell for candidate in candidates for cell in plan(row, column, 1, [*candidate, *overrides])]
+    cells = [cell for candidate in candidates for cell in plan(suite, row, column, 1, [*candidate, *overrides])]
     values = [validated(cell, root) for cell in cells]
     best = candidates[values.index(max(values))]
     say(f"{row.name}, {column.protocol}: {', '.join(best)} is the best on the validation part")
     return best
 
 
-def plan(row: Row, column: Column, seeds: int | None, overrides: Sequence[str]) -> list[Evaluation]:
+def plan(suite: Suite, row: Row, column: Column, seeds: int | None, overrides: Sequence[str]) -> list[Evaluation]:
     """Of our own runs; none where a row is the paper's alone."""
     if not row.ours:
         return []
+    if row.weights is None and (suite.compares == "backbones" or row.network):
+        raise ConfigError(
+            f"row '{row.name}' names a network and has no weights, and another network must not stand for it: give "
+            f"--weights '{row.name}=RUN', or say `ours: false` in the suite"
+        )
     protocol = load_protocol(column.protocol, [*column.set, *row.set, *overrides])
     return [evaluation(protocol, row.weights, seed) for seed in range(seeds or protocol.seeds)]
 
@@ -159,33 +186,41 @@ def chosen_rows(suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence
             raise unknown_name("row of the suite", name, [row.name for row in suite.rows])
     rows = [row for row in suite.rows if not only or row.name in only]
     if suite.compares == "backbones":
-        rows = [replace(row, weights=row.tiny, ours=True) for row in rows if row.tiny] if tiny else rows
-        return [*rows, *(row_of_weights(one, suite) for one in weights)]
+        if tiny:
+            rows = [replace(row, weights=row.tiny, ours=True) for row in rows if row.tiny]
+        rows = [replace(row, ours=row.ours and row.weights is not None) for row in rows]
+        return [*rows, *(row_of_weights(one) for one in weights)]
     if not weights and not tiny:
-        return rows
+        return [replace(row, weights=suite.networks.get(row.network, row.weights)) for row in rows]
     # Each method once, for each of the weights in the place of the paper's networks, whose numbers these are.
     methods = list({tuple(row.set): row for row in reversed(rows)}.values())[::-1]
     if not weights:
-        return [replace(row, weights=None, paper=row.paper) for row in methods]
+        if not suite.tiny:
+            return methods
+        model = load_protocol(suite.tiny[0].protocol).model
+        label = public_name(model.weights, model.backbone)
+        return [_in_place_of_the_papers(row, model.weights, label) for row in methods]
     several = len(weights) > 1
-    return [
-        replace(row, name=f"{row.name} · {Path(one).name}" if several else row.name, weights=one)
-        for one in weights
-        for row in methods
-    ]
+    return [_in_place_of_the_papers(row, one, Path(one).name, always=several) for one in weights for row in methods]
 
 
-def row_of_weights(weights: str, suite: Suite) -> Row:
+def _in_place_of_the_papers(row: Row, weights: str, label: str, always: bool = False) -> Row:
+    """The row names the network that is run."""
+    name = row.name
+    if row.network:
+        name = name.replace(row.network, label)
+    elif always:
+        name = f"{name} · {label}"
+    return replace(row, name=name, weights=weights, made_of=row.name)
+
+
+def row_of_weights(weights: str) -> Row:
     """The row of `--weights WEIGHTS` or `--weights LABEL=WEIGHTS`; several with one label are runs of one row."""
     label, separator, rest = weights.partition("=")
     if not separator or Path(weights).expanduser().exists() or ":" in label:
         label, rest = Path(weights).name, weights
-    named = ":" in rest or rest in ("random", *backbones.names())
-    file = None if named else weights_file(rest)
-    if not named and file is None:  # before anything runs: the suite's own rows may train for hours
-        raise CheckpointError(
-            f"{rest} is neither a run folder nor a file: give --weights the folder that a run printed"
-        )
+    check_name(rest)
+    file = None if is_name(rest) else weights_file(rest)
     method = "" if file is None else str(card(file).get("method", ""))
     return Row(name=f"ours: {label}", weights=rest, method=method or label)
 

@@ -56,7 +56,7 @@ def chart(
         placed = [None if value is None else (x(step), y(value)) for step, value in curve.points]
         dots = [place for place in placed if place] if len(placed) <= FEW_POINTS else []
         label = f"{cards[curve.run].label}: {curve.label}" if len(cards) > 1 else curve.label
-        lines.append({"look": _look(curve, len(cards)), "label": label, "path": _path(placed), "dots": dots})
+        lines.append({"css": _css_classes(curve, len(cards)), "label": label, "path": _path(placed), "dots": dots})
     return {
         "title": title,
         "note": note,
@@ -135,7 +135,7 @@ def _short(step: float) -> str:
     return f"{step / 1000:g}k" if step >= 1000 else f"{step:g}"
 
 
-def _look(curve: Curve, runs: int) -> str:
+def _css_classes(curve: Curve, runs: int) -> str:
     """CSS classes: one run's metrics differ by colour and dashes, several runs by colour, their metrics by dashes."""
     chance = curve.label == "chance"
     dashes = "chance" if chance else KINDS[curve.kind]

@@ -29,18 +29,18 @@ def show(
     """
     from mls.recipes import recipes, resolve
 
-    given = list(arguments or [])
+    positional = list(arguments or [])
     if diff:
-        if len(given) != 2:
+        if len(positional) != 2:
             raise ConfigError("--diff compares exactly two: `mls config --diff A B`")
-        _print_differences(*given)
+        _print_differences(*positional)
         return
-    if not given:
+    if not positional:
         print("\n".join(recipes()))
         return
-    if "=" in given[0]:
-        raise ConfigError(f"name the configuration before the overrides: `mls config CONFIG {given[0]}`")
-    resolved = resolve(_of_run(given[0]), given[1:])
+    if "=" in positional[0]:
+        raise ConfigError(f"name the configuration before the overrides: `mls config CONFIG {positional[0]}`")
+    resolved = resolve(_of_run(positional[0]), positional[1:])
     from mls.config import flatten
 
     rows = [(key, _text(value), resolved.origins[key]) for key, value in flatten(resolved.config)]

@@ -22,6 +22,7 @@ def run(
     weights: Annotated[str | None, typer.Option(help=WEIGHTS)] = None,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Holds results.jsonl and eval/; default: $MLS_RUNS.")] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is stored again.")] = False,
 ) -> None:
     """Run one protocol and store its numbers. The same call goes on where it was stopped, or prints what is stored.
 
@@ -46,13 +47,17 @@ def run(
     name, *overrides = arguments
     root = out or runs_folder()
     cell = evaluation(load_protocol(name, overrides), weights, seed)
-    measured = cell.finish(root, keep=True)
+    measured = cell.finish(root, keep=True, again=again)
     if distributed.rank() != 0:
         return
     rows = [[f"{cell.dataset}/{metric}", f"{100 * value:.2f}"] for metric, value in measured.values.items()]
     print_table(["metric, in per cent", "test"], rows)
     row = measured.row
-    print(f"\n{row['selection']}, weights {row['weights']}\n{root / 'results.jsonl'}: stored as {row['run']}")
+    step = f" at step {row['step']}" if row.get("step") is not None else ""
+    print(f"\n{row['selection']}, weights {row['weights']}{step}")
+    if measured.stored_before:
+        print(f"measured on {measured.date}, not run again; --again runs it")
+    print(f"{root / 'results.jsonl'}: stored as {row['run']}")
     picture = root / "eval" / row["run"] / "found.png"
     if picture.is_file():
         print(f"{picture}: some test images, what was found in them and what is true")
@@ -67,6 +72,7 @@ def suite(
     only: Annotated[list[str] | None, typer.Option(help="Only this row. May be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(help="Holds results.jsonl and the table; default: $MLS_RUNS.")] = None,
     format: Annotated[Format, typer.Option(help="Of what is printed.")] = Format.markdown,
+    again: Annotated[bool, typer.Option("--again", help="Measure what is stored again.")] = False,
 ) -> None:
     """Run a paper's table and print it with our numbers beside. Finished cells are not run again.
 
@@ -82,7 +88,7 @@ def suite(
     """
     from mls import distributed
     from mls.eval.comparison import as_text
-    from mls.eval.suite import load_suite
+    from mls.eval.suite import Part, load_suite
     from mls.eval.suite import run as run_suite
     from mls.files import runs_folder
     from mls.tables import terminal_width
@@ -90,7 +96,8 @@ def suite(
     name, *overrides = arguments
     root = out or runs_folder()
     say = lambda text: typer.echo(text, err=True) if distributed.rank() == 0 else None
-    found = run_suite(load_suite(name), root, weights or (), tiny, seeds, only or (), overrides, say)
+    part = Part(weights or (), tiny, seeds, only or (), overrides, again)
+    found = run_suite(load_suite(name), root, part, say)
     if distributed.rank() != 0:
         return
     root.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def _follow(one: JobSpec, root: Path) -> None:
 
 def _root(name: str | None) -> Path:
     """Where runs lie; the folder around a run that was named by its path."""
-    given = Path(name).expanduser() if name else None
-    if given is not None and given.is_dir():
-        return given.resolve().parent
+    path = Path(name).expanduser() if name else None
+    if path is not None and path.is_dir():
+        return path.resolve().parent
     return runs_folder().resolve()

@@ -111,7 +111,7 @@ def leakcheck(
     embedded = EmbeddedSource(source_from(first), Embedder.of(weights))
     calibration = calibrate(embedded)
     limit = calibration.threshold if threshold is None else threshold
-    print(_explained(embedded, calibration, limit, given=threshold is not None))
+    print(_explained(embedded, calibration, limit, by_user=threshold is not None))
     lines, report = [], {"first": first, "threshold": limit, "false_alarms": calibration.alarms(limit), "second": {}}
     for text in second:
         other = EmbeddedSource(source_from(text), embedded.embedder)
@@ -129,11 +129,11 @@ def leakcheck(
     print(out / "leakcheck.json")
 
 
-def _explained(embedded: EmbeddedSource, calibration: Calibration, limit: float, given: bool) -> str:
+def _explained(embedded: EmbeddedSource, calibration: Calibration, limit: float, by_user: bool) -> str:
     found = float((calibration.copies >= limit).float().mean())
     words = f"A: {len(embedded.source):,} images. An image counts as a near-duplicate from a cosine of {limit:.3f}: "
     alarms = calibration.alarms(limit)
-    words += f"{'as you said; ' if given else ''}{found:.0%} of altered copies lie above it, and {alarms:.1%} of the "
+    words += f"{'as you said; ' if by_user else ''}{found:.0%} of altered copies lie above it, and {alarms:.1%} of the "
     words += "images of A have another image of A there."
     if alarms > 0.2:
         words += "\nThat is many: A holds duplicates itself, or these features cannot tell images apart well enough."

@@ -34,27 +34,27 @@ def pretrain(
 
         mls pretrain --resume runs/mls_scenes_tiny-20260101-120000-1a2b
     """
-    given = list(arguments or [])
-    if resume is None and (not given or "=" in given[0]):
+    positional = list(arguments or [])
+    if resume is None and (not positional or "=" in positional[0]):
         from mls.recipes import recipes
 
         raise ConfigError(
             f"say what to train: `mls pretrain CONFIG`, with a YAML file or one of {', '.join(recipes())}"
         )
-    if resume is not None and given and "=" not in given[0]:
-        raise ConfigError(f"--resume takes its configuration from the run: leave out '{given[0]}'")
+    if resume is not None and positional and "=" not in positional[0]:
+        raise ConfigError(f"--resume takes its configuration from the run: leave out '{positional[0]}'")
 
     config = None
     if resume is None:
         from mls.recipes import load_config
 
-        config = load_config(given[0], given[1:] + ([f"run.name={name}"] if name else []))
+        config = load_config(positional[0], positional[1:] + ([f"run.name={name}"] if name else []))
 
     from mls import distributed, engine  # seconds: a mistake in the configuration is told before
 
     try:
         if resume is not None:
-            run = engine.resume(resume, given, quiet=quiet)
+            run = engine.resume(resume, positional, quiet=quiet)
         else:
             assert config is not None
             run = engine.pretrain(config, quiet=quiet)

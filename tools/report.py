@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from mls.engine import Run
     from mls.frozen.match_picture import Pixels
 
-# The first four are a plot's edges: whoever checks the page asks for them here.
-
 IDENTITY = {"run.name", "run.root", "run.recipe"}  # keys that tell runs apart and change nothing
 THUMBNAIL = 160  # pixels of a large crop on the page
 
@@ -134,20 +132,20 @@ def _cost(card: Card, reached: int, total: int | None) -> list[tuple[str, str]]:
     from mls.progress import duration
     from mls.recipes import find_recipe, recipes
 
-    said = []
+    notes = []
     if card.config.run.recipe in recipes():
         text = find_recipe(card.config.run.recipe).read_text(encoding="utf-8")
         found = re.findall(
             r"^# (Cost|Expected): *(.+(?:\n#  +.+)*)", text, re.MULTILINE
         )  # continued lines are indented
-        said = [(name, re.sub(r"\s*\n#\s*", " ", words)) for name, words in found]
+        notes = [(name, re.sub(r"\s*\n#\s*", " ", words)) for name, words in found]
     speeds = [row["images_per_second"] for row in card.rows if row.get("images_per_second")]
     if speeds and total is not None:
         batch, speed = card.config.data.batch_size, median(speeds)
         here = f"{total:,} steps of {batch:,} images at {speed:,.0f} images/s take {duration(total * batch / speed)}"
         left = f", {duration((total - reached) * batch / speed)} of it to come" if reached < total else ""
-        said.append(("Here", here + left))
-    return said
+        notes.append(("Here", here + left))
+    return notes
 
 
 def _from_recipe(config: Config) -> list[tuple[str, Any, Any]] | str:
@@ -193,4 +191,4 @@ def picture(crop: Pixels) -> dict[str, str]:
         image, kind = image.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS), "jpeg"
     image.save(file, kind)
     uri = f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}"
-    return {"uri": uri, "look": "smooth" if max(image.size) > 76 else "pixels"}
+    return {"uri": uri, "css": "smooth" if max(image.size) > 76 else "pixels"}

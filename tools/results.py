@@ -18,7 +18,8 @@ from mls.results import Results, StoredCell, stored_cells
 from mls.tables import Column, Format, Table, as_csv, render, terminal_width
 from mls.tables import Row as TableRow
 
-FIELDS = ("protocol", "loss", "weights", "settings")  # runs that have them in common differ in their seed alone
+# Runs that have these in common differ in their seed alone.
+FIELDS = ("protocol", "loss", "data", "weights", "step", "settings")
 MOST_METRICS = 8  # columns of a table; more do not fit on a screen
 MOST_NAMED = 12  # values of a field in a sentence
 
@@ -66,7 +67,7 @@ def results(
         raise unknown_name("field for --by", by, FIELDS)
     path = store_file(store)
     stored, torn = Results(path).read()
-    rows = newest(row for row in stored if isinstance(row.get("value"), (int, float)) and "metric" in row)
+    rows = newest(corrected(row) for row in stored if isinstance(row.get("value"), (int, float)) and "metric" in row)
     if torn:
         say(f"{path}: left out {torn} torn line{'s' * (torn > 1)}, whose writer was killed or is still writing")
     if not rows:
@@ -103,6 +104,25 @@ def newest(rows: Iterable[Row]) -> list[Row]:
     [0.2]
     """
     return list({(row.get("cell", number), row["metric"]): row for number, row in enumerate(rows)}.values())
+
+
+def corrected(row: Row) -> Row:
+    """Version 0.1 stored random networks of timm under the name of timm's published weights."""
+    random = "content" not in row and str(row.get("weights", "")).startswith("timm:")
+    return {**row, "weights": f"random:{row['weights']}"} if random else row
+
+
+def data_names(rows: Iterable[Row]) -> dict[tuple[str, str, str], str]:
+    """What tells data apart that the metric's own name does not: of folders their name, and where several data sets
+    of one name differ, the first letters of their content."""
+    known = {(text_of(row, "dataset"), text_of(row, "root"), text_of(row, "content")) for row in rows}
+    names = {}
+    for dataset, root, content in known:
+        name = (Path(root).name or "unknown") if dataset == "folder" else ""
+        others = {other for *place, other in known if other and place == [dataset, root]}
+        several = len(others) > 1 and not dataset.startswith("scenes")  # whose content is a setting
+        names[dataset, root, content] = " ".join(filter(None, [name, content[:6] * several]))
+    return names
 
 
 def flat(row: Row) -> dict[str, Any]:
@@ -156,8 +176,11 @@ def nothing(rows: Sequence[Row], wanted: Mapping[str, Sequence[str]]) -> str:
 def averaged(rows: Sequence[Row], long: bool) -> list[Series]:
     """The runs of each mean. One stands alone where that is wanted, or where a mean would mix what is not alike."""
     alike: dict[tuple[str, ...], list[StoredCell]] = {}
+    names = data_names(rows)
     for cell in stored_cells(rows):
-        alike.setdefault(tuple(text_of(cell.row, name) for name in FIELDS), []).append(cell)
+        place = (text_of(cell.row, "dataset"), text_of(cell.row, "root"), text_of(cell.row, "content"))
+        fields = {name: text_of(cell.row, name) for name in FIELDS} | {"data": names[place]}
+        alike.setdefault(tuple(fields.values()), []).append(cell)
     found: list[Series] = []
     mixed = []
     for key, group in sorted(alike.items()):
@@ -210,7 +233,7 @@ def needed(name: str, series: Sequence[Series]) -> bool:
     if name == "settings":
         others = [tuple(value for key, value in one.of.items() if key != name) for one in series]
         return len(set(others)) < len(others)
-    return name != "loss" or any(one.of[name] for one in series)
+    return name not in ("loss", "data", "step") or any(one.of[name] for one in series)
 
 
 def columns(metrics: Sequence[str]) -> list[str]:
@@ -223,9 +246,9 @@ def columns(metrics: Sequence[str]) -> list[str]:
     for metric in metrics:
         sets.setdefault(metric.rpartition("/")[0], []).append(metric)
     rank = {metric: place for group in sets.values() for place, metric in enumerate(group)}
-    kept = sorted(metrics, key=lambda metric: rank[metric])[:MOST_METRICS]
-    left_out = [metric for metric in metrics if metric not in kept]
+    fitting = sorted(metrics, key=lambda metric: rank[metric])[:MOST_METRICS]
+    left_out = [metric for metric in metrics if metric not in fitting]
     if left_out:
         example = left_out[0].rpartition(" ")[2]
         say(f"left out {', '.join(left_out)}: choose columns with a filter, for example 'metric={example}'")
-    return [metric for _, group in sorted(sets.items()) for metric in group if metric in kept]
+    return [metric for _, group in sorted(sets.items()) for metric in group if metric in fitting]

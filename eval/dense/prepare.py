@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from mls.config import AugmentConfig, ScenesConfig
 from mls.errors import DataError
 from mls.eval import data as data_sets
 from mls.eval.data import DataSet, objects, regions
+from mls.eval.data.content import content_hash
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import Dense, DenseData, Detection, Segmentation
@@ -36,13 +38,21 @@ def load_images(protocol: Dense) -> DataSet[Any]:
 
 
 def without_workers(data: DenseData) -> tuple[str, str | None, bool, ScenesConfig]:
-    return data.name, data.root, data.check_sizes, data.scenes
+    folder = None if data.name in SCENES else str(data_sets.folder_of(data.name, data.root).absolute())
+    return data.name, folder, data.check_sizes, data.scenes
 
 
 @lru_cache(maxsize=2)  # shared by the cells of a suite
 def _load(facts: tuple[str, str | None, bool, ScenesConfig]) -> DataSet[Any]:
     name, root, check_sizes, scenes = facts
     return SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
+
+
+def content(protocol: Dense) -> str:
+    """What tells the data apart from others of the same name; an error where they are not there."""
+    if protocol.data.name in SCENES:  # made, not read
+        return hashlib.sha256(repr(protocol.data.scenes).encode()).hexdigest()[:16]
+    return content_hash(load_images(protocol))
 
 
 def build_backbone(protocol: Dense, weights: str, seed: int) -> tuple[Backbone, list[float], list[float]]:

@@ -97,6 +97,10 @@ class FileSource:
             return None
         return multi_hot(self.pairs, len(self), len(self.class_names))
 
+    @property
+    def relative_paths(self) -> Names:
+        return self._paths
+
     def path(self, index: int) -> bytes:
         return os.path.join(self._root, self._paths[index])
 

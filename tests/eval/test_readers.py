@@ -26,6 +26,7 @@ from mls.errors import DataError
 from mls.eval.data import LAYOUTS, DataSet, LabelledImages, build, openimages
 from mls.eval.data.annotations import corners
 from mls.eval.data.class_folders import held_out
+from mls.eval.data.content import content_hash
 from mls.tools.eval import check
 
 # ------------------------------------------------------------------------------------------------------- writing trees
@@ -591,6 +592,26 @@ def test_every_image_decodes_to_its_own_pixels(tmp_path, name):
                 assert (pixels[:, 3, 4].int() - torch.tensor(colour)).abs().max() <= 2
     pixels = {tuple(data.train.pixels(row).flatten()[::7].tolist()) for row in range(len(data.train))}
     assert len(pixels) == len(data.train)
+
+
+@every
+def test_content_is_the_same_in_another_place_and_changes_with_every_part_of_it(tmp_path, name):
+    reader = READERS[name]
+    data, elsewhere = (small(name, reader.tree(tmp_path / place)) for place in ("a", "b"))
+    content = content_hash(data)
+    assert content_hash(elsewhere) == content
+    last = torch.arange(len(data.train) - 1)
+    others = [
+        replace(data, train=replace(data.train, truth=data.train.truth.flip(0) * 0 + 1)),
+        replace(data, train=replace(data.train, class_names=["other", *list(data.train.class_names)[1:]])),
+        replace(data, train=data.train.part(last)),
+        replace(data, train=data.test, test=data.train),
+    ]
+    assert len({content, *map(content_hash, others)}) == 1 + len(others)
+    if "cifar" not in name:
+        file = Path(elsewhere.test.describe(0))
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+        assert content_hash(elsewhere) != content
 
 
 @every

@@ -9,7 +9,7 @@ from mls.errors import ConfigError, DataError
 from mls.eval import cells, load_protocol, load_suite, protocols, suites
 from mls.eval import suite as suite_module
 from mls.eval.protocol import Supervised
-from mls.eval.suite import Column, Row, choose, chosen_rows, plan
+from mls.eval.suite import Column, Part, Row, Suite, choose, chosen_rows
 from mls.results import Results
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
@@ -41,12 +41,11 @@ def test_every_file_opens_with_purpose_command_cost_and_number(path: Path) -> No
 
 
 @pytest.mark.parametrize("name", suites())
-def test_every_cell_of_a_suite_is_a_protocol_that_loads(name: str) -> None:
+def test_rows_of_a_suite_have_names_of_their_own(name: str) -> None:
     suite = load_suite(name)
-    assert len({row.name for row in suite.rows}) == len(suite.rows)
-    for column in [*suite.columns, *suite.tiny]:
-        for row in suite.rows:
-            assert bool(plan(row, column, None, ())) == row.ours
+    for tiny in (False, True):
+        rows = chosen_rows(suite, (), tiny, ())
+        assert len({row.name for row in rows}) == len(rows)
 
 
 def test_paper_numbers_are_those_of_the_papers_tables() -> None:
@@ -69,14 +68,14 @@ def test_options_of_a_data_set_reach_the_loss() -> None:
 
 def test_a_suite_runs_stores_every_number_and_does_not_run_it_again(tmp_path: Path) -> None:
     suite = load_suite("paper_spml")
-    table = suite_module.run(suite, tmp_path, tiny=True, seeds=2, only=["AN", "EM + APL"], overrides=FEW)
+    table = suite_module.run(suite, tmp_path, Part(tiny=True, seeds=2, only=["AN", "EM + APL"], overrides=FEW))
     assert {name: len(values) for (name, _), values in table.values.items()} == {"AN": 2, "EM + APL": 2}
     stored = Results(tmp_path / "results.jsonl").rows(metric="scenes/map")
     assert [row["seed"] for row in stored] == [0, 1] * 2
     assert stored[0]["selection"].startswith("epoch ")
     assert stored[0]["weights_hash"] and stored[0]["versions"]["torch"] == torch.__version__
     before = (tmp_path / "results.jsonl").read_bytes()
-    again = suite_module.run(suite, tmp_path, tiny=True, seeds=2, only=["AN", "EM + APL"], overrides=FEW)
+    again = suite_module.run(suite, tmp_path, Part(tiny=True, seeds=2, only=["AN", "EM + APL"], overrides=FEW))
     assert again.values == table.values
     assert (tmp_path / "results.jsonl").read_bytes() == before
     assert not list((tmp_path / "eval").iterdir())  # a suite keeps numbers, not networks
@@ -86,14 +85,14 @@ def test_a_value_is_chosen_on_the_validation_part_and_never_on_the_test(tmp_path
     column, said = Column("scenes", "spml_scenes"), []
     row = Row("AN", ["training.loss=an"], {"training.epochs": [1, 3], "training.lr": [3.0e-3, 0.0001]})
     few = [change for change in FEW if "epochs" not in change]
-    found = choose(row, column, tmp_path, few, said.append)
+    found = choose(Suite(), row, column, tmp_path, few, said.append)
     rows = Results(tmp_path / "results.jsonl").rows(metric="scenes/map")
     assert len(rows) == 4
     best = max(rows, key=lambda row: row["validation"])
     protocol = load_protocol("spml_scenes", [*few, *found])
     assert cells.evaluation(protocol, "random").key == best["cell"]
     assert "best on the validation part" in said[0]
-    told = choose(row, column, tmp_path, [*few, "training.epochs=1", "training.lr=0.01"], said.append)
+    told = choose(Suite(), row, column, tmp_path, [*few, "training.epochs=1", "training.lr=0.01"], said.append)
     assert told == [] and len(said) == 1  # what the user sets is not tried
 
 
@@ -101,7 +100,7 @@ def test_choosing_needs_a_validation_part(tmp_path: Path) -> None:
     row = Row("AN", choose={"training.lr": [0.1, 0.2]})
     overrides = [*FEW, "data.validation=0", "training.select=last"]
     with pytest.raises(ConfigError, match="no validation part to choose on"):
-        choose(row, Column("scenes", "spml_scenes"), tmp_path, overrides, print)
+        choose(Suite(), row, Column("scenes", "spml_scenes"), tmp_path, overrides, print)
 
 
 def test_a_cell_of_which_not_every_number_was_written_is_measured_again(tmp_path: Path) -> None:
@@ -117,7 +116,7 @@ def test_a_cell_of_which_not_every_number_was_written_is_measured_again(tmp_path
 def test_a_column_without_its_data_is_left_out_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLS_DATA", str(tmp_path))
     said: list[str] = []
-    table = suite_module.run(load_suite("paper_spml"), tmp_path, seeds=1, only=["AN"], say=said.append)
+    table = suite_module.run(load_suite("paper_spml"), tmp_path, Part(seeds=1, only=["AN"]), said.append)
     assert table.values == {}
     assert set(table.missing) == {"VOC", "COCO", "NUS", "CUB"}
     assert "VOCdevkit" in table.missing["VOC"] and "data.root" in said[0]
@@ -142,7 +141,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'paper_spml'"):
         load_suite("paper_smpl")
     with pytest.raises(ConfigError, match="unknown row of the suite 'EMM'"):
-        suite_module.run(load_suite("paper_spml"), tmp_path, tiny=True, only=["EMM"])
+        suite_module.run(load_suite("paper_spml"), tmp_path, Part(tiny=True, only=["EMM"]))
     (tmp_path / "mine.yaml").write_text("task: multilable\n")
     with pytest.raises(ConfigError, match="did you mean 'multilabel'"):
         load_protocol(tmp_path / "mine.yaml")

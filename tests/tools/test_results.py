@@ -65,6 +65,42 @@ def test_a_line_for_each_protocol_and_weights_with_mean_and_std_over_seeds(store
     assert list(lines_of(done.stdout)[0]) == header
 
 
+def test_a_folder_is_named_and_one_of_before_is_of_unknown_data(store: Results, show: Show) -> None:
+    common = {"protocol": "knn", "dataset": "folder", "loss": None}
+    add_cell(store, {"folder/top1": 0.9}, cell="0", **common)
+    for number, root in enumerate(("/data/ants", "/data/bees", "/data/bees")):
+        fields = {"root": root, "content": f"{number}{number}abcdef0123"}
+        add_cell(store, {"folder/top1": number / 10}, cell=f"of {number}", **common, **fields)
+    lines = lines_of(show("--long").stdout)
+    assert [(line["data"], line["folder/top1"]) for line in lines] == [
+        ("ants", "0.00"),
+        ("bees 11abcd", "10.00"),
+        ("bees 22abcd", "20.00"),
+        ("unknown", "90.00"),
+    ]
+    assert [line["data"] for line in lines_of(show("root=*ants").stdout)] == ["ants"]
+
+
+def test_two_steps_of_a_run_are_two_rows(store: Results, show: Show) -> None:
+    for step, value in ((100, 0.5), (200, 0.6)):
+        add_cell(store, {"voc07/map": value}, weights="runs/mls", cell=str(step), step=step)
+    lines = lines_of(show().stdout)
+    assert [(line["weights"], line["step"], line["voc07/map"]) for line in lines] == [
+        ("runs/mls", "100", "50.00"),
+        ("runs/mls", "200", "60.00"),
+    ]
+
+
+def test_random_networks_that_were_stored_under_a_published_name_are_called_random(store: Results, show: Show) -> None:
+    add_cell(store, {"voc07/map": 0.1}, weights="timm:resnet50d")
+    add_cell(store, {"voc07/map": 0.9}, weights="timm:resnet50d", cell="new", content="0123")
+    lines = lines_of(show().stdout)
+    assert {line["weights"]: line["voc07/map"] for line in lines} == {
+        "random:timm:resnet50d": "10.00",
+        "timm:resnet50d": "90.00",
+    }
+
+
 def test_losses_are_never_averaged_together(store: Results, show: Show) -> None:
     add_cell(store, {"scenes/map": 0.2}, 0, loss="an")
     add_cell(store, {"scenes/map": 0.8}, 1, loss="em")

@@ -15,7 +15,7 @@ from mls.eval import cells, load_suite
 from mls.eval import suite as suite_module
 from mls.eval.cells import evaluation
 from mls.eval.comparison import as_text, difference
-from mls.eval.suite import chosen_rows, paper_row_of, row_of_weights
+from mls.eval.suite import Part, chosen_rows, paper_row_of, row_of_weights
 from mls.models import load_backbone, save_backbone
 from mls.results import Results
 
@@ -53,15 +53,15 @@ def saved(folder: Path, method: str) -> str:
 def test_a_run_of_the_user_is_compared_with_the_papers_row_of_its_method_or_its_label(tmp_path: Path) -> None:
     suite = load_suite("paper_classification")
     run = saved(tmp_path / "some run", "moco_v2")
-    assert row_of_weights(run, suite).name == "ours: some run"
-    paper = paper_row_of(row_of_weights(run, suite), suite)
+    assert row_of_weights(run).name == "ours: some run"
+    paper = paper_row_of(row_of_weights(run), suite)
     assert paper is not None and paper.name == "MoCo-v2"
-    labelled = row_of_weights(f"DenseCL={run}", suite)
+    labelled = row_of_weights(f"DenseCL={run}")
     assert labelled.name == "ours: DenseCL" and labelled.weights == run
-    assert paper_row_of(row_of_weights("torchvision:resnet50", suite), suite) is None
-    assert row_of_weights("torchvision:resnet50@IMAGENET1K_V2", suite).weights == "torchvision:resnet50@IMAGENET1K_V2"
+    assert paper_row_of(row_of_weights("torchvision:resnet50"), suite) is None
+    assert row_of_weights("torchvision:resnet50@IMAGENET1K_V2").weights == "torchvision:resnet50@IMAGENET1K_V2"
     with pytest.raises(CheckpointError, match="holds no backbone"):
-        row_of_weights(str(tmp_path), suite)
+        row_of_weights(str(tmp_path))
     with pytest.raises(CheckpointError, match="nowhere is neither a run folder nor a file"):
         chosen_rows(suite, [f"MLS={tmp_path / 'nowhere'}"], True, ())
 
@@ -89,7 +89,7 @@ def test_two_runs_of_one_label_are_one_row_with_differences_to_paper_and_random(
     monkeypatch.setattr(urllib.request, "_opener", None)  # an earlier one has read the environment already
     weights = [f"MLS={saved(tmp_path / name, 'mls')}" for name in ("a", "b")]
     suite, said = load_suite(suite_file), []
-    table = suite_module.run(suite, tmp_path, weights, seeds=1, overrides=FEW, say=said.append)
+    table = suite_module.run(suite, tmp_path, Part(weights, seeds=1, overrides=FEW), said.append)
     assert len(table.values["ours: MLS", "linear"]) == 2
     assert "torchvision's weights" in table.absent["published"] and len(said) == 1
     text = as_text(table)
@@ -102,7 +102,7 @@ def test_two_runs_of_one_label_are_one_row_with_differences_to_paper_and_random(
     assert lines["ours: MLS − random"][0] == difference(mean, floor)
     assert "±" in lines["ours: MLS"][0] and "published: left out" in text
     before = (tmp_path / "results.jsonl").read_bytes()
-    suite_module.run(suite, tmp_path, weights, seeds=1, overrides=FEW, say=said.append)
+    suite_module.run(suite, tmp_path, Part(weights, seeds=1, overrides=FEW), said.append)
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 

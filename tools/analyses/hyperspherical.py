@@ -137,17 +137,17 @@ def margins(study: Study) -> Finding:
     with torch.no_grad():
         cosines = training.classifier.head(training.features().to(training.device)).cpu()
     truth = prepare(training.protocol.data).train.truth
-    given = lambda margin: total_gradients(cosines, training.observed, truth, margin, scale)
+    totals = lambda margin: total_gradients(cosines, training.observed, truth, margin, scale)
     rows = []
     for margin, value in (*found.items(), (learnt, adaptive)):
         name = f"{margin:g}, fixed" if len(rows) < len(found) else f"{margin:.3f}, adaptive (scale {scale:.1f})"
-        rows.append([name, f"{value:.2f}", *(f"{total:.3f}" for total in given(margin).values())])
+        rows.append([name, f"{value:.2f}", *(f"{total:.3f}" for total in totals(margin).values())])
     says = (
         "Gradients are sums over an image's labels in the mean over the training images, at the adaptive classifier's "
         "cosines and scale. A larger margin gives positives more and negatives, false ones included, less; the paper "
         "finds that no fixed margin is the best everywhere, and that the adaptive one needs no search."
     )
-    figure = _margin_figure(found, adaptive, learnt, {step: given(step) for step in STEPS}, f"test {metric}, %")
+    figure = _margin_figure(found, adaptive, learnt, {step: totals(step) for step in STEPS}, f"test {metric}, %")
     figure.suptitle(f"Hyperspherical margins, {training.protocol.recipe}")
     header = ["margin", f"test {metric}, %", *(f"gradient: {who}" for who in GRADIENTS)]
     numbers = {f"fixed/{m:g}": v for m, v in found.items()} | {"adaptive": adaptive, "margin": learnt, "scale": scale}

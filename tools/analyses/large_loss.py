@@ -68,11 +68,11 @@ def memorisation(study: Study) -> Finding:
     masks = [kind.annotated, kind.absent, kind.missed]
     peaks = Peaks.none(kind.absent.shape)
 
-    def look(now: Training) -> None:
-        given = (now.observed > 0).float()
-        peaks.add(F.binary_cross_entropy(now.scores(), given, reduction="none"), masks)
+    def record(now: Training) -> None:
+        annotated = (now.observed > 0).float()
+        peaks.add(F.binary_cross_entropy(now.scores(), annotated, reduction="none"), masks)
 
-    study.watched(look, "an", *WHOLE)
+    study.watched(record, "an", *WHOLE)
     shares = dict(zip(KINDS, (peaks.shares(mask) for mask in masks), strict=True))
     phases = [[share[0] for share in shares.values()], [sum(share[1:]) for share in shares.values()]]
     rows = [

@@ -30,7 +30,7 @@ def downstream(
         mls bench downstream --short --seeds 1 --weights mine=runs/mls_scenes_tiny-…
     """
     from mls.eval.comparison import as_text
-    from mls.eval.suite import load_suite
+    from mls.eval.suite import Part, load_suite
     from mls.eval.suite import run as run_suite
     from mls.files import runs_folder
     from mls.tables import terminal_width
@@ -40,6 +40,6 @@ def downstream(
     folder.mkdir(parents=True, exist_ok=True)
     changes = [*(["training.steps=100", "training.falls=[]"] if short else []), *(overrides or [])]
     say = lambda text: typer.echo(text, err=True)
-    found = run_suite(load_suite(name), folder, weights or (), seeds=seeds, overrides=changes, say=say)
+    found = run_suite(load_suite(name), folder, Part(weights or (), seeds=seeds, overrides=changes), say)
     (folder / "downstream.md").write_text(as_text(found))
     print(f"{as_text(found, width=terminal_width())}\n{folder}: runs, table, results.jsonl")

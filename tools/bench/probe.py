@@ -225,7 +225,7 @@ def sklearn_machines(features: Tensor, labels: Tensor, test: Tensor, truth: Tens
     from sklearn.model_selection import cross_val_score
     from sklearn.svm import LinearSVC
 
-    x, asked = (F.normalize(part, dim=1).double().numpy() for part in (features, test))
+    x, queries = (F.normalize(part, dim=1).double().numpy() for part in (features, test))
     tried, tested = [], []
     for column, wanted in zip(labels.T.numpy(), truth.T.numpy(), strict=True):
         model = LinearSVC(class_weight={True: 2.0, False: 1.0}, dual=False, tol=1e-6, max_iter=10_000)  # pyright: ignore[reportArgumentType]
@@ -235,7 +235,7 @@ def sklearn_machines(features: Tensor, labels: Tensor, test: Tensor, truth: Tens
             means.append(float(cross_val_score(model, x, column, cv=3, scoring="average_precision").mean()))
         tried += means
         model.set_params(C=SVM_COSTS[int(np.argmax(means))]).fit(x, column)
-        tested.append(float(average_precision_score(wanted, model.decision_function(asked))))
+        tested.append(float(average_precision_score(wanted, model.decision_function(queries))))
     return tried + tested
 
 

@@ -107,11 +107,11 @@ def plan(
     for column in suite.tiny if tiny else suite.columns:
         for row in suites.chosen_rows(suite, weights, tiny, only):
             if row.choose and not tiny:
-                call = {"suite": _absolute(name), "weights": list(weights), "only": row.name.partition(" · ")[0]}
+                call = {"suite": _absolute(name), "weights": list(weights), "only": row.made_of or row.name}
                 call |= {"seeds": seeds, "overrides": list(overrides), "root": str(root)}
                 tasks.setdefault(row.name, Task(row.name, run_row, call))
                 continue
-            for cell in suites.plan(row, column, seeds, overrides):
+            for cell in suites.plan(suite, row, column, seeds, overrides):
                 known, cell_name = _look_up(cell, root)
                 call = {"weights": cell.weights, "seed": cell.seed, "root": str(root)}
                 if not known:
@@ -187,7 +187,8 @@ def run_row(suite: str, weights: list[str], only: str, seeds: int | None, overri
     """In the job: a row that chooses a value first."""
     from mls.eval import suite as suites
 
-    suites.run(suites.load_suite(suite), Path(root), weights, seeds=seeds, only=[only], overrides=overrides)
+    part = suites.Part(weights, seeds=seeds, only=[only], overrides=overrides)
+    suites.run(suites.load_suite(suite), Path(root), part)
 
 
 def one_process(profile: Profile) -> Profile:

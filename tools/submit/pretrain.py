@@ -62,23 +62,23 @@ def pretrain(
     from mls.slurm.profile import load_profile
     from mls.slurm.sweep import combinations
 
-    given = list(arguments or [])
+    positional = list(arguments or [])
     launch.check_cluster(cluster, several=bool(sweep or suite))
     wanted = load_profile(profile, slurm or [])
     if resume is not None:
-        if given or sweep or name:
+        if positional or sweep or name:
             raise ConfigError("--resume takes its configuration from the run: leave the rest out")
         return _again(resume, wanted, cluster, dry_run)
-    if not given or "=" in given[0]:
+    if not positional or "=" in positional[0]:
         known = ", ".join(recipes())
         raise ConfigError(f"say what to train: `mls submit pretrain CONFIG`, with a YAML file or one of {known}")
     if rehearse is not None:
-        return _rehearse(rehearse, given, wanted)
+        return _rehearse(rehearse, positional, wanted)
     cells = combinations(sweep or [])
     named = [f"run.name={name}"] if name else []
-    config = load_config(given[0], [*given[1:], *named])
+    config = load_config(positional[0], [*positional[1:], *named])
     for cell in cells:
-        load_config(given[0], [*given[1:], *cell])  # a mistake is told before anything is made
+        load_config(positional[0], [*positional[1:], *cell])  # a mistake is told before anything is made
     if suite is not None:
         from mls.eval import load_suite  # seconds, needed by nobody else
 
@@ -88,7 +88,7 @@ def pretrain(
         made = job_spec.create_pretraining(folder, folder / "submission", cluster)
         print(launch.sbatch_script(made, wanted, folder.name, len(cells)), end="")
         return
-    folder, runs = _make_runs(config, given, cells)
+    folder, runs = _make_runs(config, positional, cells)
     made = [job_spec.create_pretraining(run, folder / "submission", cluster).write() for run in runs]
     if cluster == "debug":
         return launch.run_here(made[0])
@@ -99,7 +99,7 @@ def pretrain(
     say(f"look at it with `mls jobs {folder}`, end it with `mls cancel {folder}`")
 
 
-def _make_runs(config: Config, given: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[Path, list[Path]]:
+def _make_runs(config: Config, positional: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[Path, list[Path]]:
     """The run's folder; for a sweep a folder of run folders."""
     say("making the run folder")
     from mls.engine import Run
@@ -113,7 +113,7 @@ def _make_runs(config: Config, given: Sequence[str], cells: Sequence[Sequence[st
     runs = []
     for cell in cells:
         place = [f"run.root={folder}", f"run.name={cell_name(cell)}"]
-        runs.append(Run.create(load_config(given[0], [*given[1:], *cell, *place])).path)
+        runs.append(Run.create(load_config(positional[0], [*positional[1:], *cell, *place])).path)
     return folder, runs
 
 
@@ -156,10 +156,10 @@ def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:
     print(run.path)
 
 
-def _rehearse(what: str, given: Sequence[str], profile: Profile) -> None:
+def _rehearse(what: str, positional: Sequence[str], profile: Profile) -> None:
     from mls.slurm import rehearse
 
-    outcome = rehearse.run(what, given[0], given[1:], profile, say)
+    outcome = rehearse.run(what, positional[0], positional[1:], profile, say)
     print(outcome.text)
     if not outcome.survived:
         raise typer.Exit(1)

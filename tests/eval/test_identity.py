@@ -1,0 +1,254 @@
+"""No number under a wrong name: what a stored number belongs to is the content of its data and the weights that were
+read, random weights are called random, and no row of a suite is run on another network than it names."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mls.config import AugmentConfig
+from mls.errors import CheckpointError, ConfigError, DataError
+from mls.eval import cells, frozen, load_protocol, load_suite, suites
+from mls.eval import suite as suite_module
+from mls.eval.comparison import as_text
+from mls.eval.protocol import fingerprint
+from mls.eval.suite import Part, Row, chosen_rows, plan
+from mls.eval.weights import public_name, read
+from mls.files import sha256
+from mls.models import load_backbone, save_backbone
+from mls.results import Results
+
+FEW = ["data.scenes.count=120", "data.scenes.test_count=40"]
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def birds(folder: Path, seed: int) -> Path:
+    """Class folders with images of noise."""
+    draws = np.random.default_rng(seed)
+    for split, count in (("train", 6), ("test", 4)):
+        for number in range(count):
+            for name in ("ant", "bee"):
+                file = folder / split / name / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(draws.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file)
+    return folder
+
+
+def of_folder(root: Path) -> cells.Evaluation:
+    overrides = ["data.name=folder", f"data.root={root}", "augment.size=32", "probe.k=[1,3]", "data.workers=0"]
+    return cells.evaluation(load_protocol("knn", overrides), "resnet_tiny")
+
+
+def saved(folder: Path, seed: int, step: int) -> str:
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(seed)
+    card = {"architecture": "resnet_tiny", "method": "mls", "step": step}
+    save_backbone(folder, load_backbone("resnet_tiny"), card, AugmentConfig(size=32))
+    return str(folder)
+
+
+# --------------------------------------------------------------------------------------------------------- the data
+
+
+def test_a_second_folder_never_gets_the_numbers_of_the_first(tmp_path: Path) -> None:
+    first, second = (of_folder(birds(tmp_path / name, seed)) for seed, name in enumerate(("a", "b")))
+    found = [cell.finish(tmp_path) for cell in (first, second, first)]
+    assert [one.stored_before for one in found] == [False, False, True]
+    assert len({one.row["cell"] for one in found}) == 2
+    with pytest.raises(DataError, match="nowhere is missing"):
+        of_folder(tmp_path / "nowhere").finish(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "moved")  # the same images elsewhere are the same data
+    assert of_folder(tmp_path / "moved").finish(tmp_path).stored_before
+
+
+@pytest.mark.parametrize("change", ["another image", "another name", "another class", "another size", "another part"])
+def test_a_changed_folder_is_other_data(tmp_path: Path, change: str) -> None:
+    key = of_folder(birds(tmp_path / "a", 0)).key
+    copy = shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert of_folder(copy).key == key
+    image = copy / "train/ant/0.png"
+    if change == "another image":
+        shutil.copy(image, copy / "train/bee/new.png")
+    elif change == "another size":
+        image.write_bytes(image.read_bytes() + b"\0")
+    else:
+        moved = {"another name": "train/ant/zero.png", "another class": "train/bee/zero.png"}
+        image.rename(copy / moved.get(change, "test/ant/zero.png"))
+    again = shutil.copytree(copy, tmp_path / "c")  # what was listed once in a process is listed
+    assert of_folder(again).key != key
+
+
+# ------------------------------------------------------------------------------------------------------ the weights
+
+
+def test_a_run_that_goes_on_training_is_measured_as_it_was_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, protocol = saved(tmp_path / "run", 0, step=100), load_protocol("linear_scenes", [*FEW, "probe.l2=[0.01]"])
+    expected = cells.run(protocol, run, root=tmp_path / "quiet", quiet=True)
+    hash_before = sha256(tmp_path / "run" / "backbone.safetensors")[:16]
+
+    def while_training(*arguments: object, **options: object) -> object:
+        saved(tmp_path / "run", 1, step=200)
+        return frozen.run(*arguments, **options)
+
+    monkeypatch.setitem(cells.RUNNERS, "linear", while_training)
+    measured = cells.evaluation(protocol, run).finish(tmp_path, keep=True, quiet=True)
+    assert measured.values == expected
+    assert (measured.row["weights_hash"], measured.row["step"]) == (hash_before, 100)
+    folder = tmp_path / "eval" / measured.row["run"]
+    assert sorted(path.name for path in folder.iterdir()) == ["classifier.safetensors", "protocol.yaml"]
+    monkeypatch.undo()
+    later = cells.evaluation(protocol, run).finish(tmp_path, quiet=True)
+    assert not later.stored_before and later.row["step"] == 200
+
+
+def test_tensors_that_were_just_written_wait_for_their_card(tmp_path: Path) -> None:
+    folder = Path(saved(tmp_path / "run", 0, step=100))
+    old = (folder / "backbone.json").read_bytes()
+    saved(folder, 1, step=200)
+    new = (folder / "backbone.json").read_bytes()
+    (folder / "backbone.json").write_bytes(old)
+    os.utime(folder / "backbone.json", (0, 0))
+    threading.Timer(0.3, lambda: (folder / "backbone.json").write_bytes(new)).start()
+    assert read(str(folder), "").facts["step"] == 200
+
+
+SPELLINGS = ["random", "resnet_tiny", "random:resnet_tiny", "scratch:mobilenet_v3_small", "timm:resnet10t"]
+
+
+@pytest.mark.parametrize("weights", SPELLINGS)
+def test_weights_that_two_seeds_draw_differently_are_stored_as_random(tmp_path: Path, weights: str) -> None:
+    protocol = load_protocol("knn_scenes", [*FEW, "probe.k=[1]"])
+    row = cells.evaluation(protocol, weights).facts()
+    drawn = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        backbone = load_backbone(protocol.model.backbone if weights == "random" else weights)
+        drawn.append(next(backbone.parameters()).detach().clone())
+    assert not torch.equal(*drawn)
+    assert row["weights"].startswith("random:")
+
+
+def test_one_network_has_one_name() -> None:
+    same = ["random", "resnet_tiny", "random:resnet_tiny"]
+    assert {public_name(weights, "resnet_tiny") for weights in same} == {"random:resnet_tiny"}
+    assert len({read(weights, "resnet_tiny").hash for weights in same}) == 1
+    assert read("torchvision:resnet18", "").name == "torchvision:resnet18"
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ("WRONG", "WRONG is neither a run folder nor a file: give --weights the folder that a run printed"),
+        ("resnet5O", "neither a run folder nor a file: did you mean resnet50"),
+        ("torchvison:resnet50", "did you mean 'torchvision'"),
+        ("torchvision:resnet5O", "did you mean 'resnet50'"),
+        ("pretrain:mls_scenes_tinny", "did you mean 'mls_scenes_tiny'"),
+    ],
+)
+def test_wrong_weights_are_told_before_the_data_are_looked_for(tmp_path: Path, weights: str, sentence: str) -> None:
+    protocol = load_protocol("knn", ["data.name=folder", f"data.root={tmp_path / 'nowhere'}"])
+    with pytest.raises((CheckpointError, ConfigError), match=re.escape(sentence)):
+        cells.run(protocol, weights, root=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------- what is stored already
+
+
+def test_a_stored_number_says_so_and_again_measures_it(tmp_path: Path, mls_command: Command) -> None:
+    command = ["eval", "run", "knn_scenes", *FEW, "probe.k=[1]", "--out", str(tmp_path)]
+    first, second, third = (mls_command(*command, *more) for more in ([], [], ["--again"]))
+    assert first.returncode == 0, first.stderr
+    today = Results(tmp_path / "results.jsonl").rows()[0]["time"][:10]
+    sentence = f"measured on {today}, not run again; --again runs it\n"
+    assert [sentence in done.stdout for done in (first, second, third)] == [False, True, False]
+    assert "weights random:resnet_tiny\n" in first.stdout
+    assert len(Results(tmp_path / "results.jsonl").rows(metric="scenes/map")) == 2
+
+
+def test_a_suite_says_which_numbers_it_did_not_measure(tmp_path: Path) -> None:
+    part = Part(tiny=True, seeds=1, only=["random"], overrides=[*FEW, "probe.l2=[0.01]", "data.shots=2"])
+    suite = load_suite("paper_classification")
+    suite = replace(suite, tiny=suite.tiny[:1])
+    assert "--again" not in as_text(suite_module.run(suite, tmp_path, part))
+    again = as_text(suite_module.run(suite, tmp_path, part))
+    assert re.search(r"1 of 1 numbers: measured on \d{4}-\d\d-\d\d, not run again; --again runs them\.", again)
+    part = replace(part, again=True)
+    assert "--again" not in as_text(suite_module.run(suite, tmp_path, part))
+
+
+def test_numbers_of_version_0_1_are_found_where_their_data_cannot_be_others(tmp_path: Path) -> None:
+    """It took weights by the name that was given and knew nothing of the content of the data."""
+
+    def store(protocol: object, given: str, task: str) -> None:
+        name = hashlib.sha256(given.encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{fingerprint(protocol)}/{name}/0".encode()).hexdigest()[:12]
+        row = {"cell": key, "metrics": 1, "validation": 0.5, "selection": "", "run": "old", "weights": given}
+        Results(tmp_path / "results.jsonl").add(metric=f"{task}/map", value=0.25, **row)
+
+    scenes = load_protocol("knn_scenes", [*FEW, "probe.k=[1]"])
+    store(scenes, "random", "scenes")
+    assert cells.run(scenes, "random", root=tmp_path) == {"map": 0.25}
+    timm = cells.evaluation(scenes, "timm:resnet10t")
+    store(scenes, "timm:resnet10t", "scenes")  # random weights under a published name
+    assert timm.stored(tmp_path) is None
+    folder = of_folder(birds(tmp_path / "a", 0))
+    store(folder.protocol, "resnet_tiny", "folder")
+    assert folder.stored(tmp_path) is None
+
+
+# --------------------------------------------------------------------------------------------------------- the suites
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+@pytest.mark.parametrize("name", suites())
+def test_no_row_of_a_suite_is_run_on_weights_that_it_does_not_name(name: str, tiny: bool) -> None:
+    suite = load_suite(name)
+    columns = suite.tiny if tiny else suite.columns
+    for column in {(one.protocol, *one.set): one for one in columns}.values():
+        for row in chosen_rows(suite, (), tiny, ()):
+            planned = plan(suite, row, column, 1, ())
+            assert bool(planned) == row.ours
+            for cell in planned:
+                if suite.compares == "backbones":
+                    original = next(one for one in suite.rows if one.name == row.name)
+                    assert cell.weights == (original.tiny if tiny else original.weights) is not None
+                elif row.network and not tiny:
+                    assert cell.weights == suite.networks[row.network] and row.network in row.name
+                elif row.network:
+                    assert public_name(cell.weights, cell.protocol.model.backbone) in row.name
+                    assert row.network not in row.name
+                else:
+                    assert cell.weights == (row.weights or cell.protocol.model.weights)
+
+
+def test_a_row_without_weights_shows_the_papers_numbers_alone_and_plan_refuses_another_network() -> None:
+    suite = load_suite("paper_dense")
+    rows = {row.name: row for row in chosen_rows(suite, (), False, ())}
+    assert [name for name, row in rows.items() if row.ours] == ["random", "supervised"]
+    assert {"BYOL", "MoCo-v2", "SoCo", "DenseCL", "ORL", "MLS", "MLS, 400 epochs"} <= set(rows)
+    assert plan(suite, rows["MLS"], suite.columns[0], 1, ()) == []
+    with pytest.raises(ConfigError, match="row 'MLS' names a network and has no weights"):
+        plan(suite, replace(rows["MLS"], ours=True), suite.columns[0], 1, ())
+    with pytest.raises(ConfigError, match="names a network and has no weights"):
+        plan(load_suite("paper_two_way"), Row("BCE, ResNet50", network="ResNet50"), suite.columns[0], 1, ())
+
+
+def test_a_row_names_the_network_in_the_place_of_the_papers() -> None:
+    suite = load_suite("paper_two_way")
+    assert chosen_rows(suite, (), True, ())[0].name == "Softmax, random:resnet_tiny"
+    assert chosen_rows(suite, ["runs/mine"], False, ())[0].name == "Softmax, mine"
+    found = suite_module.Comparison(suite, suite.columns, chosen_rows(suite, ["runs/mine"], False, ()))
+    assert "The paper's columns are its own networks (ResNet50), not the one that a row names." in as_text(found)
