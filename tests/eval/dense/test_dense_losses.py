@@ -117,5 +117,5 @@ def test_anchors_that_do_not_go_with_the_pyramids_levels_are_refused(anchors: li
 
 
 def test_a_detector_without_anchors_is_refused() -> None:
-    with pytest.raises(ConfigError, match="model.anchors is 0"):
+    with pytest.raises(ConfigError, match="model.anchors is empty"):
         load_protocol("detection_scenes", ["model.anchors=[]", "model.neck=c4"])
