@@ -1,6 +1,6 @@
 """Cells of tables: which are found again, which are measured, in which order."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +81,9 @@ def test_studies_of_version_0_1_are_read(tmp_path: Path) -> None:
     assert found.stored_before and found.row["run"] == "MoCo-v2-seed0-00000000"
     assert found.values == {"linear": 0.5125, "knn": 0.42, "overlap": 0.25}
     assert "| MoCo-v2  | 51.2       | 42.0    |" in render(table_of({"MoCo-v2": [found]}, "backbone", PROBES, ""))
+
+
+def test_imported_plugins_do_not_change_what_a_configuration_is_known_by() -> None:
+    plain = load_config("mls_scenes_tiny")
+    assert config_hash(replace(plain, run=replace(plain.run, plugins=["/a/b.py"]))) == config_hash(plain)
+    assert config_hash(replace(plain, run=replace(plain.run, seed=1))) != config_hash(plain)

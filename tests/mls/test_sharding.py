@@ -79,7 +79,7 @@ def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_losses_gradients_and_matches_equal_the_unsharded_ones(compared: list[dict[str, Any]], case: str) -> None:
+def test_sharded_rows_give_what_whole_rows_give(compared: list[dict[str, Any]], case: str) -> None:
     for found in compared:
         assert found[case]["loss"] <= 1e-5
         assert found[case]["gradient"] <= 1e-5 * found[case]["largest gradient"]
