@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -14,9 +14,6 @@ from torch import Tensor
 from mls.core.sharding import WHOLE, Sharding
 from mls.distributed import gather
 from mls.errors import CheckpointError, ConfigError
-
-if TYPE_CHECKING:
-    from mls.core.queried_rows import QueriedRows
 
 EMPTY = -1  # the id of a slot that was never written
 STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -108,12 +105,6 @@ class Dictionary:
                 for name, tensor in self._tensors.items()
             }
         )
-
-    def queried_by(self, ids: Int64[Tensor, "batch"], exclude_own: bool = False) -> QueriedRows:
-        """All filled rows, for the queries of these images to ask; `exclude_own`: without each image's own rows."""
-        from mls.core.queried_rows import QueriedRows
-
-        return QueriedRows(self, ids, exclude_own)
 
     @torch.no_grad()
     def enqueue(self, *keys: Tensor, **named: Tensor) -> None:

@@ -28,14 +28,15 @@ class Sums:
 
 
 class QueriedRows:
-    """The filled rows as one step's queries see them. `name` is a memory of the dictionary.
+    """The filled rows as one step's queries, of images `ids`, see them: all, or all but each image's own. `name` is a
+    memory of the dictionary.
 
     A sharded dictionary's rows are asked for the queries of all processes, each its own rows, and what they answer is
     put together; a query's gradient finds its way back. With one process all of that is the identity.
 
     >>> dictionary = Dictionary(4, backbone=2)
     >>> dictionary.enqueue(torch.eye(2), ids=torch.tensor([7, 8]))
-    >>> rows = dictionary.queried_by(torch.tensor([7]), exclude_own=True)
+    >>> rows = QueriedRows(dictionary, torch.tensor([7]), exclude_own=True)
     >>> rows.logsumexp("backbone", torch.tensor([[0.0, 1.0]]), temperature=0.5)
     tensor([2.])
     """

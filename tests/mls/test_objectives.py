@@ -19,6 +19,7 @@ from mls.core.dictionary import Dictionary
 from mls.core.method import gradient_norms
 from mls.core.methods.mls import MLS
 from mls.core.positives import Positives
+from mls.core.queried_rows import QueriedRows
 from mls.data import Views
 from mls.engine import Run, optim
 from mls.engine.checkpoint import Checkpoints
@@ -71,7 +72,7 @@ def multi_label(method: MLS, cosines: Tensor, labels: Tensor, own_rows: Tensor |
     found = labels.topk(min(K, labels.shape[1]))
     unit_rows = Dictionary(labels.shape[1], projection=labels.shape[1])
     unit_rows.enqueue(torch.eye(labels.shape[1]), torch.arange(labels.shape[1]))
-    rows = unit_rows.queried_by(torch.arange(len(labels)))
+    rows = QueriedRows(unit_rows, torch.arange(len(labels)))
     if own_rows is not None:
         rows.exclude, rows.counts = own_rows, rows.counts - own_rows.sum(1)
     return method.multi_label(cosines, rows, Positives(found.indices, found.values > 0))[0]

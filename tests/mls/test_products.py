@@ -15,6 +15,7 @@ from mls.core import losses, methods, products
 from mls.core.methods.mls import MLS
 from mls.core.methods.moco import Keys, Query
 from mls.core.products import OwnRows, log_sum_exp, over_parts
+from mls.core.queried_rows import QueriedRows
 from mls.data import Views
 from mls.recipes import load_config
 from mls.tools.bench.memory import peak_bytes
@@ -51,7 +52,7 @@ def value_and_gradients(method: MLS, batch: int = BATCH) -> list[torch.Tensor]:
     """Of both parts of the loss for some embeddings; the first queries have rows of their own in the dictionary."""
     g, z, ids = unit(batch, 128, 3).requires_grad_(), unit(batch, WIDTH, 4).requires_grad_(), torch.arange(batch)
     views, keys = Views([], [], ids), Keys(g.detach(), z.detach(), ids, torch.zeros(batch, 4))
-    rows = method.dictionary.queried_by(ids, method.config.dictionary.own_rows == "exclude")
+    rows = QueriedRows(method.dictionary, ids, method.config.dictionary.own_rows == "exclude")
     contrast = method.negatives(Query(g, z), rows, keys, views).mean()
     term = method.beside_info_nce(Query(g, z), rows, views, None)
     assert term is not None

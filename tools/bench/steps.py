@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from mls.core import methods, products
 from mls.core.methods.mls import MLS
 from mls.core.methods.moco import Keys, MoCo, Query
+from mls.core.queried_rows import QueriedRows
 from mls.data import Views
 from mls.engine import optim
 from mls.recipes import load_config
@@ -31,7 +32,7 @@ def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: i
     optimizer = optim.build(moco.config, moco)
     g, z = _embeddings(mls, batch, device)
     keys = Keys(g.detach(), z.detach(), ids, torch.zeros(batch, 4, device=device))
-    seen, query = mls.dictionary.queried_by(ids), Query(g, z)
+    seen, query = QueriedRows(mls.dictionary, ids), Query(g, z)
     positives = mls.pseudo_labels(query, seen, views)
 
     def step() -> None:
@@ -84,7 +85,7 @@ def _peak(method: MLS, batch: int, device: str) -> float:
     views, keys = Views([], [], ids), Keys(g.detach(), z.detach(), ids, torch.zeros(batch, 4, device=device))
 
     def losses() -> None:
-        seen, query = method.dictionary.queried_by(ids), Query(g, z)
+        seen, query = QueriedRows(method.dictionary, ids), Query(g, z)
         term = method.beside_info_nce(query, seen, views, None)
         assert term is not None
         (method.negatives(query, seen, keys, views).mean() + term).backward()

@@ -69,7 +69,9 @@ class MoCo(Method):
 
     def forward(self, views: Views) -> StepOutput:
         temperature = self.options.temperature
-        rows = self.dictionary.queried_by(views.ids, self.config.dictionary.own_rows == "exclude")  # one state for all
+        rows = QueriedRows(
+            self.dictionary, views.ids, self.config.dictionary.own_rows == "exclude"
+        )  # one state for all
         keys, own = self.encode_keys(views)
         z2 = keys.projection[own]
 
@@ -154,7 +156,7 @@ class MoCo(Method):
 
     def nearest_crops(self, memory: str, views: Views, count: int) -> MatchedCrops:
         query = Query(*(F.normalize(output, dim=1) for output in self.pair.query(views.images[0])))
-        rows = self.dictionary.queried_by(views.ids, exclude_own=True)
+        rows = QueriedRows(self.dictionary, views.ids, exclude_own=True)
         count = min(count, int(rows.counts.min()))
         if count == 0:
             raise CheckpointError("the dictionary holds crops of the query's own image only: train on for a few steps")
