@@ -16,8 +16,8 @@ def as_tables(found: Comparison) -> list[Table]:
 
 def notes(found: Comparison) -> list[str]:
     counts = {len(values) for values in found.values.values()}
-    seeds = f"mean ± std over {max(counts)} runs" if counts and max(counts) > 1 else "one run"
-    lines = [f"{found.suite.title}, in per cent, {seeds}."]
+    seeds = f", mean ± std over {max(counts)} runs" if counts and max(counts) > 1 else ", one run" * bool(counts)
+    lines = [f"{found.suite.title}, in per cent{seeds}."]
     papers = found.suite.source and any(row.paper for row in found.rows)
     if papers:
         lines[0] += f" The paper's numbers: {found.suite.source}."

@@ -160,11 +160,12 @@ def _from_recipe(config: Config) -> list[tuple[str, Any, Any]] | str:
 
 def _differing(cards: Sequence[Card]) -> list[tuple[str, list[Any]]]:
     """The keys in which some run differs from the first, with the value of every run."""
-    from mls.config import differences, flatten
+    from mls.config import NOT_A_KEY, differences, flatten
 
     values = [dict(flatten(card.config)) for card in cards]
     changed = {key for card in cards for key, _, _ in differences(cards[0].config, card.config)} - IDENTITY
-    return [(key, [own[key] for own in values]) for key in values[0] if key in changed]
+    keys = dict.fromkeys(key for own in values for key in own if key in changed)
+    return [(key, [own.get(key, NOT_A_KEY) for own in values]) for key in keys]
 
 
 def _last_values(cards: Sequence[Card]) -> list[tuple[str, list[tuple[float, int] | None]]]:

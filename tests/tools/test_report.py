@@ -22,6 +22,7 @@ import mls
 from mls.config import Config
 from mls.engine import Run
 from mls.errors import Stopped, UserError
+from mls.recipes import applicable
 from mls.tools.charts import BOTTOM, LEFT, RIGHT, TOP, chart
 from mls.tools.report import Card, picture, report
 
@@ -50,7 +51,8 @@ def half(folder: Path) -> Run:
     """MoCo-v2, stopped in the middle."""
     changes = [f"run.root={folder}", "run.name=half", "engine.max_steps=10", "objective.method=moco_v2"]
     with pytest.raises(Stopped):
-        mls.pretrain(mls.load_config("mls_scenes_tiny", [*SMALL, *changes]), quiet=True)
+        changes = applicable("mls_scenes_tiny", [*SMALL, *changes])
+        mls.pretrain(mls.load_config("mls_scenes_tiny", changes), quiet=True)
     return Run.open(folder / "half")
 
 
