@@ -47,12 +47,18 @@ def copy_package(source: Path, target: Path) -> None:
     """The files that git tracks or would track; all files where git is missing or does not know the folder."""
     wanted = _git(source, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
     if "__init__.py" not in wanted:
-        shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*IGNORED))
+        shutil.copytree(source, target, dirs_exist_ok=True, ignore=_ignored)
         return
     for name in wanted:
         if name and (source / name).is_file():  # a deleted file is listed until the deletion is committed
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)
+
+
+def _ignored(folder: str, names: list[str]) -> set[str]:
+    """Also the links to other packages: each package is copied on its own."""
+    links = {name for name in names if Path(folder, name).is_symlink() and Path(folder, name).is_dir()}
+    return links | shutil.ignore_patterns(*IGNORED)(folder, names)
 
 
 def write_origin(source: Path, target: Path) -> None:

@@ -64,7 +64,9 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout of its own, installed as `pip install -e` would."""
     copy = tmp_path / "checkout"
     for room, package in ROOMS.items():
-        shutil.copytree(snapshot.package_folder(package), copy / room, ignore=shutil.ignore_patterns("__pycache__"))
+        ignore = shutil.ignore_patterns("__pycache__")
+        # Links stay links: mls/eval leads to this checkout's eval.
+        shutil.copytree(snapshot.package_folder(package), copy / room, symlinks=True, ignore=ignore)
         edit(copy, room, 1)
     site = tmp_path / "site"
     site.mkdir()

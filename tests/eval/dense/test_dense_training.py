@@ -114,7 +114,7 @@ def test_two_processes_share_a_batch_and_the_test(
     [
         ("training.falls=[9]", "lie behind the 6 steps"),
         ("training.warmup_steps=6", "make it shorter"),
-        ("data.min_sizes=[]", "data.min_sizes is 0"),
+        ("data.min_sizes=[]", "data.min_sizes is empty"),
         ("model.proposals=[3]", "needs two numbers"),
     ],
 )
