@@ -83,11 +83,18 @@ def load(names: Iterable[str], copies: Mapping[str, str] = MappingProxyType({}))
     files that are to be executed in their place."""
     found = []
     for name in names:
-        name = absolute(name)
+        name = _moved(absolute(name))
         if name not in _loaded:
             _loaded[name] = _import(copies.get(name, name))
         found.append(name)
     return found
+
+
+def _moved(name: str) -> str:
+    """A file that is gone, as a run remembers it, is the one of that name that was imported from another folder."""
+    if is_file_name(name) and name not in _loaded and not Path(name).exists():
+        return next((other for other in _loaded if Path(other).name == Path(name).name), name)
+    return name
 
 
 def loaded() -> list[str]:
@@ -113,7 +120,7 @@ def _import(name: str) -> ModuleType:
     except UserError:
         raise
     except ModuleNotFoundError as error:
-        if error.name == name.partition(".")[0]:
+        if f"{name}.".startswith(f"{error.name}."):
             raise ConfigError(
                 f"there is no plug-in module {name}: install it, or name its file with --import FILE.py"
             ) from None
@@ -124,9 +131,7 @@ def _import(name: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ConfigError(
-            f"there is no plug-in file {path}: put it back, or say where it is with --import or in run.plugins"
-        )
+        raise ConfigError(f"there is no plug-in file {path}: put it back, or say where it is now with --import")
     if path.suffix != ".py" or "." in path.stem:
         raise ConfigError(f"the plug-in {path} has no name that can be imported: call it NAME.py, with one dot")
     # A worker process that does not inherit our memory finds the module by its name in the last folder of sys.path, so

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mls.config import Config, differences, flatten, to_dict, to_yaml
@@ -96,6 +96,7 @@ def test_differences_name_key_and_both_values() -> None:
     assert differences(first, first) == []
 
 
+@settings(max_examples=25)
 @given(
     k=st.integers(1, 100),
     lr=st.floats(1e-6, 10, allow_nan=False),

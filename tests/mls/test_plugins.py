@@ -100,7 +100,8 @@ def test_a_mistake_in_a_plugin_is_one_sentence(content: str, tmp_path: Path) -> 
 
 
 NAMES = {
-    "nowhere.py": r"there is no plug-in file .*/nowhere\.py: put it back, or say where it is .*",
+    "nowhere.py": r"there is no plug-in file .*/nowhere\.py: put it back, or say where it is now with --import",
+    "json.no_such_part": r"there is no plug-in module json\.no_such_part: install it, or name its file .*",
     "no_such_module": r"there is no plug-in module no_such_module: install it, or name its file .*",
     "colorsys.py": r"the plug-in .*/colorsys\.py is called like the module colorsys of .*: rename it",
     "two.dots.py": r"the plug-in .*/two\.dots\.py has no name that can be imported: .*",
@@ -194,15 +195,16 @@ def test_a_resume_imports_what_the_run_began_with(loss_file: Path, tiny: list[st
     assert begun.returncode == 0, begun.stderr
     (run,) = [Run(path.parent) for path in loss_file.parent.glob("runs/*/config.yaml")]
     assert not run.done
-    hidden = loss_file.rename(loss_file.with_name("hidden"))
+    (elsewhere := loss_file.parent / "elsewhere").mkdir()
+    moved = loss_file.rename(elsewhere / loss_file.name)
     refused = mls_command("pretrain", "--resume", str(run.path))
     assert refused.returncode == 2
     assert refused.stderr.startswith(f"error: there is no plug-in file {loss_file}: ")
-    hidden.rename(loss_file)
-    resumed = mls_command("pretrain", "--resume", str(run.path), "engine.max_steps=null")
+    resumed = mls_command("pretrain", "--resume", str(run.path), "engine.max_steps=null", "--import", str(moved))
     assert resumed.returncode == 0, resumed.stderr
-    assert f"importing the plug-in {loss_file}" in resumed.stderr
+    assert f"importing the plug-in {moved}" in resumed.stderr
     assert run.done
+    assert f"- {moved}\n" in (run.path / "config.yaml").read_text()
 
 
 def test_a_misspelt_name_is_answered_with_the_plugins_name(loss_file: Path, tiny: list[str], mls_command: Call) -> None:
@@ -217,13 +219,13 @@ def test_the_backbone_of_a_run_is_known_by_its_plugin(tmp_path: Path, tiny: list
     plugins.load([str(file)])
     config = load_config("mls_scenes_tiny", [*tiny, "model.backbone=flat", "optim.epochs=1"])
     run = mls.pretrain(config, quiet=True)
-    code = "import sys, mls; print(mls.load_backbone(sys.argv[1]).feature_dim)"
-    for weights in (run.path, run.path / "backbone.safetensors"):
-        done = python(code, str(weights))
-        assert (done.stdout, done.stderr) == ("12\n", f"importing the plug-in {file}\n")
+    done = python("import sys, mls; print(mls.load_backbone(sys.argv[1]).feature_dim)", str(run.path))
+    assert (done.stdout, done.stderr) == ("12\n", f"importing the plug-in {file}\n")
     moved = (run.path / "backbone.safetensors").rename(tmp_path / "alone.safetensors")
     (run.path / "backbone.json").rename(moved.with_suffix(".json"))
-    assert "unknown backbone 'flat'" in python(code, str(moved)).stderr  # weights alone never run code
+    backbones.BACKBONES.pop("flat")  # as in another process
+    with pytest.raises(ConfigError, match="unknown backbone 'flat'"):  # weights alone never run code
+        mls.load_backbone(moved)
 
 
 def test_no_plugin_is_imported_for_a_backbone_that_is_known(loss_file: Path, tiny: list[str]) -> None:
