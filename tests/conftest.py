@@ -10,6 +10,9 @@ import pytest
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two threads on a core that another worker uses are slower than one
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Before anything imports them. Files that only shuffle folders and text gain nothing from it.
 CHECKED = [
     "mls.core.dictionary",
