@@ -51,12 +51,14 @@ def extract(
     reading: Reading = Reading(),
     device: Literal["auto", "cpu", "cuda"] = "auto",
     quiet: bool = False,
+    **more: Any,
 ) -> Features:
     """Features of a split of a data set, with its labels: the middle square of each image, no augmentation.
 
     dataset  a name (`mls eval list`), a folder of class folders, or a data set of `mls.eval.data`
     size     of the input; default: what the backbone was pretrained with, else 224 (32 for the embedded scenes)
     resize   the short side is scaled to this many times the size before the crop; default: 256 / 224 (scenes: 1)
+    reading  how the data set is read; each of its fields may be given by its own name as well: `root="/data/cub"`
 
     The second call with the same weights, images and size reads the first one's file.
 
@@ -64,6 +66,7 @@ def extract(
     >>> features.features.shape, features.labels.shape
     (torch.Size([2000, 128]), torch.Size([2000, 10]))
     """
+    reading = replace(reading, **more)
     if isinstance(dataset, str | Path) and Path(dataset).expanduser().is_dir():
         dataset, reading = "folder", replace(reading, root=dataset)
     root = None if reading.root is None else str(reading.root)

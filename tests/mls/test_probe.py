@@ -147,7 +147,7 @@ def test_value_is_the_metric_on_the_test_images() -> None:
 def test_kind_of_labels_is_inferred_and_can_be_overridden() -> None:
     train, labels = features_and_labels(100)
     assert linear_probe(train, one_label(labels), train).metric == "top1"
-    assert linear_probe(train, one_label(labels), train, options=ProbeOptions(multilabel=True)).metric == "map"
+    assert linear_probe(train, one_label(labels), train, multilabel=True).metric == "map"
 
 
 def test_probe_is_deterministic_and_leaves_the_global_stream_alone() -> None:

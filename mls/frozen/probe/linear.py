@@ -4,7 +4,8 @@ Stochastic gradient descent is in sgd.py, the support vector machine in svm.py."
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -64,6 +65,7 @@ def linear_probe(
     l2: Sequence[float] = (1e-4, 1e-3, 1e-2),
     tolerance: float = TOLERANCE,
     options: ProbeOptions = ProbeOptions(),
+    **more: Any,
 ) -> Probe:
     """Logistic regression on standardised features: a softmax if images have one label, else one classifier per class.
 
@@ -71,13 +73,15 @@ def linear_probe(
     values the stronger penalty is taken. Then, as in Kornblith et al. 2019 (https://arxiv.org/abs/1805.08974), the fit
     is repeated on all training images, unless `refit` is off. A validation set is never trained on. `progress` is
     called with (penalties done, penalties) for each of the two fits. Labels: `read_labels`. The result is
-    deterministic. Memory: `mls.frozen.probe.solve`.
+    deterministic. Memory: `mls.frozen.probe.solve`. Each of the options may be given by its own name as well:
+    `linear_probe(..., seed=1, validation=(features, labels))`.
 
     >>> x = torch.tensor([-2.0, -1.5, -1.0, -0.5, -0.2, 0.2, 0.5, 1.0, 1.5, 2.0])[:, None]
     >>> labels = torch.cat([x < 0, x > 0], dim=1)
     >>> linear_probe(x, labels, x, labels).value
     1.0
     """
+    options = replace(options, **more)
     labels = read_labels(train_labels.to(train_features.device), options.multilabel)
     design = standardised(train_features.detach())
     axes = principal_axes(design)
