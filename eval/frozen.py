@@ -25,7 +25,7 @@ from mls.eval.supervised import with_statistics_of
 from mls.frozen import probe
 from mls.frozen.probe.linear import Progress
 from mls.frozen.untrained import STATISTICS_IMAGES, with_batch_statistics
-from mls.models import load_backbone, weights_file
+from mls.models import load_backbone, untrained, weights_file
 from mls.progress import counting
 from mls.streams import derive, generator
 
@@ -80,11 +80,11 @@ def run(
 
 def build_backbone(protocol: Frozen, weights: str, seed: int, train: LabelledImages) -> nn.Module:
     """The network; an untrained one gets the batch statistics of the training images (mls/frozen/untrained.py)."""
-    wanted = protocol.model.backbone if weights == "random" else weights
+    wanted = untrained(protocol.model.backbone) if weights == "random" else weights
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
         backbone = load_backbone(wanted)
-    if weights_file(wanted) is not None or wanted.startswith("torchvision:"):
+    if weights_file(wanted) is not None or wanted.startswith(("torchvision:", "timm:")):
         return backbone
     device = start(protocol.features.device).device
     batches = Batches(train, protocol, seed, device)

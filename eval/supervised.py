@@ -23,7 +23,7 @@ from mls.eval.regimes import observe, split
 from mls.eval.splits import load
 from mls.eval.training import Training, build_loss
 from mls.frozen.probe import few_shot
-from mls.models import card, weights_file
+from mls.models import card_of, untrained
 
 Protocol = TypeVar("Protocol", bound=Classification)
 Truth = Int8[Tensor, "images classes"] | Int64[Tensor, "images"]  # the second where every image has one label
@@ -91,17 +91,16 @@ def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path
         raise ConfigError("training.select=best has no validation part to choose on: raise data.validation above 0")
     protocol = with_statistics_of(weights, protocol)
     head = "cosine" if build_loss(protocol).takes == "cosines" else "linear"
-    wanted = protocol.model.backbone if weights == "random" else weights
+    wanted = untrained(protocol.model.backbone) if weights == "random" else weights
     classifier = build_classifier(wanted, len(prepared.train.class_names), head=head, seed=seed)
     return Training(protocol, classifier, prepared.train, prepared.observed, validate, seed, folder)
 
 
 def with_statistics_of(weights: str, protocol: Protocol) -> Protocol:
     """Images are standardised as they were when the weights were pretrained."""
-    file = weights_file(weights) if ":" not in weights else None
-    if file is None:
+    facts = card_of(weights)
+    if facts is None or "mean" not in facts:
         return protocol
-    facts = card(file)
     mean, std = tuple(facts["mean"]), tuple(facts["std"])
     return replace(protocol, augment=replace(protocol.augment, mean=mean, std=std))
 

@@ -99,7 +99,7 @@ def public_name(weights: str, backbone: str) -> str:
     """
     weights = backbone if weights == "random" else weights
     network = weights.removeprefix("random:").removeprefix("scratch:")
-    random = network != weights or network in backbones.names() or network.startswith("timm:")
+    random = network != weights or network in backbones.names()
     return f"random:{network}" if random else weights
 
 

@@ -18,7 +18,7 @@ from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import Dense, DenseData, Detection, Segmentation
 from mls.exporting.source import Source
-from mls.models import card, load_backbone, save_backbone, weights_file
+from mls.models import card_of, load_backbone, save_backbone, untrained, weights_file
 from mls.models.backbones import Backbone
 from mls.streams import derive
 
@@ -58,15 +58,14 @@ def content(protocol: Dense) -> str:
 def build_backbone(protocol: Dense, weights: str, seed: int) -> tuple[Backbone, list[float], list[float]]:
     """The backbone, with the mean and std (of pixels from 0 to 1) of its pretraining."""
     wanted = backbone_name(protocol, weights)
-    file = weights_file(wanted) if ":" not in wanted else None
-    facts = {"mean": AugmentConfig().mean, "std": AugmentConfig().std} if file is None else card(file)
+    facts = {"mean": AugmentConfig().mean, "std": AugmentConfig().std} | (card_of(wanted) or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "init"))
         return load_backbone(wanted), list(facts["mean"]), list(facts["std"])
 
 
 def backbone_name(protocol: Dense, weights: str) -> str:
-    return protocol.model.backbone if weights == "random" else weights
+    return untrained(protocol.model.backbone) if weights == "random" else weights
 
 
 def backbone_source(protocol: Dense, weights: str, seed: int, folder: Path) -> Source:
@@ -74,6 +73,7 @@ def backbone_source(protocol: Dense, weights: str, seed: int, folder: Path) -> S
     wanted = backbone_name(protocol, weights)
     if weights_file(wanted) is not None:
         return Source.open(wanted)
+    wanted = wanted.removeprefix("random:")
     architecture = wanted if wanted.startswith("timm:") else wanted.rpartition(":")[2].partition("@")[0]
     folder.mkdir(parents=True, exist_ok=True)
     save_backbone(folder, build_backbone(protocol, weights, seed)[0], {"architecture": architecture}, AugmentConfig())

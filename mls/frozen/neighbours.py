@@ -25,7 +25,7 @@ from mls.errors import DataError, reason
 from mls.frozen.features import CachedFeatures, cached_features, embed, embed_batches, hash_of_images, hash_of_weights
 from mls.frozen.index import Index, build
 from mls.frozen.match_picture import GalleryRow
-from mls.models import card, load_backbone, weights_file
+from mls.models import card_of, load_backbone
 
 SIDE = 16  # pixels of a thumbnail
 CALIBRATION_IMAGES = 200  # of which altered copies are made
@@ -52,8 +52,7 @@ class Embedder:
     def of(cls, weights: str | None, size: int | None = None) -> Embedder:
         if weights is None:
             return cls(Thumbnail(), AugmentConfig(size=size or 64))
-        file = weights_file(weights)
-        facts = {} if file is None else card(file)
+        facts = card_of(weights) or {}
         statistics: dict[str, Any] = {key: tuple(facts[key]) for key in ("mean", "std") if key in facts}
         return cls(load_backbone(weights), AugmentConfig(size=size or facts.get("input_size", 224), **statistics))
 

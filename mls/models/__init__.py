@@ -28,8 +28,10 @@ __all__ = [
     "build_encoder",
     "build_pair",
     "card",
+    "card_of",
     "load_backbone",
     "save_backbone",
+    "untrained",
     "weights_file",
 ]
 PREFIXES = ("random", "scratch", "timm", "torchvision")
@@ -93,9 +95,11 @@ def load_backbone(weights: str | Path, architecture: str | None = None, prefix: 
     a run folder, a .safetensors file      what pretraining saved (a `.json` lies beside)
     any other checkpoint file              of MoCo, DenseCL, solo-learn, lightly, timm, ... (mls/models/foreign.py);
                                            `architecture` and `prefix` where they cannot be found in the file
-    NAME, random:NAME, timm:NAME           a backbone of mls (resnet50, resnet_tiny) or timm, randomly initialised
-    scratch:NAME                           a classification network of torchvision, randomly initialised
-    torchvision:NAME, torchvision:NAME@SET the same with torchvision's published weights: its best set, or this one
+    torchvision:NAME, torchvision:NAME@SET a classification network of torchvision with its published weights: the best
+                                           set, or this one
+    timm:NAME, timm:NAME.TAG               a network of timm with the weights published under this name
+    random:NAME                            the same networks (random:resnet50, random:timm:NAME) and those of mls
+                                           (random:resnet_tiny), randomly initialised; also NAME, where mls knows it
 
     >>> load_backbone("resnet_tiny").feature_dim
     128
@@ -106,15 +110,17 @@ def load_backbone(weights: str | Path, architecture: str | None = None, prefix: 
 
 def _by_name(name: str) -> Backbone:
     prefix, _, rest = name.partition(":")
-    if name in backbones.names() or prefix == "timm":
+    if name in backbones.names():
         return backbones.build(name)
+    if prefix == "timm":
+        return backbones.timm_network(rest, published=True)
     if not rest:
         raise unknown_name("weights (a run folder, a checkpoint file or a backbone)", name, backbones.names())
     if prefix not in PREFIXES:
         raise unknown_name(f"kind of weights in {name}", prefix, PREFIXES)
-    if prefix == "random":
+    if prefix == "random" and (rest in backbones.names() or rest.startswith("timm:")):
         return backbones.build(rest)
-    if prefix == "scratch":
+    if prefix in ("random", "scratch"):
         return pretrained.build(rest, None)
     network, _, published = rest.partition("@")
     return pretrained.build(network, published or "DEFAULT")
@@ -153,6 +159,23 @@ def card(file: Path) -> dict[str, Any]:
     """What is known of the weights: architecture, input size, mean, std and where they come from. `save_backbone` wrote
     it beside them; of a checkpoint from elsewhere it is what the file shows, and the field's usual input."""
     return _card_beside(file) or _card_of(foreign.find(foreign.read(file), file))
+
+
+def card_of(weights: str | Path) -> dict[str, Any] | None:
+    """The card of any weights that have one: a run, a file, published weights of timm. None for other names."""
+    if str(weights).startswith("timm:"):
+        return backbones.timm_card(str(weights).removeprefix("timm:"))
+    file = weights_file(weights)
+    return None if file is None else card(file)
+
+
+def untrained(backbone: str) -> str:
+    """The name of a protocol's backbone as random weights.
+
+    >>> untrained("timm:convnext_atto"), untrained("scratch:resnet50"), untrained("resnet_tiny")
+    ('random:timm:convnext_atto', 'scratch:resnet50', 'resnet_tiny')
+    """
+    return f"random:{backbone}" if backbone.startswith("timm:") else backbone
 
 
 def _card_beside(file: Path) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
-from mls.errors import ConfigError, unknown_name
+from mls.errors import CheckpointError, ConfigError, reason, unknown_name
 from mls.plugins import Registry
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
@@ -41,7 +41,7 @@ def build(name: str) -> Backbone:
     >>> build("resnet18").feature_dim
     512
     """
-    return _timm(name.removeprefix("timm:")) if name.startswith("timm:") else BACKBONES[name]()
+    return timm_network(name.removeprefix("timm:")) if name.startswith("timm:") else BACKBONES[name]()
 
 
 def _resnet(name: str) -> Backbone:
@@ -55,16 +55,56 @@ for resnet in RESNETS:
     BACKBONES.add(resnet, partial(_resnet, resnet))
 
 
-def _timm(name: str) -> Backbone:
+def timm_network(name: str, published: bool = False) -> Backbone:
+    """A network of timm, random or with the weights that its name and tag (`NAME.TAG`) are published with."""
     try:
         import timm
     except ImportError:
         raise ConfigError(f'model.backbone=timm:{name} needs timm: pip install "mls[timm]"') from None
     if not timm.is_model(name):
         raise unknown_name("timm backbone", name, timm.list_models(f"*{name[:6]}*") or timm.list_models("resnet*"))
-    model = timm.create_model(name, pretrained=False, num_classes=0)
+    try:
+        model = timm.create_model(name, pretrained=published, num_classes=0)
+    except (OSError, RuntimeError) as error:  # no network, no such file, or no weights under this name
+        if not published:
+            raise
+        raise CheckpointError(_not_published(name, error)) from None
     model.feature_dim = model.num_features
+    if published:
+        model.card = timm_card(name)
     return cast(Backbone, model)
+
+
+def timm_card(name: str) -> dict[str, Any]:
+    """What the published weights of a network take as input."""
+    found = _published(name)
+    if found is None:
+        return {"architecture": f"timm:{name}"}
+    input_size, mean, std = found.input_size[1], list(found.mean), list(found.std)
+    return {"architecture": f"timm:{name}", "input_size": input_size, "mean": mean, "std": std}
+
+
+def _published(name: str) -> Any:
+    """timm's entry for the weights of this name, or None."""
+    import timm
+
+    try:
+        return timm.models.get_pretrained_cfg(name)
+    except RuntimeError:  # the network is known, the tag is not
+        return None
+
+
+def _not_published(name: str, error: Exception) -> str:
+    """What to do where timm's own cache lacks the weights and they cannot be downloaded."""
+    found = _published(name)
+    hub = found.hf_hub_id if found is not None else None
+    if hub is None:
+        return f"timm publishes no weights as {name} ({reason(error)}): random:timm:{name} is the network without any"
+    folder = f"hub/models--{hub.replace('/', '--')} under $HF_HOME (~/.cache/huggingface)"
+    return (
+        f"the weights timm:{name} cannot be downloaded here: copy {folder} from a machine that has them, or name the "
+        f"file itself, model.safetensors of {hub}"
+    )
 
 
 class Block(nn.Module):

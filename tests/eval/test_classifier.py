@@ -127,7 +127,7 @@ def test_the_last_map_averages_to_the_features(name: str, size: int) -> None:
 
 def test_the_last_map_of_a_timm_backbone() -> None:
     pytest.importorskip("timm", reason="timm is not installed (pip install mls[timm])")
-    backbone, images = load_backbone("timm:resnet10t"), torch.rand(2, 3, 64, 64)
+    backbone, images = load_backbone("random:timm:resnet10t"), torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(last_map(backbone, images).mean((2, 3)), backbone(images))
 

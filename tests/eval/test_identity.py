@@ -124,7 +124,7 @@ def test_tensors_that_were_just_written_wait_for_their_card(tmp_path: Path) -> N
     assert read(str(folder), "").facts["step"] == 200
 
 
-SPELLINGS = ["random", "resnet_tiny", "random:resnet_tiny", "scratch:mobilenet_v3_small", "timm:resnet10t"]
+SPELLINGS = ["random", "resnet_tiny", "random:resnet_tiny", "scratch:mobilenet_v3_small", "random:timm:resnet10t"]
 
 
 @pytest.mark.parametrize("weights", SPELLINGS)

@@ -115,3 +115,58 @@ def test_a_failed_download_says_what_to_put_where(tmp_path: Path, monkeypatch: p
     url = models.ResNet50_Weights.IMAGENET1K_V1.url
     assert f"download {url} into {tmp_path}/hub/checkpoints" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ the grammar of names
+
+TIMM = "convnext_atto.d2_in1k"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The hub's cache of a machine without a network."""
+    pytest.importorskip("timm")
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def publish(hub: Path) -> None:
+    """The published file in the cache's layout; its weights are drawn here."""
+    import timm
+    from safetensors.torch import save_file
+
+    folder = hub / f"models--timm--{TIMM}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    torch.manual_seed(7)
+    state = timm.create_model(TIMM).state_dict()
+    save_file(state, folder / "snapshots" / ("0" * 40) / "model.safetensors")
+
+
+def test_a_network_of_timm_has_its_published_weights_and_random_ones_are_called_so(hub: Path) -> None:
+    publish(hub)
+    first, second = load_backbone(f"timm:{TIMM}").state_dict(), load_backbone(f"timm:{TIMM}").state_dict()
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    other = load_backbone(f"random:timm:{TIMM}").state_dict()
+    assert other.keys() == first.keys()
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert load_backbone(f"timm:{TIMM}").card["input_size"] == 224
+
+
+def test_published_weights_that_are_not_at_hand_are_one_sentence(hub: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"timm:{TIMM} cannot be downloaded here: copy hub/models--timm--convnext"
+    ):
+        load_backbone(f"timm:{TIMM}")
+    with pytest.raises(CheckpointError, match=r"timm publishes no weights as .*: random:timm:"):
+        load_backbone("timm:vit_tiny_patch16_384.nothing")
+
+
+def test_random_names_every_network(hub: Path) -> None:
+    names = ["resnet18", "resnet_tiny", "mobilenet_v3_small", "timm:resnet10t"]
+    assert [load_backbone(f"random:{name}").feature_dim for name in names] == [512, 128, 1024, 512]
