@@ -46,7 +46,7 @@ def build_encoder(config: ModelConfig, seed: int, precision: Precision = "fp32")
         width = backbone.feature_dim
         head = projection_head(width, config.hidden or width, config.projection, config.head_norm)
     if config.weights:
-        start_from(backbone, config.weights)
+        start_from(backbone, config.weights, config.backbone)
     return Encoder(backbone, head, precision)
 
 
@@ -55,9 +55,12 @@ def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") ->
     return EncoderPair(build_encoder(config, seed, precision))
 
 
-def start_from(backbone: nn.Module, weights: str) -> None:
+def start_from(backbone: nn.Module, weights: str, name: str) -> None:
+    """`name` is the backbone's: what a file without a card holds, where its shapes do not tell (a transformer's)."""
+    file = weights_file(weights)
+    architecture = name if file is not None and _card_beside(file) is None else None
     try:
-        loaded = load_backbone(weights)
+        loaded = load_backbone(weights, architecture)
         backbone.load_state_dict(loaded.state_dict())
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)

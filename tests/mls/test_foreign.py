@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet18, resnet50
 
+from mls.config import ModelConfig
 from mls.errors import CheckpointError
 from mls.models import backbones, card, foreign, load_backbone
 from mls.models.resnet_names import from_detectron2, from_sequential, to_detectron2
@@ -171,6 +172,10 @@ def test_a_vision_transformer_is_read_where_its_architecture_is_named(tmp_path: 
     images = torch.rand(1, 3, 224, 224)
     with torch.no_grad():
         assert torch.equal(backbone(images), vit.eval()(images))
+    # A run says which architecture it is in model.backbone.
+    start = ModelConfig(backbone="timm:vit_tiny_patch16_224", weights=str(tmp_path / "v3.pth"), projection=8)
+    started = build_encoder(start, seed=3).backbone.state_dict()
+    assert all(torch.equal(tensor, started[name]) for name, tensor in vit.state_dict().items())
 
 
 def test_two_networks_in_a_file_are_not_guessed_between(tmp_path: Path) -> None:
