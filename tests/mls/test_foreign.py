@@ -13,7 +13,7 @@ from torchvision.models import resnet18, resnet50
 
 from mls.config import ModelConfig
 from mls.errors import CheckpointError
-from mls.models import backbones, card, foreign, load_backbone
+from mls.models import backbones, build_encoder, card, foreign, load_backbone
 from mls.models.resnet_names import from_detectron2, from_sequential, to_detectron2
 
 State = dict[str, Tensor]
