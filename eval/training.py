@@ -301,4 +301,9 @@ def build_loss(protocol: Supervised) -> Loss:
     loss = losses.build(protocol.training.loss, **protocol.loss_options())
     if loss.reduction == "none":
         raise ConfigError("training.options.reduction=none gives no number to train with: use mean or sum")
+    if loss.reduction == "sum" and protocol.training.optimizer == "sgd":
+        raise ConfigError(
+            f"training.loss={protocol.training.loss} sums over batch and classes, thousands of times the mean, which "
+            "SGD's steps grow with: set training.options.reduction=mean, or training.optimizer=adam"
+        )
     return loss
