@@ -9,8 +9,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from mls.core import losses
 from mls.errors import ConfigError
-from mls.eval import load_protocol, load_suite, suites
+from mls.eval import load_protocol, load_suite, protocols, suites
 from mls.eval.classifier import HEADS, Classifier
 from mls.eval.optimizer import build, set_lr
 from mls.eval.protocol import Supervised
@@ -91,3 +92,24 @@ def test_a_sum_over_batch_and_classes_is_refused_under_sgd() -> None:
     with pytest.raises(ConfigError, match="training.loss=asl sums .* set training.options.reduction=mean"):
         build_loss(load_protocol("two_way_coco2014", sums))
     assert build_loss(load_protocol("two_way_coco2014", ["training.optimizer=adam", *sums])).reduction == "sum"
+
+
+def share_of_the_loss(protocol: Supervised) -> float:
+    """The learning rate of what the loss learns, times the network's."""
+    classifier, loss = Classifier(torch.nn.Identity(), torch.nn.Linear(DIM, CLASSES)), build_loss(protocol)
+    loss.observe(torch.ones(4, CLASSES))
+    return build(protocol.training, classifier, loss).param_groups[-1]["share"]
+
+
+@pytest.mark.parametrize("name", [name for name in protocols() if name.startswith(("spml", "ll", "hml", "partial"))])
+def test_what_a_loss_learns_moves_with_the_optimizer_of_every_weak_label_protocol(name: str) -> None:
+    """Adam steps by the rate itself: one of 1e-10 leaves HML's margin where it starts."""
+    assert 1.0 <= share_of_the_loss(load_protocol(name, ["training.loss=hml"])) <= 10.0
+    assert share_of_the_loss(load_protocol(name, ["training.loss=role"])) == 10.0
+
+
+def test_under_sgd_a_summed_gradient_takes_a_rate_for_the_size_of_its_batch() -> None:
+    overrides = ["training.optimizer=sgd", "training.loss=hml", "training.batch_size=128", "training.loss_lr=null"]
+    share = losses.build("hml").lr_multiplier * 64 * 80 / (128 * CLASSES)
+    assert share_of_the_loss(load_protocol("spml_coco2014", overrides)) == pytest.approx(share)
+    assert share_of_the_loss(load_protocol("spml_coco2014", [*overrides, "training.loss=role"])) == 10.0

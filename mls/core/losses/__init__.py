@@ -56,6 +56,7 @@ class Loss(nn.Module):
     separable: bool = False  # an entry depends on its own logit and label alone: the classes may come in parts
     needs_index: bool = False  # `forward` needs the samples' row numbers, and `observe` all their labels
     lr_multiplier: float = 1.0  # what the loss learns takes this many times the network's learning rate
+    summed_gradient: bool = False  # its gradient sums over the batch: lr_multiplier is SGD's, with RATED_FOR labels
     relabels: Literal["never", "step", "epoch"] = "never"  # when `relabel` completes the training labels
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
@@ -142,12 +143,15 @@ def defaults(name: str, positives: float) -> dict[str, Any]:
     return LOSSES[name].defaults_for(positives)
 
 
-RATED_FOR = 64 * 80  # labels of a downstream batch: a loss's lr_multiplier is chosen for these
+RATED_FOR = 64 * 80  # labels of a downstream batch: lr_multiplier under a summed gradient is chosen for these
 
 
 def own_rate(loss: Loss, entries: int, adaptive: bool) -> float:
     """The rate of what a loss learns itself, times the network's, with a batch of this many entries. hml's scale and
-    margin are pulled by a sum over all entries; an adaptive optimizer takes no account of a gradient's size."""
+    margin are pulled by a sum over all entries; the step of an adaptive optimizer (Adam) does not depend on the
+    gradient's size."""
+    if not loss.summed_gradient:
+        return loss.lr_multiplier
     return 1.0 if adaptive else loss.lr_multiplier * RATED_FOR / entries
 
 

@@ -29,8 +29,8 @@ class HypersphericalMargin(Loss):
     The paper does not say at what rate scale and margin learn. The adaptive term's gradient for the margin grows
     with the batch: hundreds to thousands for 64 x 80 labels, where the mean's is below 5. In a trial of that size (SGD,
     rate 0.1, momentum 0.9) a multiplier of 1e-3 threw the margin beyond pi/2 within ten steps, 1e-4 made it jump, and
-    from 1e-5 down it settled: hence `lr_multiplier`. More labels in a batch need less. Adam, which takes no account of
-    a gradient's size, needs about 1.
+    from 1e-5 down it settled: hence `lr_multiplier`. More labels in a batch need less. Under Adam,
+    whose step does not depend on the gradient's size, the multiplier is 1 (`mls.core.losses.own_rate`).
 
     >>> loss = HypersphericalMargin()(torch.zeros(1, 2), labels=torch.tensor([[1, 0]]))
     >>> round(loss.item(), 4)  # logits of -20 sin(0.3): 2.9577 + |0.9973 - 0.0027|
@@ -40,6 +40,7 @@ class HypersphericalMargin(Loss):
     takes = "cosines"
     elementwise = False
     lr_multiplier = 1e-5
+    summed_gradient = True
     scale: Tensor
     margin: Tensor
 
