@@ -163,7 +163,8 @@ class Training:
 
     def loss_of(self, outputs: Float[Tensor, "batch classes"], rows: Tensor) -> Float[Tensor, ""]:
         pseudo = None if self.pseudo is None else self.pseudo[rows].to(self.device)
-        return self.loss(outputs.float(), self.labels_of(rows), pseudo, rows.to(self.device))
+        loss = self.loss.annotated_only if self.protocol.training.ignore_unknown else self.loss
+        return loss(outputs.float(), self.labels_of(rows), pseudo, rows.to(self.device))
 
     def labels_of(self, rows: Tensor) -> Int8[Tensor, "batch classes"]:
         """A class number becomes a row of labels only here: those of all ImageNet would take 1.3 GB."""
@@ -317,6 +318,11 @@ def build_loss(protocol: Supervised) -> Loss:
     loss = losses.build(protocol.training.loss, **protocol.loss_options())
     if loss.reduction == "none":
         raise ConfigError("training.options.reduction=none gives no number to train with: use mean or sum")
+    if protocol.training.ignore_unknown and not loss.can_leave_out_unknown():
+        raise ConfigError(
+            f"training.loss={protocol.training.loss} cannot leave unknown labels out: set "
+            "training.ignore_unknown=false, or choose another loss, such as an or two_way"
+        )
     if loss.reduction == "sum" and protocol.training.optimizer == "sgd":
         raise ConfigError(
             f"training.loss={protocol.training.loss} sums over batch and classes, thousands of times the mean, which "

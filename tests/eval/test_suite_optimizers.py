@@ -55,6 +55,8 @@ def losses_of_steps(protocol: Supervised) -> list[float]:
     training, loss = protocol.training, build_loss(protocol)
     features, truth = features_and_labels(training.batch_size, single=protocol.task == "finetune")
     labels = truth if protocol.data.labels == "full" else truth.clamp(min=0)
+    if training.ignore_unknown:
+        labels = truth.masked_fill(torch.rand(truth.shape) < 0.5, 0)
     loss.observe(labels)
     classifier = Classifier(torch.nn.Identity(), HEADS["cosine" if loss.takes == "cosines" else "linear"](DIM, CLASSES))
     optimizer = build(training, classifier, loss)
@@ -62,7 +64,8 @@ def losses_of_steps(protocol: Supervised) -> list[float]:
     found = []
     for step in range(1, STEPS + 2):
         set_lr(optimizer, training, min(step, STEPS), STEPS_PER_EPOCH)
-        value = loss(classifier(features), labels, None, torch.arange(len(labels)))
+        compute = loss.annotated_only if training.ignore_unknown else loss
+        value = compute(classifier(features), labels, None, torch.arange(len(labels)))
         found.append(value.item())
         optimizer.zero_grad()
         value.backward()
@@ -79,6 +82,13 @@ def test_every_row_of_a_suite_learns_with_its_own_optimizer(name: str) -> None:
         if not all(math.isfinite(value) and value <= start + room for value in values) or values[-1] >= start:
             wrong[row] = values
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["two_way_vaw", "two_way_wider"])
+def test_every_loss_of_a_table_leaves_out_what_nobody_annotated(name: str) -> None:
+    for row in load_suite("paper_two_way").rows:
+        protocol = load_protocol(name, row.set)
+        assert protocol.training.ignore_unknown and build_loss(protocol).can_leave_out_unknown(), row.name
 
 
 def test_suites_are_walked() -> None:

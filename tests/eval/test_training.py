@@ -275,3 +275,17 @@ def test_linear_init_gives_what_the_loss_learns_its_own_rate() -> None:
     one = training("training.loss=role", "training.loss_lr=null", "training.linear_epochs=1")
     groups = build_linear_init(one.protocol.training, one.classifier, one.loss).param_groups
     assert [group["lr"] for group in groups] == [1e-3, pytest.approx(1e-2)]  # ROLE's published ratio
+
+
+@pytest.mark.parametrize("loss", ["an", "asl", "two_way", "softmax"])
+def test_ignore_unknown_leaves_out_of_training_what_nobody_annotated(loss: str) -> None:
+    partial = [f"training.loss={loss}", "data.labels=partial_labels", "training.ignore_unknown=true"]
+    one = training(*partial)
+    rows = torch.arange(16)
+    outputs = torch.randn(16, one.classes, requires_grad=True)
+    one.loss_of(outputs, rows).backward()
+    unknown = one.observed[rows] == 0
+    assert unknown.any() and (outputs.grad[unknown] == 0).all() and (outputs.grad[~unknown] != 0).any()
+    one.train(quiet=True)
+    with pytest.raises(ConfigError, match="training.loss=epr cannot leave unknown labels out"):
+        training("training.loss=epr", "training.ignore_unknown=true")

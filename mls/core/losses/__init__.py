@@ -27,7 +27,8 @@ What a loss does with the labels 0 (unknown) and -1 (known negative):
     hml                 negative                        negative
     symmetric_ce        negative                        negative
 
-docs/losses.md tells which to choose.
+`annotated_only`, which `training.ignore_unknown` takes in the place of `forward`, leaves 0 out of any of them but epr,
+role and pairwise_rank. docs/losses.md tells which to choose.
 """
 
 import inspect
@@ -72,6 +73,23 @@ class Loss(nn.Module):
         if self.reduction == "none":
             return entries
         return entries.mean() if self.reduction == "mean" else entries.sum()
+
+    def annotated_only(
+        self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None
+    ) -> Tensor:
+        """`forward` as if the labels 0 were not there, neither as negatives nor in a mean's count; "none" gives 0 for
+        them. A loss that is not element-wise defines it, or cannot."""
+        if not self.elementwise:
+            raise NotImplementedError(f"{type(self).__name__} has no form without unknown labels")
+        unknown = labels == 0
+        entries = self.entries(self.scaled(logits), labels, pseudo, index).masked_fill(unknown, 0.0)
+        if self.reduction == "none":
+            return entries
+        return entries.sum() / ((~unknown).sum().clamp(min=1) if self.reduction == "mean" else 1)
+
+    @classmethod
+    def can_leave_out_unknown(cls) -> bool:
+        return cls.elementwise or cls.annotated_only is not Loss.annotated_only
 
     def predict(self, outputs: Matrix) -> Matrix:
         """Probabilities, each class by itself, as the loss trained them."""

@@ -5,6 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from mls.core.losses import Index, Labels, Loss, Matrix, at_least_fp32, register, require
@@ -71,9 +72,24 @@ class HypersphericalMargin(Loss):
         positive = labels > 0
         scores = self.logits(logits)
         loss = F.binary_cross_entropy_with_logits(scores, positive.to(scores.dtype))
+        return loss + self.imbalance(logits, positive, ~positive)
+
+    def annotated_only(
+        self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None
+    ) -> Tensor:
+        positive, known = labels > 0, labels != 0
+        scores = self.logits(logits)
+        target, weight = positive.to(scores.dtype), known.to(scores.dtype)
+        loss = F.binary_cross_entropy_with_logits(scores, target, weight, reduction="sum") / weight.sum().clamp(min=1)
+        return loss + self.imbalance(logits, positive, known & ~positive)
+
+    def imbalance(
+        self, cosines: Matrix, positive: Bool[Tensor, "batch classes"], negative: Bool[Tensor, "batch classes"]
+    ) -> Tensor | float:
+        """The adaptive term."""
         if not self.adaptive:
-            return loss
-        fixed = self.logits(logits.detach())
+            return 0.0
+        fixed = self.logits(cosines.detach())
         short = torch.sigmoid(-fixed).masked_fill(~positive, 0.0).sum()
-        over = torch.sigmoid(fixed).masked_fill(positive, 0.0).sum()
-        return loss + (short - over).abs()
+        over = torch.sigmoid(fixed).masked_fill(~negative, 0.0).sum()
+        return (short - over).abs()
