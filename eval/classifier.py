@@ -42,7 +42,7 @@ class Classifier(nn.Module):
     torch.Size([2, 10])
     """
 
-    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Linear) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mls.core.losses import Loss
+from mls.core.losses import Loss, own_rate
 from mls.engine.schedule import cosine, stepwise
 from mls.eval.classifier import Classifier
 from mls.eval.protocol import TrainingConfig
@@ -23,7 +23,7 @@ def build(training: TrainingConfig, classifier: Classifier, loss: Loss) -> torch
         {"params": parameters, "share": training.layer_decay**distance}
         for distance, parameters in zip(range(len(body), 0, -1), body, strict=True)
     ]
-    own_share = loss.lr_multiplier if training.loss_lr is None else training.loss_lr
+    own_share = loss_share(training, loss, classifier.head.out_features, adaptive=training.optimizer != "sgd")
     groups.append({"params": list(classifier.head.parameters()), "share": training.head_lr})
     groups.append({"params": list(loss.parameters()), "share": own_share, "weight_decay": 0.0})
     for group in groups:
@@ -36,6 +36,33 @@ def build(training: TrainingConfig, classifier: Classifier, loss: Loss) -> torch
         return torch.optim.SGD(groups, training.lr, momentum=momentum, weight_decay=decay, nesterov=nesterov)
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
     return kind(groups, training.lr, weight_decay=decay)
+
+
+def build_linear_init(training: TrainingConfig, classifier: Classifier, loss: Loss) -> torch.optim.Optimizer:
+    """Adam for the last layer and what the loss learns, as in published LinearInit."""
+    own_share = loss_share(training, loss, classifier.head.out_features, adaptive=True)
+    groups: list[dict[str, Any]] = [{"params": list(classifier.head.parameters())}]
+    if own := list(loss.parameters()):
+        groups.append({"params": own, "lr": training.linear_lr * own_share})
+    return torch.optim.Adam(groups, lr=training.linear_lr)
+
+
+def loss_share(training: TrainingConfig, loss: Loss, classes: int, adaptive: bool) -> float:
+    """The rate of what the loss learns (HML's scale and margin, ROLE's estimates), times the network's."""
+    if training.loss_lr is not None:
+        return training.loss_lr
+    return own_rate(loss, training.batch_size * classes, adaptive)
+
+
+def idle(loss: Loss, before: dict[str, Tensor]) -> dict[str, float]:
+    """What the loss learns and has moved by less than one per cent of itself since `before`, with the share it moved.
+
+    >>> idle(torch.nn.Linear(2, 1), {})
+    {}
+    """
+    now = {name: parameter.detach() for name, parameter in loss.named_parameters()}
+    moved = {name: float((now[name] - old).norm() / old.norm().clamp(min=1e-12)) for name, old in before.items()}
+    return {name: share for name, share in moved.items() if share < 0.01}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, training: TrainingConfig, step: int, steps_per_epoch: int) -> None:

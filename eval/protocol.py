@@ -47,6 +47,7 @@ class ModelConfig:
 class TrainingConfig:
     loss: str = "an"  # softmax: cross-entropy, where every image has one label
     options: dict[str, Any] = field(default_factory=dict)  # of the loss; beside those in `options_of`
+    ignore_unknown: bool = False  # labels that nobody annotated are left out, whatever the loss makes of them
     epochs: int = positive(10)
     batch_size: int = positive(16)
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -236,6 +237,8 @@ def fingerprint(protocol: AnyProtocol) -> str:
     if isinstance(protocol, Supervised):
         values["options_of"] = protocol.loss_options()
         values["training"].pop("options")
+        if not protocol.training.ignore_unknown:  # the key is younger than stored results
+            values["training"].pop("ignore_unknown")
         if LOSSES[protocol.training.loss].relabels != "epoch":
             values["training"].pop("pseudo_from")
             values["training"].pop("pseudo_share")

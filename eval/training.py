@@ -21,7 +21,7 @@ from mls.errors import ConfigError, DivergedError, Stopped
 from mls.eval.classifier import Classifier
 from mls.eval.data import LabelledImages, presence
 from mls.eval.images import Batches, mixing, shares
-from mls.eval.optimizer import build, frozen_parts, set_lr, weight_penalty
+from mls.eval.optimizer import build, build_linear_init, frozen_parts, idle, set_lr, weight_penalty
 from mls.eval.protocol import Supervised
 from mls.models.momentum import HALF, precision_on
 from mls.streams import derive, generator
@@ -97,6 +97,7 @@ class Training:
     def train_epoch(self, epoch: int) -> None:
         """The rest of an epoch. Of one that was stopped after its last step that is only what follows the steps."""
         self.loss.set_epoch(epoch)
+        watched = self.learnt_by_the_loss(epoch)
         for rows, views in self.batches.training(epoch, self.step - (epoch - 1) * self.steps_per_epoch):
             self.step += 1
             self.summed = self.summed.to(self.device) + self.train_step(rows, views)
@@ -106,6 +107,7 @@ class Training:
         self.summed = torch.zeros((), dtype=torch.float64)
         if not math.isfinite(mean):
             raise DivergedError(f"the loss is {mean} in epoch {epoch}: lower training.lr")
+        self.warn_of_idle(watched)
         self.add_pseudo_labels(epoch)
         found = self.validate(self)
         self.judge({"epoch": float(epoch), "loss": mean} | found)
@@ -114,6 +116,21 @@ class Training:
         validated = f"  {metric} {100 * found[metric]:.2f} on the validation part" if found else ""
         epochs = self.protocol.training.epochs
         self.session.say(f"{self.title}  epoch {epoch}/{epochs}  loss {mean:.4g}{validated}")
+
+    def learnt_by_the_loss(self, epoch: int) -> dict[str, Tensor]:
+        """What the loss learns, at the start of the first epoch of full learning rate; else nothing."""
+        starts = self.step == (epoch - 1) * self.steps_per_epoch
+        if not starts or epoch != math.ceil(self.protocol.training.warmup_epochs) + 1:
+            return {}
+        return {name: parameter.detach().clone() for name, parameter in self.loss.named_parameters()}
+
+    def warn_of_idle(self, before: dict[str, Tensor]) -> None:
+        """A margin that never moves is no adaptive margin, whatever the table calls it."""
+        for name, share in idle(self.loss, before).items():
+            self.session.say(
+                f"{self.title}: warning: the {name} that {self.protocol.training.loss} learns moved by "
+                f"{100 * share:.2g} % of itself in an epoch: raise training.loss_lr"
+            )
 
     def train_step(self, rows: Tensor, views: Tensor) -> Tensor:
         training = self.protocol.training
@@ -146,7 +163,8 @@ class Training:
 
     def loss_of(self, outputs: Float[Tensor, "batch classes"], rows: Tensor) -> Float[Tensor, ""]:
         pseudo = None if self.pseudo is None else self.pseudo[rows].to(self.device)
-        return self.loss(outputs.float(), self.labels_of(rows), pseudo, rows.to(self.device))
+        loss = self.loss.annotated_only if self.protocol.training.ignore_unknown else self.loss
+        return loss(outputs.float(), self.labels_of(rows), pseudo, rows.to(self.device))
 
     def labels_of(self, rows: Tensor) -> Int8[Tensor, "batch classes"]:
         """A class number becomes a row of labels only here: those of all ImageNet would take 1.3 GB."""
@@ -158,8 +176,7 @@ class Training:
         training = self.protocol.training
         self.session.say(f"{self.title}: features of {len(self.observed)} images, then the last layer alone")
         features = self.features()
-        parameters = [*self.classifier.head.parameters(), *self.loss.parameters()]
-        optimizer = torch.optim.Adam(parameters, lr=training.linear_lr)
+        optimizer = build_linear_init(training, self.classifier, self.loss)
         for epoch in range(1, training.linear_epochs + 1):
             order = torch.randperm(len(features), generator=generator(self.seed, "linear order", epoch))
             for rows in order.split(training.linear_batch_size):
@@ -301,4 +318,14 @@ def build_loss(protocol: Supervised) -> Loss:
     loss = losses.build(protocol.training.loss, **protocol.loss_options())
     if loss.reduction == "none":
         raise ConfigError("training.options.reduction=none gives no number to train with: use mean or sum")
+    if protocol.training.ignore_unknown and not loss.can_leave_out_unknown():
+        raise ConfigError(
+            f"training.loss={protocol.training.loss} cannot leave unknown labels out: set "
+            "training.ignore_unknown=false, or choose another loss, such as an or two_way"
+        )
+    if loss.reduction == "sum" and protocol.training.optimizer == "sgd":
+        raise ConfigError(
+            f"training.loss={protocol.training.loss} sums over batch and classes, thousands of times the mean, which "
+            "SGD's steps grow with: set training.options.reduction=mean, or training.optimizer=adam"
+        )
     return loss

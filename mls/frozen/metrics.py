@@ -80,8 +80,9 @@ def voc_11_point(
     found = []
     for positive, hits, precision in _rankings(scores, targets, known):
         total = positive.sum(dim=1, keepdim=True)
-        # Whole numbers on both sides, since 3 of 10 in floating point may not reach a recall of 0.3.
-        best = [precision.where(10 * hits >= tenth * total, 0.0).amax(dim=1) for tenth in range(11)]
+        # Multiples of 0.1 in floating point, as in published code: a recall of 3 / 10 does not reach 3 * 0.1.
+        recall = hits / total  # NaN, which reaches nothing, where there is no positive
+        best = [precision.where(recall >= tenth * 0.1, 0.0).amax(dim=1) for tenth in range(11)]
         found.append(torch.stack(best).mean(dim=0))
     return torch.cat(found).view(scores.shape[1:])
 

@@ -12,7 +12,7 @@ import torch
 
 from mls.errors import ConfigError, Stopped
 from mls.eval import load_protocol
-from mls.eval.optimizer import weight_penalty
+from mls.eval.optimizer import build_linear_init, weight_penalty
 from mls.eval.protocol import Supervised, fingerprint
 from mls.eval.supervised import metrics, prepare, prepare_training, run
 from mls.eval.training import Training
@@ -254,3 +254,38 @@ def test_mistakes_in_a_protocol_are_one_sentence() -> None:
         training("training.precision=fp16", "training.device=cpu")
     with pytest.raises(ConfigError, match="no validation part"):
         run(protocol("data.validation=0"), "random", 0, None)
+
+
+def test_a_margin_that_does_not_move_is_warned_about() -> None:
+    def warnings(*overrides: str) -> list[str]:
+        one, lines = training("training.loss=hml", "training.options.scale=1.0", *overrides), []
+        one.session.say = lines.append  # type: ignore[method-assign]
+        one.train(quiet=True)
+        return [line for line in lines if "warning" in line]
+
+    assert warnings() == []
+    idle = warnings("training.loss_lr=1.0e-5")
+    assert len(idle) == 2  # once for each, not once an epoch
+    assert "the margin that hml learns moved by" in idle[1] and "raise training.loss_lr" in idle[1]
+    warm = ["training.loss_lr=1.0e-5", "training.schedule=cosine", "training.warmup_epochs=1"]
+    assert len(warnings(*warm)) == 2
+
+
+def test_linear_init_gives_what_the_loss_learns_its_own_rate() -> None:
+    one = training("training.loss=role", "training.loss_lr=null", "training.linear_epochs=1")
+    groups = build_linear_init(one.protocol.training, one.classifier, one.loss).param_groups
+    assert [group["lr"] for group in groups] == [1e-3, pytest.approx(1e-2)]  # ROLE's published ratio
+
+
+@pytest.mark.parametrize("loss", ["an", "asl", "two_way", "softmax"])
+def test_ignore_unknown_leaves_out_of_training_what_nobody_annotated(loss: str) -> None:
+    partial = [f"training.loss={loss}", "data.labels=partial_labels", "training.ignore_unknown=true"]
+    one = training(*partial)
+    rows = torch.arange(16)
+    outputs = torch.randn(16, one.classes, requires_grad=True)
+    one.loss_of(outputs, rows).backward()
+    unknown = one.observed[rows] == 0
+    assert unknown.any() and (outputs.grad[unknown] == 0).all() and (outputs.grad[~unknown] != 0).any()
+    one.train(quiet=True)
+    with pytest.raises(ConfigError, match="training.loss=epr cannot leave unknown labels out"):
+        training("training.loss=epr", "training.ignore_unknown=true")

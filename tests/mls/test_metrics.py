@@ -122,12 +122,12 @@ def test_mean_average_precision_by_sample_equals_sklearn_in_every_row(case: tupl
 
 
 def voc_devkit(scores: np.ndarray, truth: np.ndarray) -> float:
-    """VOCevalcls.m of VOC 2007, restated; for scores without ties."""
+    """VOCevalcls.m of VOC 2007, restated with numpy's 0:0.1:1; for scores without ties."""
     order = np.argsort(-scores)
     tp = np.cumsum(truth[order] > 0)
     fp = np.cumsum(truth[order] < 0)
     recall, precision = tp / np.sum(truth > 0), tp / (fp + tp)
-    best = [precision[recall >= np.float64(tenth) / 10 - 1e-12] for tenth in range(11)]
+    best = [precision[recall >= threshold] for threshold in np.arange(0.0, 1.1, 0.1)]
     return sum(part.max() if part.size else 0.0 for part in best) / 11
 
 
@@ -140,6 +140,14 @@ def test_voc_11_point_equals_the_devkit(seed: int, items: int, classes: int) -> 
     truth[0] = 1
     found = voc_11_point(*tensors(scores, truth))
     assert found.tolist() == pytest.approx([voc_devkit(scores[:, c], truth[:, c]) for c in range(classes)], abs=1e-9)
+
+
+def test_a_recall_of_three_tenths_does_not_reach_the_devkits_threshold() -> None:
+    truth = np.array([1, 1, 1, *[-1] * 10, *[1] * 7])[:, None]  # recall 3 / 10 at precision 1, then lower
+    scores = np.linspace(1.0, 0.0, 20)[:, None]
+    assert 3 * 0.1 > 3 / 10
+    assert voc_11_point(*tensors(scores, truth)).item() == pytest.approx((3 * 1.0 + 8 * 0.5) / 11)
+    assert voc_devkit(scores[:, 0], truth[:, 0]) == pytest.approx((3 * 1.0 + 8 * 0.5) / 11)
 
 
 def test_voc_11_point_of_a_class_without_positives_is_0() -> None:

@@ -113,8 +113,8 @@ def neighbouring(similarity: Float[Tensor, "classes classes"]) -> Int64[Tensor, 
 
 # ------------------------------------------------------------------------------------------------------------ margins
 
-FIXED = (0.0, 0.1, 0.3, 0.5, 0.7)
-STEPS = torch.linspace(0, 1, 41).tolist()  # margins of the gradient curves
+FIXED = (0.0, 0.1, 0.3, 0.5, 0.7, 1.0, 1.3, math.pi / 2)
+STEPS = [n / 60 * math.pi / 2 for n in range(61)]  # margins of the gradient curves
 GRADIENTS = {  # whose, and how it is drawn
     "positives": ("#0072B2", "-"),
     "negatives": ("#E69F00", "-"),

@@ -27,7 +27,8 @@ What a loss does with the labels 0 (unknown) and -1 (known negative):
     hml                 negative                        negative
     symmetric_ce        negative                        negative
 
-docs/losses.md tells which to choose.
+`annotated_only`, which `training.ignore_unknown` takes in the place of `forward`, leaves 0 out of any of them but epr,
+role and pairwise_rank. docs/losses.md tells which to choose.
 """
 
 import inspect
@@ -56,6 +57,7 @@ class Loss(nn.Module):
     separable: bool = False  # an entry depends on its own logit and label alone: the classes may come in parts
     needs_index: bool = False  # `forward` needs the samples' row numbers, and `observe` all their labels
     lr_multiplier: float = 1.0  # what the loss learns takes this many times the network's learning rate
+    summed_gradient: bool = False  # its gradient sums over the batch: lr_multiplier is SGD's, with RATED_FOR labels
     relabels: Literal["never", "step", "epoch"] = "never"  # when `relabel` completes the training labels
 
     def __init__(self, temperature: float = 1.0, reduction: str = "mean") -> None:
@@ -71,6 +73,23 @@ class Loss(nn.Module):
         if self.reduction == "none":
             return entries
         return entries.mean() if self.reduction == "mean" else entries.sum()
+
+    def annotated_only(
+        self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None
+    ) -> Tensor:
+        """`forward` as if the labels 0 were not there, neither as negatives nor in a mean's count; "none" gives 0 for
+        them. A loss that is not element-wise defines it, or cannot."""
+        if not self.elementwise:
+            raise NotImplementedError(f"{type(self).__name__} has no form without unknown labels")
+        unknown = labels == 0
+        entries = self.entries(self.scaled(logits), labels, pseudo, index).masked_fill(unknown, 0.0)
+        if self.reduction == "none":
+            return entries
+        return entries.sum() / ((~unknown).sum().clamp(min=1) if self.reduction == "mean" else 1)
+
+    @classmethod
+    def can_leave_out_unknown(cls) -> bool:
+        return cls.elementwise or cls.annotated_only is not Loss.annotated_only
 
     def predict(self, outputs: Matrix) -> Matrix:
         """Probabilities, each class by itself, as the loss trained them."""
@@ -142,12 +161,15 @@ def defaults(name: str, positives: float) -> dict[str, Any]:
     return LOSSES[name].defaults_for(positives)
 
 
-RATED_FOR = 64 * 80  # labels of a downstream batch: a loss's lr_multiplier is chosen for these
+RATED_FOR = 64 * 80  # labels of a downstream batch: lr_multiplier under a summed gradient is chosen for these
 
 
 def own_rate(loss: Loss, entries: int, adaptive: bool) -> float:
     """The rate of what a loss learns itself, times the network's, with a batch of this many entries. hml's scale and
-    margin are pulled by a sum over all entries; an adaptive optimizer takes no account of a gradient's size."""
+    margin are pulled by a sum over all entries; the step of an adaptive optimizer (Adam) does not depend on the
+    gradient's size."""
+    if not loss.summed_gradient:
+        return loss.lr_multiplier
     return 1.0 if adaptive else loss.lr_multiplier * RATED_FOR / entries
 
 

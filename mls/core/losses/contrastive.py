@@ -71,6 +71,12 @@ class Contrast(Loss):
             return self.one_way(logits, labels) + self.one_way(logits.T, labels.T)
         return self.one_way(logits, labels) if self.ways == "sample" else self.one_way(logits.T, labels.T)
 
+    def annotated_only(
+        self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None
+    ) -> Tensor:
+        # Not minus infinity: the gradient of a row of nothing else would be NaN.
+        return self.forward(at_least_fp32(logits).masked_fill(labels == 0, -1e30), labels, pseudo, index)
+
     def one_way(self, logits: Float[Tensor, "rows columns"], labels: Num[Tensor, "rows columns"]) -> Tensor:
         loss = self.per_row(logits, labels)
         if self.reduction == "none":

@@ -5,6 +5,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from mls.core.losses import Index, Labels, Loss, Matrix, at_least_fp32, register, require
@@ -29,8 +30,8 @@ class HypersphericalMargin(Loss):
     The paper does not say at what rate scale and margin learn. The adaptive term's gradient for the margin grows
     with the batch: hundreds to thousands for 64 x 80 labels, where the mean's is below 5. In a trial of that size (SGD,
     rate 0.1, momentum 0.9) a multiplier of 1e-3 threw the margin beyond pi/2 within ten steps, 1e-4 made it jump, and
-    from 1e-5 down it settled: hence `lr_multiplier`. More labels in a batch need less. Adam, which takes no account of
-    a gradient's size, needs about 1.
+    from 1e-5 down it settled: hence `lr_multiplier`. More labels in a batch need less. Under Adam,
+    whose step does not depend on the gradient's size, the multiplier is 1 (`mls.core.losses.own_rate`).
 
     >>> loss = HypersphericalMargin()(torch.zeros(1, 2), labels=torch.tensor([[1, 0]]))
     >>> round(loss.item(), 4)  # logits of -20 sin(0.3): 2.9577 + |0.9973 - 0.0027|
@@ -40,6 +41,7 @@ class HypersphericalMargin(Loss):
     takes = "cosines"
     elementwise = False
     lr_multiplier = 1e-5
+    summed_gradient = True
     scale: Tensor
     margin: Tensor
 
@@ -70,9 +72,24 @@ class HypersphericalMargin(Loss):
         positive = labels > 0
         scores = self.logits(logits)
         loss = F.binary_cross_entropy_with_logits(scores, positive.to(scores.dtype))
+        return loss + self.imbalance(logits, positive, ~positive)
+
+    def annotated_only(
+        self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None
+    ) -> Tensor:
+        positive, known = labels > 0, labels != 0
+        scores = self.logits(logits)
+        target, weight = positive.to(scores.dtype), known.to(scores.dtype)
+        loss = F.binary_cross_entropy_with_logits(scores, target, weight, reduction="sum") / weight.sum().clamp(min=1)
+        return loss + self.imbalance(logits, positive, known & ~positive)
+
+    def imbalance(
+        self, cosines: Matrix, positive: Bool[Tensor, "batch classes"], negative: Bool[Tensor, "batch classes"]
+    ) -> Tensor | float:
+        """The adaptive term."""
         if not self.adaptive:
-            return loss
-        fixed = self.logits(logits.detach())
+            return 0.0
+        fixed = self.logits(cosines.detach())
         short = torch.sigmoid(-fixed).masked_fill(~positive, 0.0).sum()
-        over = torch.sigmoid(fixed).masked_fill(positive, 0.0).sum()
-        return loss + (short - over).abs()
+        over = torch.sigmoid(fixed).masked_fill(~negative, 0.0).sum()
+        return (short - over).abs()

@@ -23,9 +23,10 @@ class TwoWay(Contrast):
     temperature_pos  Tp: the higher it is, the more evenly the positives share the pull. Idle with one positive.
     temperature_neg  Tn: at 1 and with one positive, a sample's loss is its softmax cross-entropy.
     ways             "both" (their sum), "sample" or "class"; reduction "none" gives [batch] or [classes].
-    ignore_unknown   leave 0 out, so that only -1 is negative: for data sets that annotate negatives.
+    ignore_unknown   leave 0 out, so that only -1 is negative, as `annotated_only` does for any loss.
 
-    The class way depends on the batch: its size, and under several processes each one's own part.
+    The class way depends on the batch, its size too. Supervised training gathers the batch of all processes for it; in
+    pretraining each process has its own part.
 
     >>> loss = TwoWay(ways="sample")(torch.zeros(1, 4), labels=torch.tensor([[1, 0, 0, -1]]))
     >>> round(loss.item(), 4)  # log(1 + 3)
