@@ -20,7 +20,7 @@ from mls.eval.dense.prepare import build_backbone, load_images
 from mls.eval.dense.schema import Dense, Detection, Segmentation
 from mls.eval.dense.segmenter import Segmenter
 from mls.eval.dense.voc_ap import voc_ap
-from mls.eval.outcome import Outcome
+from mls.eval.outcome import Outcome, for_file
 from mls.frameworks import installed as frameworks
 from mls.progress import counting
 from mls.streams import derive
@@ -43,9 +43,8 @@ def run(protocol: Dense, weights: str, seed: int, folder: Path | None, title: st
         rows = pictures.chosen(data.test)
         found = network.predict([data.test.pixels(row) for row in rows])
         pictures.save(folder / "found.png", data.test, rows, found)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    selection = f"after {protocol.training.steps} steps"
-    return Outcome(values, selection, None, time.monotonic() - began, state)
+    tested_weights, selection = for_file(network.state_dict()), f"after {protocol.training.steps} steps"
+    return Outcome(values, selection, None, time.monotonic() - began, tested_weights)
 
 
 def _run_of_backend(backend: str) -> Callable[..., Outcome]:
