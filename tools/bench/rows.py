@@ -23,6 +23,7 @@ from mls.data.augment import Augment
 from mls.data.crops import CROP_DRAWS, CropDataset, crop_box, cut_into
 from mls.data.decode import Encoded
 from mls.streams import uniforms
+from mls.tools.bench.timing import median_seconds
 
 MOCO, OURS, PACKED, DECODE = "MoCo's pipeline", "ours", "ours, packed with --short-side 320", "decoding alone"
 READ, CUT = "reading and headers", "cutting two crops"
@@ -170,13 +171,5 @@ def device_seconds(device: str, batch: int, rounds: int = 3) -> tuple[float, flo
         loss.backward()
 
     views = augment(made).images
-    times: dict[str, list[float]] = {"augment": [], "step": []}
-    for number in range(rounds + 1):
-        for name, work in (("augment", lambda: augment(made)), ("step", step)):
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return float(np.median(times["augment"])), float(np.median(times["step"]))
+    found = median_seconds({"augment": lambda: augment(made), "step": step}, device, rounds)
+    return found["augment"], found["step"]

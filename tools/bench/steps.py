@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -17,6 +15,7 @@ from mls.data import Views
 from mls.engine import optim
 from mls.recipes import load_config
 from mls.tools.bench.memory import peak_bytes
+from mls.tools.bench.timing import median_seconds
 
 
 def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: int) -> dict[str, float]:
@@ -48,20 +47,7 @@ def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: i
         "multi-label term": lambda: mls.multi_label(z, seen, positives)[0].backward(),
         "backbone rows enqueued": lambda: mls.dictionary.enqueue(*vars(keys).values()),  # the projection's are MoCo's
     }
-    return {"rows": rows, **_medians(works, device, rounds)}
-
-
-def _medians(works: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):  # one to warm up
-        for name, work in works.items():
-            began = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(spent) for name, spent in times.items()}
+    return {"rows": rows, **median_seconds(works, device, rounds)}
 
 
 def fused_memory(device: str, rows: int, batch: int) -> dict[str, float]:
