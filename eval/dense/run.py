@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mls import distributed
+from mls.chunks import chunks
 from mls.eval.dense import pictures
 from mls.eval.dense.coco_ap import Detections, coco_ap
 from mls.eval.dense.confusion import confusion, segmentation_metrics
@@ -84,7 +85,7 @@ def predictions(network: Any, images: Any, quiet: bool) -> Iterator[tuple[int, A
     network.eval()
     rows = range(distributed.rank(), len(images), distributed.world())
     with counting("test images", len(rows), not quiet and distributed.rank() == 0) as progress:
-        for start in range(0, len(rows), TEST_BATCH):
-            batch = rows[start : start + TEST_BATCH]
+        for part in chunks(len(rows), TEST_BATCH):
+            batch = rows[part]
             yield from zip(batch, network.predict([images.pixels(row) for row in batch]), strict=True)
-            progress(min(start + TEST_BATCH, len(rows)))
+            progress(part.stop)

@@ -19,8 +19,8 @@ NOTHING = -1e4  # the logit of a row that is left out. Not -inf: the gradient of
 
 @dataclass(frozen=True)
 class OwnRows:
-    """A mask [queries, rows], True where a row came from the query's own image. It is looked at by columns, like a
-    tensor, and only what is looked at is ever made.
+    """A mask [queries, rows], True where a row came from the query's own image. It is indexed like a tensor, and only
+    the columns that are asked for are computed.
 
     >>> OwnRows(torch.tensor([7, 8]), torch.tensor([8, 9, 7]))[:, 1:]
     tensor([[False,  True],

@@ -37,7 +37,7 @@ def test_the_shares_of_each_kind_of_label_add_up(study: Study, picture_bytes: Ca
     sums = [a + b for a, b in zip(warmup, regular, strict=True)]
     assert sums[:3] == pytest.approx([100] * 3, abs=0.11)  # rounded cells
     assert sums[3:] == pytest.approx([100, 100, 96, 100, 100, 100])  # the paper's, with its slip
-    assert "96.0" in found.says
+    assert "96.0" in found.summary
 
 
 def test_the_losses_are_those_of_assumed_negatives(study: Study) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from mls.chunks import chunks
 from mls.core import methods, products
 from mls.core.methods.mls import MLS
 from mls.core.methods.moco import Keys, MoCo, Query
@@ -89,9 +90,10 @@ def _method(name: str, device: str, batch: int, rows: int, k: int, size: int, ba
     assert isinstance(method, MoCo)
     method.to(device).to(memory_format=torch.channels_last)
     widths = method.backbone.feature_dim, config.model.projection
-    for start in range(0, rows, 4096):
-        memory = [F.normalize(torch.randn(min(4096, rows - start), width, device=device), dim=1) for width in widths]
-        method.dictionary.enqueue(*memory, ids=torch.arange(start, start + len(memory[0]), device=device))
+    for part in chunks(rows, 4096):
+        ids = torch.arange(part.start, part.stop, device=device)
+        memory = [F.normalize(torch.randn(len(ids), width, device=device), dim=1) for width in widths]
+        method.dictionary.enqueue(*memory, ids=ids)
     return method
 
 
