@@ -178,8 +178,4 @@ def _as_linear(found: probe.Probe | probe.Svm) -> dict[str, Tensor]:
     return {"weight": found.weight.T.float().contiguous(), "bias": found.bias.float().contiguous()}
 
 
-PROBES: dict[str, Callable[[Frozen, Split, int, Progress], ProbeResult]] = {
-    "linear": _linear,
-    "knn": _knn,
-    "svm": _svm,
-}
+PROBES: dict[str, Callable[[Frozen, Split, int, Progress], ProbeResult]] = {"linear": _linear, "knn": _knn, "svm": _svm}

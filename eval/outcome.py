@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,11 @@ class Outcome:
     validation: float | None  # the protocol's metric where it was chosen
     seconds: float
     weights: dict[str, Tensor] = field(default_factory=dict)  # what was tested, to keep beside its numbers
+
+
+def for_file(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Detached, contiguous and on the CPU, as safetensors stores them."""
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
 
 
 def metrics(

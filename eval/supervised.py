@@ -17,7 +17,7 @@ from torch import Tensor
 from mls.errors import ConfigError
 from mls.eval.classifier import build_classifier
 from mls.eval.data import LabelledImages
-from mls.eval.outcome import Outcome, metrics
+from mls.eval.outcome import Outcome, for_file, metrics
 from mls.eval.protocol import Classification, Supervised, TrainingData
 from mls.eval.regimes import observe, split
 from mls.eval.splits import load
@@ -80,8 +80,8 @@ def run(
     training = prepare_training(protocol, weights, seed, folder)
     training.train(title or protocol.recipe, quiet, after_epoch)
     values, seconds = test(training), time.monotonic() - began
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in training.weights().items()}
-    return Trained(values, training.selection(), training.best_value(), seconds, state, training=training)
+    tested_weights = for_file(training.weights())
+    return Trained(values, training.selection(), training.best_value(), seconds, tested_weights, training=training)
 
 
 def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path | None) -> Training:

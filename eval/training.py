@@ -192,7 +192,7 @@ class Training:
         self.initialised = True
         self.session.save()
 
-    # ------------------------------------------------------------------------------------------------ what it knows
+    # ---------------------------------------------------------------------------------------------- features and labels
 
     def features(self) -> Float[Tensor, "images dim"]:
         """Of all training images, without augmentation."""

@@ -88,13 +88,18 @@ def free_port(job: str) -> int:
     first = int(hashlib.sha256(job.encode()).hexdigest(), 16) % len(PORTS)
     for offset in range(len(PORTS)):
         port = PORTS[(first + offset) % len(PORTS)]
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-                return port
-            except OSError:
-                continue
+        if is_free(port):
+            return port
     raise LaunchError("no port between 20000 and 32000 is free on this node")
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _own_address() -> str:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,6 +41,16 @@ model.projection=16 objective.warmup_epochs=0 engine.threads=1""".split()
 def tiny(tmp_path: Path) -> list[str]:
     """Overrides that make the tiny recipe train in seconds: 3 epochs of 16 steps."""
     return [*TINY, f"run.root={tmp_path / 'runs'}"]
+
+
+@pytest.fixture
+def no_internet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads fail at once."""
+    for name in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # an earlier one has read the environment already
 
 
 @pytest.fixture

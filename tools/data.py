@@ -83,13 +83,7 @@ def pack(
 
     images, dst = _source(src, source, annotations), dst.expanduser()
     with counting("packing", len(images)) as advance:
-        made = pack(
-            images,
-            dst,
-            Packing(short_side, quality, per_shard),
-            _workers(workers),
-            advance,
-        )
+        made = pack(images, dst, Packing(short_side, quality, per_shard), _workers(workers), advance)
     shards = made["shards"].values()
     size = sum(shard["bytes"] for shard in shards) / 2**20
     print(f"{sum(shard['images'] for shard in shards)} images in {len(shards)} shards, {size:.0f} MiB: {dst}")

@@ -104,10 +104,7 @@ DOWNLOAD_DTD = (
     "download dtd-r1.0.1.tar.gz from www.robots.ox.ac.uk/~vgg/data/dtd and unpack it into $MLS_DATA/dtd, "
     "which then has dtd/images and dtd/labels"
 )
-register(
-    "cars",
-    Layout(read_cars, FOLDERS[StanfordCars], DOWNLOAD_CARS, {"classes": 196, "train": 8144, "test": 8041}),
-)
+register("cars", Layout(read_cars, FOLDERS[StanfordCars], DOWNLOAD_CARS, {"classes": 196, "train": 8144, "test": 8041}))
 register(
     "aircraft",
     Layout(read_aircraft, FOLDERS[FGVCAircraft], DOWNLOAD_AIRCRAFT, {"classes": 100, "train": 6667, "test": 3333}),

@@ -14,6 +14,7 @@ import torch
 from mls.data.listing import show
 from mls.errors import DataError
 from mls.eval.data import DataSet, Layout, register
+from mls.eval.data.annotations import parsing
 from mls.eval.data.objects import ObjectImages, Objects, RunLengths
 from mls.eval.data.one_class import every_image
 from mls.progress import counting
@@ -29,7 +30,7 @@ def read(folder: Path) -> DataSet[ObjectImages]:
 
 def _split(folder: Path, phase: str) -> ObjectImages:
     file = folder / "annotations" / f"instances_{phase}.json"
-    try:
+    with parsing(file, "COCO instances file"):
         content = json.loads(file.read_bytes())
         names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         images = sorted(content["images"], key=lambda image: image["id"])
@@ -51,10 +52,6 @@ def _split(folder: Path, phase: str) -> ObjectImages:
             _outlines(found, [tuple(sizes[i].tolist()) for i in rows], file),
         )
         paths = [os.fsencode(f"{phase}/{image['file_name']}") for image in images]
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise DataError(
-            f"{show(file)} is not a COCO instances file ({type(error).__name__}: {error}): download it again"
-        ) from None
     starts = torch.from_numpy(np.searchsorted(rows, np.arange(len(images) + 1)))
     source = every_image(f"coco2017 {phase}", folder, paths, file)
     return ObjectImages(source, sizes, everything, starts, [names[category] for category in sorted(names)])

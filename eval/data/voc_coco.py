@@ -15,6 +15,7 @@ from mls.data.annotated import VOC_CLASSES
 from mls.data.listing import show
 from mls.errors import DataError
 from mls.eval.data import DataSet, LabelledImages, Layout, presence, register
+from mls.eval.data.annotations import parsing
 from mls.eval.data.formatted import is_formatted, listed_images, read_formatted
 from mls.eval.data.one_class import every_image
 
@@ -75,7 +76,7 @@ def read_coco2014(folder: Path) -> DataSet:
 
 def _coco_split(folder: Path, phase: str) -> LabelledImages:
     file = folder / "annotations" / f"instances_{phase}2014.json"
-    try:
+    with parsing(file, "COCO instances file"):
         content = json.loads(file.read_bytes())
         names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
         files = {entry["id"]: entry["file_name"] for entry in content["images"]}
@@ -85,10 +86,6 @@ def _coco_split(folder: Path, phase: str) -> LabelledImages:
         column = {category: j for j, category in enumerate(sorted(names))}
         places = np.array([(row[image], column[category]) for image, category in pairs], np.int64).reshape(-1, 2)
         paths = [os.fsencode(f"{phase}2014/{files[image]}") for image in ids]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{show(file)} is not a COCO instances file ({type(error).__name__}: {error}): download it again"
-        ) from None
     truth = torch.full((len(ids), len(names)), -1, dtype=torch.int8)
     truth[tuple(torch.from_numpy(places).T)] = 1
     images = listed_images(f"coco2014 {phase}", [folder], paths, file)

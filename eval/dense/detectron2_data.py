@@ -66,12 +66,8 @@ def _register_voc(root: Path, year: int, split: str) -> str:
     return name
 
 
-def build_evaluator(name: str, metric: str, masks: bool) -> Any:
-    from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator  # pyright: ignore
-
-    if metric == "voc07":
-        return PascalVOCDetectionEvaluator(name)
-    return COCOEvaluator(name, tasks=("bbox", "segm")[: 1 + masks])
+def build_evaluator(name: str, masks: bool) -> Any:
+    return detectron2_train.build_evaluator(name, tasks=("bbox", "segm")[: 1 + masks])
 
 
 def renamed(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -28,6 +28,19 @@ SAVE_EVERY = 300.0  # seconds
 LOG_EVERY = 20  # steps between two readings of the loss: each waits for the GPU
 
 
+def check_batch_size(training: Schedule) -> None:
+    if training.batch_size % distributed.world():
+        raise ConfigError(
+            f"training.batch_size {training.batch_size} does not divide into {distributed.world()} processes: choose a "
+            "multiple"
+        )
+
+
+def check_precision(training: Schedule, device: torch.device, framework: str) -> None:
+    if device.type == "cpu" and precision_on(device, training.precision, "training.precision") != "fp32":
+        raise ConfigError(f"{framework} has training.precision={training.precision} on a GPU alone: use fp32 on a CPU")
+
+
 class DenseTraining:
     """Trains `network` in place. With a folder its state is saved there, and the same arguments resume from it."""
 
@@ -41,10 +54,7 @@ class DenseTraining:
         save_every: float = SAVE_EVERY,
     ) -> None:
         self.schedule, self.data, self.images, self.seed = protocol.training, protocol.data, images, seed
-        if self.schedule.batch_size % distributed.world():
-            raise ConfigError(
-                f"training.batch_size {self.schedule.batch_size} does not divide into {distributed.world()} processes"
-            )
+        check_batch_size(self.schedule)
         self.device = distributed.start(self.schedule.device).device
         self.network = network.to(self.device)
         self.parallel = distributed.in_parallel(self.network)

@@ -12,6 +12,7 @@ from mls import distributed
 from mls.errors import ConfigError
 from mls.eval.data.regions import VOID
 from mls.eval.dense.heads import POOL_SIZES
+from mls.eval.dense.loop import check_batch_size, check_precision
 from mls.eval.dense.psanet import SHRINK, WINDOW
 from mls.eval.dense.schema import Schedule, Segmentation, SegmentationData
 from mls.frameworks import mmseg_network
@@ -61,18 +62,12 @@ def check(protocol: Segmentation, device: torch.device) -> None:
         )
     if stride not in STRIDES:
         raise ConfigError(f"model.output_stride is {stride}: choose one of {', '.join(map(str, STRIDES))}")
-    if training.batch_size % distributed.world():
-        raise ConfigError(
-            f"training.batch_size {training.batch_size} does not divide into {distributed.world()} processes"
-        )
+    check_batch_size(training)
     if device.type == "cpu" and torch.cuda.is_available():
         raise ConfigError(
             "mmsegmentation takes the GPU that it sees: for training.device=cpu set CUDA_VISIBLE_DEVICES="
         )
-    if device.type == "cpu" and precision_on(device, training.precision, "training.precision") != "fp32":
-        raise ConfigError(
-            f"mmsegmentation has training.precision={training.precision} on a GPU alone: use fp32 on a CPU"
-        )
+    check_precision(training, device, "mmsegmentation")
 
 
 def configuration(protocol: Segmentation, start: Start, classes: int, device: torch.device) -> Config:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mls import distributed
+from mls.chunks import chunks
 from mls.eval.dense import pictures
 from mls.eval.dense.coco_ap import Detections, coco_ap
 from mls.eval.dense.confusion import confusion, segmentation_metrics
@@ -20,7 +21,7 @@ from mls.eval.dense.prepare import build_backbone, load_images
 from mls.eval.dense.schema import Dense, Detection, Segmentation
 from mls.eval.dense.segmenter import Segmenter
 from mls.eval.dense.voc_ap import voc_ap
-from mls.eval.outcome import Outcome
+from mls.eval.outcome import Outcome, for_file
 from mls.frameworks import installed as frameworks
 from mls.progress import counting
 from mls.streams import derive
@@ -43,9 +44,8 @@ def run(protocol: Dense, weights: str, seed: int, folder: Path | None, title: st
         rows = pictures.chosen(data.test)
         found = network.predict([data.test.pixels(row) for row in rows])
         pictures.save(folder / "found.png", data.test, rows, found)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    selection = f"after {protocol.training.steps} steps"
-    return Outcome(values, selection, None, time.monotonic() - began, state)
+    tested_weights, selection = for_file(network.state_dict()), f"after {protocol.training.steps} steps"
+    return Outcome(values, selection, None, time.monotonic() - began, tested_weights)
 
 
 def _run_of_backend(backend: str) -> Callable[..., Outcome]:
@@ -85,7 +85,7 @@ def predictions(network: Any, images: Any, quiet: bool) -> Iterator[tuple[int, A
     network.eval()
     rows = range(distributed.rank(), len(images), distributed.world())
     with counting("test images", len(rows), not quiet and distributed.rank() == 0) as progress:
-        for start in range(0, len(rows), TEST_BATCH):
-            batch = rows[start : start + TEST_BATCH]
+        for part in chunks(len(rows), TEST_BATCH):
+            batch = rows[part]
             yield from zip(batch, network.predict([images.pixels(row) for row in batch]), strict=True)
-            progress(min(start + TEST_BATCH, len(rows)))
+            progress(part.stop)

@@ -16,13 +16,13 @@ from torch import nn
 
 from mls import distributed
 from mls.engine.session import Saving, Session
-from mls.errors import ConfigError, DataError, DivergedError
+from mls.errors import DataError, DivergedError
 from mls.eval.dense import detectron2_data
 from mls.eval.dense.detectron2_config import RECIPES, configuration, refuse_unknown_to_detectron2
-from mls.eval.dense.loop import LOG_EVERY, SAVE_EVERY
+from mls.eval.dense.loop import LOG_EVERY, SAVE_EVERY, check_batch_size, check_precision
 from mls.eval.dense.prepare import SCENES, backbone_source, load_images
 from mls.eval.dense.schema import Detection
-from mls.eval.outcome import Outcome
+from mls.eval.outcome import Outcome, for_file
 from mls.exporting import to_detectron2
 from mls.frameworks import installed as frameworks
 from mls.models.momentum import HALF, precision_on
@@ -34,25 +34,19 @@ def run(protocol: Detection, weights: str, seed: int, folder: Path, title: str =
     """Train and test once. The same call goes on where it was stopped."""
     began = time.monotonic()
     with frameworks.quiet(), without_the_workers_traceback():
-        cfg, images, metric = prepare(protocol, weights, seed, folder / "state")
+        cfg, images = prepare(protocol, weights, seed, folder / "state")
         training = Detectron2Training(protocol, cfg, images, seed, folder / "state")
         training.train(title, quiet)
-        values = tested(cfg, training.network, metric, quiet)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
-    return Outcome(values, f"after {protocol.training.steps} steps", None, time.monotonic() - began, state)
+        values = tested(cfg, training.network, quiet)
+    tested_weights, selection = for_file(training.network.state_dict()), f"after {protocol.training.steps} steps"
+    return Outcome(values, selection, None, time.monotonic() - began, tested_weights)
 
 
-def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[Any, int, str]:
-    """detectron2's configuration with its data registered, the number of images to learn from, and how average
-    precision is taken."""
+def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[Any, int]:
+    """detectron2's configuration with its data registered, and the number of images to learn from."""
     device, world = distributed.start(protocol.training.device).device, distributed.world()
-    if protocol.training.batch_size % world:
-        raise ConfigError(
-            f"training.batch_size {protocol.training.batch_size} does not divide into {world} processes: choose a "
-            "multiple"
-        )
-    if device.type == "cpu" and precision_on(device, protocol.training.precision, "training.precision") != "fp32":
-        raise ConfigError("detectron2 trains in reduced precision on a GPU only: set training.precision=fp32")
+    check_batch_size(protocol.training)
+    check_precision(protocol.training, device, "detectron2")
     data = load_images(protocol)  # refuses what is missing or not whole before detectron2 sees it
     learnt = len(data.train.with_objects())
     if not learnt:
@@ -68,7 +62,7 @@ def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[
     train, test = detectron2_data.register(protocol.data, state / "scenes")
     recipe, classes = state / RECIPES[protocol.model.neck], len(data.train.class_names)
     cfg = configuration(protocol, recipe, train, test, classes, device.type, world)
-    return cfg, learnt, data.train.metric
+    return cfg, learnt
 
 
 class Detectron2Training:
@@ -225,13 +219,13 @@ def shown(batches: Iterable[Any], progress: Callable[[int], None]) -> Iterator[A
         progress(number)
 
 
-def tested(cfg: Any, network: nn.Module, metric: str, quiet: bool) -> dict[str, float]:
+def tested(cfg: Any, network: nn.Module, quiet: bool) -> dict[str, float]:
     """What detectron2's own evaluator says, the same in all processes."""
     from detectron2.data import DatasetMapper, build_detection_test_loader  # pyright: ignore
     from detectron2.evaluation import DatasetEvaluators, inference_on_dataset  # pyright: ignore
 
     (name,) = cfg.DATASETS.TEST
-    evaluator = detectron2_data.build_evaluator(name, metric, cfg.MODEL.MASK_ON)
+    evaluator = detectron2_data.build_evaluator(name, cfg.MODEL.MASK_ON)
     loader = build_detection_test_loader(cfg, name, mapper=Whole(DatasetMapper(cfg, False)))
     show = not quiet and distributed.rank() == 0
     with counting("test images", len(loader), show) as progress, contextlib.redirect_stdout(io.StringIO()):

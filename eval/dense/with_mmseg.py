@@ -29,7 +29,7 @@ from mls.eval.dense.mmseg_parts import MmsegViews, test_loader
 from mls.eval.dense.prepare import backbone_source, load_images
 from mls.eval.dense.schema import Segmentation
 from mls.eval.dense.views import training_loader
-from mls.eval.outcome import Outcome
+from mls.eval.outcome import Outcome, for_file
 from mls.exporting import to_mmseg, to_torchvision
 from mls.frameworks import installed as frameworks
 from mls.frameworks.resnet_plan import NoCounterpart
@@ -59,8 +59,8 @@ def run(
         training = Training(protocol, config, data.train, data.test, device, seed, state)
         training.train(title or protocol.recipe, quiet)
         values = training.test(quiet)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in training.network.state_dict().items()}
-    return Outcome(values, f"after {protocol.training.steps} steps", None, time.monotonic() - began, state)
+    tested_weights, selection = for_file(training.network.state_dict()), f"after {protocol.training.steps} steps"
+    return Outcome(values, selection, None, time.monotonic() - began, tested_weights)
 
 
 def write_backbone(protocol: Segmentation, weights: str, seed: int, state: Path) -> Start:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mls.chunks import chunks
 from mls.core.sharding import WHOLE, Sharding
 from mls.distributed import gather
 from mls.errors import CheckpointError, ConfigError
@@ -163,10 +164,11 @@ class Dictionary:
         if self.sharding.world == 1:
             return tensor.to("cpu", copy=True)
         whole = torch.empty(self.capacity, *tensor.shape[1:], dtype=tensor.dtype)
-        for start in range(0, len(tensor), SAVED_AT_ONCE):
-            (part,) = gather([tensor[start : start + SAVED_AT_ONCE]])  # one process after the other
-            slots = slice(start * self.sharding.world, start * self.sharding.world + len(part))
-            whole[slots] = part.view(self.sharding.world, -1, *tensor.shape[1:]).transpose(0, 1).flatten(0, 1).cpu()
+        world = self.sharding.world
+        for rows in chunks(len(tensor), SAVED_AT_ONCE):
+            (part,) = gather([tensor[rows]])  # one process after the other
+            in_order = part.view(world, -1, *tensor.shape[1:]).transpose(0, 1).flatten(0, 1)
+            whole[rows.start * world : rows.stop * world] = in_order.cpu()
         return whole
 
     @torch.no_grad()

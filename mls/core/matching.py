@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from mls.chunks import chunks
 from mls.core.products import Mask
 from mls.distributed import from_main, rank
 from mls.errors import ConfigError, unknown_name
@@ -66,10 +67,9 @@ class TorchMatcher:
     ) -> Matches:
         check_k(k, len(rows))
         best: Matches | None = None
-        for start in range(0, len(rows), self.chunk):
-            part = slice(start, start + self.chunk)
+        for part in chunks(len(rows), self.chunk):
             found = self.of_part(queries, rows[part], k, None if exclude is None else exclude[:, part])
-            found = Matches(found.indices + start, found.scores)
+            found = Matches(found.indices + part.start, found.scores)
             best = found if best is None else merge(best, found, k)
         assert best is not None
         return best

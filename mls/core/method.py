@@ -108,7 +108,7 @@ class Method(nn.Module):
         """Parameters with a learning rate of their own, such as those of a loss."""
         return []
 
-    # ------------------------------------------------------------------------------------------ what it says of itself
+    # ---------------------------------------------------------------------------------------------------------- logging
 
     def introduction(self) -> list[str]:
         """Sentences for the start of a run, after `decide` and `set_progress`."""

@@ -11,14 +11,16 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mls.chunks import chunks, rows_within
+
 ENTRIES = 1 << 21  # products that may exist at once: 8 MiB in fp32
 NOTHING = -1e4  # the logit of a row that is left out. Not -inf: the gradient of a log-sum-exp of nothing else is NaN
 
 
 @dataclass(frozen=True)
 class OwnRows:
-    """A mask [queries, rows], True where a row came from the query's own image. It is looked at by columns, like a
-    tensor, and only what is looked at is ever made.
+    """A mask [queries, rows], True where a row came from the query's own image. It is indexed like a tensor, and only
+    the columns that are asked for are computed.
 
     >>> OwnRows(torch.tensor([7, 8]), torch.tensor([8, 9, 7]))[:, 1:]
     tensor([[False,  True],
@@ -34,8 +36,8 @@ class OwnRows:
 
     def counts(self) -> Int64[Tensor, "batch"]:
         """How many rows are a query's own."""
-        size = max(1, ENTRIES // max(1, len(self.queries)))
-        parts = [self[:, start : start + size].sum(dim=1) for start in range(0, len(self.rows), size)]
+        size = rows_within(ENTRIES, len(self.queries))
+        parts = [self[:, part].sum(dim=1) for part in chunks(len(self.rows), size)]
         return torch.stack(parts).sum(dim=0) if parts else torch.zeros_like(self.queries)
 
 
@@ -63,8 +65,8 @@ def over_parts(
             return function(query @ rows[part].to(query.dtype).T, part)
 
     query = query.to(torch.promote_types(query.dtype, torch.float32))
-    size = len(rows) if whole else max(1, ENTRIES // max(1, len(query)))
-    parts = [slice(start, min(start + size, len(rows))) for start in range(0, len(rows), max(1, size))]
+    size = max(1, len(rows)) if whole else rows_within(ENTRIES, len(query))
+    parts = list(chunks(len(rows), size))
     if len(parts) == 1:
         return [of_part(query, parts[0])]
     return [checkpoint(of_part, query, part, use_reentrant=False, preserve_rng_state=False) for part in parts]

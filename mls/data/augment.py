@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mls.chunks import chunks, rows_within
 from mls.config import AugmentConfig
 from mls.data import Batch, Views
 from mls.streams import derive, uniforms
@@ -80,9 +81,8 @@ class Augment:
         self, crops: UInt8[Tensor, "batch 3 size size"], parameters: Parameters
     ) -> Float[Tensor, "batch 3 size size"]:
         views = torch.empty(crops.shape, dtype=self.dtype, device=self.device, memory_format=self.layout)
-        part = max(1, CACHE // crops[0].numel()) if self.device.type == "cpu" else len(crops)
-        for start in range(0, len(crops), part):
-            rows = slice(start, start + part)
+        size = rows_within(CACHE, crops[0].numel()) if self.device.type == "cpu" else len(crops)
+        for rows in chunks(len(crops), size):
             views[rows] = _standardise(apply(_float(crops[rows]), parameters[rows], self.config), self.config)
         return views
 

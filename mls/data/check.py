@@ -52,11 +52,7 @@ class Report:
         return sum(len(self.found.get(kind, ())) for kind in UNREADABLE)
 
 
-def check(
-    source: Source,
-    workers: int = 0,
-    progress: Progress = lambda done: None,
-) -> Report:
+def check(source: Source, workers: int = 0, progress: Progress = lambda done: None) -> Report:
     """Decode every image once."""
     report = Report(len(source))
     done = 0

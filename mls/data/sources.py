@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING
 from mls.config import DataConfig
 from mls.data import Source
 from mls.data.annotated import from_coco, from_voc, voc_years
-from mls.data.listing import (
-    from_folder,
-    from_list,
-    list_images,
-    locate,
-    root_text,
-)
+from mls.data.listing import from_folder, from_list, list_images, locate, root_text
 from mls.errors import DataError
 from mls.plugins import Registry
 

@@ -54,11 +54,7 @@ def gallery(
     epoch = epoch_of(state["step"], steps_per_epoch(source, config))
     batch = _query_crops(source, method, epoch, queries)
     augment = Augment(
-        config.augment,
-        config.run.seed,
-        torch.device("cpu"),
-        channels_last=False,
-        positions=method.views().positions,
+        config.augment, config.run.seed, torch.device("cpu"), channels_last=False, positions=method.views().positions
     )
     found = method.matches(augment(batch), matches)
     if found is None:

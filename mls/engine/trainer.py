@@ -106,14 +106,7 @@ class Trainer:
             self.probes = OnlineProbes.build(self.config, self.source) if self.process.main else None
             self.introduce()
             last = min(self.total, self.config.engine.max_steps or self.total)
-            loader = Loader(
-                self.source,
-                self.config,
-                self.process,
-                self.step + 1,
-                last,
-                plan=self.plan,
-            )
+            loader = Loader(self.source, self.config, self.process, self.step + 1, last, plan=self.plan)
             batches = iter(loader)
             self.window.restart_clock()
             self.hint_from = self.step + self.config.monitor.log_every + 1  # workers need a moment to start

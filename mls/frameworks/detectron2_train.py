@@ -75,17 +75,23 @@ def configure(args: Namespace) -> Any:
     return cfg
 
 
-def train(args: Namespace) -> dict[str, Any]:
+def build_evaluator(name: str, **coco: Any) -> Any:
+    """The evaluator that the data set is registered for; `coco` are options of COCO's."""
     from detectron2.data import MetadataCatalog  # pyright: ignore
-    from detectron2.engine import DefaultTrainer, default_setup  # pyright: ignore
     from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator  # pyright: ignore
+
+    if MetadataCatalog.get(name).evaluator_type == "pascal_voc":
+        return PascalVOCDetectionEvaluator(name)
+    return COCOEvaluator(name, **coco)
+
+
+def train(args: Namespace) -> dict[str, Any]:
+    from detectron2.engine import DefaultTrainer, default_setup  # pyright: ignore
 
     class Trainer(DefaultTrainer):
         @classmethod
         def build_evaluator(cls, cfg: Any, dataset_name: str) -> Any:
-            if MetadataCatalog.get(dataset_name).evaluator_type == "pascal_voc":
-                return PascalVOCDetectionEvaluator(dataset_name)
-            return COCOEvaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
+            return build_evaluator(dataset_name, output_dir=cfg.OUTPUT_DIR)
 
     cfg = configure(args)
     default_setup(cfg, args)

@@ -9,7 +9,7 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-PORTS = range(20000, 32000)  # below the range from which Linux takes ports for outgoing connections
+from mls.slurm.rendezvous import PORTS, is_free
 
 
 @dataclass(frozen=True)
@@ -38,17 +38,8 @@ def free_ports(count: int) -> int:
     draw = random.Random(os.urandom(8))
     while True:
         first = draw.randrange(PORTS.start, PORTS.stop - count)
-        if all(_is_free(port) for port in range(first, first + count)):
+        if all(is_free(port) for port in range(first, first + count)):
             return first
-
-
-def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        try:
-            probe.bind(("0.0.0.0", port))
-        except OSError:
-            return False
-    return True
 
 
 def write(folder: Path, settings: Settings) -> None:

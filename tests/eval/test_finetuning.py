@@ -1,6 +1,7 @@
 """Fine-tuning in the supervised loop: images of one class, rates by layer, what stays frozen, mixed images, and that
 all of it resumes. On a few embedded scenes; the class of one is a digit that is in it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mls.config import ScenesConfig
-from mls.errors import ConfigError, Stopped
+from mls.errors import ConfigError
 from mls.eval import load_protocol
 from mls.eval.classifier import build_classifier
 from mls.eval.data import LabelledImages, scenes
@@ -282,20 +283,11 @@ def test_test_images_are_not_changed_by_rand_augment() -> None:
     ],
 )
 def test_fine_tuning_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(
-    changes: list[str], tmp_path: Path
+    changes: list[str], tmp_path: Path, train_until: Callable[[Training, int], None]
 ) -> None:
     whole, first = training(*changes), training(*changes, folder=tmp_path)
     whole.train(quiet=True)
-    step = first.train_step
-
-    def stop_in_the_second_epoch(rows: Tensor, views: Tensor) -> Tensor:
-        if first.step == 5:  # of 3 an epoch
-            first.session.stop.exit_code = 75
-        return step(rows, views)
-
-    first.train_step = stop_in_the_second_epoch  # type: ignore[method-assign]
-    with pytest.raises(Stopped):
-        first.train(quiet=True)
+    train_until(first, 5)  # of 3 an epoch
     second = training(*changes, folder=tmp_path)
     assert second.step == 5
     second.train(quiet=True)

@@ -712,8 +712,8 @@ BROKEN = [  # reader, file, content, how the sentence that names the file goes o
     ("voc2012", f"VOC2012/{MAIN}/cat_train.txt", "2008_000003  1\n", "lists other images than .*aeroplane_train.txt"),
     ("voc2012", f"VOC2012/{MAIN}/cat_train.txt", "2008_000003\n", "has a line that is not an image name and 1, 0"),
     ("voc2012", f"VOC2012/{MAIN}/cat_train.txt", "2008_000003 7\n", "has a line that is not an image name and 1, 0"),
-    ("coco2014", "annotations/instances_train2014.json", '{"images": [', "is not a COCO instances file"),
-    ("coco2014", "annotations/instances_train2014.json", "[]", "is not a COCO instances file"),
+    ("coco2014", "annotations/instances_train2014.json", '{"images": [', "is not a whole COCO instances file"),
+    ("coco2014", "annotations/instances_train2014.json", "[]", "is not a whole COCO instances file"),
     ("nuswide", NUS_COLUMN, "0\n1\n", "is not a 0 or 1 for each of 3 listed images"),
     ("nuswide", NUS_COLUMN, "0\n1\n2\n", "is not a 0 or 1 for each of 3 listed images"),
     ("nuswide", NUS_COLUMN, "0\n1\n-1\n", "is not a 0 or 1 for each of 3 listed images"),
@@ -1227,7 +1227,7 @@ def test_coco_annotations_that_point_nowhere_are_refused(tmp_path, change, reaso
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
-    with fails(rf"instances_train2014.json is not a COCO instances file \({reason}.*\): download it again"):
+    with fails(rf"instances_train2014.json is not a whole COCO instances file \({reason}.*\): download it again"):
         small("coco2014", tmp_path / "coco2014")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mls.errors import ConfigError, Stopped
+from mls.errors import ConfigError
 from mls.eval import load_protocol
 from mls.eval.optimizer import build_linear_init, weight_penalty
 from mls.eval.protocol import Supervised, fingerprint
@@ -125,21 +125,14 @@ def test_patience_and_a_fall_end_training_early() -> None:
 
 
 @pytest.mark.parametrize("loss", ["em_apl", "ll_cp", "hml", "role"])
-def test_training_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(loss: str, tmp_path: Path) -> None:
+def test_training_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(
+    loss: str, tmp_path: Path, train_until: Callable[[Training, int], None]
+) -> None:
     changes = [f"training.loss={loss}"] + ["training.pseudo_from=1"] * (loss == "em_apl")
     whole = training(*changes)
     whole.train(quiet=True)
     first = training(*changes, folder=tmp_path)
-    step = first.train_step
-
-    def stop_in_the_second_epoch(*arguments: torch.Tensor) -> torch.Tensor:
-        if first.step == 6:  # of 4 an epoch
-            first.session.stop.exit_code = 75
-        return step(*arguments)
-
-    first.train_step = stop_in_the_second_epoch  # type: ignore[method-assign]
-    with pytest.raises(Stopped):
-        first.train(quiet=True)
+    train_until(first, 6)  # of 4 an epoch
     second = training(*changes, folder=tmp_path)
     assert second.step == 6
     second.train(quiet=True)
@@ -148,21 +141,14 @@ def test_training_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(
     assert all(torch.equal(value, weights[name]) for name, value in whole.weights().items())
 
 
-def test_training_stopped_at_the_last_step_of_an_epoch_still_ends_that_epoch(tmp_path: Path) -> None:
+def test_training_stopped_at_the_last_step_of_an_epoch_still_ends_that_epoch(
+    tmp_path: Path, train_until: Callable[[Training, int], None]
+) -> None:
     changes = ["training.loss=em_apl", "training.pseudo_from=1"]
     whole = training(*changes)
     whole.train(quiet=True)
     first = training(*changes, folder=tmp_path)
-    step = first.train_step
-
-    def stop(*arguments: torch.Tensor) -> torch.Tensor:
-        if first.step == 8:  # of 4 an epoch
-            first.session.stop.exit_code = 75
-        return step(*arguments)
-
-    first.train_step = stop  # type: ignore[method-assign]
-    with pytest.raises(Stopped):
-        first.train(quiet=True)
+    train_until(first, 8)  # of 4 an epoch
     assert (first.step, len(first.history)) == (8, 1)
     second = training(*changes, folder=tmp_path)
     second.train(quiet=True)

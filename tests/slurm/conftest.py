@@ -61,15 +61,8 @@ class Cluster:
     def alone(self, name: str, *more: str, processes: int = 1) -> Run:
         """The same run without SLURM, never stopped."""
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [
-            sys.executable,
-            *(torchrun if processes > 1 else []),
-            "-m",
-            "mls.tools",
-            "pretrain",
-            "mls_scenes_tiny",
-        ]
-        command += [*SMALL, "--name", name, "--quiet", *more]
+        command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "mls.tools", "pretrain"]
+        command += ["mls_scenes_tiny", *SMALL, "--name", name, "--quiet", *more]
         done = subprocess.run(
             command, capture_output=True, text=True, env=self.environment, cwd=self.folder, timeout=600
         )

@@ -1,5 +1,6 @@
 """The analyses of the paper on entropy maximisation, on a few embedded scenes: scores, losscurve, classwise."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,19 +14,6 @@ from mls.frozen.metrics import average_precision
 from mls.tools.analyses import Finding, Study, distributions
 from mls.tools.analyses.distributions import annotated_loss, kinds, training_kinds
 
-TINY = ["data.scenes.count=128", "data.scenes.test_count=64", "training.epochs=2"]
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return Study("spml_scenes", TINY, None, 0, tmp_path_factory.mktemp("analyses"))
-
-
-def drawn(finding: Finding, folder: Path) -> int:
-    """Bytes of the picture."""
-    finding.figure.savefig(folder / "picture.png")
-    return (folder / "picture.png").stat().st_size
-
 
 @given(st.lists(st.tuples(st.sampled_from([-1, 0, 1]), st.booleans()), min_size=2, max_size=30))
 def test_every_label_with_known_truth_is_of_one_kind(labels: list[tuple[int, bool]]) -> None:
@@ -37,17 +25,19 @@ def test_every_label_with_known_truth_is_of_one_kind(labels: list[tuple[int, boo
     assert torch.equal(found.absent_unseen, found.absent & (observed == 0))
 
 
-def test_full_labels_hide_nothing_so_there_is_nothing_to_look_at(tmp_path: Path) -> None:
-    full = Study("spml_scenes", [*TINY, "data.labels=full"], None, 0, tmp_path)
+def test_full_labels_hide_nothing_so_there_is_nothing_to_look_at(study: Study, tmp_path: Path) -> None:
+    full = Study("spml_scenes", [*study.overrides, "data.labels=full"], None, 0, tmp_path)
     for analysis in (distributions.scores, distributions.losscurve):
         with pytest.raises(DataError, match="use data.labels=single_positive"):
             analysis(full)
 
 
-def test_scores_tell_the_distance_between_both_distributions(study: Study, tmp_path: Path) -> None:
+def test_scores_tell_the_distance_between_both_distributions(
+    study: Study, picture_bytes: Callable[[Finding], int]
+) -> None:
     found = distributions.scores(study)
     assert [row[0] for row in found.rows] == ["an", "em", "em_apl"]
-    assert drawn(found, tmp_path) > 20_000
+    assert picture_bytes(found) > 20_000
     kind = training_kinds(study)
     most = int(kind.missed.sum(0).argmax())
     assert f"class {most}" in found.header[1]
@@ -70,12 +60,14 @@ def test_the_distance_of_samples_that_are_moved_apart_is_the_way() -> None:
     assert between_quantiles(torch.tensor([0.1, 0.3]), torch.tensor([0.6, 0.8, 0.6, 0.8])) == pytest.approx(0.5)
 
 
-def test_the_loss_curve_has_each_epoch_and_ends_with_the_loss_of_the_last_weights(study: Study, tmp_path: Path) -> None:
-    last = Study(study.protocol, [*TINY, "training.select=last"], None, 0, study.root)
+def test_the_loss_curve_has_each_epoch_and_ends_with_the_loss_of_the_last_weights(
+    study: Study, picture_bytes: Callable[[Finding], int]
+) -> None:
+    last = Study(study.protocol, [*study.overrides, "training.select=last"], None, 0, study.root)
     found = distributions.losscurve(last)
     assert [row[0] for row in found.rows] == ["1", "2"]
     assert found.header == ["epoch", "an", "em"]
-    assert drawn(found, tmp_path) > 10_000
+    assert picture_bytes(found) > 10_000
     training, annotated = last.trained("em"), training_kinds(last).annotated
     assert int(annotated.sum()) == len(annotated)  # a single positive each
     expected = -training.scores()[annotated].double().log().mean()
@@ -92,12 +84,12 @@ def test_a_certain_mistake_has_a_large_loss_and_no_infinite_one(study: Study) ->
     assert 50 < annotated_loss(training, annotated) < float("inf")
 
 
-def test_classes_are_sorted_by_gain_and_gains_add_up(study: Study, tmp_path: Path) -> None:
+def test_classes_are_sorted_by_gain_and_gains_add_up(study: Study, picture_bytes: Callable[[Finding], int]) -> None:
     found = distributions.classwise(study)
     assert sorted(row[0] for row in found.rows) == [str(digit) for digit in range(10)]
     gains = [float(row[5]) for row in found.rows]
     assert gains == sorted(gains, reverse=True)
-    assert drawn(found, tmp_path) > 10_000
+    assert picture_bytes(found) > 10_000
     test = prepare(study.load("an").data).test
     an, em = (average_precision(study.trained(loss).scores(test), test.truth) for loss in ("an", "em"))
     for name, *values in found.rows:

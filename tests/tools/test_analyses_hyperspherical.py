@@ -19,7 +19,6 @@ from mls.tools.analyses.hyperspherical import (
     most_different,
     neighbouring,
     phi,
-    spearman,
     top5,
     total_gradients,
     verdicts,
@@ -49,14 +48,6 @@ def test_phi_counts_images_where_both_labels_are_known_and_is_nan_for_a_constant
     found = phi(truth)
     assert float(found[0, 1]) == pytest.approx(np.corrcoef(truth[20:, :2].T.numpy())[0, 1])
     assert found[2].isnan().all()
-
-
-def test_rank_correlation_equals_scipy_with_ties() -> None:
-    from scipy.stats import spearmanr
-
-    stream = torch.Generator().manual_seed(1)
-    first, second = (torch.randint(0, 8, (40,), generator=stream).double() for _ in range(2))
-    assert spearman(first, second) == pytest.approx(spearmanr(first, second).statistic)
 
 
 def test_similar_classes_stand_beside_each_other() -> None:

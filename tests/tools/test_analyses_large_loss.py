@@ -1,5 +1,6 @@
 """The analyses of the paper on large losses, on a few embedded scenes: memorisation, cam, evolution."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,20 +18,6 @@ from mls.tools.analyses import Finding, Study, large_loss
 from mls.tools.analyses.distributions import training_kinds
 from mls.tools.analyses.large_loss import Peaks, Target, activation_maps, covered, hit, pointing_game, targets_of
 
-TINY = ["data.scenes.count=128", "data.scenes.test_count=64", "training.epochs=2"]
-
-
-@pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    return Study("spml_scenes", TINY, None, 0, tmp_path_factory.mktemp("analyses"))
-
-
-def drawn(finding: Finding, folder: Path) -> int:
-    """Bytes of the picture."""
-    finding.figure.savefig(folder / "picture.png")
-    return (folder / "picture.png").stat().st_size
-
-
 # ------------------------------------------------------------------------------------------------------ memorisation
 
 
@@ -43,14 +30,14 @@ def test_the_epoch_of_the_highest_loss_is_kept_and_of_equal_ones_the_first() -> 
     assert [mean for [mean] in peaks.means] == pytest.approx([0.3, 1.4 / 3, 1.1 / 3])
 
 
-def test_the_shares_of_each_kind_of_label_add_up(study: Study, tmp_path: Path) -> None:
+def test_the_shares_of_each_kind_of_label_add_up(study: Study, picture_bytes: Callable[[Finding], int]) -> None:
     found = large_loss.memorisation(study)
-    assert drawn(found, tmp_path) > 10_000
+    assert picture_bytes(found) > 10_000
     warmup, regular = ([float(cell) for cell in row[1:]] for row in found.rows)
     sums = [a + b for a, b in zip(warmup, regular, strict=True)]
     assert sums[:3] == pytest.approx([100] * 3, abs=0.11)  # rounded cells
     assert sums[3:] == pytest.approx([100, 100, 96, 100, 100, 100])  # the paper's, with its slip
-    assert "96.0" in found.says
+    assert "96.0" in found.summary
 
 
 def test_the_losses_are_those_of_assumed_negatives(study: Study) -> None:
@@ -112,7 +99,7 @@ def test_maps_are_of_the_whole_image_whatever_crop_the_test_takes(study: Study) 
     training = study.trained("an")
     test = prepare(study.load("an").data).test
     whole = activation_maps(training, test)
-    overrides = [*TINY, "data.test_crop=centre", "data.test_resize=1.5"]
+    overrides = [*study.overrides, "data.test_crop=centre", "data.test_resize=1.5"]
     cropped = Study(study.protocol, overrides, None, 0, study.root).trained("an")
     cropped.load_weights(training.weights())
     assert not torch.allclose(cropped.scores(test), training.scores(test), atol=1e-3)
@@ -130,11 +117,11 @@ def test_the_pointing_game_is_the_share_of_maps_that_point_at_a_box(pointing: li
     assert pointing_game(maps, targets) == pytest.approx(100 * sum(pointing) / len(pointing))
 
 
-def test_cam_compares_the_losses_with_chance(study: Study, tmp_path: Path) -> None:
+def test_cam_compares_the_losses_with_chance(study: Study, picture_bytes: Callable[[Finding], int]) -> None:
     found = large_loss.cam(study)
     assert [row[0] for row in found.rows] == ["a random place", "an", "ll_r", "ll_ct"]
     assert [row[2:] for row in found.rows[1:]] == [["78.9", "46.4"], ["83.7", "54.0"], ["83.7", "54.1"]]
-    assert drawn(found, tmp_path) > 50_000
+    assert picture_bytes(found) > 50_000
     test = prepare(study.load("an").data).test
     targets = targets_of(test)
     right = pointing_game(activation_maps(study.trained("ll_r"), test), targets)
@@ -152,15 +139,17 @@ def test_a_data_set_without_boxes_is_refused_in_one_sentence(tmp_path: Path) -> 
 # --------------------------------------------------------------------------------------------------------- evolution
 
 
-def test_evolution_counts_what_ll_cp_wrote_and_how_much_of_it_is_true(tmp_path: Path) -> None:
-    overrides = [*TINY, "training.epochs=3", "training.options={delta_rel: 3.0}", "training.select=last"]
-    study = Study("spml_scenes", overrides, None, 0, tmp_path)
-    found = large_loss.evolution(study)
-    assert drawn(found, tmp_path) > 20_000
+def test_evolution_counts_what_ll_cp_wrote_and_how_much_of_it_is_true(
+    study: Study, tmp_path: Path, picture_bytes: Callable[[Finding], int]
+) -> None:
+    overrides = [*study.overrides, "training.epochs=3", "training.options={delta_rel: 3.0}", "training.select=last"]
+    longer = Study("spml_scenes", overrides, None, 0, tmp_path)
+    found = large_loss.evolution(longer)
+    assert picture_bytes(found) > 20_000
     assert [row[:3] for row in found.rows[:1]] == [["1", "0", "0"]]  # the first epoch is plain AN
     assert found.rows[0][3:] == ["", "0.0"]
-    prepared = prepare(study.load("ll_cp").data)
-    written = (study.watched(lambda now: None, "ll_cp").observed > 0) & (prepared.observed == 0)
+    prepared = prepare(longer.load("ll_cp").data)
+    written = (longer.watched(lambda now: None, "ll_cp").observed > 0) & (prepared.observed == 0)
     missed = (prepared.train.truth > 0) & (prepared.observed == 0)
     right = int((written & missed).sum())
     added = [int(row[1]) for row in found.rows]
@@ -169,8 +158,8 @@ def test_evolution_counts_what_ll_cp_wrote_and_how_much_of_it_is_true(tmp_path: 
     assert found.numbers["recall/epoch3"] == pytest.approx(100 * right / int(missed.sum()))
 
 
-def test_full_labels_hide_nothing_that_could_be_corrected(tmp_path: Path) -> None:
-    full = Study("spml_scenes", [*TINY, "data.labels=full"], None, 0, tmp_path)
+def test_full_labels_hide_nothing_that_could_be_corrected(study: Study, tmp_path: Path) -> None:
+    full = Study("spml_scenes", [*study.overrides, "data.labels=full"], None, 0, tmp_path)
     for analysis in (large_loss.memorisation, large_loss.evolution):
         with pytest.raises(DataError, match="use data.labels=single_positive"):
             analysis(full)

@@ -112,4 +112,4 @@ def test_proportion_trains_each_loss_on_each_share(tmp_path: Path) -> None:
 def test_an_override_of_the_proportion_leaves_that_one(tmp_path: Path) -> None:
     finding = proportion(study(tmp_path, "training.epochs=2", "data.proportion=0.4", "data.labels=partial_labels"))
     assert finding.header == ["loss", "40 %"]
-    assert "partial labels" in finding.says
+    assert "partial labels" in finding.summary

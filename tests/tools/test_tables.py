@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,14 +78,9 @@ def test_papers_numbers_are_those_of_table_5() -> None:
 
 
 def test_two_runs_of_one_label_are_one_row_with_differences_to_paper_and_random(
-    suite_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suite_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_internet: None
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "no weights here"))
-    for name in ("https_proxy", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody answers there
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(urllib.request, "_opener", None)  # an earlier one has read the environment already
     weights = [f"MLS={saved(tmp_path / name, 'mls')}" for name in ("a", "b")]
     suite, said = load_suite(suite_file), []
     table = suite_module.run(suite, tmp_path, Part(weights, seeds=1, overrides=FEW), said.append)

@@ -53,8 +53,8 @@ class Finding:
     figure: Figure
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
-    says: str  # one or two sentences: what to look at, and what the paper found
-    numbers: dict[str, float] = field(default_factory=dict)  # for whoever goes on from here
+    summary: str  # one or two sentences: what to look at, and what the paper found
+    numbers: dict[str, float] = field(default_factory=dict)  # the measured values, for programs
 
 
 Analysis = Callable[[Study], Finding]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mls.errors import DataError
 from mls.tools.analyses import Finding, Study
-from mls.tools.analyses.regimes import COLOURS
+from mls.tools.analyses.regimes import COLOURS, apl_in_time
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,12 +93,12 @@ def scores(study: Study) -> Finding:
     grid[0][0].legend(frameon=False, fontsize=9)
     figure.suptitle("Can the model tell unannotated positives from unannotated negatives? (training images)")
     header = ["loss", f"distance, class {name}", "distance, all", "mean of positives", "mean of negatives"]
-    says = (
+    summary = (
         "Wasserstein distance between the probabilities of unannotated positives and unannotated negatives: the "
         f"larger, the better both are told apart. Class {name} has the most unannotated positives. The paper finds "
         "larger distances with EM than with AN."
     )
-    return Finding(figure, header, rows, says, numbers)
+    return Finding(figure, header, rows, summary, numbers)
 
 
 def losscurve(study: Study) -> Finding:
@@ -120,12 +120,12 @@ def losscurve(study: Study) -> Finding:
         [str(epoch), *(f"{value:.3f}" for value in values)]
         for epoch, values in enumerate(zip(*curves.values(), strict=True), 1)
     ]
-    says = (
+    summary = (
         "The loss of the annotated labels after each epoch, on the training images without augmentation. The paper's "
         "EM learns from annotated labels first, so its curve lies below AN's."
     )
     numbers = {f"{loss}/epoch{i}": value for loss, curve in curves.items() for i, value in enumerate(curve, 1)}
-    return Finding(figure, ["epoch", *curves], rows, says, numbers)
+    return Finding(figure, ["epoch", *curves], rows, summary, numbers)
 
 
 def classwise(study: Study) -> Finding:
@@ -156,21 +156,15 @@ def classwise(study: Study) -> Finding:
         for column in order
     ]
     better = {loss: sum(bool(gains[loss][column] > 0) for column in order) for loss in gains}
-    says = (
+    summary = (
         f"Average precision of each class on the test images, in per cent. EM is above AN in {better['em']} of "
         f"{len(order)} classes, EM with APL in {better['em_apl']}."
     )
     numbers = {f"{loss}/{test.class_names[column]}": float(gains[loss][column]) for loss in gains for column in order}
-    return Finding(figure, ["class", "an", "em", "em_apl", "em − an", "em_apl − an"], rows, says, numbers)
+    return Finding(figure, ["class", "an", "em", "em_apl", "em − an", "em_apl − an"], rows, summary, numbers)
 
 
 # ------------------------------------------------------------------------------------------------------------- parts
-
-
-def apl_in_time(study: Study, loss: str) -> list[str]:
-    """em_apl needs an epoch after its first pseudo-labels: a short training has them earlier than the protocol says."""
-    training = study.load("an").training
-    return [f"training.pseudo_from={min(training.pseudo_from, training.epochs - 1)}"] if loss == "em_apl" else []
 
 
 def annotated_loss(training: Training, annotated: Bool[Tensor, "images classes"]) -> float:

@@ -30,6 +30,8 @@ MOST_NAMES = 40  # of classes beside a heat map; more cannot be read
 
 def correlation(study: Study) -> Finding:
     """Which labels the classifier puts near each other, beside which labels do occur together."""
+    from scipy.stats import spearmanr
+
     from mls.eval.supervised import prepare
 
     training = study.trained("hml")
@@ -39,19 +41,19 @@ def correlation(study: Study) -> Finding:
     learnt, true = embeddings @ embeddings.T, phi(train.truth)
     one, other = torch.triu_indices(len(learnt), len(learnt), offset=1)
     cosines, phis = learnt[one, other], true[one, other]
-    agreement = spearman(cosines[~phis.isnan()], phis[~phis.isnan()])
+    agreement = float(spearmanr(cosines[~phis.isnan()], phis[~phis.isnan()]).statistic)
     rows = []
     for pair in cosines.argsort(descending=True)[:STRONGEST].tolist():
         names = f"{train.class_names[int(one[pair])]} and {train.class_names[int(other[pair])]}"
         rows.append([names, f"{cosines[pair]:.3f}", f"{phis[pair]:.3f}"])
-    says = (
+    summary = (
         f"Spearman's correlation between the two, over all pairs of classes: {agreement:.3f}. The paper finds that "
         "labels which occur together get embeddings that lie close together."
     )
     labels = training.protocol.data.labels.replace("_", " ")
     figure = _correlation_figure(learnt, true, train.class_names, f"HML, labels: {labels}")
     header = ["closest label embeddings", "cosine", "phi of the true labels"]
-    return Finding(figure, header, rows, says, {"spearman": agreement})
+    return Finding(figure, header, rows, summary, {"spearman": agreement})
 
 
 def _correlation_figure(learnt: Tensor, true: Tensor, names: Sequence[str], source: str) -> Figure:
@@ -87,20 +89,6 @@ def phi(truth: Num[Tensor, "images classes"]) -> Float[Tensor, "classes classes"
     only_row, only_column = present.T @ absent, absent.T @ present
     margins = (both + only_row) * (only_column + neither) * (both + only_column) * (only_row + neither)
     return (both * neither - only_row * only_column) / margins.sqrt()
-
-
-def spearman(first: Float[Tensor, "pairs"], second: Float[Tensor, "pairs"]) -> float:
-    """Correlation of the ranks; equal values share the mean of theirs.
-
-    >>> round(spearman(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([10.0, 30.0, 20.0])), 3)
-    0.5
-    """
-
-    def ranks(values: Tensor) -> Tensor:
-        _, place, counts = values.unique(return_inverse=True, return_counts=True)
-        return (counts.cumsum(0) - (counts - 1) / 2)[place]
-
-    return float(torch.corrcoef(torch.stack([ranks(first), ranks(second)]).double())[0, 1])
 
 
 def neighbouring(similarity: Float[Tensor, "classes classes"]) -> Int64[Tensor, "classes"]:
@@ -142,7 +130,7 @@ def margins(study: Study) -> Finding:
     for margin, value in (*found.items(), (learnt, adaptive)):
         name = f"{margin:g}, fixed" if len(rows) < len(found) else f"{margin:.3f}, adaptive (scale {scale:.1f})"
         rows.append([name, f"{value:.2f}", *(f"{total:.3f}" for total in totals(margin).values())])
-    says = (
+    summary = (
         "Gradients are sums over an image's labels in the mean over the training images, at the adaptive classifier's "
         "cosines and scale. A larger margin gives positives more and negatives, false ones included, less; the paper "
         "finds that no fixed margin is the best everywhere, and that the adaptive one needs no search."
@@ -151,7 +139,7 @@ def margins(study: Study) -> Finding:
     figure.suptitle(f"Hyperspherical margins, {training.protocol.recipe}")
     header = ["margin", f"test {metric}, %", *(f"gradient: {who}" for who in GRADIENTS)]
     numbers = {f"fixed/{m:g}": v for m, v in found.items()} | {"adaptive": adaptive, "margin": learnt, "scale": scale}
-    return Finding(figure, header, rows, says, numbers)
+    return Finding(figure, header, rows, summary, numbers)
 
 
 def total_gradients(
@@ -188,12 +176,12 @@ def _margin_figure(
     left.plot(list(found), list(found.values()), "o-", color="#777777", markersize=7, label="fixed")
     left.axhline(adaptive, color=COLOURS["hml"], linestyle="--", linewidth=1.2)
     left.plot(learnt, adaptive, "*", color=COLOURS["hml"], markersize=18, label=f"adaptive, ends at {learnt:.2f}")
-    left.set(title="What a margin is worth", xlabel="margin, radians", ylabel=unit)
+    left.set(title="Metric over the margin", xlabel="margin, radians", ylabel=unit)
     left.legend(frameon=False, title="margin")
     for who, (colour, style) in GRADIENTS.items():
         right.plot(list(curves), [sums[who] for sums in curves.values()], style, color=colour, linewidth=2, label=who)
     right.axvline(learnt, color=COLOURS["hml"], linewidth=1.2, linestyle="--", label="learnt margin")
-    right.set(title="Whom a margin lets speak", xlabel="margin, radians", ylabel="total gradient of an image's labels")
+    right.set(title="Gradient over the margin", xlabel="margin, radians", ylabel="total gradient of an image's labels")
     right.legend(frameon=False)
     return figure
 
@@ -214,14 +202,14 @@ def top5(study: Study) -> Finding:
     shares = {loss: verdicts(values, test.truth) for loss, values in scores.items()}
     rows = [[loss, *(f"{100 * share:.1f}" for share in found.values())] for loss, found in shares.items()]
     numbers = {f"{loss}/{name}": share for loss, found in shares.items() for name, share in found.items()}
-    says = (
+    summary = (
         f"The {BEST} most probable classes of every test image; the picture shows images where the two differ most, so "
         "it is no measure of either. The paper shows HML with fewer wrong labels above the right ones, and with labels "
         "that are there but not annotated."
     )
     header = ["loss", *(f"{name}, %" for name in shares["an"])]
     figure = _sheet(test, scores, most_different(*scores.values())[:SHOWN])
-    return Finding(figure, header, rows, says, numbers)
+    return Finding(figure, header, rows, summary, numbers)
 
 
 def verdicts(scores: Float[Tensor, "images classes"], truth: Num[Tensor, "images classes"]) -> dict[str, float]:

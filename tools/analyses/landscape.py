@@ -46,14 +46,14 @@ def landscape(study: Study) -> Finding:
         bend = curvature(line, values)
         rows.append([loss, *(f"{value:.4f}" for value in at.values()), f"{bend:.3f}"])
         numbers |= {f"{loss}/at_{step:g}": value for step, value in at.items()} | {f"{loss}/curvature": bend}
-    says = (
+    summary = (
         "The wider the valley, the flatter the minimum; the paper on EM shows a flatter one for EM than for AN. Its "
         "height is another matter: what keeps unannotated labels undecided pays for it in BCE. The curvature is the "
         "second difference over the nearest two steps. Directions are random: compare seeds."
     )
     figure = _landscape_figure(line, grid, curves, surfaces)
     figure.suptitle(f"The loss around the trained classifiers: BCE with all labels of {images} test images")
-    return Finding(figure, header, rows, says, numbers)
+    return Finding(figure, header, rows, summary, numbers)
 
 
 def fully_labelled(training: Training) -> list[Batch]:

@@ -97,14 +97,14 @@ def memorisation(study: Study) -> Finding:
     right.legend(frameon=False, fontsize=9)
     figure.suptitle("Training with AN: when is each kind of label learnt?")
     header = ["highest loss in", *KINDS, *(f"paper, {data} {short}" for data in ("VOC", "COCO") for short in KINDS)]
-    says = (
+    summary = (
         "Per cent of the true positives, true negatives and false negatives of the training images, by when their loss "
         "under AN was highest; losses are taken after each epoch, without augmentation. The paper finds most false "
         "negatives in the regular phase: clean labels are learnt first, wrong ones memorised later. Its false "
         "negatives on VOC add up to 96.0, not to 100."
     )
     numbers = {f"{short}/warmup": share[0] for short, share in shares.items()}
-    return Finding(figure, header, rows, says, numbers)
+    return Finding(figure, header, rows, summary, numbers)
 
 
 # --------------------------------------------------------------------------------------------------------------- cam
@@ -136,11 +136,11 @@ def cam(study: Study) -> Finding:
         titles.append(f"{loss}: {numbers[loss]:.1f} % hits")
         rows.append([loss, *(f"{value:.1f}" for value in (numbers[loss], *paper))])
     figure = _draw_maps(test, shown, titles, maps)
-    says = (
+    summary = (
         f"The pointing game: per cent of {len(targets)} (test image, present class) whose class activation map has its "
         "maximum inside a box of the class. The paper finds AN behind its methods."
     )
-    return Finding(figure, ["loss", "pointing game", "paper, VOC", "paper, COCO"], rows, says, numbers)
+    return Finding(figure, ["loss", "pointing game", "paper, VOC", "paper, COCO"], rows, summary, numbers)
 
 
 def targets_of(images: LabelledImages) -> list[Target]:
@@ -254,12 +254,12 @@ def evolution(study: Study) -> Finding:
     changes = (states[-1] & ~states[0]).sum(1)
     shown = changes.argsort(descending=True, stable=True)[:SHOWN].tolist()
     header = ["epoch", "made positive", "in all", "precision (%)", "recall (%)"]
-    says = (
+    summary = (
         "What LL-Cp made positive, for good, in each epoch: which share of it is true, and which share of the "
         "unannotated positives it found. Drawn are the training images with the most changes. The first epoch is plain "
         "AN and changes nothing."
     )
-    return Finding(_draw_histories(train, states, shown), header, rows, says, numbers)
+    return Finding(_draw_histories(train, states, shown), header, rows, summary, numbers)
 
 
 def quality(added: Bool[Tensor, "images classes"], missed: Bool[Tensor, "images classes"]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""What the paper on entropy maximisation (https://arxiv.org/abs/2203.16219) says of regimes: the losses' gradients over
+"""Two analyses of the paper on entropy maximisation (https://arxiv.org/abs/2203.16219): the losses' gradients over
 the logit, and mAP over the share of labels. The losses themselves are in mls/core/losses."""
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def gradients(study: Study) -> Finding:
         size, where = largest(logits, unannotated)
         numbers |= {f"{name}/largest": size, f"{name}/where": where[-1]}
         rows.append([name, *_read(logits, unannotated), f"{size:.4f}", _places(where), *_read(logits, positive)])
-    says = (
+    summary = (
         "The gradient of an unannotated label under AN grows with its logit, so a positive that nobody annotated is "
         "pushed down hardest where it is recognised. EM's (https://arxiv.org/abs/2203.16219) is small, returns to "
         "zero on both sides and pushes towards the undecided. LL-R drops the highest losses of its batch, here of "
         f"logits spread evenly, in epoch {epochs}."
     )
-    return Finding(_gradient_figure(logits, found), header, rows, says, numbers)
+    return Finding(_gradient_figure(logits, found), header, rows, summary, numbers)
 
 
 def _gradient_figure(logits: Tensor, found: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
@@ -155,23 +155,21 @@ def proportion(study: Study) -> Finding:
     protocols = [study.load("an", *_regime(share)) for share in SHARES]
     shares = sorted({protocol.data.proportion for protocol in protocols})
     first = protocols[0]
-    pseudo_from = min(first.training.pseudo_from, first.training.epochs - 1)  # em_apl needs an epoch after it
     found: dict[str, list[float]] = {loss: [] for loss in RIVALS}
     for share in shares:
         for loss in RIVALS:
-            own = [f"training.pseudo_from={pseudo_from}"] if loss == "em_apl" else []
-            training = study.trained(loss, *_regime(share), *own)
+            training = study.trained(loss, *_regime(share), *apl_in_time(study, loss))
             found[loss].append(100 * test(training)[first.metric])
     header = ["loss", *(f"{100 * share:g} %" for share in shares)]
     rows = [[loss, *(f"{value:.2f}" for value in values)] for loss, values in found.items()]
     numbers = {f"{loss}/{share:g}": found[loss][place] for loss in RIVALS for place, share in enumerate(shares)}
     regime = first.data.labels.replace("_", " ")
-    says = (
+    summary = (
         f"Test {first.metric} in %, one seed, over the annotated share ({regime}). The fewer labels are annotated, the "
         "more of those taken for negative are not, and the more a loss that allows for it should be ahead of AN."
     )
     figure = _proportion_figure(found, shares, f"{regime}, {first.recipe}", f"test {first.metric}, %")
-    return Finding(figure, header, rows, says, numbers)
+    return Finding(figure, header, rows, summary, numbers)
 
 
 def _proportion_figure(found: Mapping[str, list[float]], shares: list[float], title: str, unit: str) -> Figure:
@@ -187,6 +185,12 @@ def _proportion_figure(found: Mapping[str, list[float]], shares: list[float], ti
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
     axes.legend(frameon=False)
     return figure
+
+
+def apl_in_time(study: Study, loss: str) -> list[str]:
+    """em_apl needs an epoch after its first pseudo-labels: a short training has them earlier than the protocol says."""
+    training = study.load("an").training
+    return [f"training.pseudo_from={min(training.pseudo_from, training.epochs - 1)}"] if loss == "em_apl" else []
 
 
 def _regime(share: float) -> tuple[str, str]:

@@ -63,5 +63,5 @@ def analyse(
         finding = known[one](study)
         finding.figure.savefig(folder / f"{one}.png", dpi=150, bbox_inches="tight")
         table = partial(markdown_table, finding.header, finding.rows)
-        (folder / f"{one}.md").write_text(f"{table()}\n\n{finding.says}\n")
-        print(f"{table(width=terminal_width())}\n\n{finding.says}\n\n{folder / one}.png\n")
+        (folder / f"{one}.md").write_text(f"{table()}\n\n{finding.summary}\n")
+        print(f"{table(width=terminal_width())}\n\n{finding.summary}\n\n{folder / one}.png\n")

@@ -113,7 +113,7 @@ def settings(loss: str) -> list[str]:
     return [f"objective.loss={loss}", f"objective.weight={objective.weight}", *options]
 
 
-def relative_times(configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[str, float]:
+def relative_times(configs: Mapping[str, Config]) -> dict[str, float]:
     """How long a step of each takes, over BCE's: forward, backward and optimizer on one batch, in turns, so that
     whatever else the machine does falls on all of them."""
     import time
@@ -142,7 +142,7 @@ def relative_times(configs: Mapping[str, Config], rounds: int = ROUNDS) -> dict[
         optimizers[name] = optim.build(configs[name], method, method.own_rates())
         optim.set_lr(optimizers[name], 0.0)  # the random batch teaches nothing
     ratios: dict[str, list[float]] = {name: [] for name in trained}
-    for number in range(-2, rounds):  # two to warm up
+    for number in range(-2, ROUNDS):  # two to warm up
         took = {}
         for name, method in trained.items():
             began = time.perf_counter()

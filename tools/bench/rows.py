@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import models, transforms
 
+from mls.chunks import chunks
 from mls.config import AugmentConfig
 from mls.data import Batch, Source
 from mls.data.augment import Augment
 from mls.data.crops import CROP_DRAWS, CropDataset, crop_box, cut_into
 from mls.data.decode import Encoded
 from mls.streams import uniforms
+from mls.tools.bench.timing import median_seconds
 
 MOCO, OURS, PACKED, DECODE = "MoCo's pipeline", "ours", "ours, packed with --short-side 320", "decoding alone"
 READ, CUT = "reading and headers", "cutting two crops"
@@ -125,11 +127,11 @@ def _batches(source: Source, spare: float | None = None) -> Row:
     """The dataset as a training's worker has it, shared memory included."""
     dataset = CropDataset(source, AugmentConfig(), seed=0, buffers=2)
     dataset.spare = dataset.spare if spare is None else spare
-    parts = [range(start, min(start + BATCH, len(source))) for start in range(0, len(source), BATCH)]
+    parts = [[(1, i) for i in range(part.start, part.stop)] for part in chunks(len(source), BATCH)]
 
     def all_of_them() -> None:
         for part in parts:
-            dataset.__getitems__([(1, i) for i in part])
+            dataset.__getitems__(part)
 
     return all_of_them, len(source)
 
@@ -152,7 +154,7 @@ def _at_half(data: bytes) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def device_seconds(device: str, batch: int, rounds: int = 3) -> tuple[float, float]:
+def device_seconds(device: str, batch: int) -> tuple[float, float]:
     """Of the augmentation of a batch (two views), and of a ResNet-50 that runs forward and backward on one view and
     forward on the other, as MoCo does. Medians, in turns."""
     half = torch.bfloat16 if device == "cuda" else torch.float32
@@ -170,13 +172,5 @@ def device_seconds(device: str, batch: int, rounds: int = 3) -> tuple[float, flo
         loss.backward()
 
     views = augment(made).images
-    times: dict[str, list[float]] = {"augment": [], "step": []}
-    for number in range(rounds + 1):
-        for name, work in (("augment", lambda: augment(made)), ("step", step)):
-            start = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return float(np.median(times["augment"])), float(np.median(times["step"]))
+    found = median_seconds({"augment": lambda: augment(made), "step": step}, device, rounds=3)
+    return found["augment"], found["step"]

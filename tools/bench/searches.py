@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mls.chunks import chunks
 from mls.core import matching
 from mls.frozen.index import Approximate
 from mls.tools.bench.memory import peak_bytes, peak_of_process
@@ -49,8 +50,8 @@ def features(count: int, width: int, seed: int, device: str = "cpu") -> Tensor:
     scale = torch.arange(1, width + 1) ** -0.5
     groups = torch.randn(GROUPS, width, generator=torch.Generator().manual_seed(0)) * scale
     out = torch.empty(count, width)
-    for start in range(0, count, 1 << 16):
-        part = out[start : start + (1 << 16)]
+    for rows in chunks(count, 1 << 16):
+        part = out[rows]
         noise = torch.randn(part.shape, generator=stream) * scale
         part.copy_(F.normalize(groups[torch.randint(GROUPS, (len(part),), generator=stream)] + noise, dim=1))
     return out.to(device)

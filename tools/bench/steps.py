@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from mls.chunks import chunks
 from mls.core import methods, products
 from mls.core.methods.mls import MLS
 from mls.core.methods.moco import Keys, MoCo, Query
@@ -17,6 +16,7 @@ from mls.data import Views
 from mls.engine import optim
 from mls.recipes import load_config
 from mls.tools.bench.memory import peak_bytes
+from mls.tools.bench.timing import median_seconds
 
 
 def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: int) -> dict[str, float]:
@@ -48,20 +48,7 @@ def added_parts(device: str, batch: int, rows: int, k: int, size: int, rounds: i
         "multi-label term": lambda: mls.multi_label(z, seen, positives)[0].backward(),
         "backbone rows enqueued": lambda: mls.dictionary.enqueue(*vars(keys).values()),  # the projection's are MoCo's
     }
-    return {"rows": rows, **_medians(works, device, rounds)}
-
-
-def _medians(works: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(rounds + 1):  # one to warm up
-        for name, work in works.items():
-            began = time.perf_counter()
-            work()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(spent) for name, spent in times.items()}
+    return {"rows": rows, **median_seconds(works, device, rounds)}
 
 
 def fused_memory(device: str, rows: int, batch: int) -> dict[str, float]:
@@ -103,9 +90,10 @@ def _method(name: str, device: str, batch: int, rows: int, k: int, size: int, ba
     assert isinstance(method, MoCo)
     method.to(device).to(memory_format=torch.channels_last)
     widths = method.backbone.feature_dim, config.model.projection
-    for start in range(0, rows, 4096):
-        memory = [F.normalize(torch.randn(min(4096, rows - start), width, device=device), dim=1) for width in widths]
-        method.dictionary.enqueue(*memory, ids=torch.arange(start, start + len(memory[0]), device=device))
+    for part in chunks(rows, 4096):
+        ids = torch.arange(part.start, part.stop, device=device)
+        memory = [F.normalize(torch.randn(len(ids), width, device=device), dim=1) for width in widths]
+        method.dictionary.enqueue(*memory, ids=ids)
     return method
 
 

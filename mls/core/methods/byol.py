@@ -1,5 +1,5 @@
-"""BYOL (https://arxiv.org/abs/2006.07733): the query encoder and a predictor foretell what the slowly moving key
-encoder says of the other crop. No negatives and no memory.
+"""BYOL (https://arxiv.org/abs/2006.07733): the query encoder and a predictor predict the slowly moving key
+encoder's projection of the other crop. No negatives and no memory.
 
     loss = 4 - 2 cos(p1, z2') - 2 cos(p2, z1')        p = predictor(z), z' the key encoder's [batch, projection]
 

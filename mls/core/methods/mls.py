@@ -112,7 +112,7 @@ class MLS(MoCo):
         learnt = [parameter.sum() for parameter in self.loss.parameters()]
         return 0.0 * torch.stack(learnt).sum() if learnt else None
 
-    # ------------------------------------------------------------------------------------------ what it says of itself
+    # ----------------------------------------------------------------------------------------------- logging and saving
 
     def introduction(self) -> list[str]:
         sentences = super().introduction()

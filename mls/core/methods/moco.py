@@ -131,7 +131,7 @@ class MoCo(Method):
         for out in outputs:
             self.dictionary.enqueue(**vars(out.keys))
 
-    # ------------------------------------------------------------------------------------------ what it says of itself
+    # ----------------------------------------------------------------------------------------------- logging and saving
 
     def memories(self) -> Mapping[str, Dictionary]:
         return {"dictionary": self.dictionary}

@@ -43,11 +43,7 @@ class Design:
 def unscaled(features: Float[Tensor, "images dim"]) -> Design:
     """Unchanged features."""
     like = {"dtype": torch.float64, "device": features.device}
-    return Design(
-        features,
-        torch.zeros(features.shape[1], **like),
-        torch.ones(features.shape[1], **like),
-    )
+    return Design(features, torch.zeros(features.shape[1], **like), torch.ones(features.shape[1], **like))
 
 
 def centred(features: Float[Tensor, "images dim"]) -> Design:

@@ -96,10 +96,7 @@ def linear_probe(
     tried = [Candidate({"l2": penalty}, selection.measure(w, b)) for penalty, w, b in fits]
     best = max(range(len(l2)), key=lambda i: (nan_lowest(tried[i].value), l2[i]))
     if options.refit and selection.rows is not None:
-        path = [
-            l2[best],
-            *(penalty for penalty in l2 if penalty > l2[best]),
-        ]  # the stronger ones are warm starts
+        path = [l2[best], *(penalty for penalty in l2 if penalty > l2[best])]  # the stronger ones are warm starts
         weight, bias = fit(path, None)
         return build_probe(weight[0], bias[0, 0], tried, best, labels, test_features, test_labels)
     return build_probe(weight[best], bias[best, 0], tried, best, labels, test_features, test_labels)

@@ -43,16 +43,12 @@ class Objective(Protocol):
 
     free_bias: bool  # False: the bias is not fitted
 
-    def start(
-        self,
-    ) -> tuple[Float[Tensor, "groups size"], Float[Tensor, "groups size"]]:
+    def start(self) -> tuple[Float[Tensor, "groups size"], Float[Tensor, "groups size"]]:
         """The initial bias, and the second derivative of the loss by the logit there, averaged over the images."""
         ...
 
     def losses(
-        self,
-        logits: Float[Tensor, "groups size some"],
-        rows: Int64[Tensor, "some"] | slice,
+        self, logits: Float[Tensor, "groups size some"], rows: Int64[Tensor, "some"] | slice
     ) -> tuple[Float64[Tensor, "groups"], Float[Tensor, "groups size some"]]:
         """The sum of the loss over these images for each group, and its derivative by the logits."""
         ...

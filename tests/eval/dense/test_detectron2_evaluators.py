@@ -57,7 +57,7 @@ def filled(boxes: Tensor, height: int, width: int) -> Tensor:
     return masks
 
 
-def detectron2s_numbers(protocol: Detection, found: list[Detections], metric: str, masks: bool) -> dict[str, float]:
+def detectron2s_numbers(protocol: Detection, found: list[Detections], masks: bool) -> dict[str, float]:
     """Of its evaluator, to which the detections are handed as its network's."""
     from detectron2.data import DatasetCatalog
     from detectron2.structures import Boxes, Instances
@@ -65,7 +65,7 @@ def detectron2s_numbers(protocol: Detection, found: list[Detections], metric: st
     with frameworks.quiet(), contextlib.redirect_stdout(io.StringIO()):
         _, name = detectron2_data.register(protocol.data, Path())
         images = DatasetCatalog.get(name)
-        evaluator = detectron2_data.build_evaluator(name, metric, masks)
+        evaluator = detectron2_data.build_evaluator(name, masks)
         evaluator.reset()
         for image, one in zip(images, found, strict=True):
             instances = Instances((image["height"], image["width"]))
@@ -92,10 +92,10 @@ def test_cocos_numbers_are_those_of_detectron2s_evaluator(masks: bool, tmp_path:
     assert truth.everything.crowd.any()
     found = near_the_truth(truth)
     ours = coco_ap(found, truth, masks)
-    assert detectron2s_numbers(protocol, found, "coco", masks) == pytest.approx(ours, abs=1e-9)
+    assert detectron2s_numbers(protocol, found, masks) == pytest.approx(ours, abs=1e-9)
     assert 0.2 < ours["box_ap"] < 0.9 and len(ours) >= (6 if masks else 3)
     none = [Detections(one.boxes[:0], one.scores[:0], one.classes[:0], []) for one in found]
-    theirs = detectron2s_numbers(protocol, none, "coco", masks)
+    theirs = detectron2s_numbers(protocol, none, masks)
     assert theirs == coco_ap(none, truth, masks) and set(theirs.values()) == {0.0}
 
 
@@ -110,5 +110,5 @@ def test_vocs_numbers_are_those_of_detectron2s_evaluator(tmp_path: Path) -> None
     # A class that does not occur counts as nought there and is left out here. In VOC 2007's test all classes occur.
     share = len(counted.unique()) / len(truth.class_names)
     expected = {name: share * value for name, value in ours.items()}
-    assert detectron2s_numbers(protocol, found, "voc07", masks=False) == pytest.approx(expected, abs=1e-9)
+    assert detectron2s_numbers(protocol, found, masks=False) == pytest.approx(expected, abs=1e-9)
     assert 0.2 < ours["box_ap"] < 0.9

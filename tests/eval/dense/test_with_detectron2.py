@@ -58,7 +58,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def training(protocol: Detection, state: Path, seed: int = 0, **options: Any) -> Detectron2Training:
-    cfg, images, _ = prepare(protocol, "random", seed, state)
+    cfg, images = prepare(protocol, "random", seed, state)
     return Detectron2Training(protocol, cfg, images, seed, state, **options)
 
 
@@ -97,7 +97,7 @@ def numbers_again(protocol: Detection, folder: Path, spare: Path) -> dict[str, f
 
     data = load_images(protocol)
     with frameworks.quiet():
-        cfg, _, _ = prepare(protocol, "random", 0, spare)
+        cfg, _ = prepare(protocol, "random", 0, spare)
         model = build_model(cfg)
         model.load_state_dict(load_file(folder / "classifier.safetensors"))
         found = detections(model, cfg, protocol.model.masks)
@@ -131,7 +131,7 @@ def test_a_runs_weights_and_statistics_are_what_training_starts_from(tmp_path: P
     save_backbone(tmp_path / "run", load_backbone("scratch:resnet18"), {"architecture": "resnet18"}, augment)
     with frameworks.quiet():
         protocol, state = scenes(), tmp_path / "cell" / "state"
-        cfg, images, _ = prepare(protocol, str(tmp_path / "run"), 0, state)
+        cfg, images = prepare(protocol, str(tmp_path / "run"), 0, state)
         network = Detectron2Training(protocol, cfg, images, 0, state).network
     stored = load_file(tmp_path / "run" / "backbone.safetensors")["conv1.weight"]
     assert torch.equal(network.get_submodule("backbone.bottom_up.stem.conv1").weight, stored)
