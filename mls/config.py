@@ -59,15 +59,21 @@ class ScenesConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class ImagesConfig:
+    """What pretraining and every downstream protocol say of their images."""
+
+    root: str | None = None  # of a protocol: by default the data set's folder under $MLS_DATA
+    workers: int | None = None  # per process; default: the cores this process may use, at most 8
+    scenes: ScenesConfig = field(default_factory=ScenesConfig)
+
+
+@dataclass(frozen=True)
+class DataConfig(ImagesConfig):
     source: str = "auto"  # folder, list, coco, voc, tar, scenes, a plug-in's, or auto: found out from root
-    root: str | None = None
     annotations: str | None = None  # COCO json or VOC split, where labels come from; a text list's image folder is root
     batch_size: int = positive(256)  # images per step over all processes together
-    workers: int | None = None  # per process; default: the cores this process may use, at most 8
     limit: int | None = None  # only the first n images
     max_unreadable: float = share(0.01)  # share of images that may be broken before the run stops
-    scenes: ScenesConfig = field(default_factory=ScenesConfig)
 
 
 @dataclass(frozen=True)
