@@ -76,7 +76,10 @@ def tested(protocol: Dense, network: Any, images: Any, quiet: bool) -> dict[str,
     for part in distributed.objects(mine):
         everything |= part
     found = [everything[row] for row in range(len(images))]
-    return voc_ap(found, images) if images.metric == "voc07" else coco_ap(found, images, protocol.model.masks)
+    if images.metric != "voc07":
+        return coco_ap(found, images, protocol.model.masks)
+    by_area = voc_ap(found, images, eleven_points=False)
+    return voc_ap(found, images) | {f"{name}_area": value for name, value in by_area.items()}
 
 
 @torch.no_grad()

@@ -98,6 +98,8 @@ def test_scenes_written_out_in_published_layouts_are_trained_on(
     values = cells.run(small(protocol, *data, *where), "random", 0, tmp_path / "runs", quiet=True)
     assert {"box_ap", "box_ap50", "box_ap75"} <= values.keys() or {"miou", "macc", "aacc"} == values.keys()
     assert all(0 <= value <= 1 or value != value for value in values.values())
+    by_area = {"box_ap_area", "box_ap50_area", "box_ap75_area"}  # VOC's two definitions stand beside each other
+    assert by_area & values.keys() == (by_area if layout == "voc" else set())
 
 
 def test_two_processes_share_a_batch_and_the_test(
