@@ -23,7 +23,7 @@ import mls
 from mls import distributed, engine
 from mls.config import Config
 from mls.config import to_yaml as config_to_yaml
-from mls.errors import ConfigError, UserError
+from mls.errors import ConfigError
 from mls.eval import frozen, splits, supervised
 from mls.eval.data import folder_of
 from mls.eval.dense import run as dense
@@ -221,15 +221,8 @@ class Evaluation(Cell):
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or isinstance(self.protocol, Frozen):
             _ = cell.source  # an error of the weights comes before the data are read
             return cell
-        process, shared, wrong = distributed.start(self.protocol.training.device), None, None
-        if process.main:
-            try:
-                shared = replace(cell.source, tensors=b"")
-            except UserError as error:
-                wrong = error
-        shared, wrong = distributed.from_main((shared, wrong))
-        if wrong is not None:
-            raise wrong
+        process = distributed.start(self.protocol.training.device)
+        shared = distributed.on_main(lambda: replace(cell.source, tensors=b""))
         return cell if process.main else replace(cell, of_main=shared)
 
     def stored(self, root: Path) -> Measured | None:

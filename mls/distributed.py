@@ -1,13 +1,14 @@
-"""Processes: who am I, gather, agree. With one process everything here is the identity, so nobody else asks."""
+"""Processes: ranks, gathering, agreement. With one process everything here is the identity, so callers need not ask
+how many there are."""
 
 import contextlib
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mls.errors import EXIT_LOST, ConfigError, Stopped, UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,21 @@ def from_main(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What `action` gives on rank 0; its error, too, reaches every process."""
+    result: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+    result, error = from_main((result, error))
+    if error is not None:
+        raise error
+    return result
 
 
 def total(counts: Tensor) -> Tensor:

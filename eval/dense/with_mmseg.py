@@ -53,7 +53,7 @@ def run(
     mmseg_config.check(protocol, device)
     data = load_images(protocol)
     state = folder / "state"
-    start = write_backbone(protocol, weights, seed, state)
+    start = distributed.on_main(lambda: write_backbone(protocol, weights, seed, state))
     config = mmseg_config.configuration(protocol, start, len(data.train.class_names), device)
     with frameworks.quiet():
         training = Training(protocol, config, data.train, data.test, device, seed, state)
@@ -64,21 +64,18 @@ def run(
 
 
 def write_backbone(protocol: Segmentation, weights: str, seed: int, state: Path) -> Start:
-    """By the first process, for all."""
-    start = None
-    if distributed.rank() == 0:
-        state.mkdir(parents=True, exist_ok=True)
-        source = backbone_source(protocol, weights, seed, state)
-        try:
-            to_mmseg.write(source, state, state)
-        except NoCounterpart:
-            raise ConfigError(
-                f"mmsegmentation has no network with the layers of {source.architecture}: choose a ResNet such as "
-                "resnet50 (model.backbone, or --weights), or backend=torchvision"
-            ) from None
-        assert source.plan is not None
-        start = Start(source.plan, source.mean, source.std, str(state / to_torchvision.FILE))
-    return distributed.from_main(start)
+    """Called in the first process."""
+    state.mkdir(parents=True, exist_ok=True)
+    source = backbone_source(protocol, weights, seed, state)
+    try:
+        to_mmseg.write(source, state, state)
+    except NoCounterpart:
+        raise ConfigError(
+            f"mmsegmentation has no network with the layers of {source.architecture}: choose a ResNet such as "
+            "resnet50 (model.backbone, or --weights), or backend=torchvision"
+        ) from None
+    assert source.plan is not None
+    return Start(source.plan, source.mean, source.std, str(state / to_torchvision.FILE))
 
 
 class Training(Hook):

@@ -4,9 +4,9 @@ trained: commands that only read run folders do not wait for it."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mls.config import Config, runs_root, to_yaml
 from mls.engine.run import Run
@@ -15,7 +15,6 @@ from mls.files import write_atomically
 from mls.recipes import load_config
 
 if TYPE_CHECKING:
-    from mls.distributed import Process
     from mls.engine.trainer import Trainer
 
 __all__ = ["Run", "Trainer", "finish", "pretrain", "resume", "run"]
@@ -28,7 +27,7 @@ def pretrain(config: Config, quiet: bool = False) -> Run:
 
     process = distributed.start(config.engine.device)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
-    created = Run(Path(_on_main(lambda: str(Run.create(config).path), process)))
+    created = Run(Path(distributed.on_main(lambda: str(Run.create(config).path))))
     try:
         trainer = Trainer(config, created, process, quiet=quiet)
     except UserError:
@@ -49,9 +48,9 @@ def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool 
         from mls.engine.trainer import Trainer
 
         config = load_config(path / "config.yaml", overrides)
-        process = distributed.start(config.engine.device)
+        distributed.start(config.engine.device)
         Trainer.check_resume(config, Run(path))
-        _on_main(lambda: write_atomically(path / "config.yaml", to_yaml(config).encode()), process)
+        distributed.on_main(lambda: write_atomically(path / "config.yaml", to_yaml(config).encode()))
         distributed.barrier()
     return run(path, quiet=quiet)
 
@@ -78,22 +77,6 @@ def finish(config: Config, quiet: bool = False) -> Run:
     assert config.run.name is not None
     folder = runs_root(config) / config.run.name
     return run(folder, quiet) if (folder / "config.yaml").is_file() else pretrain(config, quiet)
-
-
-def _on_main(action: Callable[[], Any], process: Process) -> Any:
-    """What `action` gives on rank 0; its error, too, reaches every process."""
-    from mls import distributed
-
-    result, error = None, None
-    if process.main:
-        try:
-            result = action()
-        except Exception as caught:
-            error = caught
-    result, error = distributed.from_main((result, error))
-    if error is not None:
-        raise error
-    return result
 
 
 def __getattr__(name: str) -> object:
