@@ -69,10 +69,11 @@ def timm_network(name: str, published: bool = False) -> Backbone:
         if not published:
             raise
         raise CheckpointError(_not_published(name, error)) from None
-    model.feature_dim = model.num_features
+    backbone = cast(Backbone, model)
+    backbone.feature_dim = cast(int, model.num_features)
     if published:
-        model.card = timm_card(name)
-    return cast(Backbone, model)
+        backbone.card = timm_card(name)
+    return backbone
 
 
 def timm_card(name: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +41,8 @@ def correlation(study: Study) -> Finding:
     learnt, true = embeddings @ embeddings.T, phi(train.truth)
     one, other = torch.triu_indices(len(learnt), len(learnt), offset=1)
     cosines, phis = learnt[one, other], true[one, other]
-    agreement = float(spearmanr(cosines[~phis.isnan()], phis[~phis.isnan()]).statistic)
+    known = ~phis.isnan()
+    agreement = float(cast(Any, spearmanr(cosines[known], phis[known])).statistic)
     rows = []
     for pair in cosines.argsort(descending=True)[:STRONGEST].tolist():
         names = f"{train.class_names[int(one[pair])]} and {train.class_names[int(other[pair])]}"
