@@ -70,6 +70,7 @@ class TrainingConfig:
     linear_epochs: int = limited(0, low=0)  # LinearInit: this long on frozen features first, then end to end
     linear_lr: float = 1e-3
     linear_batch_size: int = positive(16)
+    linear_select: Literal["last", "best"] = "last"  # best: LinearInit as published, its best epoch on validation
     pseudo_from: int = 5  # soft labels after each epoch from this one on (T_w), where a loss gives any (em_apl)
     pseudo_share: float = share(0.9)  # to so many of each class' unannotated labels, in all rounds together (theta)
     select: Literal["best", "last"] = "best"  # the epoch that is tested, by `metric` on the validation part
@@ -237,8 +238,9 @@ def fingerprint(protocol: AnyProtocol) -> str:
     if isinstance(protocol, Supervised):
         values["options_of"] = protocol.loss_options()
         values["training"].pop("options")
-        if not protocol.training.ignore_unknown:  # the key is younger than stored results
-            values["training"].pop("ignore_unknown")
+        for key, default in (("ignore_unknown", False), ("linear_select", "last")):  # younger than stored results
+            if values["training"][key] == default:
+                values["training"].pop(key)
         if LOSSES[protocol.training.loss].relabels != "epoch":
             values["training"].pop("pseudo_from")
             values["training"].pop("pseudo_share")

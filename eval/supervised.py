@@ -89,6 +89,8 @@ def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path
     prepared = prepare(protocol.data, seed if protocol.data.shots else 0)
     if protocol.training.select == "best" and prepared.val is None:
         raise ConfigError("training.select=best has no validation part to choose on: raise data.validation above 0")
+    if protocol.training.linear_select == "best" and prepared.val is None:
+        raise ConfigError("training.linear_select=best has no validation part: raise data.validation above 0")
     protocol = with_statistics_of(weights, protocol)
     head = "cosine" if build_loss(protocol).takes == "cosines" else "linear"
     wanted = untrained(protocol.model.backbone) if weights == "random" else weights

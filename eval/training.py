@@ -177,6 +177,7 @@ class Training:
         self.session.say(f"{self.title}: features of {len(self.observed)} images, then the last layer alone")
         features = self.features()
         optimizer = build_linear_init(training, self.classifier, self.loss)
+        best, best_value = None, -math.inf
         for epoch in range(1, training.linear_epochs + 1):
             order = torch.randperm(len(features), generator=generator(self.seed, "linear order", epoch))
             for rows in order.split(training.linear_batch_size):
@@ -186,9 +187,16 @@ class Training:
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
+            if training.linear_select == "best":
+                value = self.validate(self)[self.protocol.metric]
+                if value > best_value:
+                    best_value = value
+                    best = {name: tensor.detach().cpu().clone() for name, tensor in self.weights().items()}
             (code,) = distributed.largest([float(self.session.stop.exit_code)], self.device)
             if code:  # minutes at most: the next start repeats it
                 raise Stopped("a signal came during LinearInit, which starts anew", int(code))
+        if best is not None:
+            self.load_weights(best)
         self.initialised = True
         self.session.save()
 

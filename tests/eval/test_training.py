@@ -275,3 +275,26 @@ def test_ignore_unknown_leaves_out_of_training_what_nobody_annotated(loss: str) 
     one.train(quiet=True)
     with pytest.raises(ConfigError, match="training.loss=epr cannot leave unknown labels out"):
         training("training.loss=epr", "training.ignore_unknown=true")
+
+
+def test_linear_init_as_published_goes_on_from_its_best_epoch() -> None:
+    def head_after(select: str, good: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        one, heads = training("training.linear_epochs=3", f"training.linear_select={select}"), []
+
+        def validate(now: Training) -> dict[str, float]:
+            heads.append(now.classifier.head.weight.detach().clone())
+            return {"map": 1.0 if len(heads) == good else 0.5}
+
+        one.validate, one.title = validate, ""
+        with one.session.running("", True):
+            one.linear_init()
+        return one.classifier.head.weight.detach().clone(), heads
+
+    for good in (1, 2, 3):
+        found, heads = head_after("best", good)
+        assert torch.equal(found, heads[good - 1]) and len(heads) == 3
+    last, heads = head_after("last", 1)
+    assert heads == [] and torch.equal(last, found)
+    assert fingerprint(protocol()) == fingerprint(protocol("training.linear_select=last"))
+    with pytest.raises(ConfigError, match="linear_select=best has no validation part"):
+        training("training.linear_select=best", "training.select=last", "data.validation=0")
