@@ -15,8 +15,11 @@ from PIL import Image
 import mls
 import mls.config
 from mls import distributed
+from mls.core import methods
 from mls.data import Batch, Views
 from mls.engine import Run, Trainer
+from mls.engine.checkpoint import Checkpoints
+from mls.engine.trainer import method_state
 from mls.errors import ConfigError, DataError, DivergedError, UserError
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
@@ -57,6 +60,18 @@ def test_a_run_folder_holds_what_the_design_says(tiny: list[str]) -> None:
     for name in ("labels/overlap", "labels/overlap_chance", "knn/map", "health/backbone_rank"):
         assert any(name in row for row in run.metrics())
     assert mls.resume(run, quiet=True).done  # a finished run returns at once
+
+
+def test_a_checkpoint_of_version_0_1_is_read(tiny: list[str]) -> None:
+    """The dictionary stood beside the method's state there."""
+    run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, "optim.epochs=1"]), quiet=True)
+    now = Checkpoints(run.checkpoints, 1).newest()
+    assert now is not None
+    old = {**now, "format": 1, "method": dict(now["method"])}
+    old["dictionary"] = old["method"].pop("_extra_state")["dictionary"]
+    method = methods.build(run.config)
+    method.load_state_dict(method_state(old))
+    torch.testing.assert_close(method.state_dict(), now["method"], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("method", ["moco_v2", "knn_moco"])
