@@ -1,6 +1,7 @@
 """The files in examples/, each called as its own docstring says, on less data."""
 
 import ast
+import doctest
 import shlex
 import subprocess
 import sys
@@ -62,6 +63,12 @@ def test_the_architecture_page_calls_each_example_as_its_docstring_does() -> Non
     page = (ROOT / "docs" / "architecture.md").read_text()
     assert len(EXAMPLES) == 5
     assert all(f"`{commands(example)[0]}`" in page for example in EXAMPLES)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_the_doctests_of_an_example_pass(example: Path, registries_as_before: None) -> None:
+    plugins.load([str(example)])
+    assert doctest.testmod(sys.modules[example.stem]).failed == 0
 
 
 def test_the_example_of_a_loss_is_what_its_formula_says(registries_as_before: None) -> None:
