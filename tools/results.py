@@ -116,12 +116,25 @@ def data_names(rows: Iterable[Row]) -> dict[tuple[str, str, str], str]:
     """What tells data apart that the metric's own name does not: of folders their name, and where several data sets
     of one name differ, the first letters of their content."""
     known = {(text_of(row, "dataset"), text_of(row, "root"), text_of(row, "content")) for row in rows}
+    folder = lambda root: Path(root).name or "unknown"
     names = {}
     for dataset, root, content in known:
-        name = (Path(root).name or "unknown") if dataset == "folder" else ""
-        others = {other for *place, other in known if other and place == [dataset, root]}
-        several = len(others) > 1 and not dataset.startswith("scenes")  # whose content is a setting
-        names[dataset, root, content] = " ".join(filter(None, [name, content[:6] * several]))
+        alike = {other for name, place, other in known if other and (name, folder(place)) == (dataset, folder(root))}
+        several = len(alike) > 1 and not dataset.startswith("scenes")  # whose content is a setting
+        names[dataset, root, content] = " ".join(
+            filter(None, [folder(root) * (dataset == "folder"), content[:6] * several])
+        )
+    return names
+
+
+def weights_names(rows: Iterable[Row]) -> dict[tuple[str, str, str], str]:
+    """Of weights and their step, with the first letters of their hash where one place has held several. Each seed of a
+    recipe has weights of its own."""
+    known = {(text_of(row, "weights"), text_of(row, "step"), text_of(row, "weights_hash")) for row in rows}
+    names = {}
+    for weights, step, digest in known:
+        several = len({other for *place, other in known if place == [weights, step]}) > 1
+        names[weights, step, digest] = f"{weights} {digest[:6]}" if several and weights[:9] != "pretrain:" else weights
     return names
 
 
@@ -176,10 +189,12 @@ def nothing(rows: Sequence[Row], wanted: Mapping[str, Sequence[str]]) -> str:
 def averaged(rows: Sequence[Row], long: bool) -> list[Series]:
     """The runs of each mean. One stands alone where that is wanted, or where a mean would mix what is not alike."""
     alike: dict[tuple[str, ...], list[StoredCell]] = {}
-    names = data_names(rows)
+    of_data, of_weights = data_names(rows), weights_names(rows)
     for cell in stored_cells(rows):
-        place = (text_of(cell.row, "dataset"), text_of(cell.row, "root"), text_of(cell.row, "content"))
-        fields = {name: text_of(cell.row, name) for name in FIELDS} | {"data": names[place]}
+        text = lambda *keys, row=cell.row: tuple(text_of(row, key) for key in keys)
+        fields = dict(zip(FIELDS, text(*FIELDS), strict=True))
+        fields["data"] = of_data[text("dataset", "root", "content")]
+        fields["weights"] = of_weights[text("weights", "step", "weights_hash")]
         alike.setdefault(tuple(fields.values()), []).append(cell)
     found: list[Series] = []
     mixed = []

@@ -81,6 +81,30 @@ def test_a_folder_is_named_and_one_of_before_is_of_unknown_data(store: Results, 
     assert [line["data"] for line in lines_of(show("root=*ants").stdout)] == ["ants"]
 
 
+def test_two_folders_of_one_name_are_two_rows(store: Results, show: Show) -> None:
+    for seed, root in enumerate(("/a/birds", "/b/birds")):
+        fields = {"dataset": "folder", "root": root, "content": f"{seed}{seed}abcdef"}
+        add_cell(store, {"folder/top1": 0.5 + seed / 10}, seed, cell=root, **fields)
+    lines = lines_of(show().stdout)
+    assert [(line["data"], line["folder/top1"]) for line in lines] == [
+        ("birds 00abcd", "50.00"),
+        ("birds 11abcd", "60.00"),
+    ]
+
+
+def test_weights_that_were_replaced_are_never_averaged_with_the_new_ones(store: Results, show: Show) -> None:
+    for seed in (0, 1):
+        place = {"step": 100, "weights_hash": f"{seed}{seed}abcdef"}
+        add_cell(store, {"voc07/map": 0.5 + seed / 10}, seed, weights="runs/mls", **place)
+        add_cell(store, {"voc07/map": 0.2}, seed, weights="pretrain:mls_coco_r50", **place)  # a run for each seed
+    lines = lines_of(show().stdout)
+    assert [(line["weights"], line["voc07/map"]) for line in lines] == [
+        ("pretrain:mls_coco_r50", "20.00 ± 0.00"),
+        ("runs/mls 00abcd", "50.00"),
+        ("runs/mls 11abcd", "60.00"),
+    ]
+
+
 def test_two_steps_of_a_run_are_two_rows(store: Results, show: Show) -> None:
     for step, value in ((100, 0.5), (200, 0.6)):
         add_cell(store, {"voc07/map": value}, weights="runs/mls", cell=str(step), step=step)
