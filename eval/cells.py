@@ -11,7 +11,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ from torch import Tensor
 import mls
 from mls import distributed, engine
 from mls.config import Config
+from mls.config import DataConfig as PretrainingData
 from mls.config import to_yaml as config_to_yaml
+from mls.core.losses import LOSSES
+from mls.data.sources import build_source
 from mls.errors import ConfigError
 from mls.eval import frozen, splits, supervised
 from mls.eval.data import folder_of
@@ -35,6 +38,7 @@ from mls.eval.training import Training
 from mls.eval.weights import Weights, read
 from mls.files import alone, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
+from mls.frozen.features import hash_of_images
 from mls.recipes import load_config
 from mls.results import Results
 
@@ -171,10 +175,12 @@ class Evaluation(Cell):
     seed: int = 0
     recipe: str = ""  # pretrain:RECIPE KEY=VALUE ..., where the weights are the run of a recipe
     of_main: Weights | None = None  # what the first of several processes read
+    architecture: str | None = None  # of weights in a file that does not show it
+    prefix: str | None = None  # of the network in a file that holds several
 
     @cached_property
     def source(self) -> Weights:
-        return self.of_main or read(self.weights, self.protocol.model.backbone)
+        return self.of_main or read(self.weights, self.protocol.model.backbone, self.architecture, self.prefix)
 
     @cached_property
     def content(self) -> str:
@@ -231,12 +237,18 @@ class Evaluation(Cell):
         if found is not None or data.name == "folder" or not data.check_sizes:
             return found
         # Version 0.1 did not look at the content of the data; of a published size it can be trusted. Nor did it say
-        # of which network "random" was, and it called random networks of timm by their published name.
+        # of which network "random" was, and it called random networks of timm by their published name. What a loss
+        # learns had another rate there.
         source = self.source
         if source.file is None and not source.load_name.startswith(("random", "torchvision:")):
             return None
+        if isinstance(self.protocol, Supervised) and LOSSES[self.protocol.training.loss].lr_multiplier != 1:
+            return None
         old = source.hash if source.file else hashlib.sha256(source.load_name.encode()).hexdigest()[:16]
-        return self.found_as(self._key(old), root)
+        found = self.found_as(self._key(old), root)
+        values = {} if found is None else found.values
+        values.pop("map_11pt", None)  # it took other thresholds
+        return found
 
     def facts(self) -> dict[str, Any]:
         protocol = self.protocol
@@ -290,9 +302,16 @@ def run(
     return evaluation(protocol, weights, seed).finish(root or runs_folder(), keep, quiet).values
 
 
-def evaluation(protocol: AnyProtocol | str | Path, weights: str | Path | None = None, seed: int = 0) -> Evaluation:
+def evaluation(
+    protocol: AnyProtocol | str | Path,
+    weights: str | Path | None = None,
+    seed: int = 0,
+    architecture: str | None = None,
+    prefix: str | None = None,
+) -> Evaluation:
     loaded: AnyProtocol = load_protocol(protocol) if isinstance(protocol, str | Path) else protocol
-    return Evaluation(loaded, loaded.model.weights if weights is None else str(weights), seed)
+    named = loaded.model.weights if weights is None else str(weights)
+    return Evaluation(loaded, named, seed, architecture=architecture, prefix=prefix)
 
 
 def validated(cell: Evaluation, root: Path) -> float:
@@ -337,6 +356,13 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
 
 
 def config_hash(config: Config) -> str:
-    """Where a plug-in's file lies does not count: what is chosen from it has its name in other keys."""
+    """Of a run's configuration and the content of its images, which is other content another time. Where a plug-in's
+    file lies does not count: what is chosen from it has its name in other keys."""
     config = replace(config, run=replace(config.run, plugins=[]))
-    return hashlib.sha256(config_to_yaml(config).encode()).hexdigest()[:8]
+    images = "" if config.data.source == "scenes" else _images_of(config.data)  # scenes are made, not read
+    return hashlib.sha256((config_to_yaml(config) + images).encode()).hexdigest()[:8]
+
+
+@lru_cache(maxsize=8)  # the cells of a table share it
+def _images_of(data: PretrainingData) -> str:
+    return hash_of_images(build_source(data))

@@ -117,8 +117,7 @@ def features_of(
         "precision": str(reduced),
     }
     if number:
-        augment = protocol.augment
-        facts["pass"] = [number, seed, protocol.data.train_crop, *augment.scale, *augment.ratio, augment.flip]
+        facts["pass"] = [number, seed, protocol.data.train_crop, repr(protocol.augment)]
     found = cached_features(facts, len(images), compute, f"features {title}".strip(), quiet)
     return Features(found.features, images.truth, images.class_names, found.sha256)
 

@@ -69,7 +69,9 @@ class Pretraining(Cell):
         return root / self.name
 
     def facts(self) -> dict[str, Any]:
-        return {"protocol": self.recipe, "task": "pretraining", "dataset": self.dataset, "weights": self.row}
+        settings = config_hash(replace(self.config, run=replace(self.config.run, seed=0)))
+        common = {"protocol": self.recipe, "task": "pretraining", "dataset": self.dataset, "weights": self.row}
+        return {**common, "settings": settings}
 
     def stored(self, root: Path) -> Measured | None:
         found = super().stored(root)
@@ -101,7 +103,12 @@ def compare(rows: Mapping[str, Pretraining], seeds: int, root: Path) -> dict[str
 
 
 def table_of(found: Mapping[str, Sequence[Measured]], heading: str, columns: Sequence[Column], note: str) -> Table:
-    """A row for each set of seeds."""
+    """A row for each set of seeds. A number that is shown again says so."""
+    measured = [one for seeds in found.values() for one in seeds]
+    dates = sorted(one.date for one in measured if one.stored_before)
+    if dates:
+        note += f"; {len(dates)} of {len(measured)} runs: measured on {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
+        note += ", not run again (another --out runs all)"
     return Table([heading], columns, [Row([name], values_over_seeds(seeds)) for name, seeds in found.items()], note)
 
 

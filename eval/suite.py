@@ -13,7 +13,7 @@ from typing import Any, Literal
 from mls.errors import CheckpointError, ConfigError, DataError, unknown_name
 from mls.eval.cells import Evaluation, evaluation, over_seeds, validated, values_over_seeds
 from mls.eval.protocol import load_protocol
-from mls.eval.weights import check_name, is_name, public_name
+from mls.eval.weights import check_weights, is_name, public_name
 from mls.models import card, weights_file
 from mls.recipes import Kind, build, find, read_yaml, shipped
 
@@ -116,11 +116,12 @@ def load_suite(name: str | Path) -> Suite:
 def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], None] = print) -> Comparison:
     """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
     columns = suite.tiny if part.tiny else suite.columns
-    found = Comparison(suite, columns, chosen_rows(suite, part.weights, part.tiny, part.only), part.tiny)
+    rows = chosen_rows(suite, part.weights, part.tiny, part.only, part.overrides)
+    found = Comparison(suite, columns, rows, part.tiny)
     say_once = lru_cache(maxsize=None)(say)  # columns may share their runs
     for row in found.rows:
         if row.ours and row.weights:
-            check_name(row.weights)  # before others train for hours
+            check_weights(row.weights)  # before others train for hours
 
     for column in columns:
         for row in found.rows:
@@ -179,29 +180,55 @@ def plan(suite: Suite, row: Row, column: Column, seeds: int | None, overrides: S
     return [evaluation(protocol, row.weights, seed) for seed in range(seeds or protocol.seeds)]
 
 
-def chosen_rows(suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence[str]) -> list[Row]:
+def chosen_rows(
+    suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence[str], overrides: Sequence[str] = ()
+) -> list[Row]:
     """The suite's rows and what `--weights` makes of them."""
     for name in only:
         if name not in [row.name for row in suite.rows]:
             raise unknown_name("row of the suite", name, [row.name for row in suite.rows])
+    if any(one.startswith("model.weights=") for one in overrides):
+        raise ConfigError("model.weights would run rows on another network than they name: use --weights")
     rows = [row for row in suite.rows if not only or row.name in only]
+    given = labelled(weights)
     if suite.compares == "backbones":
         if tiny:
             rows = [replace(row, weights=row.tiny, ours=True) for row in rows if row.tiny]
         rows = [replace(row, ours=row.ours and row.weights is not None) for row in rows]
-        return [*rows, *(row_of_weights(one) for one in weights)]
-    if not weights and not tiny:
+        return [*rows, *(row_of_weights(label, one) for label, one in given)]
+    if not given and not tiny:
         return [replace(row, weights=suite.networks.get(row.network, row.weights)) for row in rows]
     # Each method once, for each of the weights in the place of the paper's networks, whose numbers these are.
     methods = list({tuple(row.set): row for row in reversed(rows)}.values())[::-1]
-    if not weights:
-        if not suite.tiny:
-            return methods
-        model = load_protocol(suite.tiny[0].protocol).model
-        label = public_name(model.weights, model.backbone)
-        return [_in_place_of_the_papers(row, model.weights, label) for row in methods]
-    several = len(weights) > 1
-    return [_in_place_of_the_papers(row, one, Path(one).name, always=several) for one in weights for row in methods]
+    several = len(given) > 1
+    if not given:
+        models = [load_protocol(column.protocol, [*column.set, *overrides]).model for column in suite.tiny]
+        given = list({public_name(model.weights, model.backbone): model.weights for model in models}.items())
+    return [_in_place_of_the_papers(row, one, label, always=several) for label, one in given for row in methods]
+
+
+def labelled(weights: Sequence[str]) -> list[tuple[str, str]]:
+    """(label, weights) of `--weights WEIGHTS` or `--weights LABEL=WEIGHTS`. Without a label it is a network's name or
+    the end of a path, all of the path where others end alike. Random weights are called random whatever their label.
+
+    >>> labelled(["torchvision:resnet18", "MLS=random:resnet18"])
+    [('torchvision:resnet18@IMAGENET1K_V1', 'torchvision:resnet18'), ('MLS (random:resnet18)', 'random:resnet18')]
+    """
+    found = []
+    for one in dict.fromkeys(weights):
+        label, separator, rest = one.partition("=")
+        if not separator or Path(one).expanduser().exists() or ":" in label:
+            label, rest = "", one
+        found.append((label, rest))
+    ends = [Path(rest).name for label, rest in found if not label]
+    return [(_label(label, rest, ends), rest) for label, rest in found]
+
+
+def _label(label: str, weights: str, ends: Sequence[str]) -> str:
+    if not is_name(weights):
+        return label or (weights if ends.count(Path(weights).name) > 1 else Path(weights).name)
+    name = weights if weights == "random" else public_name(weights, "")
+    return f"{label} ({name})" if label and name.startswith("random") else label or name
 
 
 def _in_place_of_the_papers(row: Row, weights: str, label: str, always: bool = False) -> Row:
@@ -214,15 +241,12 @@ def _in_place_of_the_papers(row: Row, weights: str, label: str, always: bool = F
     return replace(row, name=name, weights=weights, made_of=row.name)
 
 
-def row_of_weights(weights: str) -> Row:
-    """The row of `--weights WEIGHTS` or `--weights LABEL=WEIGHTS`; several with one label are runs of one row."""
-    label, separator, rest = weights.partition("=")
-    if not separator or Path(weights).expanduser().exists() or ":" in label:
-        label, rest = Path(weights).name, weights
-    check_name(rest)
-    file = None if is_name(rest) else weights_file(rest)
+def row_of_weights(label: str, weights: str) -> Row:
+    """A row of `--weights`; several with one label are runs of one row."""
+    check_weights(weights)
+    file = None if is_name(weights) else weights_file(weights)
     method = "" if file is None else str(card(file).get("method", ""))
-    return Row(name=f"ours: {label}", weights=rest, method=method or label)
+    return Row(name=f"ours: {label}", weights=weights, method=method or label)
 
 
 def paper_row_of(row: Row, suite: Suite) -> Row | None:

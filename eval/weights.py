@@ -12,9 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mls.errors import CheckpointError, ConfigError, unknown_name
+from mls.errors import CheckpointError, ConfigError
 from mls.files import write_atomically
-from mls.models import PREFIXES, backbones, weights_file
+from mls.models import backbones, check_name, extracted, published_name, untrained, weights_file
 from mls.recipes import find_recipe
 
 WRITING = 5.0  # seconds that a run may take between writing its tensors and its card
@@ -53,17 +53,20 @@ class Weights:
         return str(copy)
 
 
-def read(weights: str, backbone: str) -> Weights:
-    """`backbone`: what "random" builds."""
-    check_name(weights)
+def read(weights: str, backbone: str, architecture: str | None = None, prefix: str | None = None) -> Weights:
+    """`backbone`: what "random" builds. `architecture` and `prefix`: of a file in which they cannot be found."""
+    check_weights(weights)
     file = None if is_name(weights) else weights_file(weights)
     if file is None:
+        if architecture or prefix:
+            raise ConfigError(f"{weights} says itself which network it is: leave out --architecture and --prefix")
+        check_name(untrained(backbone) if weights == "random" else weights)
         name = public_name(weights, backbone)
         return Weights(name, hashlib.sha256(name.encode()).hexdigest()[:16], weights)
     deadline = time.monotonic() + WRITING
     while True:
         before = _written(file)
-        found = _read(weights, file, before)
+        found = _read(weights, file, before, architecture, prefix)
         # A run writes its tensors first: a card that is older than they are is about to be replaced.
         whole = before == _written(file) and (before[0] <= before[1] or not found.card)
         if whole or time.monotonic() > deadline:
@@ -72,10 +75,18 @@ def read(weights: str, backbone: str) -> Weights:
 
 
 @lru_cache(maxsize=1)  # the cells of a suite share it
-def _read(weights: str, file: Path, written: tuple[int, int]) -> Weights:
+def _read(
+    weights: str, file: Path, written: tuple[int, int], architecture: str | None, prefix: str | None
+) -> Weights:
     tensors, beside = file.read_bytes(), file.with_suffix(".json")
-    card = beside.read_bytes() if beside.is_file() else b""
-    return Weights(weights, hashlib.sha256(tensors).hexdigest()[:16], weights, file, tensors, card)
+    card, digest = beside.read_bytes() if beside.is_file() else b"", hashlib.sha256(tensors)
+    if architecture or prefix:
+        digest.update(f"{architecture}/{prefix}".encode())
+    if architecture or prefix or not card:  # of somebody else: one network of those that the file may hold
+        tensors, card = extracted(file, architecture, prefix)
+        file = file.with_suffix(".safetensors")
+    name = f"{weights} ({prefix})" if prefix else weights
+    return Weights(name, digest.hexdigest()[:16], weights, file, tensors, card)
 
 
 def _written(file: Path) -> tuple[int, int]:
@@ -94,35 +105,26 @@ def public_name(weights: str, backbone: str) -> str:
     """
     >>> public_name("random", "scratch:resnet50"), public_name("resnet_tiny", ""), public_name("scratch:vgg11", "")
     ('random:resnet50', 'random:resnet_tiny', 'random:vgg11')
-    >>> public_name("torchvision:resnet50", "")
-    'torchvision:resnet50'
+    >>> public_name("torchvision:resnet18", ""), public_name("random", "timm:resnet10t")
+    ('torchvision:resnet18@IMAGENET1K_V1', 'random:timm:resnet10t')
     """
-    weights = backbone if weights == "random" else weights
+    weights = untrained(backbone) if weights == "random" else weights
     network = weights.removeprefix("random:").removeprefix("scratch:")
     random = network != weights or network in backbones.names()
-    return f"random:{network}" if random else weights
+    return f"random:{network}" if random else published_name(weights)
 
 
-def check_name(weights: str) -> None:
+def check_weights(weights: str) -> None:
     """Before anything is read: weights that cannot exist."""
     if weights.startswith("pretrain:"):
         find_recipe(weights.removeprefix("pretrain:").partition(" ")[0])
-        return
-    if not is_name(weights):
-        if weights_file(weights) is None:
-            near = get_close_matches(weights, ["random", *backbones.names()], n=1)
-            hint = f"did you mean {near[0]}? Otherwise " if near else ""
-            raise CheckpointError(
-                f"{weights} is neither a run folder nor a file: {hint}give --weights the folder that a run printed, "
-                "or a name such as torchvision:resnet50"
-            )
-        return
-    prefix, separator, rest = weights.partition(":")
-    if separator and prefix not in PREFIXES:
-        raise unknown_name(f"kind of weights in {weights}", prefix, PREFIXES, ConfigError)
-    if prefix in ("torchvision", "scratch"):
-        from torchvision import models
-
-        network, known = rest.partition("@")[0], models.list_models(module=models)
-        if network not in known:
-            raise unknown_name("torchvision network", network, get_close_matches(network, known, n=8) or known)
+    elif is_name(weights):
+        if weights != "random":
+            check_name(weights)
+    elif weights_file(weights) is None:
+        near = get_close_matches(weights, ["random", *backbones.names()], n=1)
+        hint = f"did you mean {near[0]}? Otherwise " if near else ""
+        raise CheckpointError(
+            f"{weights} is neither a run folder nor a file: {hint}give --weights the folder that a run printed, "
+            "or a name such as torchvision:resnet50"
+        )

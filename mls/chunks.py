@@ -1,4 +1,4 @@
-"""Large arrays a part at a time: how many rows fit into a budget of memory, and the parts."""
+"""Large arrays a part at a time: how many rows fit into a budget of memory, the parts, and a few rows of many."""
 
 from __future__ import annotations
 
@@ -22,3 +22,13 @@ def chunks(count: int, size: int) -> Iterator[slice]:
     """
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
+
+
+def spaced(count: int, most: int) -> list[int]:
+    """Of `count` rows at most so many, evenly spaced.
+
+    >>> spaced(9, 3), spaced(2, 3)
+    ([0, 4, 8], [0, 1])
+    """
+    step = (count - 1) / max(1, min(count, most) - 1)
+    return [round(number * step) for number in range(min(count, most))]

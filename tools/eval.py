@@ -9,10 +9,11 @@ import typer
 
 from mls.errors import ConfigError
 from mls.tables import Format
+from mls.tools.export import ARCHITECTURE, PREFIX
 
 app = typer.Typer(help="Downstream evaluation: one protocol, or a paper's table.", no_args_is_help=True)
 
-WEIGHTS = "A run, a checkpoint file, torchvision:resnet50, scratch:NAME, or random; default: the protocol's own."
+WEIGHTS = "A run, a checkpoint file, torchvision:NAME, timm:NAME, random:NAME or random; default: the protocol's own."
 ROWS = "As for `mls eval run`, or LABEL=WEIGHTS. May be repeated; several with one LABEL are runs of one row."
 
 
@@ -20,6 +21,8 @@ ROWS = "As for `mls eval run`, or LABEL=WEIGHTS. May be repeated; several with o
 def run(
     arguments: Annotated[list[str], typer.Argument(metavar="PROTOCOL KEY=VALUE", help="See `mls eval list`.")],
     weights: Annotated[str | None, typer.Option(help=WEIGHTS)] = None,
+    architecture: Annotated[str | None, typer.Option(help=ARCHITECTURE)] = None,
+    prefix: Annotated[str | None, typer.Option(help=PREFIX)] = None,
     seed: Annotated[int, typer.Option()] = 0,
     out: Annotated[Path | None, typer.Option(help="Holds results.jsonl and eval/; default: $MLS_RUNS.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure what is stored again.")] = False,
@@ -34,6 +37,8 @@ def run(
 
         mls eval run linear data.name=cub200 --weights runs/mls_coco_r50-…
 
+        mls eval run linear_imagenet --weights vit-b-300ep.pth.tar --architecture timm:vit_base_patch16_224
+
         mls eval run knn data.name=folder data.root=/data/birds --weights torchvision:resnet50
 
         torchrun --nproc-per-node 8 -m mls.tools eval run coco_fpn_1x --weights runs/mls_coco_r50-…   (dense tasks)
@@ -46,7 +51,7 @@ def run(
 
     name, *overrides = arguments
     root = out or runs_folder()
-    cell = evaluation(load_protocol(name, overrides), weights, seed)
+    cell = evaluation(load_protocol(name, overrides), weights, seed, architecture, prefix)
     measured = cell.finish(root, keep=True, again=again)
     if distributed.rank() != 0:
         return

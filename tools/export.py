@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 TARGETS = "Some of torchvision, timm, detectron2, mmseg, safetensors; default: all that have such a network."
 WEIGHTS = "A run folder, or a checkpoint of MoCo, MoCo-v3, DenseCL, solo-learn, lightly, torchvision, timm, detectron2."
 ARCHITECTURE = "Where it cannot be found in the file: resnet50, timm:vit_base_patch16_224, …"
+PREFIX = "Where a file holds several networks: module.encoder_q"
 
 
 def export(
@@ -20,7 +21,7 @@ def export(
     to: Annotated[str | None, typer.Option(help=TARGETS)] = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/export, or export beside FILE.")] = None,
     architecture: Annotated[str | None, typer.Option(help=ARCHITECTURE)] = None,
-    prefix: Annotated[str | None, typer.Option(help="Where a file holds several networks: module.encoder_q")] = None,
+    prefix: Annotated[str | None, typer.Option(help=PREFIX)] = None,
 ) -> None:
     """Write a backbone for other programs, each with the recipe that goes with it, and a certificate.
 

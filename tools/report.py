@@ -89,8 +89,8 @@ def _card(run: Run, label: str) -> Card:
 
     card = Card(label, run, run.config, run.metrics())
     reached, total = _progress(card)
-    card.state, card.cost = _state(card, reached, total), _cost(card, reached, total)
     card.from_recipe, card.meaning = _from_recipe(card.config), meaning(card.config)
+    card.state, card.cost = _state(card, reached, total), _cost(card, reached, total)
     typer.echo(f"finding the matches of {label}", err=True)
     try:
         rows = gallery(run, warn=lambda text: typer.echo(text, err=True))
@@ -126,19 +126,16 @@ def _state(card: Card, reached: int, total: int | None) -> str:
 
 
 def _cost(card: Card, reached: int, total: int | None) -> list[tuple[str, str]]:
-    """What the recipe says it costs and brings, and what the speed of this run makes of it."""
+    """What the recipe says it costs and brings, where this run is the recipe's, and what this run's speed tells."""
     from statistics import median
 
     from mls.progress import duration
-    from mls.recipes import find_recipe, recipes
 
     notes = []
-    if card.config.run.recipe in recipes():
-        text = find_recipe(card.config.run.recipe).read_text(encoding="utf-8")
-        found = re.findall(
-            r"^# (Cost|Expected): *(.+(?:\n#  +.+)*)", text, re.MULTILINE
-        )  # continued lines are indented
-        notes = [(name, re.sub(r"\s*\n#\s*", " ", words)) for name, words in found]
+    of_recipe = _notes_of_recipe(card.config.run.recipe)
+    other = _not_the_recipes(card, of_recipe, total) if of_recipe else ""
+    for name, words in of_recipe.items():
+        notes.append((name, f"the recipe's is not for this run: {other}" if other else words))
     speeds = [row["images_per_second"] for row in card.rows if row.get("images_per_second")]
     if speeds and total is not None:
         batch, speed = card.config.data.batch_size, median(speeds)
@@ -146,6 +143,31 @@ def _cost(card: Card, reached: int, total: int | None) -> list[tuple[str, str]]:
         left = f", {duration((total - reached) * batch / speed)} of it to come" if reached < total else ""
         notes.append(("Here", here + left))
     return notes
+
+
+def _notes_of_recipe(recipe: str) -> dict[str, str]:
+    from mls.recipes import find_recipe, recipes
+
+    if recipe not in recipes():
+        return {}
+    text = find_recipe(recipe).read_text(encoding="utf-8")
+    found = re.findall(r"^# (Cost|Expected): *(.+(?:\n#  +.+)*)", text, re.MULTILINE)  # continued lines are indented
+    return {name: re.sub(r"\s*\n#\s*", " ", words) for name, words in found}
+
+
+def _not_the_recipes(card: Card, of_recipe: dict[str, str], total: int | None) -> str:
+    """In what a run differs from its recipe that changes its numbers; "" where it does not. Other images are told by
+    the number of their steps."""
+    from mls.engine.run import FREE
+
+    changes = [] if isinstance(card.from_recipe, str) else card.from_recipe
+    keys = [key for key, _, _ in changes if key not in FREE and not key.startswith(("run.", "monitor."))]
+    if keys:
+        return f"{', '.join(keys)} {'is' if len(keys) == 1 else 'are'} changed"
+    steps = re.search(r"([\d,]+) steps of", of_recipe["Cost"])
+    if steps is None or total == int(steps[1].replace(",", "")):
+        return ""
+    return "how many images it has is not known yet" if total is None else f"its data make {total:,} steps, not {steps[1]}"
 
 
 def _from_recipe(config: Config) -> list[tuple[str, Any, Any]] | str:

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from mls.data.listing import FileSource
+from mls.chunks import spaced
+from mls.data.listing import FileSource, file_size
 from mls.eval.data import DataSet
 from mls.eval.data.cifar import PixelSource
 from mls.eval.data.regions import IndexedFiles
+from mls.frozen.features import SIZES
 
-# Files of a part, evenly spaced: of a million it would take minutes on a network's disk to look at each.
-SIZES = 20_000  # of so many the size counts
-READ, BYTES = 256, 1 << 16  # of so many the first bytes
+READ, BYTES = 256, 1 << 16  # of so many files of a part the first bytes
 
 
 def content_hash(data: DataSet[Any]) -> str:
@@ -61,19 +60,8 @@ def _parts(value: Any) -> Sequence[Any]:
 
 def _files(count: int, path: Callable[[int], bytes | Path]) -> bytes:
     """Sizes, and what stands in some. Whether files may be missing is for the reader to say."""
-    sizes = [_size(path(number)) for number in _spaced(count, SIZES)]
-    return np.array(sizes, np.int64).tobytes() + b"".join(_start(path(number)) for number in _spaced(count, READ))
-
-
-def _spaced(count: int, most: int) -> list[int]:
-    return torch.linspace(0, count - 1, min(count, most), dtype=torch.float64).round().long().tolist()
-
-
-def _size(file: bytes | Path) -> int:
-    try:
-        return os.stat(file).st_size
-    except OSError:
-        return 0
+    sizes = [file_size(path(number)) for number in spaced(count, SIZES)]
+    return np.array(sizes, np.int64).tobytes() + b"".join(_start(path(number)) for number in spaced(count, READ))
 
 
 def _start(file: bytes | Path) -> bytes:

@@ -108,11 +108,22 @@ class FileSource:
         with open(self.path(index), "rb") as file:
             return file.read()
 
+    def size(self, index: int) -> int:
+        """In bytes; 0 where the file is missing."""
+        return file_size(self.path(index))
+
     def describe(self, index: int) -> str:
         return printable(self.path(index))
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         return torch.randperm(len(self), generator=generator(seed, "order", epoch)).numpy()
+
+
+def file_size(path: bytes | Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def multi_hot(pairs: Int64[np.ndarray, "pairs 2"], images: int, classes: int) -> Float[Tensor, "images classes"]:

@@ -91,6 +91,9 @@ class TarSource:
             raise OSError(f"{printable(shard)} became shorter after it was indexed")
         return data
 
+    def size(self, index: int) -> int:
+        return int(self._table[index, 1])
+
     def describe(self, index: int) -> str:
         return f"{printable(self._shard_of(index))}:{printable(self._names[index])}"
 

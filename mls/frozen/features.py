@@ -20,6 +20,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from mls.chunks import spaced
 from mls.config import AugmentConfig
 from mls.data import Source
 from mls.data.augment import normalise
@@ -31,7 +32,10 @@ from mls.progress import counting
 from mls.signals import StopFlag
 
 BLOCK = 256  # rows that are written and hashed together; a killed process loses at most one block
-SAMPLED = 64  # images whose content enters the hash, to notice a data set that was rewritten under the same names
+# Evenly spaced images, to notice a data set that was rewritten under the same names: of a million it would take minutes
+# on a network's disk to look at each.
+SIZES = 20_000  # of so many the size counts
+SAMPLED = 64  # of so many the content
 DISK_FULL = "free some, or set MLS_CACHE to another folder; the same call continues after the rows that are stored"
 
 
@@ -158,11 +162,14 @@ def hash_of_weights(backbone: nn.Module) -> str:
 
 
 def hash_of_images(source: Source, ids: Int64[Tensor, "images"] | None = None) -> str:
-    """Of the names of all images, or of those in `ids`, and of the content of SAMPLED of them."""
+    """Of the names of all images, or of those in `ids`, of the sizes of SIZES and of the content of SAMPLED of them."""
     numbers = range(len(source)) if ids is None else ids.tolist()
+    size = getattr(source, "size", None)  # of files and shards
     digest = hashlib.sha256()
     for number in numbers:
         digest.update(source.describe(number).encode() + b"\0")
+    if size is not None:
+        digest.update(np.array([size(numbers[place]) for place in spaced(len(numbers), SIZES)], np.int64).tobytes())
     for number in numbers[:: max(1, len(numbers) // SAMPLED)]:
         with contextlib.suppress(OSError):  # embedding it raises the error that names the image
             content = source.read(number)

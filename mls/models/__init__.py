@@ -29,7 +29,10 @@ __all__ = [
     "build_pair",
     "card",
     "card_of",
+    "check_name",
+    "extracted",
     "load_backbone",
+    "published_name",
     "save_backbone",
     "untrained",
     "weights_file",
@@ -115,12 +118,9 @@ def _by_name(name: str) -> Backbone:
     prefix, _, rest = name.partition(":")
     if name in backbones.names():
         return backbones.build(name)
+    check_name(name)
     if prefix == "timm":
         return backbones.timm_network(rest, published=True)
-    if not rest:
-        raise unknown_name("weights (a run folder, a checkpoint file or a backbone)", name, backbones.names())
-    if prefix not in PREFIXES:
-        raise unknown_name(f"kind of weights in {name}", prefix, PREFIXES)
     if prefix == "random" and (rest in backbones.names() or rest.startswith("timm:")):
         return backbones.build(rest)
     if prefix in ("random", "scratch"):
@@ -172,13 +172,55 @@ def card_of(weights: str | Path) -> dict[str, Any] | None:
     return None if file is None else card(file)
 
 
+def extracted(file: Path, architecture: str | None, prefix: str | None) -> tuple[bytes, bytes]:
+    """One network of a checkpoint from elsewhere, as a file that holds nothing else, and its card."""
+    from safetensors.torch import save
+
+    found = foreign.find(foreign.read(file), file, architecture, prefix)
+    facts = (_card_beside(file) or {}) | _card_of(found)
+    return save({name: tensor.contiguous() for name, tensor in found.state.items()}), json.dumps(facts).encode()
+
+
+def published_name(weights: str) -> str:
+    """With the set of weights that a name without one stands for, which is other weights in other versions.
+
+    >>> published_name("torchvision:resnet50"), published_name("random:resnet50")
+    ('torchvision:resnet50@IMAGENET1K_V2', 'random:resnet50')
+    """
+    prefix, _, rest = weights.partition(":")
+    if prefix == "timm":
+        return f"timm:{backbones.timm_name(rest)}"
+    if prefix != "torchvision":
+        return weights
+    network, _, entry = rest.partition("@")
+    return f"torchvision:{network}@{pretrained.published(network, entry or 'DEFAULT').name}"
+
+
+def check_name(weights: str) -> None:
+    """Whether there is such a network, and such a set of published weights; nothing is built or downloaded."""
+    prefix, _, rest = weights.partition(":")
+    if weights in backbones.names():
+        return
+    if not rest:
+        raise unknown_name("weights (a run folder, a checkpoint file or a backbone)", weights, backbones.names())
+    if prefix not in PREFIXES:
+        raise unknown_name(f"kind of weights in {weights}", prefix, PREFIXES)
+    if prefix in ("timm", "torchvision"):
+        published_name(weights)
+    elif rest.startswith("timm:"):
+        backbones.timm_name(rest.removeprefix("timm:"))
+    elif rest not in backbones.names():
+        pretrained.check_network(rest)
+
+
 def untrained(backbone: str) -> str:
     """The name of a protocol's backbone as random weights.
 
-    >>> untrained("timm:convnext_atto"), untrained("scratch:resnet50"), untrained("resnet_tiny")
-    ('random:timm:convnext_atto', 'scratch:resnet50', 'resnet_tiny')
+    >>> untrained("timm:convnext_atto"), untrained("torchvision:resnet50@IMAGENET1K_V1"), untrained("scratch:vgg11")
+    ('random:timm:convnext_atto', 'random:resnet50', 'scratch:vgg11')
     """
-    return f"random:{backbone}" if backbone.startswith("timm:") else backbone
+    prefix, _, rest = backbone.partition(":")
+    return {"timm": f"random:{backbone}", "torchvision": f"random:{rest.partition('@')[0]}"}.get(prefix, backbone)
 
 
 def _card_beside(file: Path) -> dict[str, Any] | None:

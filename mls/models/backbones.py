@@ -55,14 +55,27 @@ for resnet in RESNETS:
     BACKBONES.add(resnet, partial(_resnet, resnet))
 
 
-def timm_network(name: str, published: bool = False) -> Backbone:
-    """A network of timm, random or with the weights that its name and tag (`NAME.TAG`) are published with."""
+def _timm(name: str) -> Any:
+    """The library, where it is installed and has this network."""
     try:
         import timm
     except ImportError:
         raise ConfigError(f'model.backbone=timm:{name} needs timm: pip install "mls[timm]"') from None
     if not timm.is_model(name):
         raise unknown_name("timm backbone", name, timm.list_models(f"*{name[:6]}*") or timm.list_models("resnet*"))
+    return timm
+
+
+def timm_name(name: str) -> str:
+    """With the tag of the published weights that the name alone stands for."""
+    _timm(name)
+    found = _published(name)
+    return f"{found.architecture}.{found.tag}" if found is not None and found.tag else name
+
+
+def timm_network(name: str, published: bool = False) -> Backbone:
+    """A network of timm, random or with the weights that its name and tag (`NAME.TAG`) are published with."""
+    timm = _timm(name)
     try:
         model = timm.create_model(name, pretrained=published, num_classes=0)
     except (OSError, RuntimeError) as error:  # no network, no such file, or no weights under this name

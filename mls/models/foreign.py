@@ -33,6 +33,9 @@ ARRAYS = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("col
 ARRAYS |= {("numpy._core.multiarray", "_reconstruct"), ("numpy._core.numeric", "_frombuffer")}
 ARRAYS |= {("builtins", "bytearray")}
 
+ALONE = " (`mls export FILE --prefix … --to safetensors` writes it alone, for commands without the option)"
+ARCHITECTURE = "name its architecture with --architecture, such as timm:resnet50d"
+
 
 @dataclass(frozen=True)
 class Found:
@@ -118,7 +121,7 @@ def find(tensors: dict[str, Tensor], path: Path, architecture: str | None = None
     for other in learners[1:]:
         if any(not torch.equal(first.state[name], other.state[name]) for name in first.state):
             known = ", ".join(repr(found.prefix) for found in learners)
-            raise CheckpointError(f"{path} holds several networks, behind {known}: say which one with the prefix")
+            raise CheckpointError(f"{path} holds several networks, behind {known}: say which one with --prefix{ALONE}")
     return first
 
 
@@ -181,9 +184,9 @@ def _nothing(tensors: dict[str, Tensor], path: Path, architecture: str | None, p
             near += [(misfits(state, candidate), candidate, where) for candidate in tried]
     if not near:
         names = ", ".join(list(tensors)[:3])
-        return f"{path} holds no network of mls (its names: {names}, …): name its architecture, such as timm:resnet50d"
+        return f"{path} holds no network of mls (its names: {names}, …): {ARCHITECTURE}"
     wrong, candidate, where = min(near, key=lambda one: len(one[0]))
     return (
         f"what {path} holds behind '{where}' is no backbone that mls knows, and {len(wrong)} names away from "
-        f"{candidate} ({', '.join(wrong[:3])}): name its architecture, such as timm:resnet50d, or repair the file"
+        f"{candidate} ({', '.join(wrong[:3])}): {ARCHITECTURE}, or repair the file"
     )

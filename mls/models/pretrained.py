@@ -19,24 +19,39 @@ def build(name: str, weights: str | None) -> Backbone:
     return detach_head(_torchvision(name, weights))
 
 
-def _torchvision(name: str, entry: str | None) -> nn.Module:
-    """A classification network of torchvision, with the published weights of that name or, without one, random."""
+def check_network(name: str) -> None:
     from torchvision import models
 
     known = models.list_models(module=models)
     if name not in known:
         raise unknown_name("torchvision network", name, get_close_matches(name, known, n=8, cutoff=0.3) or known)
-    if entry is None:
-        return models.get_model(name)
+
+
+def published(name: str, entry: str) -> Any:
+    """torchvision's entry for this set of a network's weights; "DEFAULT" stands for the best one."""
+    from torchvision import models
+
+    check_network(name)
     sets = models.get_model_weights(name).__members__
     if entry not in sets:
         raise unknown_name(f"weights of torchvision's {name}", entry, sets)
+    return sets[entry]
+
+
+def _torchvision(name: str, entry: str | None) -> nn.Module:
+    """A classification network of torchvision, with the published weights of that name or, without one, random."""
+    from torchvision import models
+
+    if entry is None:
+        check_network(name)
+        return models.get_model(name)
+    found = published(name, entry)
     try:
-        return models.get_model(name, weights=sets[entry])
+        return models.get_model(name, weights=found)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"torchvision's weights {name}@{sets[entry].name} cannot be had ({str(error).splitlines()[0]}): "
-            f"download {sets[entry].url} into {torch.hub.get_dir()}/checkpoints"
+            f"torchvision's weights {name}@{found.name} cannot be had ({str(error).splitlines()[0]}): "
+            f"download {found.url} into {torch.hub.get_dir()}/checkpoints"
         ) from None
 
 

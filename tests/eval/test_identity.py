@@ -18,7 +18,7 @@ from PIL import Image
 
 from mls.config import AugmentConfig
 from mls.errors import CheckpointError, ConfigError, DataError
-from mls.eval import cells, frozen, load_protocol, load_suite, suites
+from mls.eval import cells, frozen, load_protocol, load_suite, splits, suites
 from mls.eval import suite as suite_module
 from mls.eval.comparison import as_text
 from mls.eval.protocol import fingerprint
@@ -124,27 +124,34 @@ def test_tensors_that_were_just_written_wait_for_their_card(tmp_path: Path) -> N
     assert read(str(folder), "").facts["step"] == 200
 
 
-SPELLINGS = ["random", "resnet_tiny", "random:resnet_tiny", "scratch:mobilenet_v3_small", "random:timm:resnet10t"]
+SPELLINGS = ["resnet_tiny", "random:resnet_tiny", "scratch:mobilenet_v3_small", "random:timm:resnet10t"]
+BACKBONES = ["resnet_tiny", "scratch:resnet18", "torchvision:resnet18", "torchvision:resnet18@IMAGENET1K_V1"]
+BACKBONES += ["timm:resnet10t", "random:resnet18"]
 
 
-@pytest.mark.parametrize("weights", SPELLINGS)
-def test_weights_that_two_seeds_draw_differently_are_stored_as_random(tmp_path: Path, weights: str) -> None:
-    protocol = load_protocol("knn_scenes", [*FEW, "probe.k=[1]"])
-    row = cells.evaluation(protocol, weights).facts()
-    drawn = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        backbone = load_backbone(protocol.model.backbone if weights == "random" else weights)
-        drawn.append(next(backbone.parameters()).detach().clone())
+@pytest.mark.parametrize(
+    ("weights", "backbone"),
+    [*((weights, "resnet_tiny") for weights in SPELLINGS), *(("random", backbone) for backbone in BACKBONES)],
+)
+def test_weights_that_two_seeds_draw_differently_are_stored_as_random(weights: str, backbone: str) -> None:
+    protocol = load_protocol("knn_scenes", [*FEW, f"model.backbone={backbone}"])
+    name = cells.evaluation(protocol, weights).facts()["weights"]
+    train = splits.load(protocol.data).train
+    drawn = [next(frozen.build_backbone(protocol, weights, seed, train).parameters()).detach() for seed in (0, 1)]
     assert not torch.equal(*drawn)
-    assert row["weights"].startswith("random:")
+    assert name.startswith("random:")
 
 
 def test_one_network_has_one_name() -> None:
     same = ["random", "resnet_tiny", "random:resnet_tiny"]
     assert {public_name(weights, "resnet_tiny") for weights in same} == {"random:resnet_tiny"}
     assert len({read(weights, "resnet_tiny").hash for weights in same}) == 1
-    assert read("torchvision:resnet18", "").name == "torchvision:resnet18"
+    published = ["torchvision:resnet18", "torchvision:resnet18@DEFAULT", "torchvision:resnet18@IMAGENET1K_V1"]
+    assert {read(weights, "").name for weights in published} == {"torchvision:resnet18@IMAGENET1K_V1"}
+    assert read("timm:resnet10t", "").name == "timm:resnet10t.c3_in1k"
+    for wrong in ("runs/mine", "resnet5O", "pretrain:mls_scenes_tiny"):
+        with pytest.raises(ConfigError, match="unknown"):
+            read("random", wrong)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +161,10 @@ def test_one_network_has_one_name() -> None:
         ("resnet5O", "neither a run folder nor a file: did you mean resnet50"),
         ("torchvison:resnet50", "did you mean 'torchvision'"),
         ("torchvision:resnet5O", "did you mean 'resnet50'"),
+        ("torchvision:resnet50@IMAGENET1K_V3", "did you mean 'IMAGENET1K_V2'"),
+        ("random:resnet5O", "did you mean 'resnet50'"),
+        ("timm:resnet10tt", "did you mean 'resnet10t'"),
+        ("random:timm:resnet10tt", "did you mean 'resnet10t'"),
         ("pretrain:mls_scenes_tinny", "did you mean 'mls_scenes_tiny'"),
     ],
 )

@@ -24,7 +24,7 @@ from mls.engine import Run
 from mls.errors import Stopped, UserError
 from mls.recipes import applicable
 from mls.tools.charts import BOTTOM, LEFT, RIGHT, TOP, chart
-from mls.tools.report import Card, picture, report
+from mls.tools.report import Card, _cost, _from_recipe, picture, report
 
 SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2
 objective.warmup_epochs=0 monitor.knn_every_epochs=1
@@ -246,6 +246,27 @@ def test_a_recipe_of_one_s_own_is_not_compared(run: Run, tmp_path: Path) -> None
     text = (own.path / "config.yaml").read_text().replace("recipe: mls_scenes_tiny", "recipe: my_own")
     (own.path / "config.yaml").write_text(text)
     assert "unknown, because the recipe does not ship with mls" in page_of(own).text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "steps", "other"),
+    [
+        (["run.seed=3", "data.root=/my/coco", "engine.checkpoint_every=9", "monitor.log_every=3"], 184_800, ""),
+        (["optim.epochs=100"], 46_200, "optim.epochs is changed"),
+        (["data.limit=50000", "model.backbone=resnet18"], 78_000, "data.limit, model.backbone are changed"),
+        ([], 1_600, "its data make 1,600 steps, not 184,800"),
+        ([], None, "how many images it has is not known yet"),
+    ],
+)
+def test_what_a_recipe_expects_stands_only_beside_runs_that_are_the_recipe(
+    overrides: list[str], steps: int | None, other: str
+) -> None:
+    config = mls.load_config("mls_coco_r50", overrides)
+    card = Card("run", Run(Path("run")), config, [], from_recipe=_from_recipe(config))
+    notes = dict(_cost(card, 100, steps))
+    assert list(notes) == ["Cost", "Expected"]
+    for text, own in zip(notes.values(), ("118,287 images", "40.1 box AP"), strict=True):
+        assert text == f"the recipe's is not for this run: {other}" if other else own in text
 
 
 @given(st.integers(8, 400))

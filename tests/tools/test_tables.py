@@ -14,7 +14,7 @@ from mls.eval import cells, load_suite
 from mls.eval import suite as suite_module
 from mls.eval.cells import evaluation
 from mls.eval.comparison import as_text, difference
-from mls.eval.suite import Part, chosen_rows, paper_row_of, row_of_weights
+from mls.eval.suite import Part, chosen_rows, paper_row_of
 from mls.models import load_backbone, save_backbone
 from mls.results import Results
 
@@ -52,15 +52,16 @@ def saved(folder: Path, method: str) -> str:
 def test_a_run_of_the_user_is_compared_with_the_papers_row_of_its_method_or_its_label(tmp_path: Path) -> None:
     suite = load_suite("paper_classification")
     run = saved(tmp_path / "some run", "moco_v2")
-    assert row_of_weights(run).name == "ours: some run"
-    paper = paper_row_of(row_of_weights(run), suite)
+    row_of = lambda *weights: chosen_rows(suite, weights, False, ())[-1]
+    assert row_of(run).name == "ours: some run"
+    paper = paper_row_of(row_of(run), suite)
     assert paper is not None and paper.name == "MoCo-v2"
-    labelled = row_of_weights(f"DenseCL={run}")
+    labelled = row_of(f"DenseCL={run}")
     assert labelled.name == "ours: DenseCL" and labelled.weights == run
-    assert paper_row_of(row_of_weights("torchvision:resnet50"), suite) is None
-    assert row_of_weights("torchvision:resnet50@IMAGENET1K_V2").weights == "torchvision:resnet50@IMAGENET1K_V2"
+    assert paper_row_of(row_of("torchvision:resnet50"), suite) is None
+    assert row_of("torchvision:resnet50@IMAGENET1K_V2").weights == "torchvision:resnet50@IMAGENET1K_V2"
     with pytest.raises(CheckpointError, match="holds no backbone"):
-        row_of_weights(str(tmp_path))
+        row_of(str(tmp_path))
     with pytest.raises(CheckpointError, match="nowhere is neither a run folder nor a file"):
         chosen_rows(suite, [f"MLS={tmp_path / 'nowhere'}"], True, ())
 

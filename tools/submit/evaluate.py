@@ -105,7 +105,7 @@ def plan(
     suite = suites.load_suite(name)
     tasks: dict[str, Task] = {}
     for column in suite.tiny if tiny else suite.columns:
-        for row in suites.chosen_rows(suite, weights, tiny, only):
+        for row in suites.chosen_rows(suite, weights, tiny, only, overrides):
             if row.choose and not tiny:
                 call = {"suite": _absolute(name), "weights": list(weights), "only": row.made_of or row.name}
                 call |= {"seeds": seeds, "overrides": list(overrides), "root": str(root)}
