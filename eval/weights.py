@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -85,8 +85,10 @@ def _read(
     if architecture or prefix or not card:  # of somebody else: one network of those that the file may hold
         tensors, card = extracted(file, architecture, prefix)
         file = file.with_suffix(".safetensors")
-    name = f"{weights} ({prefix})" if prefix else weights
-    return Weights(name, digest.hexdigest()[:16], weights, file, tensors, card)
+    found = Weights(weights, digest.hexdigest()[:16], weights, file, tensors, card)
+    origin = str(found.facts.get("origin", ""))  # random weights stay random in a file that was exported
+    note = prefix or (origin if origin.startswith("random:") else "")
+    return replace(found, name=f"{weights} ({note})") if note else found
 
 
 def _written(file: Path) -> tuple[int, int]:

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from mls.exporting import Checked
 
 TARGETS = "Some of torchvision, timm, detectron2, mmseg, safetensors; default: all that have such a network."
-WEIGHTS = "A run folder, or a checkpoint of MoCo, MoCo-v3, DenseCL, solo-learn, lightly, torchvision, timm, detectron2."
+WEIGHTS = "A run, a checkpoint of MoCo, MoCo-v3, DenseCL, solo-learn, lightly, timm, …, or a name: torchvision:resnet50."
 ARCHITECTURE = "Where it cannot be found in the file: resnet50, timm:vit_base_patch16_224, …"
 PREFIX = "Where a file holds several networks: module.encoder_q"
 
 
 def export(
-    weights: Annotated[Path, typer.Argument(metavar="RUN|FILE", help=WEIGHTS)],
+    weights: Annotated[str, typer.Argument(metavar="RUN|FILE|NAME", help=WEIGHTS)],
     to: Annotated[str | None, typer.Option(help=TARGETS)] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/export, or export beside FILE.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/export, export beside FILE, or ./export.")] = None,
     architecture: Annotated[str | None, typer.Option(help=ARCHITECTURE)] = None,
     prefix: Annotated[str | None, typer.Option(help=PREFIX)] = None,
 ) -> None:

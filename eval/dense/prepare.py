@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import Dense, DenseData, Detection, Segmentation
 from mls.exporting.source import Source
-from mls.models import card_of, load_backbone, save_backbone, untrained, weights_file
+from mls.models import card_of, load_backbone, untrained
 from mls.models.backbones import Backbone
 from mls.streams import derive
 
@@ -68,13 +67,8 @@ def backbone_name(protocol: Dense, weights: str) -> str:
     return untrained(protocol.model.backbone) if weights == "random" else weights
 
 
-def backbone_source(protocol: Dense, weights: str, seed: int, folder: Path) -> Source:
-    """The same backbone for the exporters: a backbone that has no file is written into the folder first."""
-    wanted = backbone_name(protocol, weights)
-    if weights_file(wanted) is not None:
-        return Source.open(wanted)
-    wanted = wanted.removeprefix("random:")
-    architecture = wanted if wanted.startswith("timm:") else wanted.rpartition(":")[2].partition("@")[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    save_backbone(folder, build_backbone(protocol, weights, seed)[0], {"architecture": architecture}, AugmentConfig())
-    return Source.open(folder)
+def backbone_source(protocol: Dense, weights: str, seed: int) -> Source:
+    """The same backbone for the exporters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "init"))
+        return Source.open(backbone_name(protocol, weights))

@@ -51,7 +51,7 @@ def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[
     learnt = len(data.train.with_objects())
     if not learnt:
         raise DataError(f"none of the {len(data.train)} training images has an object: give others with data.root")
-    source = backbone_source(protocol, weights, seed, state / "backbone")
+    source = backbone_source(protocol, weights, seed)
     refuse_unknown_to_detectron2(protocol, source)
     if distributed.rank() == 0:
         state.mkdir(parents=True, exist_ok=True)

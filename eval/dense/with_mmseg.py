@@ -66,7 +66,7 @@ def run(
 def write_backbone(protocol: Segmentation, weights: str, seed: int, state: Path) -> Start:
     """Called in the first process."""
     state.mkdir(parents=True, exist_ok=True)
-    source = backbone_source(protocol, weights, seed, state)
+    source = backbone_source(protocol, weights, seed)
     try:
         to_mmseg.write(source, state, state)
     except NoCounterpart:

@@ -18,6 +18,7 @@ from mls.exporting import to_detectron2, to_mmseg, to_safetensors, to_timm, to_t
 from mls.exporting.certify import Loaded, certificate, certify
 from mls.exporting.source import NoCounterpart, Source
 from mls.files import sha256, sync_folder, telling_disk_errors
+from mls.models import weights_file
 from mls.plugins import Registry, load_installed
 
 
@@ -90,13 +91,15 @@ def export(
     prefix: str | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Checked]:
-    """Write the backbone of a run or a checkpoint for other programs, by default for all that have such a network, into
-    `RUN/export`. All files are checked; after an error none is written."""
+    """Write the backbone of a run, a checkpoint or a name for other programs, by default for all that have such a
+    network, into `RUN/export`. All files are checked; after an error none is written."""
     load_installed()
     for name in to or ():
         TARGETS[name]  # a wrong name is told before anything is read
+    if ":" not in str(weights) and weights_file(weights) is None:  # its random weights are asked for as random:NAME
+        raise CheckpointError(f"{weights} is neither a run folder nor a file: give one, or a name as torchvision:resnet50")
     source = Source.open(weights, architecture, prefix)
-    if "origin" in source.card:
+    if "origin" in source.card and source.path.is_file():
         say(f"{source.path} holds {source.card['origin']}; mean and std are taken to be ImageNet's")
     final = Path(out).expanduser() if out else source.path.parent / "export"
     checked = []

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from mls.errors import CheckpointError
 from mls.files import sha256
 from mls.frameworks.resnet_plan import NoCounterpart, ResNetPlan
-from mls.models import foreign, load_backbone, weights_file
+from mls.frozen.features import hash_of_weights
+from mls.models import backbones, card_of_name, foreign, load_backbone, weights_file
 from mls.models.backbones import RESNETS, Backbone
 
 Pixels = UInt8[Tensor, "batch 3 height width"]  # RGB
@@ -26,20 +27,20 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 @dataclass(frozen=True)
 class Source:
-    """The backbone of a run or of a file."""
+    """The backbone of a run or a file, or one with a name."""
 
     backbone: Backbone
-    path: Path
+    path: Path  # or the name
     card: dict[str, Any]
     plan: ResNetPlan | None  # if its layers are those of one of torchvision's ResNets
 
     @classmethod
     def open(cls, weights: str | Path, architecture: str | None = None, prefix: str | None = None) -> Source:
         path = weights_file(weights)
-        if path is None:
+        if path is None and ":" not in str(weights) and str(weights) not in backbones.names():
             raise CheckpointError(f"{weights} is neither a run folder nor a file: give what is to be exported")
-        backbone = load_backbone(path, architecture, prefix)
-        card = backbone.card
+        backbone = load_backbone(weights, architecture, prefix)
+        card, path = (backbone.card, path) if path else (card_of_name(str(weights)), Path(weights))
         plan = None
         if card["architecture"].removeprefix("timm:") in RESNETS:
             name = card["architecture"].removeprefix("timm:")
@@ -68,7 +69,8 @@ class Source:
         return [round(255 * value, 3) for value in self.card["std"]]
 
     def facts(self) -> dict[str, Any]:
-        wanted = {"path": str(self.path), "sha256": sha256(self.path), "architecture": self.architecture}
+        digest = sha256(self.path) if self.path.is_file() else hash_of_weights(self.backbone)
+        wanted = {"path": str(self.path), "sha256": digest, "architecture": self.architecture}
         return {**wanted, "mean": self.card["mean"], "std": self.card["std"], "origin": self.card.get("origin", "mls")}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from mls.exporting.certify import Loaded
-from mls.exporting.source import Source
+from mls.exporting.source import NoCounterpart, Source
+from mls.models import backbones
 
 FILE = "backbone.safetensors"
 RECIPE = "backbone.json"
@@ -15,6 +16,8 @@ RECIPE = "backbone.json"
 def write(source: Source, folder: Path, final: Path) -> list[str]:
     from safetensors.torch import save_file
 
+    if not source.architecture.startswith("timm:") and source.architecture not in backbones.names():
+        raise NoCounterpart(f"mls itself does not build {source.architecture} from a file: give timm's network of that kind")
     state = {name: tensor.contiguous() for name, tensor in source.backbone.state_dict().items()}
     save_file(state, folder / FILE)
     facts = {**source.card, "feature_dim": source.backbone.feature_dim}

@@ -29,6 +29,7 @@ __all__ = [
     "build_pair",
     "card",
     "card_of",
+    "card_of_name",
     "check_name",
     "extracted",
     "load_backbone",
@@ -170,6 +171,16 @@ def card_of(weights: str | Path) -> dict[str, Any] | None:
         return backbones.timm_card(str(weights).removeprefix("timm:"))
     file = weights_file(weights)
     return None if file is None else card(file)
+
+
+def card_of_name(name: str) -> dict[str, Any]:
+    """What is known of the weights that have this name: of published ones their input, of others the field's usual."""
+    full = published_name(name)
+    network = full.removeprefix("random:").removeprefix("scratch:").removeprefix("torchvision:").partition("@")[0]
+    network = network.partition(".")[0] if network.startswith("timm:") else network
+    usual = AugmentConfig()
+    facts = {"input_size": usual.size, "mean": list(usual.mean), "std": list(usual.std)}
+    return facts | (card_of(full) or {}) | {"architecture": network, "origin": full}
 
 
 def extracted(file: Path, architecture: str | None, prefix: str | None) -> tuple[bytes, bytes]:

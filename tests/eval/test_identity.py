@@ -15,19 +15,28 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from mls.config import AugmentConfig
+from mls.config import AugmentConfig, DataConfig
+from mls.data.sources import build_source
 from mls.errors import CheckpointError, ConfigError, DataError
-from mls.eval import cells, frozen, load_protocol, load_suite, splits, suites
+from mls.eval import cells, extraction, frozen, load_protocol, load_suite, splits, suites
 from mls.eval import suite as suite_module
 from mls.eval.comparison import as_text
+from mls.eval.extraction import features_of
+from mls.eval.pretraining import Pretraining
 from mls.eval.protocol import fingerprint
 from mls.eval.suite import Part, Row, chosen_rows, plan
 from mls.eval.weights import public_name, read
+from mls.exporting import export
 from mls.files import sha256
+from mls.frozen.features import hash_of_images, hash_of_weights
 from mls.models import load_backbone, save_backbone
+from mls.recipes import load_config
 from mls.results import Results
+from mls.tools.cli import app
 
+VIT = "test_vit"  # 0.4 million parameters
 FEW = ["data.scenes.count=120", "data.scenes.test_count=40"]
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -88,6 +97,34 @@ def test_a_changed_folder_is_other_data(tmp_path: Path, change: str) -> None:
     assert of_folder(again).key != key
 
 
+def test_another_image_under_the_same_name_gets_features_of_its_own(tmp_path: Path) -> None:
+    source = build_source(DataConfig(root=str(birds(tmp_path / "a", 0) / "train")))
+    before = hash_of_images(source)
+    image = tmp_path / "a/train/ant/3.png"
+    image.write_bytes(image.read_bytes() + b"\0")
+    assert hash_of_images(source) != before
+
+
+def test_augmented_passes_of_another_augmentation_are_other_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    monkeypatch.setattr(extraction, "cached_features", lambda facts, *rest: keys.append(str(facts)) or rest[1](0))
+    for change in ("augment.flip=0.5", "augment.jitter=0.8", "augment.blur=0.5"):
+        protocol = load_protocol("linear_scenes", [*FEW, change])
+        with pytest.raises(AttributeError):
+            features_of(load_backbone("resnet_tiny"), splits.load(protocol.data).train, protocol, number=1)
+    assert len(set(keys)) == 3
+
+
+def test_a_pretraining_run_belongs_to_the_images_it_learnt_from(tmp_path: Path) -> None:
+    config = load_config("mls_folder_r50", [f"data.root={birds(tmp_path / 'a', 0)}"])
+    first = cells.config_hash(config)
+    (tmp_path / "a/train/ant/0.png").unlink()
+    cells._images_of.cache_clear()  # what was listed once in a process is listed
+    assert cells.config_hash(config) != first
+    cell = Pretraining("MLS", "mls_folder_r50", [f"data.root={tmp_path / 'a'}"])
+    assert cells.config_hash(config) in replace(cell, seed=config.run.seed).name
+
+
 # ------------------------------------------------------------------------------------------------------ the weights
 
 
@@ -140,6 +177,48 @@ def test_weights_that_two_seeds_draw_differently_are_stored_as_random(weights: s
     drawn = [next(frozen.build_backbone(protocol, weights, seed, train).parameters()).detach() for seed in (0, 1)]
     assert not torch.equal(*drawn)
     assert name.startswith("random:")
+
+
+def checkpoint(file: Path, **networks: str) -> Path:
+    """Of another program: vision transformers of a few channels behind prefixes, each drawn anew."""
+    timm = pytest.importorskip("timm")
+    state = {}
+    for number, (prefix, network) in enumerate(networks.items()):
+        torch.manual_seed(number)
+        drawn = timm.create_model(network, num_classes=0).state_dict()
+        state |= {f"{prefix}.{name}": tensor for name, tensor in drawn.items()}
+    torch.save({"state_dict": state}, file)
+    return file
+
+
+def test_a_transformers_file_is_measured_where_its_architecture_is_named(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path / "mae.pth", first=VIT, second=VIT)
+    command = ["eval", "run", "knn_scenes", *FEW, "probe.k=[1]", "--weights", str(file), "--out", str(tmp_path)]
+    call = lambda *more: CliRunner().invoke(app, [*command, *more], catch_exceptions=False).stdout
+    with pytest.raises(CheckpointError, match="name its architecture with --architecture"):
+        call()
+    with pytest.raises(CheckpointError, match=r"behind 'first\.', 'second\.': say which one with --prefix"):
+        call("--architecture", f"timm:{VIT}")
+    for prefix in ("first", "second"):
+        assert f"weights {file} ({prefix})\n" in call("--architecture", f"timm:{VIT}", "--prefix", prefix)
+    rows = Results(tmp_path / "results.jsonl").rows(metric="scenes/map")
+    assert len({row["weights_hash"] for row in rows}) == len({row["cell"] for row in rows}) == 2
+    assert rows[0]["value"] != rows[1]["value"]
+
+
+def test_what_is_evaluated_is_the_network_that_was_named(tmp_path: Path) -> None:
+    file = checkpoint(tmp_path / "mae.pth", first=VIT, second=VIT)
+    own = load_backbone(file, f"timm:{VIT}", "second")
+    placed = read(str(file), "", f"timm:{VIT}", "second").placed(tmp_path)
+    assert hash_of_weights(load_backbone(placed)) == hash_of_weights(own)
+    assert hash_of_weights(load_backbone(file, f"timm:{VIT}", "first")) != hash_of_weights(own)
+    with pytest.raises(ConfigError, match="says itself which network it is: leave out --architecture"):
+        read("torchvision:resnet18", "", "resnet18")
+
+
+def test_random_weights_that_were_exported_are_still_called_random(tmp_path: Path) -> None:
+    export("random:resnet_tiny", ["safetensors"], tmp_path)
+    assert read(str(tmp_path / "backbone.safetensors"), "").name.endswith("backbone.safetensors (random:resnet_tiny)")
 
 
 def test_one_network_has_one_name() -> None:
@@ -255,6 +334,32 @@ def test_a_row_without_weights_shows_the_papers_numbers_alone_and_plan_refuses_a
         plan(suite, replace(rows["MLS"], ours=True), suite.columns[0], 1, ())
     with pytest.raises(ConfigError, match="names a network and has no weights"):
         plan(load_suite("paper_two_way"), Row("BCE, ResNet50", network="ResNet50"), suite.columns[0], 1, ())
+
+
+def names(suite: str, weights: list[str], tiny: bool = False, overrides: list[str] | None = None) -> list[str]:
+    loaded = load_suite(suite)
+    columns = loaded.tiny if tiny else loaded.columns
+    rows = chosen_rows(loaded, weights, tiny, (), overrides or ())
+    networks = {row.name: plan(loaded, row, columns[0], 1, overrides or ())[0].source.name for row in rows if row.ours}
+    assert len(networks) == len([row for row in rows if row.ours])  # no two networks share a row
+    return list(networks)
+
+
+def test_a_row_names_its_network_also_under_overrides_labels_and_paths_that_end_alike(tmp_path: Path) -> None:
+    assert names("paper_two_way", [], True, ["model.backbone=resnet18"])[0] == "Softmax, random:resnet18"
+    assert names("paper_two_way", ["random:resnet18"])[0] == "Softmax, random:resnet18"
+    assert names("paper_two_way", ["mine=torchvision:resnet18"])[0] == "Softmax, mine"
+    assert names("paper_dense", ["MLS=random:resnet18", "resnet_tiny"])[-2:] == [
+        "ours: MLS (random:resnet18)",
+        "ours: random:resnet_tiny",
+    ]
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+    runs = [saved(tmp_path / "a" / "run", 0, 1), saved(tmp_path / "b" / "run", 1, 1)]
+    assert names("paper_dense", runs)[-2:] == [f"ours: {run}" for run in runs]
+    assert names("paper_dense", [runs[0], runs[0]])[-1] == "ours: run"
+    with pytest.raises(ConfigError, match="model.weights would run rows on another network than they name"):
+        names("paper_spml", [], False, [f"model.weights={runs[0]}"])
 
 
 def test_a_row_names_the_network_in_the_place_of_the_papers() -> None:

@@ -80,7 +80,7 @@ def test_what_detectron2_has_no_setting_for_is_refused_as_the_protocol_is_read(o
 )
 def test_a_backbone_that_detectron2_has_not_is_refused(backbone: str, sentence: str, tmp_path: Path) -> None:
     protocol = load_protocol("coco_c4_1x", ["backend=detectron2", f"model.backbone={backbone}"])
-    source = backbone_source(protocol, "random", 0, tmp_path)
+    source = backbone_source(protocol, "random", 0)
     with pytest.raises(ConfigError, match=sentence):
         refuse_unknown_to_detectron2(protocol, source)
 

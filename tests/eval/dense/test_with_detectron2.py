@@ -169,7 +169,7 @@ def test_the_network_starts_from_all_of_the_backbone(neck: str, depth: int, tmp_
     anchors = "model.anchors=[8,12,18,27]"
     protocol = scenes(f"model.neck={neck}", f"model.backbone=scratch:resnet{depth}", anchors)
     held = training(protocol, tmp_path).network.state_dict()
-    source = backbone_source(protocol, "random", 0, tmp_path / "again")
+    source = backbone_source(protocol, "random", 0)
     for name, tensor in source.tensors().items():
         place = to_detectron2(name)
         if neck == "c4" and place.startswith("res5"):
