@@ -107,8 +107,8 @@ def table_of(found: Mapping[str, Sequence[Measured]], heading: str, columns: Seq
     measured = [one for seeds in found.values() for one in seeds]
     dates = sorted(one.date for one in measured if one.stored_before)
     if dates:
-        note += f"; {len(dates)} of {len(measured)} runs: measured on {' to '.join(dict.fromkeys((dates[0], dates[-1])))}"
-        note += ", not run again (another --out runs all)"
+        days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        note += f"; {len(dates)} of {len(measured)} runs: measured on {days}, not run again (another --out runs all)"
     return Table([heading], columns, [Row([name], values_over_seeds(seeds)) for name, seeds in found.items()], note)
 
 

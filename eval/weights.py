@@ -75,9 +75,7 @@ def read(weights: str, backbone: str, architecture: str | None = None, prefix: s
 
 
 @lru_cache(maxsize=1)  # the cells of a suite share it
-def _read(
-    weights: str, file: Path, written: tuple[int, int], architecture: str | None, prefix: str | None
-) -> Weights:
+def _read(weights: str, file: Path, written: tuple[int, int], architecture: str | None, prefix: str | None) -> Weights:
     tensors, beside = file.read_bytes(), file.with_suffix(".json")
     card, digest = beside.read_bytes() if beside.is_file() else b"", hashlib.sha256(tensors)
     if architecture or prefix:

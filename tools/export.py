@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from mls.exporting import Checked
 
 TARGETS = "Some of torchvision, timm, detectron2, mmseg, safetensors; default: all that have such a network."
-WEIGHTS = "A run, a checkpoint of MoCo, MoCo-v3, DenseCL, solo-learn, lightly, timm, …, or a name: torchvision:resnet50."
+WEIGHTS = (
+    "A run, a checkpoint of MoCo, MoCo-v3, DenseCL, solo-learn, lightly, timm, …, or a name: torchvision:resnet50."
+)
 ARCHITECTURE = "Where it cannot be found in the file: resnet50, timm:vit_base_patch16_224, …"
 PREFIX = "Where a file holds several networks: module.encoder_q"
 

@@ -167,7 +167,9 @@ def _not_the_recipes(card: Card, of_recipe: dict[str, str], total: int | None) -
     steps = re.search(r"([\d,]+) steps of", of_recipe["Cost"])
     if steps is None or total == int(steps[1].replace(",", "")):
         return ""
-    return "how many images it has is not known yet" if total is None else f"its data make {total:,} steps, not {steps[1]}"
+    return (
+        "how many images it has is not known yet" if total is None else f"its data make {total:,} steps, not {steps[1]}"
+    )
 
 
 def _from_recipe(config: Config) -> list[tuple[str, Any, Any]] | str:

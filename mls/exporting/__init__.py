@@ -97,7 +97,9 @@ def export(
     for name in to or ():
         TARGETS[name]  # a wrong name is told before anything is read
     if ":" not in str(weights) and weights_file(weights) is None:  # its random weights are asked for as random:NAME
-        raise CheckpointError(f"{weights} is neither a run folder nor a file: give one, or a name as torchvision:resnet50")
+        raise CheckpointError(
+            f"{weights} is neither a run folder nor a file: give one, or a name as torchvision:resnet50"
+        )
     source = Source.open(weights, architecture, prefix)
     if "origin" in source.card and source.path.is_file():
         say(f"{source.path} holds {source.card['origin']}; mean and std are taken to be ImageNet's")

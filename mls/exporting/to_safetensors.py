@@ -17,7 +17,9 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
     from safetensors.torch import save_file
 
     if not source.architecture.startswith("timm:") and source.architecture not in backbones.names():
-        raise NoCounterpart(f"mls itself does not build {source.architecture} from a file: give timm's network of that kind")
+        raise NoCounterpart(
+            f"mls itself does not build {source.architecture} from a file: give timm's network of that kind"
+        )
     state = {name: tensor.contiguous() for name, tensor in source.backbone.state_dict().items()}
     save_file(state, folder / FILE)
     facts = {**source.card, "feature_dim": source.backbone.feature_dim}

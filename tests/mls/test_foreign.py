@@ -166,7 +166,7 @@ def test_a_vision_transformer_is_read_where_its_architecture_is_named(tmp_path: 
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0)
     state = {f"module.base_encoder.{name}": tensor for name, tensor in vit.state_dict().items()}
     torch.save({"state_dict": {**state, "module.base_encoder.head.0.weight": torch.zeros(4, 192)}}, tmp_path / "v3.pth")
-    with pytest.raises(CheckpointError, match="name its architecture, such as timm:"):
+    with pytest.raises(CheckpointError, match="name its architecture with --architecture, such as timm:"):
         load_backbone(tmp_path / "v3.pth")
     backbone = load_backbone(tmp_path / "v3.pth", architecture="timm:vit_tiny_patch16_224")
     images = torch.rand(1, 3, 224, 224)
