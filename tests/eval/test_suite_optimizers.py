@@ -84,6 +84,21 @@ def test_every_row_of_a_suite_learns_with_its_own_optimizer(name: str) -> None:
     assert not wrong
 
 
+def test_protocols_outside_the_suites_learn_with_their_own_optimizer() -> None:
+    in_suites = {column.protocol for name in suites() for column in load_suite(name).columns}
+    wrong = {}
+    for name in set(protocols()) - in_suites:
+        protocol = load_protocol(name)
+        if not isinstance(protocol, Supervised):
+            continue
+        if protocol.training.loss == "hml":  # whose adaptive term moves scale and margin, not the network
+            protocol = load_protocol(name, ["training.options.adaptive=false"])
+        values = losses_of_steps(protocol)
+        if not all(map(math.isfinite, values)) or values[-1] >= values[0]:
+            wrong[name] = values
+    assert wrong == {}
+
+
 @pytest.mark.parametrize("name", ["two_way_vaw", "two_way_wider"])
 def test_every_loss_of_a_table_leaves_out_what_nobody_annotated(name: str) -> None:
     for row in load_suite("paper_two_way").rows:
