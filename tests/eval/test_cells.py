@@ -80,7 +80,9 @@ def test_studies_of_version_0_1_are_read(tmp_path: Path) -> None:
     found = Pretraining("MoCo-v2", "moco_v2_scenes_tiny", FEW).finish(tmp_path)
     assert found.stored_before and found.row["run"] == "MoCo-v2-seed0-00000000"
     assert found.values == {"linear": 0.5125, "knn": 0.42, "overlap": 0.25}
-    assert "| MoCo-v2  | 51.2       | 42.0    |" in render(table_of({"MoCo-v2": [found]}, "backbone", PROBES, ""))
+    text = render(table_of({"MoCo-v2": [found]}, "backbone", PROBES, ""))
+    assert "| MoCo-v2  | 51.2       | 42.0    |" in text
+    assert f"1 of 1 runs: measured on {found.date}, not run again (another --out runs all)" in text
 
 
 def test_imported_plugins_do_not_change_what_a_configuration_is_known_by() -> None:

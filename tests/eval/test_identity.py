@@ -23,6 +23,7 @@ from mls.errors import CheckpointError, ConfigError, DataError
 from mls.eval import cells, extraction, frozen, load_protocol, load_suite, splits, suites
 from mls.eval import suite as suite_module
 from mls.eval.comparison import as_text
+from mls.eval.dense.prepare import backbone_source
 from mls.eval.extraction import features_of
 from mls.eval.pretraining import Pretraining
 from mls.eval.protocol import fingerprint
@@ -31,7 +32,7 @@ from mls.eval.weights import public_name, read
 from mls.exporting import export
 from mls.files import sha256
 from mls.frozen.features import hash_of_images, hash_of_weights
-from mls.models import load_backbone, save_backbone
+from mls.models import backbones, load_backbone, save_backbone
 from mls.recipes import load_config
 from mls.results import Results
 from mls.tools.cli import app
@@ -221,6 +222,16 @@ def test_random_weights_that_were_exported_are_still_called_random(tmp_path: Pat
     assert read(str(tmp_path / "backbone.safetensors"), "").name.endswith("backbone.safetensors (random:resnet_tiny)")
 
 
+def test_other_back_ends_take_the_statistics_of_published_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    network, half = backbones.timm_network, {"mean": [0.5] * 3, "std": [0.25] * 3}
+    monkeypatch.setattr(backbones, "timm_network", lambda name, published=False: network(name))
+    monkeypatch.setattr(backbones, "timm_card", lambda name: {"architecture": f"timm:{name}", **half})
+    source = backbone_source(load_protocol("coco_fpn_1x"), "timm:resnet18.a1_in1k", 0)
+    assert source.mean == [127.5] * 3 and source.std == [63.75] * 3
+    assert source.plan is not None and source.facts()["origin"] == "timm:resnet18.a1_in1k"
+
+
 def test_one_network_has_one_name() -> None:
     same = ["random", "resnet_tiny", "random:resnet_tiny"]
     assert {public_name(weights, "resnet_tiny") for weights in same} == {"random:resnet_tiny"}
@@ -285,12 +296,17 @@ def test_numbers_of_version_0_1_are_found_where_their_data_cannot_be_others(tmp_
     def store(protocol: object, given: str, task: str) -> None:
         name = hashlib.sha256(given.encode()).hexdigest()[:16]
         key = hashlib.sha256(f"{fingerprint(protocol)}/{name}/0".encode()).hexdigest()[:12]
-        row = {"cell": key, "metrics": 1, "validation": 0.5, "selection": "", "run": "old", "weights": given}
-        Results(tmp_path / "results.jsonl").add(metric=f"{task}/map", value=0.25, **row)
+        row = {"cell": key, "metrics": 2, "validation": 0.5, "selection": "", "run": "old", "weights": given}
+        for metric in ("map", "map_11pt"):
+            Results(tmp_path / "results.jsonl").add(metric=f"{task}/{metric}", value=0.25, **row)
 
     scenes = load_protocol("knn_scenes", [*FEW, "probe.k=[1]"])
     store(scenes, "random", "scenes")
-    assert cells.run(scenes, "random", root=tmp_path) == {"map": 0.25}
+    assert cells.run(scenes, "random", root=tmp_path) == {"map": 0.25}  # 11 points had other thresholds
+    for loss, known in (("em", True), ("hml", False)):  # whose margin stood still
+        weak = load_protocol("spml_scenes", [*FEW, f"training.loss={loss}"])
+        store(weak, "random", "scenes")
+        assert (cells.evaluation(weak, "random").stored(tmp_path) is not None) == known
     timm = cells.evaluation(scenes, "timm:resnet10t")
     store(scenes, "timm:resnet10t", "scenes")  # random weights under a published name
     assert timm.stored(tmp_path) is None
