@@ -27,7 +27,7 @@ from mls.eval.dense.prepare import backbone_source
 from mls.eval.extraction import features_of
 from mls.eval.pretraining import Pretraining
 from mls.eval.protocol import fingerprint
-from mls.eval.suite import Part, Row, chosen_rows, plan
+from mls.eval.suite import Column, Part, Row, Suite, chosen_rows, plan
 from mls.eval.weights import public_name, read
 from mls.exporting import export
 from mls.files import sha256
@@ -376,6 +376,19 @@ def test_a_row_names_its_network_also_under_overrides_labels_and_paths_that_end_
     assert names("paper_dense", [runs[0], runs[0]])[-1] == "ours: run"
     with pytest.raises(ConfigError, match="model.weights would run rows on another network than they name"):
         names("paper_spml", [], False, [f"model.weights={runs[0]}"])
+
+
+def test_several_weights_with_one_label_are_each_measured(tmp_path: Path) -> None:
+    """Also in columns that share a training."""
+    columns = [Column("mAP", "knn_scenes"), Column("F1", "knn_scenes", metric="f1")]
+    runs = [saved(tmp_path / name, seed, 1) for seed, name in enumerate("ab")]
+    part = Part([f"MLS={run}" for run in runs], seeds=1, overrides=[*FEW, "probe.k=[3]"])
+    found = suite_module.run(Suite(compares="backbones", columns=columns), tmp_path, part)
+    rows = {name: Results(tmp_path / "results.jsonl").rows(metric=f"scenes/{name}") for name in ("map", "f1")}
+    for column, name in (("mAP", "map"), ("F1", "f1")):
+        assert found.values["ours: MLS", column] == [row["value"] for row in rows[name]]
+        assert len({row["weights_hash"] for row in rows[name]}) == 2
+    assert len(set(found.values["ours: MLS", "mAP"])) == 2
 
 
 def test_a_row_names_the_network_in_the_place_of_the_papers() -> None:
