@@ -26,7 +26,7 @@ from mls.engine.events import versions
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
 from mls.engine.session import Saving, Session
-from mls.errors import DataError, DivergedError, Stopped
+from mls.errors import CheckpointError, DataError, DivergedError, Stopped
 from mls.files import write_atomically
 from mls.models import Encoder, save_backbone
 from mls.models.momentum import HALF, precision_on
@@ -291,6 +291,7 @@ class Trainer:
             "unreadable": self.unreadable,
             "bad_steps": self.bad_steps,
             "decided": self.decided,
+            "images": len(self.source),
             "versions": versions(),
         }
 
@@ -320,6 +321,11 @@ class Trainer:
         state = self.session.restore()
         if state is not None:
             refuse_another_configuration(from_dict(state["config"]), self.config, self.run.checkpoints)
+            if (images := state.get("images", len(self.source))) != len(self.source):
+                raise CheckpointError(
+                    f"the checkpoint in {self.run.checkpoints} learnt from {images:,} images and data.root has "
+                    f"{len(self.source):,}: give the same images, or start a new run"
+                )
             self.load_state_dict(state)
         self.decided = self.method.decide((state or {}).get("decided", {}), self.process.device)
 

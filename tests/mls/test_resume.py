@@ -10,11 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import mls
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
+from mls.errors import CheckpointError, Stopped
 from mls.models import load_backbone
 
 TIMES = {"images_per_second", "data_wait"}
@@ -220,3 +224,20 @@ def test_resume_refuses_another_configuration_and_names_the_keys(
     assert "objective.k (5 there, 6 now)" in refused.stderr
     assert "data.workers" not in refused.stderr
     assert Run(tmp_path / "run").config.objective.k == 5  # what was refused was not stored either
+
+
+def test_resume_refuses_other_images(tiny: list[str], tmp_path: Path) -> None:
+    """data.root may change, to where the same images lie."""
+    for folder, count in (("a", 40), ("b", 40), ("c", 39)):
+        for number in range(count):
+            file = tmp_path / folder / f"{number:02d}.png"
+            file.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((32, 32, 3), number, np.uint8)).save(file)
+    changes = [*tiny, "data.source=folder", f"data.root={tmp_path / 'a'}", "run.name=run", "monitor.knn_every_epochs=0"]
+    with pytest.raises(Stopped):
+        mls.pretrain(mls.load_config("mls_scenes_tiny", [*changes, "engine.max_steps=1"]), quiet=True)
+    run = tmp_path / "runs" / "run"
+    with pytest.raises(CheckpointError, match="learnt from 40 images and data.root has 39: give the same images"):
+        mls.resume(run, [f"data.root={tmp_path / 'c'}", "engine.max_steps=2"], quiet=True)
+    with pytest.raises(Stopped, match="step 2"):
+        mls.resume(run, [f"data.root={tmp_path / 'b'}", "engine.max_steps=2"], quiet=True)
