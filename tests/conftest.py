@@ -1,8 +1,10 @@
 """Shared by all tests: shape annotations are checked at run time in the tensor code, and runs are small."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,18 +82,39 @@ def registries_as_before() -> Iterator[None]:
     sys.path[:] = path
 
 
+class CommandServer:
+    """The process that forks one for every `mls` command (tests/commands/server.py), and what is said to it."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("commands") / "server.py")]
+        pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def run(self, arguments: tuple[str, ...], processes: int, environment: dict[str, str]) -> tuple[int, str, str]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+            request = {"arguments": arguments, "processes": processes, "environment": environment}
+            print(json.dumps({**request, "folder": os.getcwd(), "out": out.name, "err": err.name}), file=self.process.stdin)
+            self.process.stdin.flush()
+            code = self.process.stdout.readline()
+            assert code, "the server of commands is gone"
+            return int(code), out.read(), err.read()
+
+
+@pytest.fixture(scope="session")
+def command_server() -> Iterator[CommandServer]:
+    server = CommandServer()
+    yield server
+    server.process.communicate()
+
+
 @pytest.fixture
-def mls_command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the `mls` command as a user does, in a process of its own, and gives back what it printed."""
+def mls_command(command_server: CommandServer) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the `mls` command in a process of its own, and gives back what it printed."""
 
     def call(*arguments: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command_line(*arguments, processes=processes),
-            capture_output=True,
-            text=True,
-            timeout=1200,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        )
+        everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.CompletedProcess(arguments, *command_server.run(arguments, processes, everything))
 
     return call
 
