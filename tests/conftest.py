@@ -83,22 +83,31 @@ def registries_as_before() -> Iterator[None]:
 
 
 class CommandServer:
-    """The process that forks one for every `mls` command (tests/commands/server.py), and what is said to it."""
+    """A process that runs commands and scripts, each in processes of its own (tests/commands/server.py)."""
 
     def __init__(self) -> None:
         command = [sys.executable, str(Path(__file__).with_name("commands") / "server.py")]
         pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
-    def run(self, arguments: tuple[str, ...], processes: int, environment: dict[str, str]) -> tuple[int, str, str]:
+    def run(
+        self, *arguments: str, script: Path | None = None, processes: int = 1, folder: Path | None = None, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        """The `mls` command, or a script, with `more` in its environment."""
         assert self.process.stdin is not None and self.process.stdout is not None
         with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-            request = {"arguments": arguments, "processes": processes, "environment": environment}
-            print(json.dumps({**request, "folder": os.getcwd(), "out": out.name, "err": err.name}), file=self.process.stdin)
-            self.process.stdin.flush()
+            request = {
+                "arguments": arguments,
+                "script": script,
+                "processes": processes,
+                "out": out.name,
+                "err": err.name,
+            }
+            request |= {"folder": folder or os.getcwd(), "environment": {**os.environ, "OMP_NUM_THREADS": "1", **more}}
+            print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
             code = self.process.stdout.readline()
             assert code, "the server of commands is gone"
-            return int(code), out.read(), err.read()
+            return subprocess.CompletedProcess(arguments, int(code), out.read(), err.read())
 
 
 @pytest.fixture(scope="session")
@@ -108,15 +117,10 @@ def command_server() -> Iterator[CommandServer]:
     server.process.communicate()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def mls_command(command_server: CommandServer) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the `mls` command in a process of its own, and gives back what it printed."""
-
-    def call(*arguments: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
-        everything = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-        return subprocess.CompletedProcess(arguments, *command_server.run(arguments, processes, everything))
-
-    return call
+    """Runs the `mls` command in a process of its own, or in several, and gives back what it printed."""
+    return command_server.run
 
 
 def command_line(*arguments: str, processes: int = 1) -> list[str]:
