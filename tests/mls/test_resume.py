@@ -149,8 +149,9 @@ def unfinished(run: Run) -> list[Path]:
     return [path for path in run.checkpoints.glob(".step-*.tmp") if path.stat().st_size]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("number", "code", "workers"), [(signal.SIGTERM, 75, 2), (signal.SIGUSR2, 75, 0), (signal.SIGINT, 130, 2)]
+)
 def test_a_signal_saves_at_a_step_boundary_and_says_how_to_go_on(
     number: signal.Signals, code: int, workers: int, tmp_path: Path, mls_command_line: Callable[..., list[str]]
 ) -> None:
