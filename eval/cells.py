@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 import mls
 from mls import distributed, engine
-from mls.config import Config
-from mls.config import to_yaml as config_to_yaml
+from mls.config import Config, to_dict
 from mls.errors import ConfigError
 from mls.eval import frozen, splits, supervised
 from mls.eval.data import folder_of
@@ -337,6 +337,9 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
 
 
 def config_hash(config: Config) -> str:
-    """Where a plug-in's file lies does not count: what is chosen from it has its name in other keys."""
-    config = replace(config, run=replace(config.run, plugins=[]))
-    return hashlib.sha256(config_to_yaml(config).encode()).hexdigest()[:8]
+    """Where a plug-in's file lies does not count: what is chosen from it has its name in other keys. Nor does a key
+    that is younger than stored results, at its default."""
+    values = to_dict(replace(config, run=replace(config.run, plugins=[])))
+    if values["objective"].get("info_nce_weight") == 1.0:
+        del values["objective"]["info_nce_weight"]
+    return hashlib.sha256(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()).hexdigest()[:8]

@@ -24,6 +24,7 @@ GRIDS: dict[str, tuple[Ablation, ...]] = {
         Ablation("softmax over neighbours", ("objective.method=knn_moco", "objective.weight=0.4"), "39.1 / 35.3"),
         Ablation("bce_pos", ("objective.loss=bce_pos",), "39.6 / 35.7"),
         Ablation("bce", ("objective.loss=bce",), "40.1 / 36.2"),
+        Ablation("bce without InfoNCE", ("objective.info_nce_weight=0", "objective.warmup_epochs=0"), "unstable"),
     ),
     "queues": tuple(  # Table 7
         Ablation(
