@@ -10,7 +10,7 @@ import platform
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -37,6 +37,8 @@ from mls.files import alone, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
 from mls.recipes import load_config
 from mls.results import Results
+
+YOUNGER = {"info_nce_weight"}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
     "multilabel": supervised.run,
@@ -339,7 +341,8 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
 def config_hash(config: Config) -> str:
     """Where a plug-in's file lies does not count: what is chosen from it has its name in other keys. Nor does a key
     that is younger than stored results, at its default."""
-    values = to_dict(replace(config, run=replace(config.run, plugins=[])))
-    if values["objective"].get("info_nce_weight") == 1.0:
-        del values["objective"]["info_nce_weight"]
+    values, usual = to_dict(replace(config, run=replace(config.run, plugins=[]))), asdict(type(config.objective)())
+    for key in YOUNGER & values["objective"].keys():
+        if values["objective"][key] == usual[key]:
+            del values["objective"][key]
     return hashlib.sha256(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()).hexdigest()[:8]

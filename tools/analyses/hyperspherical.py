@@ -311,7 +311,9 @@ def sheet(examples: Sequence[Example], title: str) -> Figure:
         marks, names = one.marks[one.row], one.images.class_names
         picture.imshow(one.images.pixels(one.row).permute(1, 2, 0).numpy())
         kinds = {"annotated" if bool((one.marks == FOUND).any()) else "present": 1, "not annotated": FOUND}
-        lists = {kind: [str(names[i]) for i in (marks == mark).nonzero()[:, 0]] for kind, mark in kinds.items()}
+        lists = {
+            kind: [str(names[i]) for i in (marks == mark).nonzero()[:, 0].tolist()] for kind, mark in kinds.items()
+        }
         told = [f"{kind}: {', '.join(found)}" for kind, found in lists.items() if found] or ["present: none"]
         picture.set_title("\n".join([f"{one.part} image", *map(_lines, told)]), fontsize=9)
         picture.axis("off")
