@@ -10,19 +10,19 @@ import platform
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 import mls
 from mls import distributed, engine
-from mls.config import Config
-from mls.config import to_yaml as config_to_yaml
+from mls.config import Config, to_dict
 from mls.errors import ConfigError
 from mls.eval import frozen, splits, supervised
 from mls.eval.data import folder_of
@@ -37,6 +37,8 @@ from mls.files import alone, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
 from mls.recipes import load_config
 from mls.results import Results
+
+YOUNGER = {"info_nce_weight"}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
     "multilabel": supervised.run,
@@ -337,6 +339,10 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
 
 
 def config_hash(config: Config) -> str:
-    """Where a plug-in's file lies does not count: what is chosen from it has its name in other keys."""
-    config = replace(config, run=replace(config.run, plugins=[]))
-    return hashlib.sha256(config_to_yaml(config).encode()).hexdigest()[:8]
+    """Where a plug-in's file lies does not count: what is chosen from it has its name in other keys. Nor does a key
+    that is younger than stored results, at its default."""
+    values, usual = to_dict(replace(config, run=replace(config.run, plugins=[]))), asdict(type(config.objective)())
+    for key in YOUNGER & values["objective"].keys():
+        if values["objective"][key] == usual[key]:
+            del values["objective"][key]
+    return hashlib.sha256(yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode()).hexdigest()[:8]
