@@ -10,20 +10,20 @@ import platform
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 import mls
 from mls import distributed, engine
-from mls.config import Config
+from mls.config import Config, to_dict
 from mls.config import DataConfig as PretrainingData
-from mls.config import to_yaml as config_to_yaml
 from mls.core.losses import LOSSES
 from mls.data.sources import build_source
 from mls.errors import ConfigError
@@ -41,6 +41,8 @@ from mls.frameworks import installed as frameworks
 from mls.frozen.features import hash_of_images
 from mls.recipes import load_config
 from mls.results import Results
+
+YOUNGER = {"info_nce_weight"}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
     "multilabel": supervised.run,
@@ -357,10 +359,15 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
 
 def config_hash(config: Config) -> str:
     """Of a run's configuration and the content of its images, which is other content another time. Where a plug-in's
-    file lies does not count: what is chosen from it has its name in other keys."""
-    config = replace(config, run=replace(config.run, plugins=[]))
+    file lies does not count: what is chosen from it has its name in other keys. Nor does a key that is younger than
+    stored results, at its default."""
+    values, usual = to_dict(replace(config, run=replace(config.run, plugins=[]))), asdict(type(config.objective)())
+    for key in YOUNGER & values["objective"].keys():
+        if values["objective"][key] == usual[key]:
+            del values["objective"][key]
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     images = "" if config.data.source == "scenes" else _images_of(config.data)  # scenes are made, not read
-    return hashlib.sha256((config_to_yaml(config) + images).encode()).hexdigest()[:8]
+    return hashlib.sha256((text + images).encode()).hexdigest()[:8]
 
 
 @lru_cache(maxsize=8)  # the cells of a table share it

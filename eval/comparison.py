@@ -33,7 +33,10 @@ def notes(found: Comparison) -> list[str]:
     for (row, column), chosen in found.chosen.items():
         if chosen:
             lines.append(f"{row}, {column}: {', '.join(chosen)}, best on the validation part.")
-    return lines + [f"{what}: left out. {why}" for what, why in [*found.missing.items(), *found.absent.items()]]
+    left_out: dict[str, list[str]] = {}
+    for what, why in [*found.missing.items(), *found.absent.items()]:
+        left_out.setdefault(why, []).append(what)
+    return lines + [f"{', '.join(what)}: left out. {why}" for why, what in left_out.items()]
 
 
 def as_text(found: Comparison, format: tables.Format = tables.Format.markdown, width: int | None = None) -> str:
@@ -61,8 +64,14 @@ def _of_methods(found: Comparison) -> Table:
 
 
 def _of_backbones(found: Comparison) -> list[Table]:
-    """One table of what was measured, the paper's rows above ours; one of differences."""
-    columns = [tables.Column(column.name) for column in found.columns]
+    """For each heading of the columns one table of what was measured, the paper's rows above ours, and one of
+    differences. Rows without a number there are left out."""
+    headings = dict.fromkeys(column.table for column in found.columns)
+    return [table for heading in headings for table in _under(heading, found)]
+
+
+def _under(heading: str, found: Comparison) -> list[Table]:
+    columns = [tables.Column(column.name) for column in found.columns if column.table == heading]
     ours = {row.name: row for row in found.rows if _measured(found, row)}
     published = [] if found.tiny else [row for row in found.rows if row.paper]
     rows = [tables.Row((f"{row.name} (paper)",), _published(found, row)) for row in published]
@@ -73,7 +82,8 @@ def _of_backbones(found: Comparison) -> list[Table]:
         against: dict[str, Sequence[float | None]] = {}
         paper = None if found.tiny else paper_row_of(row, found.suite)
         if paper is not None:
-            against[f"the paper's {paper.name}"] = paper.paper
+            numbers = _published(found, paper)
+            against[f"the paper's {paper.name}"] = [numbers.get(column.name) for column in columns]
         for other in ours.values():
             floor = other.method == "random" or (other.method == "supervised" and row.method != "random")
             if floor and other.method != row.method:
@@ -81,8 +91,9 @@ def _of_backbones(found: Comparison) -> list[Table]:
         for what, numbers in against.items():
             texts = dict(zip((c.name for c in columns), map(difference, means[name], numbers), strict=True))
             differences.append(tables.Row((f"{name} − {what}",), texts))
-    table = Table([""], columns, [*rows, *measured.values()])
-    return [table, Table(["difference"], columns, differences)] if differences else [table]
+    shown = [row for row in [*rows, *measured.values()] if any(column.name in row.values for column in columns)]
+    told = [row for row in differences if any(row.values.values())]
+    return [Table([heading], columns, shown), *([Table(["difference"], columns, told)] if told else [])]
 
 
 def _measured(found: Comparison, row: Row) -> dict[str, Value]:
@@ -90,7 +101,7 @@ def _measured(found: Comparison, row: Row) -> dict[str, Value]:
     return {place[1]: found.values[place] for place in places if place in found.values}
 
 
-def _published(found: Comparison, row: Row) -> dict[str, Value]:
+def _published(found: Comparison, row: Row) -> dict[str, float]:
     numbers = zip(found.columns, row.paper, strict=True)
     return {column.name: number for column, number in numbers if number is not None}
 

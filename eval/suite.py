@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mls.errors import CheckpointError, ConfigError, DataError, unknown_name
-from mls.eval.cells import Evaluation, evaluation, over_seeds, validated, values_over_seeds
+from mls.eval.cells import Evaluation, Measured, evaluation, over_seeds, validated, values_over_seeds
 from mls.eval.protocol import load_protocol
 from mls.eval.weights import check_weights, is_name, public_name
 from mls.models import card, weights_file
@@ -24,6 +24,7 @@ class Column:
     protocol: str = ""
     metric: str = "map"
     set: list[str] = field(default_factory=list)  # overrides
+    table: str = ""  # its heading, where a paper shows the columns in several tables
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], 
     rows = chosen_rows(suite, part.weights, part.tiny, part.only, part.overrides)
     found = Comparison(suite, columns, rows, part.tiny)
     say_once = lru_cache(maxsize=None)(say)  # columns may share their runs
+    done: dict[tuple[str, ...], list[Measured]] = {}
     for row in found.rows:
         if row.ours and row.weights:
             check_weights(row.weights)  # before others train for hours
@@ -129,11 +131,15 @@ def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], 
                 continue
             try:
                 chosen = [] if part.tiny else choose(suite, row, column, root, part.overrides, say_once)
-                cells = {row.name: plan(suite, row, column, part.seeds, [*chosen, *part.overrides])}
-                measured = over_seeds(cells, root, part.again)[row.name]
+                runs = (row.name, column.protocol, *column.set, *chosen)
+                if runs not in done:
+                    cells = {row.name: plan(suite, row, column, part.seeds, [*chosen, *part.overrides])}
+                    done[runs] = over_seeds(cells, root, part.again)[row.name]
+                measured = done[runs]
             except DataError as error:
+                if str(error) not in found.missing.values():
+                    say(f"{column.name}: left out. {error}")
                 found.missing[column.name] = str(error)
-                say(f"{column.name}: left out. {error}")
                 break
             except CheckpointError as error:
                 found.absent[row.name] = str(error)

@@ -165,6 +165,7 @@ class MLSOptions(MoCoOptions):
     method: str = "mls"
     k: int = positive(20)
     weight: float = 0.5  # the paper's lambda
+    info_nce_weight: float = limited(1.0, low=0)  # 0: the multi-label loss alone, which the paper calls unstable
     loss: str = "bce"
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
     normalise: Literal["mean", "positives", "balanced"] = "mean"
@@ -178,6 +179,11 @@ class MLSOptions(MoCoOptions):
         if self.k > config.dictionary.size:
             raise ConfigError(
                 f"objective.k {self.k} is larger than dictionary.size {config.dictionary.size}: lower objective.k"
+            )
+        if self.warmup_epochs > 0 and self.info_nce_weight == 0:
+            raise ConfigError(
+                f"objective.warmup_epochs {self.warmup_epochs:g} trains with InfoNCE alone, which "
+                "objective.info_nce_weight=0 switches off: set objective.warmup_epochs=0"
             )
 
 

@@ -1,8 +1,10 @@
 """Shared by all tests: shape annotations are checked at run time in the tensor code, and runs are small."""
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,20 +82,45 @@ def registries_as_before() -> Iterator[None]:
     sys.path[:] = path
 
 
-@pytest.fixture
-def mls_command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the `mls` command as a user does, in a process of its own, and gives back what it printed."""
+class CommandServer:
+    """A process that runs commands and scripts, each in processes of its own (tests/commands/server.py)."""
 
-    def call(*arguments: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command_line(*arguments, processes=processes),
-            capture_output=True,
-            text=True,
-            timeout=1200,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        )
+    def __init__(self) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("commands") / "server.py")]
+        pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
-    return call
+    def run(
+        self, *arguments: str, script: Path | None = None, processes: int = 1, folder: Path | None = None, **more: str
+    ) -> subprocess.CompletedProcess[str]:
+        """The `mls` command, or a script, with `more` in its environment."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+            request = {
+                "arguments": arguments,
+                "script": script,
+                "processes": processes,
+                "out": out.name,
+                "err": err.name,
+            }
+            request |= {"folder": folder or os.getcwd(), "environment": {**os.environ, "OMP_NUM_THREADS": "1", **more}}
+            print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
+            code = self.process.stdout.readline()
+            assert code, "the server of commands is gone"
+            return subprocess.CompletedProcess(arguments, int(code), out.read(), err.read())
+
+
+@pytest.fixture(scope="session")
+def command_server() -> Iterator[CommandServer]:
+    server = CommandServer()
+    yield server
+    server.process.communicate()
+
+
+@pytest.fixture(scope="session")
+def mls_command(command_server: CommandServer) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the `mls` command in a process of its own, or in several, and gives back what it printed."""
+    return command_server.run
 
 
 def command_line(*arguments: str, processes: int = 1) -> list[str]:

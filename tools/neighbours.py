@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 SHOWN = 12  # pairs in a picture
 QUERIES = 6  # images of the data set, without --query
+FIGURE_QUERIES = 60  # crops in the paper's figures
 
 
 def neighbours(
@@ -26,6 +27,9 @@ def neighbours(
         typer.Option(help="Folder, list, COCO, VOC, shards or scenes to look in; default: the run's data."),
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Neighbours of each query.")] = 10,
+    figure: Annotated[
+        bool, typer.Option("--figure", help="The paper's figure: what a run chose for 60 random crops.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("neighbours.png"),
 ) -> None:
     """Find the images of a data set that a network finds most alike, with their cosines, as text and as a picture.
@@ -33,17 +37,26 @@ def neighbours(
     The data set is embedded once: features are kept in $MLS_CACHE, an interrupted call goes on where it was. Above
     262,144 images they are searched through an IVF-PQ index.
 
+    --figure shows the dictionary instead, as the paper's Figures 4 to 6: 60 random query crops and the key crops that
+    the run matched them with, as red and yellow boxes in the whole images, and the crops themselves in OUT-crops.png.
+
     Examples:
 
         mls neighbours runs/my-run --query street.jpg --query kitchen.jpg
 
         mls neighbours runs/my-run --dataset /data/voc -k 20 --out voc.png
+
+        mls neighbours runs/my-run --figure
     """
     from mls.errors import ConfigError
     from mls.frozen.features import embed
     from mls.frozen.match_picture import draw
     from mls.frozen.neighbours import EmbeddedSource, Embedder, InMemorySource, gallery_row, source_from
 
+    if figure:
+        if query or dataset:
+            raise ConfigError("--figure shows crops of the run's own images: leave out --query and --dataset")
+        return _draw_figure(run, k, out)
     weights, source = _weights_and_data(run)
     source = source_from(dataset) if dataset is not None else source
     if source is None:
@@ -64,6 +77,19 @@ def neighbours(
         lines.append(gallery_row(queries.read(number), number, source, pairs))
     draw(lines).save(out)
     print(out)
+
+
+def _draw_figure(run: str, k: int, out: Path) -> None:
+    from mls.data.sources import build_source
+    from mls.engine import Run
+    from mls.engine.gallery import gallery, in_whole_images
+    from mls.frozen.match_picture import WHOLE, draw
+
+    opened, crops = Run.open(run), out.with_stem(f"{out.stem}-crops")
+    rows = gallery(opened, FIGURE_QUERIES, k, warn=lambda text: typer.echo(text, err=True))
+    draw(in_whole_images(rows, build_source(opened.config.data)), WHOLE, frame=0).save(out)
+    draw(rows).save(crops)
+    print(f"{out}: boxes in the whole images; {crops}: the crops")
 
 
 def _weights_and_data(run: str) -> tuple[str, Source | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Int8, Int64, UInt8
+from jaxtyping import Float, Int8, Int64, UInt8
 from torch import Tensor
 
 from mls.data import Source
@@ -58,6 +58,10 @@ class LabelledImages:
     def describe(self, row: int) -> str:
         return self.images.describe(row if self.rows is None else int(self.rows[row]))
 
+    def numbers(self) -> list[int]:
+        """Which image of `images` each row is."""
+        return list(range(len(self))) if self.rows is None else self.rows.tolist()
+
     def part(self, rows: Int64[Tensor, "rows"]) -> LabelledImages:
         """Some rows, in this order."""
         pick = lambda values: None if values is None else values[rows]
@@ -80,6 +84,9 @@ class DataSet(Generic[Images]):
     val: Images | None = None  # the published one; without it a protocol holds out a part of train
 
 
+Located = tuple[Float[Tensor, "objects 4"], Int64[Tensor, "objects"]]  # x0 y0 x1 y1 as shares, and classes
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one published data set lies on disk."""
@@ -88,6 +95,7 @@ class Layout:
     folder: str  # under $MLS_DATA
     download: str  # what to download and where to put it: completes "FILE is missing: "
     sizes: dict[str, int] = field(default_factory=dict)  # published counts: classes, train, test, val
+    boxes: Callable[[Path, LabelledImages], list[Located]] | None = None  # of each image, where labels have places
 
 
 LAYOUTS = Registry[Layout]("data set", DataError)
@@ -116,6 +124,18 @@ def build(name: str, root: str | Path | None = None, check_sizes: bool = True) -
     if check_sizes:
         _check_sizes(data, layout, folder)
     return data
+
+
+def boxes(name: str, root: str | Path | None, images: LabelledImages) -> list[Located]:
+    """The objects of each image of a split of the data set `name`."""
+    layout = LAYOUTS[name]
+    if layout.boxes is None:
+        known = ", ".join(one for one in names() if LAYOUTS[one].boxes is not None)
+        raise DataError(f"{name} says which classes an image holds and not where: use a data set with boxes ({known})")
+    try:
+        return layout.boxes(folder_of(name, root), images)
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename or error} is missing: {layout.download}") from None
 
 
 def _check_sizes(data: DataSet[Any], layout: Layout, folder: Path) -> None:
@@ -162,7 +182,18 @@ from mls.eval.data import (  # noqa: E402
     wider,
 )
 
-__all__ = ["DataSet", "LabelledImages", "Layout", "build", "folder_of", "names", "presence", "register"]
+__all__ = [
+    "DataSet",
+    "LabelledImages",
+    "Layout",
+    "Located",
+    "boxes",
+    "build",
+    "folder_of",
+    "names",
+    "presence",
+    "register",
+]
 __all__ += ["by_torchvision", "cifar", "class_folders", "flowers", "imagenet", "indoor67", "pets"]
 __all__ += ["coco_objects", "objects", "regions", "voc_objects"]
 __all__ += ["cub", "formatted", "nus", "openimages", "scenes", "vaw", "vispr", "voc_coco", "wider"]

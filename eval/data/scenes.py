@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mls.config import ScenesConfig
 from mls.data.scenes import ScenesSource
-from mls.eval.data import DataSet, LabelledImages, Layout, presence, register
+from mls.eval.data import DataSet, LabelledImages, Layout, Located, presence, register
 
 
 def read(_: Path, config: ScenesConfig | None = None) -> DataSet:
@@ -24,4 +24,10 @@ def read(_: Path, config: ScenesConfig | None = None) -> DataSet:
     return DataSet("scenes", split("train"), split("test"))
 
 
-register("scenes", Layout(read, "", ""))
+def _boxes(_: Path, images: LabelledImages) -> list[Located]:
+    source = images.images
+    assert isinstance(source, ScenesSource)
+    return [source.boxes(number) for number in images.numbers()]
+
+
+register("scenes", Layout(read, "", "", boxes=_boxes))

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mls.data.annotated import VOC_CLASSES
-from mls.data.listing import show
+from mls.data.annotated import VOC_CLASSES, CocoSource
+from mls.data.listing import FileSource, show
 from mls.errors import DataError
-from mls.eval.data import DataSet, LabelledImages, Layout, presence, register
+from mls.eval.data import DataSet, LabelledImages, Layout, Located, presence, register
 from mls.eval.data.annotations import parsing
 from mls.eval.data.formatted import is_formatted, listed_images, read_formatted
 from mls.eval.data.one_class import every_image
+from mls.eval.data.voc_objects import annotation
 
 AGAIN = "unpack the VOC archives again"
 
@@ -92,6 +93,30 @@ def _coco_split(folder: Path, phase: str) -> LabelledImages:
     return LabelledImages(images, truth, [names[category] for category in sorted(names)])
 
 
+def _paths(images: LabelledImages) -> list[Path]:
+    source = images.images
+    assert isinstance(source, FileSource)
+    return [Path(os.fsdecode(source.path(number))) for number in images.numbers()]
+
+
+def _voc_boxes(_: Path, images: LabelledImages) -> list[Located]:
+    """From `Annotations`, beside JPEGImages; difficult objects too."""
+    found = []
+    for path in _paths(images):
+        objects, (height, width) = annotation(path.parents[1] / "Annotations" / f"{path.stem}.xml")
+        found.append((objects.boxes / torch.tensor([width, height, width, height]), objects.classes))
+    return found
+
+
+def _coco_boxes(folder: Path, images: LabelledImages) -> list[Located]:
+    """From the instances file of the images' folder; crowds too."""
+    paths = _paths(images)
+    phase = paths[0].parent.name
+    source = CocoSource([folder / phase, folder], folder / "annotations" / f"instances_{phase}.json")
+    numbers = {os.path.basename(os.fsdecode(source.path(number))): number for number in range(len(source))}
+    return [source.boxes(numbers[path.name]) for path in paths]
+
+
 register(
     "voc2012",
     Layout(
@@ -100,6 +125,7 @@ register(
         "download VOCtrainval_11-May-2012.tar from host.robots.ox.ac.uk/pascal/VOC/voc2012 and unpack its "
         "VOCdevkit into $MLS_DATA",
         {"classes": 20, "train": 5717, "test": 5823},
+        _voc_boxes,
     ),
 )
 register(
@@ -110,6 +136,7 @@ register(
         "download VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar from "
         "host.robots.ox.ac.uk/pascal/VOC/voc2007 and unpack their VOCdevkit into $MLS_DATA",
         {"classes": 20, "train": 5011, "test": 4952},
+        _voc_boxes,
     ),
 )
 register(
@@ -120,5 +147,6 @@ register(
         "download train2014.zip, val2014.zip and annotations_trainval2014.zip from cocodataset.org and unpack them "
         "into $MLS_DATA/coco2014",
         {"classes": 80, "train": 82081, "test": 40137},
+        _coco_boxes,
     ),
 )

@@ -42,7 +42,7 @@ def _split(root: Path, parts: list[tuple[str, str]]) -> ObjectImages:
     many, sizes = [], []
     with counting(f"annotations of {parts[-1][1]}", len(stems)) as progress:
         for number, (year, stem) in enumerate(stems, start=1):
-            objects, size = _annotation(root / year / "Annotations" / f"{stem}.xml")
+            objects, size = annotation(root / year / "Annotations" / f"{stem}.xml")
             many.append(objects)
             sizes.append(size)
             progress(number)
@@ -51,7 +51,7 @@ def _split(root: Path, parts: list[tuple[str, str]]) -> ObjectImages:
     return ObjectImages(source, torch.tensor(sizes), *gather(many), list(VOC_CLASSES), "voc07")
 
 
-def _annotation(file: Path) -> tuple[Objects, tuple[int, int]]:
+def annotation(file: Path) -> tuple[Objects, tuple[int, int]]:
     """VOC counts pixels from 1, ends included."""
     try:
         root = ElementTree.parse(file).getroot()

@@ -53,12 +53,14 @@ def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[
         raise DataError(f"none of the {len(data.train)} training images has an object: give others with data.root")
     source = backbone_source(protocol, weights, seed)
     refuse_unknown_to_detectron2(protocol, source)
-    if distributed.rank() == 0:
+
+    def write() -> None:
         state.mkdir(parents=True, exist_ok=True)
         to_detectron2.write(source, state, state)
         if protocol.data.name in SCENES:
             detectron2_data.write_scenes(data, state / "scenes")
-    distributed.barrier()
+
+    distributed.on_main(write)
     train, test = detectron2_data.register(protocol.data, state / "scenes")
     recipe, classes = state / RECIPES[protocol.model.neck], len(data.train.class_names)
     cfg = configuration(protocol, recipe, train, test, classes, device.type, world)

@@ -25,11 +25,11 @@ from mls.engine.checkpoint import Checkpoints
 from mls.engine.schedule import epoch_of
 from mls.engine.trainer import method_state, watched_labels
 from mls.errors import CheckpointError, DataError
-from mls.frozen.match_picture import GalleryRow, Pixels
+from mls.frozen.match_picture import RED, YELLOW, GalleryRow, Pixels, boxed
 from mls.streams import generator
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 def gallery(
@@ -64,8 +64,21 @@ def gallery(
         ids, boxes, scores = found.ids[number], found.boxes[number], found.scores[number]
         shared = None if labels is None else ((labels[ids] * labels[image]).sum(1) > 0).tolist()
         pictures = [_pixels(row_crop(source, config, int(i), box)) for i, box in zip(ids, boxes, strict=True)]
-        lines.append(GalleryRow(_pixels(crop), pictures, scores.tolist(), shared, int(image), ids.tolist()))
+        places = batch.boxes[0][number].tolist(), _whole_where_unknown(boxes).tolist()
+        lines.append(GalleryRow(_pixels(crop), pictures, scores.tolist(), shared, int(image), ids.tolist(), *places))
     return lines
+
+
+def in_whole_images(rows: Sequence[GalleryRow], source: Source) -> list[GalleryRow]:
+    """The same rows, each crop as a box in its image, red for the query, yellow for its matches (the paper's way)."""
+    found = []
+    for row in rows:
+        assert row.query_box is not None and row.match_boxes is not None
+        query = boxed(_pixels(_image(source, row.query_id)), row.query_box, RED)
+        places = zip(row.match_ids, row.match_boxes, strict=True)
+        matches = [boxed(_pixels(_image(source, image)), box, YELLOW) for image, box in places]
+        found.append(replace(row, query=query, matches=matches))
+    return found
 
 
 def meaning(config: Config) -> str:
@@ -80,19 +93,27 @@ def meaning(config: Config) -> str:
 
 def row_crop(source: Source, config: Config, image: int, box: Float[Tensor, "4"]) -> UInt8[Tensor, "3 size size"]:
     """The key crop behind a row, cut again from its image with the box that the row remembers."""
+    pixels = _image(source, image)
+    height, width = pixels.shape[1:]
+    share = _whole_where_unknown(box)
+    x0, y0, x1, y1 = (share.double() * torch.tensor([width, height, width, height])).round().int().tolist()
+    return cut(pixels, (y0, x0, y1 - y0, x1 - x0), config.augment.size)
+
+
+def _image(source: Source, image: int) -> UInt8[Tensor, "3 height width"]:
     if image >= len(source):
         raise DataError(
             f"the run has seen image {image}, {source.name} has {len(source)} now: "
             "bring back the images that the run was trained on"
         )
     try:
-        pixels = decode(source.read(image))
+        return decode(source.read(image))
     except (UnreadableImage, OSError) as error:
         raise DataError(f"{source.describe(image)} cannot be read any more ({error}): bring it back") from None
-    height, width = pixels.shape[1:]
-    share = torch.where(box.isnan(), torch.tensor([0.0, 0.0, 1.0, 1.0]), box)
-    x0, y0, x1, y1 = (share.double() * torch.tensor([width, height, width, height])).round().int().tolist()
-    return cut(pixels, (y0, x0, y1 - y0, x1 - x0), config.augment.size)
+
+
+def _whole_where_unknown(boxes: Float[Tensor, "*rows 4"]) -> Float[Tensor, "*rows 4"]:
+    return torch.where(boxes.isnan(), torch.tensor([0.0, 0.0, 1.0, 1.0]), boxes)
 
 
 def restore(config: Config, state: dict[str, Any], labels: Tensor | None = None) -> Method:

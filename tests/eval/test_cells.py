@@ -89,3 +89,9 @@ def test_imported_plugins_do_not_change_what_a_configuration_is_known_by() -> No
     plain = load_config("mls_scenes_tiny")
     assert config_hash(replace(plain, run=replace(plain.run, plugins=["/a/b.py"]))) == config_hash(plain)
     assert config_hash(replace(plain, run=replace(plain.run, seed=1))) != config_hash(plain)
+
+
+def test_a_key_younger_than_stored_results_counts_only_where_it_is_set() -> None:
+    plain, alone = load_config("mls_coco_r50"), load_config("mls_coco_r50", ["objective.info_nce_weight=0"])
+    assert config_hash(plain) == "8b01cbf1"  # as before there was objective.info_nce_weight
+    assert config_hash(alone) != config_hash(plain)

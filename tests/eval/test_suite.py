@@ -8,6 +8,7 @@ import torch
 from mls.errors import ConfigError, DataError
 from mls.eval import cells, load_protocol, load_suite, protocols, suites
 from mls.eval import suite as suite_module
+from mls.eval.comparison import as_tables
 from mls.eval.protocol import Supervised
 from mls.eval.suite import Column, Part, Row, Suite, choose, chosen_rows
 from mls.results import Results
@@ -57,6 +58,29 @@ def test_paper_numbers_are_those_of_the_papers_tables() -> None:
     rows = {row.name: row.paper for row in load_suite("paper_two_way").rows}
     assert rows["Two-way, ResNet50"] == [74.11, 86.66, 51.89, 85.64, 56.42, 78.81, 72.28, 85.43]
     assert rows["ASL, RegNetY32gf"] == [76.70, 88.29, 51.03, 86.15, 57.88, 79.03, 71.11, 85.00]
+    suite = load_suite("paper_dense")
+    mls = next(row for row in suite.rows if row.name == "MLS")
+    published = dict(zip((column.name for column in suite.columns), mls.paper, strict=True))
+    assert [published[f"FPN {kind} {ap}"] for kind in ("box", "mask") for ap in ("AP", "AP50", "AP75")] == [
+        *(40.5, 60.7, 44.5),
+        *(36.5, 57.7, 39.1),
+    ]
+    assert [published[f"PSPNet {one}"] for one in ("mIoU", "mAcc", "aAcc")] == [78.5, 86.6, 96.1]
+    assert [published[f"VOC {one}"] for one in ("AP", "AP50", "AP75")] == [55.0, 81.6, 61.2]
+
+
+def test_columns_of_several_tables_are_printed_under_their_headings_with_the_rows_that_have_numbers() -> None:
+    suite = load_suite("paper_dense")
+    values = {("ours: mine", "VOC AP"): [0.5, 0.52]}
+    mine = Row("ours: mine", weights="a", method="mls")
+    found = suite_module.Comparison(suite, suite.columns, [*chosen_rows(suite, (), False, ()), mine], values=values)
+    tables = {table.header[0]: table for table in as_tables(found)}
+    assert [len(table.columns) for table in tables.values()] == [6, 6, 6, 3, 3]
+    names = {heading: [row.labels[0] for row in table.rows] for heading, table in tables.items()}
+    assert "LEWEL, ImageNet (paper)" in names["COCO, R50-FPN, 800 epochs (Table 1)"]
+    assert names["VOC 07+12, R50-C4, 800 epochs (Table 4)"][-2:] == ["MLS (paper)", "ours: mine"]
+    assert not any("mine" in name for name in names["Cityscapes (Table 3)"])
+    assert tables["difference"].texts() == [["ours: mine − the paper's MLS", "-4.0", "", ""]]
 
 
 def test_options_of_a_data_set_reach_the_loss() -> None:

@@ -159,15 +159,15 @@ def test_training_stopped_at_the_last_step_of_an_epoch_still_ends_that_epoch(
 
 
 def test_a_run_killed_by_a_signal_ends_in_the_same_result(
-    tmp_path: Path, mls_command_line: Callable[..., list[str]]
+    tmp_path: Path,
+    mls_command: Callable[..., subprocess.CompletedProcess[str]],
+    mls_command_line: Callable[..., list[str]],
 ) -> None:
-    arguments = ["eval", "run", "spml_scenes", *SMALL, "data.scenes.count=800", "training.epochs=6", "--out"]
+    arguments = ["eval", "run", "spml_scenes", *SMALL, "data.scenes.count=400", "training.epochs=6", "--out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def whole(out: Path) -> str:
-        done = subprocess.run(
-            mls_command_line(*arguments, str(out)), capture_output=True, text=True, env=environment, timeout=600
-        )
+        done = mls_command(*arguments, str(out))
         assert done.returncode == 0, done.stderr
         return done.stdout.replace(str(out), "OUT")
 

@@ -1,8 +1,6 @@
 """The supervised loop in several processes: what one would learn, since each works out the whole batch's loss."""
 
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from mls.eval.images import shares
 from mls.eval.protocol import Supervised
 from mls.eval.supervised import prepare_training, run
 
+Command = Callable[..., subprocess.CompletedProcess[str]]
 # 75 images in batches of 16: the last batch has 11, which two processes cannot share evenly.
 SMALL = """data.scenes.count=94 data.scenes.test_count=33 training.epochs=2 training.batch_size=16
 training.batch_norm=frozen training.optimizer=sgd training.lr=0.01""".split()
@@ -44,7 +43,7 @@ def protocol(loss: str) -> Supervised:
 
 
 @pytest.fixture(scope="module")
-def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def by_two(tmp_path_factory: pytest.TempPathFactory, mls_command: Command) -> Path:
     """What the second of two processes has after training with each loss."""
     from mls.eval.protocol import to_yaml
 
@@ -54,10 +53,7 @@ def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for loss in LOSSES:
         (folder / f"{loss}.yaml").write_text(to_yaml(protocol(loss)))
         arguments += [str(folder / f"{loss}.yaml"), str(folder / f"{loss}.pt")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(folder / "each.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = mls_command(*arguments, script=folder / "each.py", processes=2)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -83,16 +79,12 @@ def test_rows_are_dealt_in_blocks_that_cover_the_batch(monkeypatch: pytest.Monke
     assert dealt.flatten()[:6].tolist() == list(range(10, 16))
 
 
-def test_the_command_tells_its_numbers_once(
-    tmp_path: Path, mls_command: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_the_command_tells_its_numbers_once(tmp_path: Path, mls_command: Command) -> None:
     done = mls_command("eval", "run", "spml_scenes", *SMALL, "--out", str(tmp_path), processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("scenes/map ") == 1
 
 
-def test_frozen_features_are_for_one_process(
-    tmp_path: Path, mls_command: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_frozen_features_are_for_one_process(tmp_path: Path, mls_command: Command) -> None:
     done = mls_command("eval", "run", "knn_scenes", "--weights", "random", "--out", str(tmp_path), processes=2)
     assert "task knn runs in one process: start it without torchrun" in done.stderr

@@ -81,7 +81,9 @@ def test_other_methods_train(tiny: list[str], method: str) -> None:
     assert run.done
 
 
-def test_two_processes_hold_the_same_dictionary_after_every_step(tiny: list[str], tmp_path: Path) -> None:
+def test_two_processes_hold_the_same_dictionary_after_every_step(
+    tiny: list[str], tmp_path: Path, mls_command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     script = tmp_path / "script.py"
     script.write_text(f"""
 import hashlib
@@ -108,11 +110,7 @@ trainer.after_step = watched
 trainer.train()
 distributed.stop()
 """)
-    import os
-    import sys
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = mls_command(script=script, processes=2)
     assert done.returncode == 0, done.stderr
     first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
     assert first == second

@@ -20,9 +20,9 @@ from mls.data.loader import steps_per_epoch
 from mls.data.sources import build_source
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
-from mls.engine.gallery import gallery, meaning, row_crop
+from mls.engine.gallery import gallery, in_whole_images, meaning, row_crop
 from mls.errors import CheckpointError, DataError, UserError
-from mls.frozen.match_picture import CELL, FRAME, MARGIN, GalleryRow, draw
+from mls.frozen.match_picture import CELL, FRAME, MARGIN, RED, WHOLE, GalleryRow, boxed, draw
 from mls.models import build_pair
 
 SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2
@@ -107,6 +107,27 @@ def test_a_row_s_box_cuts_out_the_key_crop_again(run: Run) -> None:
 
 def memory_of(run: Run) -> dict:
     return Checkpoints(run.checkpoints, 1).newest()["method"]["_extra_state"]["dictionary"]
+
+
+def test_crops_are_boxes_in_their_whole_images(run: Run, rows: list[GalleryRow]) -> None:
+    source, row = build_source(run.config.data), rows[0]
+    held = memory_of(run)
+    boxes = {(int(image), tuple(box.tolist())) for image, box in zip(held["ids"], held["boxes"], strict=True)}
+    assert {(image, tuple(box)) for image, box in zip(row.match_ids, row.match_boxes or [], strict=True)} <= boxes
+    (whole,) = in_whole_images([row], source)
+    assert {picture.shape for picture in [whole.query, *whole.matches]} == {(WHOLE, WHOLE, 3)}
+    x0, y0, x1, y1 = (round(share * WHOLE) for share in row.query_box or ())
+    top, left = whole.query[y0, x0:x1], whole.query[y0:y1, x0]
+    assert all(reddish(tuple(colour)) for colour in [*top, *left])
+    enlarged = source.read(row.query_id).permute(1, 2, 0).numpy().repeat(WHOLE // 32, 0).repeat(WHOLE // 32, 1)
+    inside = slice(y0 + FRAME, y1 - FRAME), slice(x0 + FRAME, x1 - FRAME)
+    assert np.array_equal(whole.query[inside], enlarged[inside])
+
+
+def test_a_wide_image_keeps_its_shape() -> None:
+    drawn = boxed(np.zeros((60, 120, 3), np.uint8), (0.5, 0.0, 1.0, 1.0), RED)
+    assert (drawn[: WHOLE // 4] == 255).all() and (drawn[-WHOLE // 4 :] == 255).all()
+    assert reddish(tuple(drawn[WHOLE // 4 + 1, WHOLE - 1])) and not drawn[WHOLE // 2, : WHOLE // 2].any()
 
 
 def test_a_row_without_a_box_shows_the_whole_image(run: Run) -> None:

@@ -92,6 +92,25 @@ def test_mls_loss_equals_the_plain_formula(labels_from: str, classify_with: str)
     assert method(views).loss.item() == pytest.approx(plain_info_nce(z1, z2, projection) + 0.5 * bce, abs=1e-5)
 
 
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_info_nce_has_a_weight_and_at_zero_the_multi_label_loss_trains_alone(weight: float) -> None:
+    config = config_of(f"objective.info_nce_weight={weight}", "objective.warmup_epochs=0")
+    method, views = method_of(config), views_of()
+    _, z1, _, z2 = embeddings(method, views)
+    out = method(views)
+    contrast, term = plain_info_nce(z1, z2, memories(method)[1]), 0.5 * out.scalars["loss/multi_label"].item()
+    assert out.loss.item() == pytest.approx(weight * contrast + term, abs=1e-5)
+    assert out.scalars["loss/info_nce"].item() == pytest.approx(contrast, abs=1e-5)  # logged without its weight
+    assert (gradient_norms(out)["info_nce"] > 0) == (weight > 0)
+    method.set_progress(step=1, epoch=1, steps_per_epoch=9)
+    assert ("nothing is learnt until" in method.introduction()[-1]) == (weight == 0)
+
+
+def test_a_warm_up_with_info_nce_needs_its_weight() -> None:
+    with pytest.raises(ConfigError, match=r"info_nce_weight=0 switches off: set objective.warmup_epochs=0"):
+        config_of("objective.info_nce_weight=0", "objective.warmup_epochs=1")
+
+
 def test_knn_moco_loss_equals_the_plain_formula() -> None:
     method, views = method_of(config_of("objective.method=knn_moco", "objective.weight=0.4")), views_of()
     g1, z1, _, z2 = embeddings(method, views)

@@ -67,11 +67,12 @@ def test_the_parts_together_are_the_whole(world: int, per_process: int, portions
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def compared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def compared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, mls_command: Call
+) -> list[dict[str, Any]]:
     """What each of 2 and of 4 processes found."""
     folder = tmp_path_factory.mktemp("found")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={request.param}"]
-    done = subprocess.run([*command, __file__, str(folder)], capture_output=True, text=True, timeout=300)
+    done = mls_command(str(folder), script=Path(__file__), processes=request.param)
     assert done.returncode == 0, done.stderr
     found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
     assert len(found) == request.param

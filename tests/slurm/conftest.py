@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from mls.engine import Run
 from mls.slurm import box, job_spec
 from mls.slurm.box import Box
 
+Command = Callable[..., subprocess.CompletedProcess[str]]
 LIMIT = 300  # seconds until a condition must hold on a busy machine
 
 # 160 steps, two seconds of training on an idle core: time enough to be interrupted.
@@ -25,8 +25,8 @@ model.projection=16 objective.warmup_epochs=0 engine.threads=1""".split()
 class Cluster:
     """A box, and the `mls` command of a user who submits to it."""
 
-    def __init__(self, started: Box, folder: Path) -> None:
-        self.box, self.folder, self.runs = started, folder, folder / "runs"
+    def __init__(self, started: Box, folder: Path, command: Command) -> None:
+        self.box, self.folder, self.runs, self.command = started, folder, folder / "runs", command
         self.environment = {**started.environment(), "OMP_NUM_THREADS": "1", "MLS_RUNS": str(self.runs)}
 
     @staticmethod
@@ -41,14 +41,7 @@ class Cluster:
         raise AssertionError(f"{what}: not within {limit} s")
 
     def mls(self, *arguments: str, fails: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "mls.tools", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env={**self.environment, **environment},
-            cwd=self.folder,
-        )
+        done = self.command(*arguments, folder=self.folder, **{**self.environment, **environment})
         assert (done.returncode != 0) == fails, done.stdout + done.stderr
         return done
 
@@ -60,12 +53,8 @@ class Cluster:
 
     def alone(self, name: str, *more: str, processes: int = 1) -> Run:
         """The same run without SLURM, never stopped."""
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "mls.tools", "pretrain"]
-        command += ["mls_scenes_tiny", *SMALL, "--name", name, "--quiet", *more]
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=self.environment, cwd=self.folder, timeout=600
-        )
+        command = ["pretrain", "mls_scenes_tiny", *SMALL, "--name", name, "--quiet", *more]
+        done = self.command(*command, processes=processes, folder=self.folder, **self.environment)
         assert done.returncode == 0, done.stderr
         return Run(self.runs / name)
 
@@ -105,12 +94,12 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, mls_command: Command) -> Iterator[Cluster]:
     if box.missing():
         pytest.skip(f"no SLURM here ({', '.join(box.missing())} not found): {box.INSTALL}")
     folder = tmp_path_factory.mktemp("slurm")
     started = box.start(folder / "box")
     try:
-        yield Cluster(started, folder)
+        yield Cluster(started, folder, mls_command)
     finally:
         box.stop(started.folder)

@@ -104,3 +104,28 @@ def test_of_many_classes_the_picture_shows_both_ends(study: Study, monkeypatch: 
     labels = [label.get_text() for label in found.figure.axes[0].get_yticklabels()]
     names = [row[0] for row in found.rows]
     assert labels == [*names[:3], *names[-3:]]
+
+
+def test_imbalance_counts_the_unannotated_labels_of_each_class(
+    study: Study, picture_bytes: Callable[[Finding], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLS_DATA", str(tmp_path))  # none of the paper's data sets is there
+    found = distributions.imbalance(study)
+    assert picture_bytes(found) > 10_000
+    kind = training_kinds(study)
+    positive, negative = int(kind.missed.sum()), int(kind.absent_unseen.sum())
+    assert found.rows[0][:3] == ["scenes, all classes", str(positive), str(negative)]
+    assert found.numbers["scenes/positive"] == pytest.approx(100 * positive / (positive + negative))
+    assert [sum(int(row[i]) for row in found.rows[1:]) for i in (1, 2)] == [positive, negative]
+
+
+def test_examples_show_training_images_with_what_is_not_annotated_and_test_images(
+    study: Study, picture_bytes: Callable[[Finding], int]
+) -> None:
+    found = distributions.examples(study)
+    assert picture_bytes(found) > 20_000
+    assert [row[0] for row in found.rows] == [
+        f"{loss}, {part} images" for part in ("training", "test") for loss in ("an", "em", "em_apl")
+    ]
+    assert found.numbers["em/training/there, but not annotated"] > 0
+    assert found.numbers["em/test/there, but not annotated"] == 0

@@ -14,10 +14,12 @@ from mls.tools.analyses.hyperspherical import (
     ANALYSES,
     FIXED,
     STRONGEST,
+    _correlation_figure,
+    clustered,
     correlation,
     margins,
+    marked,
     most_different,
-    neighbouring,
     phi,
     top5,
     total_gradients,
@@ -53,8 +55,20 @@ def test_phi_counts_images_where_both_labels_are_known_and_is_nan_for_a_constant
 def test_similar_classes_stand_beside_each_other() -> None:
     group = torch.tensor([0, 1, 0, 1, 1, 0])
     similarity = torch.where(group[:, None] == group, 0.9, -0.5).double().fill_diagonal_(1)
-    ordered = group[neighbouring(similarity)].tolist()
-    assert ordered in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0])
+    order, ends = clustered(similarity)
+    assert group[order].tolist() in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0])
+    assert ends == [3]
+
+
+@pytest.mark.parametrize("classes", [80, 312])
+def test_names_of_many_classes_can_be_read_when_the_picture_is_enlarged(classes: int) -> None:
+    embeddings = torch.nn.functional.normalize(torch.randn(classes, 16, generator=torch.Generator().manual_seed(0)))
+    names = [f"class {number}" for number in range(classes)]
+    figure = _correlation_figure(embeddings @ embeddings.T, embeddings @ embeddings.T, names, "")
+    left, right = figure.axes[:2]
+    assert {label.get_text() for label in left.get_yticklabels()} == set(names)
+    assert figure.get_size_inches()[1] / classes > left.get_yticklabels()[0].get_fontsize() / 72  # names do not overlap
+    assert len(left.lines) == len(right.lines) > 10  # borders of clusters
 
 
 @given(st.integers(0, 1000), st.floats(0, 0.8), st.floats(0.01, 0.2))
@@ -103,10 +117,12 @@ def test_margins_compares_fixed_ones_with_the_learnt_one(study: Study) -> None:
 
 def test_top5_shows_both_losses_and_no_unannotated_label_where_all_are_annotated(study: Study) -> None:
     finding = top5(study)
-    assert [row[0] for row in finding.rows] == ["an", "hml"]
+    parts = ["an, test images", "hml, test images", "an, training images", "hml, training images"]
+    assert [row[0] for row in finding.rows] == parts
     for loss in ("an", "hml"):
         assert finding.numbers[f"{loss}/not annotated"] == 0
         assert finding.numbers[f"{loss}/right"] + finding.numbers[f"{loss}/wrong"] == pytest.approx(1)
+        assert finding.numbers[f"{loss}/training/there, but not annotated"] > 0
 
 
 def test_verdicts_on_the_most_probable_classes() -> None:
@@ -117,6 +133,13 @@ def test_verdicts_on_the_most_probable_classes() -> None:
     assert found["not annotated"] == pytest.approx(2 / 10)
     assert found["first one right"] == 0.5
     assert found["positives found"] == 3 / 4
+
+
+def test_what_is_there_but_not_annotated_is_told_apart_and_found() -> None:
+    truth, observed = torch.tensor([[1, 1, -1]]), torch.tensor([[0, 1, 0]])
+    found = verdicts(torch.tensor([[0.9, 0.8, 0.1]]), marked(truth, observed))
+    assert found["there, but not annotated"] == found["right"] == found["wrong"] == pytest.approx(1 / 3)
+    assert found["first one right"] == found["positives found"] == 1
 
 
 def test_images_are_shown_first_where_the_two_share_fewest_classes() -> None:

@@ -1,5 +1,6 @@
 """The analyses of the paper on large losses, on a few embedded scenes: memorisation, cam, evolution."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,21 @@ from hypothesis import strategies as st
 from mls.data.listing import FileSource
 from mls.data.scenes import ScenesSource
 from mls.errors import DataError
-from mls.eval.data import LabelledImages
+from mls.eval.data import LabelledImages, Located, boxes
 from mls.eval.supervised import prepare
+from mls.eval.training import Training
 from mls.tools.analyses import Finding, Study, large_loss
 from mls.tools.analyses.distributions import training_kinds
-from mls.tools.analyses.large_loss import Peaks, Target, activation_maps, covered, hit, pointing_game, targets_of
+from mls.tools.analyses.large_loss import (
+    Peaks,
+    Target,
+    activation_maps,
+    covered,
+    hit,
+    pointing_game,
+    target_maps,
+    targets_of,
+)
 
 # ------------------------------------------------------------------------------------------------------ memorisation
 
@@ -69,7 +80,7 @@ def test_covered_pixels_of_a_scene_are_those_of_its_boxes(study: Study) -> None:
     test = prepare(study.load("an").data).test
     source = test.images
     assert isinstance(source, ScenesSource)
-    for target in targets_of(test)[:20]:
+    for target in targets_of(test, places(test))[:20]:
         expected = torch.zeros(32, 32, dtype=torch.bool)
         for place, column in enumerate(source.scenes.classes[target.row].tolist()):
             x0, y0, x1, y1 = source.scenes.boxes[target.row, place].tolist()
@@ -83,7 +94,7 @@ def test_targets_are_the_present_classes_of_a_part_too(study: Study) -> None:
     part = test.part(torch.tensor([7, 3]))
     for images in (test, part):
         found = torch.zeros_like(images.truth, dtype=torch.bool)
-        for target in targets_of(images):
+        for target in targets_of(images, places(images)):
             found[target.row, target.column] = True
         assert torch.equal(found, images.truth > 0)
 
@@ -92,48 +103,70 @@ def test_a_map_averages_to_the_logit_without_its_bias(study: Study) -> None:
     training = study.trained("an")
     test = prepare(study.load("an").data).test
     logits = training.scores(test).logit() - training.classifier.head.bias.detach()
-    assert torch.allclose(activation_maps(training, test).mean((2, 3)), logits, atol=1e-3)
+    assert torch.allclose(all_maps(training, test).mean((2, 3)), logits, atol=1e-3)
 
 
 def test_maps_are_of_the_whole_image_whatever_crop_the_test_takes(study: Study) -> None:
     training = study.trained("an")
     test = prepare(study.load("an").data).test
-    whole = activation_maps(training, test)
+    whole = all_maps(training, test)
     overrides = [*study.overrides, "data.test_crop=centre", "data.test_resize=1.5"]
     cropped = Study(study.protocol, overrides, None, 0, study.root).trained("an")
     cropped.load_weights(training.weights())
     assert not torch.allclose(cropped.scores(test), training.scores(test), atol=1e-3)
-    assert torch.equal(activation_maps(cropped, test), whole)
+    assert torch.equal(all_maps(cropped, test), whole)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=12))
 def test_the_pointing_game_is_the_share_of_maps_that_point_at_a_box(pointing: list[bool]) -> None:
-    maps, targets = torch.zeros(len(pointing), 3, 4, 4), []
+    maps, targets = torch.zeros(len(pointing), 4, 4), []
     for row, right in enumerate(pointing):
-        column, place = row % 3, 7 * row % 16
-        maps[row, column].view(-1)[place] = 1
+        place = 7 * row % 16
+        maps[row].view(-1)[place] = 1
         y, x = divmod(place if right else (place + 5) % 16, 4)
-        targets.append(Target(row, column, torch.tensor([[x, y, x + 1, y + 1]]) / 4))
+        targets.append(Target(row, row % 3, torch.tensor([[x, y, x + 1, y + 1]]) / 4))
     assert pointing_game(maps, targets) == pytest.approx(100 * sum(pointing) / len(pointing))
 
 
-def test_cam_compares_the_losses_with_chance(study: Study, picture_bytes: Callable[[Finding], int]) -> None:
+def test_cam_compares_the_eight_methods_of_the_paper_with_chance(
+    study: Study, picture_bytes: Callable[[Finding], int]
+) -> None:
     found = large_loss.cam(study)
-    assert [row[0] for row in found.rows] == ["a random place", "an", "ll_r", "ll_ct"]
-    assert [row[2:] for row in found.rows[1:]] == [["78.9", "46.4"], ["83.7", "54.0"], ["83.7", "54.1"]]
+    methods = ["an", "wan", "an_ls", "epr", "role", "ll_r", "ll_ct", "ll_cp"]
+    assert [row[0] for row in found.rows] == ["a random place", *methods]
+    assert [row[2:] for row in found.rows[1:]][::5] == [["78.9", "46.4"], ["83.7", "54.0"]]
     assert picture_bytes(found) > 50_000
     test = prepare(study.load("an").data).test
-    targets = targets_of(test)
-    right = pointing_game(activation_maps(study.trained("ll_r"), test), targets)
-    assert found.rows[2][1] == f"{right:.1f}"
+    targets = targets_of(test, places(test))
+    maps = target_maps(study.trained("ll_r"), test, targets)
+    assert torch.equal(
+        maps, all_maps(study.trained("ll_r"), test)[[t.row for t in targets], [t.column for t in targets]]
+    )
+    assert found.rows[6][1] == f"{pointing_game(maps, targets):.1f}"
     areas = [float(covered(target.boxes, 32).float().mean()) for target in targets]
     assert found.numbers["chance"] == pytest.approx(100 * sum(areas) / len(areas), rel=1e-5)
 
 
+def places(images: LabelledImages) -> list[Located]:
+    return boxes("scenes", None, images)
+
+
+def all_maps(training: Training, images: LabelledImages) -> torch.Tensor:
+    return torch.cat([maps for _, maps in activation_maps(training, images)])
+
+
+def test_a_class_that_the_labels_call_absent_is_no_target() -> None:
+    images = LabelledImages(FileSource("voc", Path(), [b"a.jpg"]), torch.tensor([[1, -1]]).char(), ["cat", "dog"])
+    (target,) = targets_of(images, [(torch.rand(3, 4), torch.tensor([0, 1, 0]))])
+    assert target.column == 0 and len(target.boxes) == 2
+
+
 def test_a_data_set_without_boxes_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    photos = LabelledImages(FileSource("voc2012 val", tmp_path, [b"a.jpg"]), torch.ones(1, 2).char(), ["cat", "dog"])
-    with pytest.raises(DataError, match="voc2012 val does not bring.*--protocol spml_scenes"):
-        targets_of(photos)
+    with pytest.raises(
+        DataError, match=r"cub_attributes says which .* not where: use a data set with boxes \(coco2014, scenes, voc"
+    ):
+        cam = Study("spml_cub", [], None, 0, tmp_path).load("an").data
+        boxes(cam.name, cam.root, LabelledImages(FileSource("cub", tmp_path, [b"a.jpg"]), torch.ones(1, 2).char(), []))
 
 
 # --------------------------------------------------------------------------------------------------------- evolution
@@ -146,16 +179,28 @@ def test_evolution_counts_what_ll_cp_wrote_and_how_much_of_it_is_true(
     longer = Study("spml_scenes", overrides, None, 0, tmp_path)
     found = large_loss.evolution(longer)
     assert picture_bytes(found) > 20_000
-    assert [row[:3] for row in found.rows[:1]] == [["1", "0", "0"]]  # the first epoch is plain AN
-    assert found.rows[0][3:] == ["", "0.0"]
+    rows = [row for row in found.rows if row[0].startswith("ll_cp")]
+    assert rows[0][1:4] == ["1", "0", "0"]  # the first epoch is plain AN
+    assert rows[0][4:] == ["", "0.0"]
     prepared = prepare(longer.load("ll_cp").data)
     written = (longer.watched(lambda now: None, "ll_cp").observed > 0) & (prepared.observed == 0)
     missed = (prepared.train.truth > 0) & (prepared.observed == 0)
     right = int((written & missed).sum())
-    added = [int(row[1]) for row in found.rows]
-    assert int(found.rows[-1][2]) == sum(added) == int(written.sum()) > 0
-    assert found.numbers["precision/epoch3"] == pytest.approx(100 * right / sum(added))
-    assert found.numbers["recall/epoch3"] == pytest.approx(100 * right / int(missed.sum()))
+    added = [int(row[2]) for row in rows]
+    assert int(rows[-1][3]) == sum(added) == int(written.sum()) > 0
+    assert found.numbers["ll_cp/precision/epoch3"] == pytest.approx(100 * right / sum(added))
+    assert found.numbers["ll_cp/recall/epoch3"] == pytest.approx(100 * right / int(missed.sum()))
+    for loss in ("ll_r", "ll_ct"):
+        counts = [int(row[3]) for row in found.rows if row[0].startswith(loss)]
+        assert counts == [0, *(steps_of(longer, epoch) for epoch in (2, 3))]
+
+
+def steps_of(study: Study, epoch: int) -> int:
+    """How many labels the steps of an epoch modify: the published share of each batch, the last one smaller."""
+    protocol = study.load("ll_r")
+    images, batch = len(prepare(protocol.data).train), protocol.training.batch_size
+    sizes = [min(batch, images - first) for first in range(0, images, batch)]
+    return sum(math.ceil(3 * (epoch - 1) * 10 * size / 100) for size in sizes)
 
 
 def test_full_labels_hide_nothing_that_could_be_corrected(study: Study, tmp_path: Path) -> None:

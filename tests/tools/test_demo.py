@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mls.eval import load_protocol
+from mls.eval.protocol import fingerprint
+from mls.eval.weights import read
 from mls.results import Results, stored_cells
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -51,8 +54,20 @@ def test_ablations_print_ours_beside_the_papers_and_go_on_where_they_stopped(
     for k, paper in ((1, "39.7 / 35.9"), (5, "40.0 / 36.1"), (20, "40.1 / 36.2"), (40, "39.2 / 35.4")):
         (line,) = [line for line in first.stdout.splitlines() if line.startswith(f"| k {k} ")]
         assert paper in line
+    (run,) = (folder / "ablations").glob("k-5-seed0-*")
+    facts = {"protocol": "coco_fpn_1x", "task": "detection", "weights_hash": read(str(run), "").hash, "metrics": 1}
+    shipped, shorter = (fingerprint(load_protocol("coco_fpn_1x", more)) for more in ([], ["training.precise_bn=9"]))
+    stored = Results(folder / "ablations" / "results.jsonl")
+    stored.add(cell="a", settings=shipped, metric="coco2017/box_ap", value=0.401, **facts)
+    stored.add(cell="b", settings=shorter, metric="coco2017/mask_ap", value=0.25, **facts)
+    stored.add(cell="c", settings=shipped, metric="coco2017/box_ap", value=0.5, **{**facts, "weights_hash": "another"})
     again = mls_command(*command)
     assert "— k" not in again.stderr
-    assert [line for line in again.stdout.splitlines() if "|" in line] == [
-        line for line in first.stdout.splitlines() if "|" in line
-    ]
+    lines = [[cell.strip() for cell in line.split("|")] for line in again.stdout.splitlines() if "|" in line]
+    header, row = lines[0], next(line for line in lines if line[1] == "k 5")
+    assert dict(zip(header, row, strict=True))["coco_fpn_1x: box AP"] == "40.1"
+    assert dict(zip(header, row, strict=True))[f"coco_fpn_1x with other settings ({shorter[:6]}): mask AP"] == "25.0"
+    assert [line[:6] for line in lines[2:]] == [
+        [cell.strip() for cell in line.split("|")][:6] for line in first.stdout.splitlines() if line.startswith("| k ")
+    ][-4:]
+    assert "50.0" not in again.stdout

@@ -92,6 +92,13 @@ def test_neighbours_of_a_file_and_of_the_runs_own_images(
     for block in done.stdout.split("scene ")[1:]:
         assert len(set(re.findall(r"\d+ of the train", block))) == len(re.findall(r"\d+ of the train", block))
 
+    done = mls_command("neighbours", str(run.path), "--figure", "--out", picture, **cache)
+    assert done.returncode == 0, done.stderr
+    with Image.open(picture) as whole, Image.open(tmp_path / "found-crops.png") as crops:
+        assert whole.height > 60 * 160 and 60 * 96 < crops.height < whole.height
+    done = mls_command("neighbours", str(run.path), "--figure", "--query", query)
+    assert done.returncode == 2 and "--figure shows crops of the run's own images: leave out --query" in done.stderr
+
 
 def test_mistakes_are_one_sentence(mls_command: Call) -> None:
     done = mls_command("neighbours", "resnet_tiny")

@@ -1,5 +1,6 @@
-"""The distributions that the paper on entropy maximisation (https://arxiv.org/abs/2203.16219) shows: `scores` of what
-is not annotated, `losscurve` of what is, `classwise` gains. Its gradients and its loss landscape are in regimes.py."""
+"""What the paper on entropy maximisation (https://arxiv.org/abs/2203.16219) shows of labels and predictions: `scores`
+of what is not annotated, `losscurve` of what is, `classwise` gains, `imbalance` of what is not annotated, `examples` of
+predictions. Its gradients and its loss landscape are in regimes.py and landscape.py."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mls.errors import DataError
 from mls.tools.analyses import Finding, Study
+from mls.tools.analyses.hyperspherical import BEST, Example, marked, most_different, sheet, verdicts
 from mls.tools.analyses.regimes import COLOURS, apl_in_time
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ POSITIVE, NEGATIVE = "#0072B2", "#E69F00"
 WHOLE = ("training.patience=null", "training.drop=null")  # curves over the epochs: none ends early
 MOST_BARS = 30  # classes drawn from each end of the order
 BINS = 25
+EXAMPLES = 4  # images of each part
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,95 @@ def classwise(study: Study) -> Finding:
     return Finding(figure, ["class", "an", "em", "em_apl", "em − an", "em_apl − an"], rows, summary, numbers)
 
 
+BENCHMARKS = ("spml_voc2012", "spml_coco2014", "spml_nuswide", "spml_cub")  # the paper's
+
+
+def imbalance(study: Study) -> Finding:
+    """How many of the unannotated labels are positive: in each data set that is there, and class by class."""
+    from mls.eval import load_protocol
+    from mls.eval.supervised import prepare
+
+    kind, data = training_kinds(study), study.load("an").data
+    names = prepare(data).train.class_names
+    found = {data.name: kind}
+    for protocol in BENCHMARKS:
+        other = load_protocol(protocol).data
+        if other.name not in found:
+            try:
+                prepared = prepare(other)
+            except DataError:
+                continue  # the paper's data sets are shown beside as far as they are there
+            found[other.name] = kinds(prepared.train.truth, prepared.observed)
+    shares = {
+        name: 100 * float(one.missed.sum() / (one.missed.sum() + one.absent_unseen.sum()))
+        for name, one in found.items()
+    }
+    missed, absent = kind.missed.sum(0), kind.absent_unseen.sum(0)
+    of_class = 100 * missed / (missed + absent).clamp(min=1)
+    order: list[int] = of_class.argsort(descending=True, stable=True).tolist()
+    drawn = order if len(order) <= 2 * MOST_BARS else [*order[:MOST_BARS], *order[-MOST_BARS:]]
+    figure = _imbalance_figure(shares, data.name, [str(names[i]) for i in drawn], of_class[drawn].tolist())
+    rows = [
+        [f"{name}, all classes", *_counts(one.missed.sum(), one.absent_unseen.sum())] for name, one in found.items()
+    ]
+    rows += [[str(names[i]), *_counts(missed[i], absent[i])] for i in order]
+    summary = (
+        "Of the labels that the training does not see, how many are positive in truth. For this imbalance the paper "
+        "makes pseudo-labels for negatives alone (APL)."
+    )
+    numbers = {f"{name}/positive": share for name, share in shares.items()}
+    return Finding(figure, ["unannotated labels of", "positive", "negative", "positive, %"], rows, summary, numbers)
+
+
+def _counts(positive: Tensor, negative: Tensor) -> list[str]:
+    share = 100 * float(positive) / max(1.0, float(positive + negative))
+    return [f"{int(positive)}", f"{int(negative)}", f"{share:.1f}"]
+
+
+def _imbalance_figure(shares: dict[str, float], name: str, classes: list[str], values: list[float]) -> Figure:
+    figure, [[left, right]] = panels(rows=1, columns=2, height=max(4, 1.4 + 0.22 * len(classes)), shared=False)
+    for axes, labels, positive in ((left, list(shares), list(shares.values())), (right, classes, values)):
+        places = range(len(labels))
+        axes.barh(places, positive, 0.7, color=POSITIVE, label="positive")
+        axes.barh(places, [100 - value for value in positive], 0.7, left=positive, color=NEGATIVE, label="negative")
+        axes.set_yticks(places, labels, fontsize=10 if len(labels) <= 20 else 8)
+        axes.set(xlim=(0, 100), ylim=(len(labels) - 0.4, -0.6), xlabel="unannotated labels (%)")
+        axes.grid(False, axis="y")
+        for place, value in zip(places, positive, strict=True):
+            axes.annotate(f"{value:.1f} %", (max(value, 1) + 1, place), va="center", fontsize=9)
+    left.set_title("All classes")
+    right.set_title(f"Each class of {name}")
+    left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    figure.suptitle("Unannotated labels: few are positive")
+    return figure
+
+
+def examples(study: Study) -> Finding:
+    """The paper's qualitative results: predictions for training and test images under AN, EM and EM with APL."""
+    from mls.eval.supervised import prepare
+
+    prepared = prepare(study.load("an").data)
+    trained = {loss: study.trained(loss, *apl_in_time(study, loss)) for loss in ("an", "em", "em_apl")}
+    marks = {"training": marked(prepared.train.truth, prepared.observed), "test": prepared.test.truth}
+    rows, numbers, shown = [], {}, []
+    for part, images in (("training", prepared.train), ("test", prepared.test)):
+        scores = {loss: one.scores(images) for loss, one in trained.items()}
+        chosen = most_different(scores["an"], scores["em_apl"])[:EXAMPLES]
+        shown += [Example(part, images, int(row), scores, marks[part]) for row in chosen]
+        for loss, values in scores.items():
+            found = verdicts(values, marks[part])
+            rows.append([f"{loss}, {part} images", *(f"{100 * share:.1f}" for share in found.values())])
+            numbers |= {f"{loss}/{part}/{name}": share for name, share in found.items()}
+    header = ["loss", *(f"{name}, %" for name in found)]
+    summary = (
+        f"The {BEST} most probable classes of every image; the picture shows images where AN and EM with APL differ "
+        "most, so it is no measure of either. Yellow: there, but not annotated. The paper's qualitative results are "
+        "such pictures, without numbers."
+    )
+    title = "The most probable classes, where AN and EM with APL differ most"
+    return Finding(sheet(shown, title), header, rows, summary, numbers)
+
+
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
@@ -207,4 +299,10 @@ def panels(
     return figure, grid.tolist()
 
 
-ANALYSES = {"scores": scores, "losscurve": losscurve, "classwise": classwise}
+ANALYSES = {
+    "scores": scores,
+    "losscurve": losscurve,
+    "classwise": classwise,
+    "imbalance": imbalance,
+    "examples": examples,
+}

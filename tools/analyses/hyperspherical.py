@@ -5,7 +5,9 @@ head in eval."""
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 # -------------------------------------------------------------------------------------------------------- correlation
 
 STRONGEST = 10
-MOST_NAMES = 40  # of classes beside a heat map; more cannot be read
+MANY = 40  # classes: of more, the figure grows so that names can be read when it is enlarged
+INCH = 0.085  # of a name beside a heat map of many classes
 
 
 def correlation(study: Study) -> Finding:
@@ -44,7 +47,8 @@ def correlation(study: Study) -> Finding:
     known = ~phis.isnan()
     agreement = float(cast(Any, spearmanr(cosines[known], phis[known])).statistic)
     rows = []
-    for pair in cosines.argsort(descending=True)[:STRONGEST].tolist():
+    count = STRONGEST if len(learnt) <= MANY else 3 * STRONGEST
+    for pair in cosines.argsort(descending=True)[:count].tolist():
         names = f"{train.class_names[int(one[pair])]} and {train.class_names[int(other[pair])]}"
         rows.append([names, f"{cosines[pair]:.3f}", f"{phis[pair]:.3f}"])
     summary = (
@@ -61,20 +65,26 @@ def _correlation_figure(learnt: Tensor, true: Tensor, names: Sequence[str], sour
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    order = neighbouring(learnt)
-    figure = Figure(figsize=(13.5, 6), layout=ConstrainedLayoutEngine(w_pad=0.15))
+    order, ends = clustered(learnt)
+    many = len(names) > MANY
+    side = max(6.0, INCH * len(names) + 1.5)
+    figure = Figure(figsize=(2 * side + 1.5, side), layout=ConstrainedLayoutEngine(w_pad=0.15))
     titles = ("Label embeddings: cosine", "True labels of the training images: phi coefficient")
     for axes, values, title in zip(figure.subplots(1, 2), (learnt, true), titles, strict=True):
         image = values[order][:, order].fill_diagonal_(torch.nan)  # always 1: it would pale all others
         reach = float(image.nan_to_num().abs().max()) or 1.0
         drawn = axes.imshow(image.numpy(), cmap="RdBu_r", vmin=-reach, vmax=reach)
         axes.set(title=title, xlabel="class", ylabel="class", facecolor="#DDDDDD")
-        if len(names) <= MOST_NAMES:
-            shown = [names[column] for column in order.tolist()]
-            axes.set_xticks(range(len(shown)), shown, rotation=90 if max(map(len, shown)) > 3 else 0)
-            axes.set_yticks(range(len(shown)), shown)
+        shown = [str(names[column]) for column in order.tolist()]
+        small = {"fontsize": 5} if many else {}
+        axes.set_xticks(range(len(shown)), shown, rotation=90 if max(map(len, shown)) > 3 else 0, **small)
+        axes.set_yticks(range(len(shown)), shown, **small)
+        for end in ends if many else ():
+            axes.axhline(end - 0.5, color="black", linewidth=0.5)
+            axes.axvline(end - 0.5, color="black", linewidth=0.5)
         figure.colorbar(drawn, ax=axes, shrink=0.8)
-    figure.suptitle(f"Label correlation as learnt ({source}) and as it is; classes in the same order")
+    lines = "; lines part the clusters" if many else ""
+    figure.suptitle(f"Label correlation as learnt ({source}) and as it is; classes in the same order{lines}")
     return figure
 
 
@@ -92,12 +102,17 @@ def phi(truth: Num[Tensor, "images classes"]) -> Float[Tensor, "classes classes"
     return (both * neither - only_row * only_column) / margins.sqrt()
 
 
-def neighbouring(similarity: Float[Tensor, "classes classes"]) -> Int64[Tensor, "classes"]:
-    """Spectral order: similar classes beside each other (the Fiedler vector of the graph of similarities)."""
-    weights = (similarity + 1) / 2
-    scaling = weights.sum(1).rsqrt()
-    _, vectors = torch.linalg.eigh(torch.eye(len(weights)).to(weights) - scaling[:, None] * weights * scaling)
-    return (vectors[:, 1] * scaling).argsort()
+def clustered(similarity: Float[Tensor, "classes classes"]) -> tuple[Int64[Tensor, "classes"], list[int]]:
+    """An order with similar classes beside each other (average linkage, its leaves ordered), and where its clusters
+    end: about as many as the square root of the classes."""
+    from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
+    from scipy.spatial.distance import squareform
+
+    distance = (1 - similarity).clamp(min=0).fill_diagonal_(0)
+    tree = linkage(squareform((distance + distance.T).numpy() / 2, checks=False), "average", optimal_ordering=True)
+    order = torch.from_numpy(leaves_list(tree).astype("int64"))
+    members = torch.from_numpy(fcluster(tree, max(2, round(len(similarity) ** 0.5)), "maxclust"))[order]
+    return order, (members.diff().nonzero()[:, 0] + 1).tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------ margins
@@ -191,38 +206,67 @@ def _margin_figure(
 
 BEST = 5
 SHOWN = 8  # images
-MARKS = {1: ("✓", "#009E73", "right"), -1: ("✗", "#D55E00", "wrong"), 0: ("?", "#F0E442", "not annotated")}
+FOUND = 2  # in `marked`: there, but training does not see it
+MARKS = {
+    1: ("✓", "#009E73", "right"),
+    -1: ("✗", "#D55E00", "wrong"),
+    FOUND: ("✓", "#F0E442", "there, but not annotated"),
+    0: ("?", "#BBBBBB", "not annotated"),
+}
 
 
 def top5(study: Study) -> Finding:
-    """The most probable classes of test images under AN (BCE) and HML, where the two differ most."""
+    """The most probable classes under AN (BCE) and HML, where the two differ most."""
     from mls.eval.supervised import prepare
 
-    test = prepare(study.load("an").data).test
-    scores = {loss: study.trained(loss).scores(test) for loss in ("an", "hml")}
-    shares = {loss: verdicts(values, test.truth) for loss, values in scores.items()}
-    rows = [[loss, *(f"{100 * share:.1f}" for share in found.values())] for loss, found in shares.items()]
-    numbers = {f"{loss}/{name}": share for loss, found in shares.items() for name, share in found.items()}
+    prepared = prepare(study.load("an").data)
+    trained = {loss: study.trained(loss) for loss in ("an", "hml")}
+    parts = {"test": (prepared.test, prepared.test.truth)}
+    seen = marked(prepared.train.truth, prepared.observed)
+    if (seen == FOUND).any():
+        parts["training"] = (prepared.train, seen)
+    rows, numbers, shown = [], {}, []
+    for part, (images, marks) in parts.items():
+        scores = {loss: one.scores(images) for loss, one in trained.items()}
+        for loss, values in scores.items():
+            shares = verdicts(values, marks)
+            rows.append([f"{loss}, {part} images", *(f"{100 * share:.1f}" for share in shares.values())])
+            numbers |= {
+                f"{loss}/{name}" if part == "test" else f"{loss}/{part}/{name}": v for name, v in shares.items()
+            }
+        chosen = most_different(*scores.values())[: SHOWN // len(parts)]
+        shown += [Example(part, images, int(row), scores, marks) for row in chosen]
     summary = (
-        f"The {BEST} most probable classes of every test image; the picture shows images where the two differ most, so "
-        "it is no measure of either. The paper shows HML with fewer wrong labels above the right ones, and with labels "
-        "that are there but not annotated."
+        f"The {BEST} most probable classes of every image; the picture shows images where the two differ most, so it "
+        "is no measure of either. Yellow: classes of training images that are there although the training does not see "
+        "them. The paper shows HML with fewer wrong labels above the right ones, and with such labels."
     )
-    header = ["loss", *(f"{name}, %" for name in shares["an"])]
-    figure = _sheet(test, scores, most_different(*scores.values())[:SHOWN])
-    return Finding(figure, header, rows, summary, numbers)
+    header = ["loss", *(f"{name}, %" for name in verdicts(torch.rand(1, 2), torch.ones(1, 2)))]
+    title = f"The {BEST} most probable classes, where AN and HML differ most"
+    return Finding(sheet(shown, title), header, rows, summary, numbers)
 
 
-def verdicts(scores: Float[Tensor, "images classes"], truth: Num[Tensor, "images classes"]) -> dict[str, float]:
-    """Of the most probable classes, the shares that are right, wrong and not annotated; of the images, that whose first
-    class is right; of the positives, that which is among them.
+def marked(
+    truth: Num[Tensor, "images classes"], observed: Num[Tensor, "images classes"]
+) -> Num[Tensor, "images classes"]:
+    """The truth, with FOUND for what is there and not annotated.
+
+    >>> marked(torch.tensor([[1, 1, -1]]), torch.tensor([[1, 0, 0]]))
+    tensor([[ 1,  2, -1]])
+    """
+    return truth.masked_fill((truth > 0) & (observed == 0), FOUND)
+
+
+def verdicts(scores: Float[Tensor, "images classes"], marks: Num[Tensor, "images classes"]) -> dict[str, float]:
+    """Of the most probable classes, the shares of each mark; of the images, that whose first class is right; of what
+    is there, that which is among them.
 
     >>> verdicts(torch.tensor([[0.9, 0.1, 0.2]]), torch.tensor([[1, -1, 0]]))["not annotated"]
     0.3333333333333333
     """
-    best = truth.gather(1, scores.topk(min(BEST, scores.shape[1])).indices)
-    shares = {name: float((best == verdict).double().mean()) for verdict, (_, _, name) in MARKS.items()}
-    found = float((best > 0).sum() / (truth > 0).sum())
+    best = marks.gather(1, scores.topk(min(BEST, scores.shape[1])).indices)
+    shares = {name: float((best == mark).double().mean()) for mark, (_, _, name) in MARKS.items()}
+    found = float((best > 0).sum() / (marks > 0).sum())
     return {**shares, "first one right": float((best[:, 0] > 0).double().mean()), "positives found": found}
 
 
@@ -242,34 +286,59 @@ def most_different(
     return (common - distance).argsort(stable=True)
 
 
-def _sheet(test: LabelledImages, scores: dict[str, Tensor], rows: Int64[Tensor, "shown"]) -> Figure:
+@dataclass(frozen=True)
+class Example:
+    """An image of a sheet, and what it shows of it."""
+
+    part: str  # training or test
+    images: LabelledImages
+    row: int
+    scores: Mapping[str, Float[Tensor, "images classes"]]  # of each loss
+    marks: Num[Tensor, "images classes"]
+
+
+def sheet(examples: Sequence[Example], title: str) -> Figure:
     """Two images a line, each with a bar chart for each loss."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    lines = -(-len(rows) // 2)
-    figure = Figure(figsize=(15, 2.1 * lines + 0.9), layout="constrained")
-    cells = figure.subplots(lines, 6, squeeze=False, width_ratios=[1, 1.25, 1.25] * 2).reshape(-1, 3)
-    for row, (picture, *charts) in zip(rows.tolist(), cells, strict=False):
-        picture.imshow(test.pixels(row).permute(1, 2, 0).numpy())
-        present = [name for name, truth in zip(test.class_names, test.truth[row].tolist(), strict=True) if truth > 0]
-        picture.set_title(f"present: {', '.join(present) or 'none'}", fontsize=10)
+    lines, losses = -(-len(examples) // 2), len(examples[0].scores)
+    figure = Figure(figsize=(2 * (2 + 2.8 * losses), 2.1 * lines + 0.9), layout="constrained")
+    ratios = [1, *[1.25] * losses] * 2
+    cells = figure.subplots(lines, len(ratios), squeeze=False, width_ratios=ratios).reshape(-1, 1 + losses)
+    drawn: set[int] = set()
+    for one, (picture, *charts) in zip(examples, cells, strict=False):
+        marks, names = one.marks[one.row], one.images.class_names
+        picture.imshow(one.images.pixels(one.row).permute(1, 2, 0).numpy())
+        kinds = {"annotated" if bool((one.marks == FOUND).any()) else "present": 1, "not annotated": FOUND}
+        lists = {
+            kind: [str(names[i]) for i in (marks == mark).nonzero()[:, 0].tolist()] for kind, mark in kinds.items()
+        }
+        told = [f"{kind}: {', '.join(found)}" for kind, found in lists.items() if found] or ["present: none"]
+        picture.set_title("\n".join([f"{one.part} image", *map(_lines, told)]), fontsize=9)
         picture.axis("off")
-        for axes, (loss, values) in zip(charts, scores.items(), strict=True):
-            _bars(axes, loss, values[row], test.truth[row], test.class_names)
-    for axes in cells[len(rows) :].flat:
+        for axes, (loss, values) in zip(charts, one.scores.items(), strict=True):
+            drawn |= _bars(axes, loss, values[one.row], marks, names)
+    for axes in cells[len(examples) :].flat:
         axes.axis("off")
-    legend = [Patch(color=colour, label=f"{mark}  {name}") for mark, colour, name in MARKS.values()]
+    legend = [
+        Patch(color=colour, label=f"{mark}  {name}") for key, (mark, colour, name) in MARKS.items() if key in drawn
+    ]
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
-    figure.suptitle(f"The {BEST} most probable classes of test images, where AN and HML differ most")
+    figure.suptitle(title)
     return figure
 
 
-def _bars(axes: Axes, title: str, scores: Tensor, truth: Tensor, names: Sequence[str]) -> None:
+def _lines(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, 28))
+
+
+def _bars(axes: Axes, title: str, scores: Tensor, marks: Tensor, names: Sequence[str]) -> set[int]:
+    """The marks that were drawn."""
     values, columns = scores.topk(min(BEST, len(scores)))
-    looks = [MARKS[int(truth[column])] for column in columns.tolist()]
-    bars = axes.barh(range(len(values)), values.tolist(), color=[colour for _, colour, _ in looks])
-    axes.bar_label(bars, [f"{value:.2f} {mark}" for value, (mark, _, _) in zip(values, looks, strict=True)], padding=2)
+    found = marks[columns].tolist()
+    bars = axes.barh(range(len(values)), values.tolist(), color=[MARKS[mark][1] for mark in found])
+    axes.bar_label(bars, [f"{v:.2f} {MARKS[mark][0]}" for v, mark in zip(values, found, strict=True)], padding=2)
     axes.set_yticks(range(len(values)), [str(names[column]) for column in columns.tolist()])
     axes.set(xlim=(0, 1.3), xticks=[0, 0.5, 1], title=title)
     axes.set_xlabel("probability", fontsize=9)
@@ -277,6 +346,7 @@ def _bars(axes: Axes, title: str, scores: Tensor, truth: Tensor, names: Sequence
     axes.title.set_fontsize(10)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
+    return set(map(int, found))
 
 
 ANALYSES = {"correlation": correlation, "margins": margins, "top5": top5}

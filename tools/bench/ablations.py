@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -24,6 +25,7 @@ GRIDS: dict[str, tuple[Ablation, ...]] = {
         Ablation("softmax over neighbours", ("objective.method=knn_moco", "objective.weight=0.4"), "39.1 / 35.3"),
         Ablation("bce_pos", ("objective.loss=bce_pos",), "39.6 / 35.7"),
         Ablation("bce", ("objective.loss=bce",), "40.1 / 36.2"),
+        Ablation("bce without InfoNCE", ("objective.info_nce_weight=0", "objective.warmup_epochs=0"), "unstable"),
     ),
     "queues": tuple(  # Table 7
         Ablation(
@@ -65,7 +67,8 @@ def ablations(
     """Run the paper's ablations on a recipe and print them beside the paper's numbers.
 
     On the embedded scenes a cell's number is the probes' mAP; on other data with labels the online kNN; without labels
-    the run is made, and its number is left to `mls eval`. Finished cells are not run again.
+    the run is made. What `mls eval run` has stored of a detector on a run (box and mask AP, the paper's measure) joins
+    its row. Finished cells are not run again.
 
     Examples:
 
@@ -77,6 +80,7 @@ def ablations(
     """
     from mls.config import runs_root
     from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, compare, table_of
+    from mls.files import runs_folder
     from mls.recipes import load_config
     from mls.tables import Column, show
 
@@ -92,11 +96,40 @@ def ablations(
     base = load_config(recipe, overrides)
     folder = out or runs_root(base) / f"ablations-{base.run.recipe}{'-short' * short}"
     note = f"{base.run.recipe}, {base.optim.epochs} epochs, {seeds} seed{'s' * (seeds > 1)}"
-    note += "; the paper's column is another task, data set and network"
+    note += "; the paper's column: ResNet-50 on COCO, 400 epochs, then Mask R-CNN with a feature pyramid"
     for name in chosen:
         cells = {row.name: Pretraining(row.name, recipe, [*overrides, *row.overrides]) for row in GRIDS[name]}
-        ours = table_of(compare(cells, seeds, folder), name, (*PROBES, *OVERLAP), note)
+        found = compare(cells, seeds, folder)
+        ours = table_of(found, name, (*PROBES, *OVERLAP), note)
+        runs = {row: [folder / one.row["run"] for one in measured] for row, measured in found.items()}
+        for heading, values in detection_ap(runs, (folder, runs_folder())).items():
+            ours = ours.with_column(Column(heading), [values.get(row, []) for row in cells])
         paper = Column("paper: COCO box / mask AP", "paper")
         show(ours.with_column(paper, [row.paper for row in GRIDS[name]]), folder / f"{name}.md")
         print()
-    print(f"{folder}: runs, tables, results.jsonl")
+    print(f"{folder}: runs, tables, results.jsonl. After `mls eval run coco_fpn_1x --weights RUN` on its runs the same")
+    print("command shows their box and mask AP, too.")
+
+
+def detection_ap(runs: Mapping[str, Sequence[Path]], stores: Sequence[Path]) -> dict[str, dict[str, list[float]]]:
+    """For each detector that these folders' results.jsonl know, the AP of each row whose runs it was trained on: they
+    are found by the hash of their weights."""
+    from mls.eval.protocol import fingerprint, load_protocol, protocols
+    from mls.eval.weights import read
+    from mls.models import weights_file
+    from mls.results import Results, stored_cells
+
+    row_of = {read(str(run), "").hash: row for row, several in runs.items() for run in several if weights_file(run)}
+    found: dict[str, dict[str, list[float]]] = {}
+    for store in dict.fromkeys(stores):
+        for cell in stored_cells(Results(store / "results.jsonl").rows(task="detection")):
+            row, protocol, settings = row_of.get(cell.row["weights_hash"]), cell.row["protocol"], cell.row["settings"]
+            if row is None or not cell.whole:
+                continue
+            as_shipped = protocol in protocols() and settings == fingerprint(load_protocol(protocol))
+            name = protocol if as_shipped else f"{protocol} with other settings ({settings[:6]})"
+            values = {metric.partition("/")[2]: value for metric, value in cell.values.items()}
+            for metric, heading in (("box_ap", "box AP"), ("mask_ap", "mask AP")):
+                if metric in values:
+                    found.setdefault(f"{name}: {heading}", {}).setdefault(row, []).append(values[metric])
+    return found

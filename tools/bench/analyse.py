@@ -11,7 +11,7 @@ import typer
 NAMES = (
     *("gradients", "proportion", "landscape"),  # regimes.py, landscape.py
     *("correlation", "margins", "top5"),  # hyperspherical.py
-    *("scores", "losscurve", "classwise"),  # distributions.py
+    *("scores", "losscurve", "classwise", "imbalance", "examples"),  # distributions.py
     *("memorisation", "cam", "evolution"),  # large_loss.py
 )
 QUICK = ("data.scenes.count=600", "data.scenes.test_count=200", "training.epochs=3")
@@ -32,9 +32,10 @@ def analyse(
     gradients: of the losses over the logit (EM). landscape: how flat the minimum is (EM). proportion: mAP over the
     share of labels (EM). correlation: of the label embeddings (HML). margins: fixed and adaptive, and the gradients
     they give (HML). top5: predictions, right, wrong or unannotated (HML). scores: of unannotated positives and
-    negatives (EM). losscurve: of the annotated labels (EM). classwise: gain of each class (EM). memorisation: the
-    epoch of the highest loss (LL). cam: class activation maps and the pointing game (LL). evolution: how an image's
-    labels change over the epochs (LL).
+    negatives (EM). losscurve: of the annotated labels (EM). classwise: gain of each class (EM). imbalance: how many
+    unannotated labels are positive (EM). examples: predictions for training and test images (EM). memorisation: the
+    epoch of the highest loss (LL). cam: class activation maps and the pointing game of its eight methods, on the
+    scenes and on VOC's and COCO's boxes (LL). evolution: how an image's labels change over the epochs (LL).
 
     Examples:
 

@@ -32,6 +32,7 @@ class MLS(MoCo):
     def __init__(self, config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> None:
         super().__init__(config, precision, image_labels)
         self.options: MLSOptions = cast(MLSOptions, config.objective)
+        self.info_nce_weight = self.options.info_nce_weight
         self.control = control(config, self.dictionary, image_labels)  # pseudo-labels that are no method, or None
         self.matcher = matching.build("torch")  # `decide` puts the run's own in its place
         self.loss = self.build_loss()
@@ -125,7 +126,8 @@ class MLS(MoCo):
         first = 1 + max(filled, int(self.options.warmup_epochs * self.steps_per_epoch))
         never = first > self.config.optim.epochs * self.steps_per_epoch
         end = ", which never comes: lower objective.warmup_epochs" if never else ""
-        return [*sentences, f"InfoNCE alone until the multi-label term joins at step {first}{end}"]
+        alone = "InfoNCE alone" if self.info_nce_weight else "nothing is learnt"
+        return [*sentences, f"{alone} until the multi-label term joins at step {first}{end}"]
 
     @torch.no_grad()
     def matches(self, views: Views, count: int) -> MatchedCrops | None:

@@ -48,6 +48,8 @@ class Keys:
 
 @register("moco_v2", MoCoOptions)
 class MoCo(Method):
+    info_nce_weight = 1.0  # MLS lets it be chosen
+
     def __init__(self, config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> None:
         super().__init__(config, precision, image_labels)
         self.options = cast(MoCoOptions, config.objective)
@@ -83,10 +85,11 @@ class MoCo(Method):
             negatives = self.negatives(query, rows, keys, views)  # [batch]
             contrast = info_nce_of_logits(own_key / temperature, negatives)
             term = self.beside_info_nce(query, rows, views, out if number == 0 else None)
-            out.loss = out.loss + (contrast if term is None else contrast + term) / len(crops)
+            weighted = self.info_nce_weight * contrast
+            out.loss = out.loss + (weighted if term is None else weighted + term) / len(crops)
             if number == 0:
                 out.outputs = [query.projection, query.backbone]
-                out.parts |= {"info_nce": contrast} | ({} if term is None else {"multi_label": term})
+                out.parts |= {"info_nce": weighted} | ({} if term is None else {"multi_label": term})
                 out.scalars["loss/info_nce"] = contrast.detach()
                 out.scalars["chance/info_nce"] = self.chance(rows, keys, views)
                 out.scalars["cosine/own_key"] = own_key.mean().detach()
