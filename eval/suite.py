@@ -120,7 +120,7 @@ def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], 
     rows = chosen_rows(suite, part.weights, part.tiny, part.only, part.overrides)
     found = Comparison(suite, columns, rows, part.tiny)
     say_once = lru_cache(maxsize=None)(say)  # columns may share their runs
-    done: dict[tuple[str, ...], list[Measured]] = {}
+    done: dict[tuple[str | None, ...], list[Measured]] = {}
     for row in found.rows:
         if row.ours and row.weights:
             check_weights(row.weights)  # before others train for hours
@@ -131,7 +131,7 @@ def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], 
                 continue
             try:
                 chosen = [] if part.tiny else choose(suite, row, column, root, part.overrides, say_once)
-                runs = (row.name, column.protocol, *column.set, *chosen)
+                runs = (row.name, row.weights, column.protocol, *column.set, *chosen)
                 if runs not in done:
                     cells = {row.name: plan(suite, row, column, part.seeds, [*chosen, *part.overrides])}
                     done[runs] = over_seeds(cells, root, part.again)[row.name]

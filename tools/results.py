@@ -112,12 +112,12 @@ def corrected(row: Row) -> Row:
     return {**row, "weights": f"random:{row['weights']}"} if random else row
 
 
-def data_names(rows: Iterable[Row]) -> dict[tuple[str, str, str], str]:
+def data_names(rows: Iterable[Row]) -> dict[tuple[str, ...], str]:
     """What tells data apart that the metric's own name does not: of folders their name, and where several data sets
     of one name differ, the first letters of their content."""
     known = {(text_of(row, "dataset"), text_of(row, "root"), text_of(row, "content")) for row in rows}
     folder = lambda root: Path(root).name or "unknown"
-    names = {}
+    names: dict[tuple[str, ...], str] = {}
     for dataset, root, content in known:
         alike = {other for name, place, other in known if other and (name, folder(place)) == (dataset, folder(root))}
         several = len(alike) > 1 and not dataset.startswith("scenes")  # whose content is a setting
@@ -127,11 +127,11 @@ def data_names(rows: Iterable[Row]) -> dict[tuple[str, str, str], str]:
     return names
 
 
-def weights_names(rows: Iterable[Row]) -> dict[tuple[str, str, str], str]:
+def weights_names(rows: Iterable[Row]) -> dict[tuple[str, ...], str]:
     """Of weights and their step, with the first letters of their hash where one place has held several. Each seed of a
     recipe has weights of its own."""
     known = {(text_of(row, "weights"), text_of(row, "step"), text_of(row, "weights_hash")) for row in rows}
-    names = {}
+    names: dict[tuple[str, ...], str] = {}
     for weights, step, digest in known:
         several = len({other for *place, other in known if place == [weights, step]}) > 1
         names[weights, step, digest] = f"{weights} {digest[:6]}" if several and weights[:9] != "pretrain:" else weights
