@@ -77,7 +77,7 @@ def test_a_loss_left_out_of_the_study_equals_its_twin(name: str) -> None:
 def test_mistakes_are_one_sentence(tmp_path: Path, mls_command: Command) -> None:
     mistakes = {
         "--loss emm": "unknown loss 'emm': did you mean 'em'",
-        "--loss role": "objective.loss=role keeps estimates of every image's labels",
+        "--loss role": "objective.loss=role learns from the labels of every image",
         "optim.epochs=1": "name the recipe before the overrides: `mls bench objectives mls_scenes_tiny optim.epochs=1`",
     }
     for arguments, sentence in mistakes.items():
