@@ -29,7 +29,17 @@ from mls.recipes import load_config
 BATCH, ROWS, K = 8, 40, 5
 USABLE = [name for name in losses.names() if not losses.LOSSES[name].only_supervised]
 OF_ENTRIES = [name for name in USABLE if losses.build(name).elementwise]
-COUNT_CLASSES = {"wan", "dw", "epr", "hml", "pairwise_rank", "ll_r", "ll_ct", "ll_cp"}  # a row left out still counts
+COUNT_CLASSES = {
+    "wan",
+    "dw",
+    "epr",
+    "hml",
+    "pairwise_rank",
+    "ll_r",
+    "ll_ct",
+    "ll_cp",
+    "gr",
+}  # a row left out still counts
 
 
 def config_of(loss: str, *overrides: str) -> Config:

@@ -22,8 +22,7 @@ class GeneralisedRobust(Loss):
     and -log f for a positive; k and v carry no gradient. The paper has no known negatives, here -log(1 - f). In epoch t
     of T, w and b have gone (t - 1) / T of their way, m and s t / T. "mean" is over batch and classes.
 
-    q2, q3  (1 - p^q) / q is -log p at q -> 0 and 1 - p at q = 1: from cross-entropy to the absolute loss.
-
+    q_pos, q_neg  q2 and q3. (1 - p^q) / q is -log p at q -> 0, cross-entropy, and 1 - p at q = 1, the absolute loss.
     beta    [w, w at the end, b, b at the end]; None: [0, 2, -2, -2], the released code's
     alpha   [m, s, m at the end, s at the end]; None: [0.5, 2, 0.8, 0.5], the released code's
     epochs  T; later epochs are as the last. The code trains for 8.
@@ -37,8 +36,8 @@ class GeneralisedRobust(Loss):
 
     def __init__(
         self,
-        q2: float = 0.01,
-        q3: float = 1.0,
+        q_pos: float = 0.01,
+        q_neg: float = 1.0,
         beta: list[float] | None = None,
         alpha: list[float] | None = None,
         epochs: int = 10,
@@ -46,12 +45,12 @@ class GeneralisedRobust(Loss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(temperature, reduction)
-        require(q2 > 0 and q3 > 0, "q2 or q3", min(q2, q3), "numbers above 0")
+        require(q_pos > 0 and q_neg > 0, "q_pos or q_neg", min(q_pos, q_neg), "numbers above 0")
         require(epochs > 0, "epochs", epochs, "a number above 0")
         for name, values in (("beta", beta), ("alpha", alpha)):
             require(values is None or len(values) == 4, name, values, "four numbers, or null")
         require(alpha is None or min(alpha[1], alpha[3]) > 0, "alpha", alpha, "deviations above 0")
-        self.q2, self.q3, self.beta, self.alpha, self.epochs, self.epoch = q2, q3, beta, alpha, epochs, 1
+        self.q_pos, self.q_neg, self.beta, self.alpha, self.epochs, self.epoch = q_pos, q_neg, beta, alpha, epochs, 1
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -59,7 +58,7 @@ class GeneralisedRobust(Loss):
     def entries(self, logits: Matrix, labels: Labels, *_: object) -> Matrix:
         chance, weight = self.of_scores(torch.sigmoid(logits.detach()))
         robust = lambda logits, q: -torch.expm1(q * F.logsigmoid(logits)) / q
-        unknown = weight * (chance * robust(logits, self.q2) + (1 - chance) * robust(-logits, self.q3))
+        unknown = weight * (chance * robust(logits, self.q_pos) + (1 - chance) * robust(-logits, self.q_neg))
         return torch.where(labels == 0, unknown, of_known(logits, labels))
 
     def of_scores(self, scores: Matrix) -> tuple[Matrix, Matrix]:
