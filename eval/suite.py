@@ -193,7 +193,7 @@ def chosen_rows(suite: Suite, weights: Sequence[str], tiny: bool, only: Sequence
     if not weights and not tiny:
         return [replace(row, weights=suite.networks.get(row.network, row.weights)) for row in rows]
     # Each method once, for each of the weights in the place of the paper's networks, whose numbers these are.
-    methods = list({tuple(row.set): row for row in reversed(rows)}.values())[::-1]
+    methods = list({(*row.set, "" if row.ours else row.name): row for row in reversed(rows)}.values())[::-1]
     if not weights:
         if not suite.tiny:
             return methods

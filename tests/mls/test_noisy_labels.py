@@ -1,4 +1,4 @@
-"""Losses that train two networks, estimate class priors, or are given labels from outside, against plain restatements of
+"""Losses that train two networks, estimate class priors, or get labels from outside, against plain restatements of
 their papers' formulas. The element-wise ones are in test_loss_references.py."""
 
 import math
@@ -110,9 +110,8 @@ def test_a_class_prior_is_that_of_the_threshold_with_the_lowest_bound(seed: int)
 def test_a_class_prior_finds_the_share_of_positives_of_which_a_third_is_labelled() -> None:
     draws = torch.Generator().manual_seed(0)
     present = torch.rand(4000, generator=draws) < 0.15
-    scores = torch.where(
-        present, 0.6 + 0.4 * torch.rand(4000, generator=draws), 0.55 * torch.rand(4000, generator=draws)
-    )
+    chance = torch.rand(4000, generator=draws)
+    scores = torch.where(present, 0.6 + 0.4 * chance, 0.55 * chance)
     labelled = present & (torch.rand(4000, generator=draws) < 1 / 3)
     assert class_prior(scores, labelled, 0.01, 0.01) == pytest.approx(float(present.float().mean()), rel=0.05)
     assert class_prior(scores, torch.zeros(4000, dtype=torch.bool), 0.01, 0.01) == 0.0

@@ -39,7 +39,7 @@ COUNT_CLASSES = {
     "ll_ct",
     "ll_cp",
     "gr",
-}  # a row left out still counts
+}  # rows left out count
 
 
 def config_of(loss: str, *overrides: str) -> Config:
