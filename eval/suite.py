@@ -64,6 +64,7 @@ class Comparison:
     missing: dict[str, str] = field(default_factory=dict)  # column to why it could not be run
     absent: dict[str, str] = field(default_factory=dict)  # row to why its weights cannot be had
     dates: list[str] = field(default_factory=list)  # of the runs that were not run again
+    overrides: Sequence[str] = ()  # of every row
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def load_suite(name: str | Path) -> Suite:
 def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], None] = print) -> Comparison:
     """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
     columns = suite.tiny if part.tiny else suite.columns
-    found = Comparison(suite, columns, chosen_rows(suite, part.weights, part.tiny, part.only), part.tiny)
+    rows = chosen_rows(suite, part.weights, part.tiny, part.only)
+    found = Comparison(suite, columns, rows, part.tiny, overrides=part.overrides)
     say_once = lru_cache(maxsize=None)(say)  # columns may share their runs
     for row in found.rows:
         if row.ours and row.weights:
