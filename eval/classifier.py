@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +48,10 @@ class Classifier(nn.Module):
         self.head = head
         self.frozen: list[nn.Module] = []
 
+    @property
+    def networks(self) -> Sequence[Classifier]:
+        return [self]
+
     def freeze(self, modules: Iterable[nn.Module]) -> None:
         """Freeze these parts: no gradients, and evaluation mode while the rest trains."""
         self.frozen = list(modules)
@@ -65,6 +69,24 @@ class Classifier(nn.Module):
 
     def features(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
         return self.backbone(images)
+
+
+class Several(nn.Module):
+    """Classifiers that learn at once, for losses with `networks` above 1. The first is the one that is tested."""
+
+    def __init__(self, networks: Sequence[Classifier]) -> None:
+        super().__init__()
+        self.networks: Sequence[Classifier] = nn.ModuleList(networks)  # type: ignore[assignment]
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch networks classes"]:
+        return torch.stack([network(images) for network in self.networks], dim=1)
+
+    def features(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch networks dim"]:
+        return torch.stack([network.features(images) for network in self.networks], dim=1)
+
+    def head(self, features: Float[Tensor, "batch networks dim"]) -> Float[Tensor, "batch networks classes"]:
+        each = zip(self.networks, features.unbind(1), strict=True)
+        return torch.stack([network.head(own) for network, own in each], dim=1)
 
 
 def build_classifier(

@@ -21,6 +21,8 @@ def notes(found: Comparison) -> list[str]:
     papers = found.suite.source and any(row.paper for row in found.rows)
     if papers:
         lines[0] += f" The paper's numbers: {found.suite.source}."
+    if found.overrides:
+        lines.append(f"Our columns were run with {' '.join(found.overrides)}.")
     if found.tiny and papers:
         lines.append("Our columns are the embedded scenes: the papers' columns are other data and another network.")
     replaced = sorted({row.network for row in found.rows if row.made_of and row.network})

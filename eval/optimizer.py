@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 from mls.core.losses import Loss, own_rate
 from mls.engine.schedule import cosine, stepwise
-from mls.eval.classifier import Classifier
+from mls.eval.classifier import Classifier, Several
 from mls.eval.protocol import TrainingConfig
 
 
-def build(training: TrainingConfig, classifier: Classifier, loss: Loss) -> torch.optim.Optimizer:
+def build(training: TrainingConfig, classifier: Classifier | Several, loss: Loss) -> torch.optim.Optimizer:
     """Weight decay is on everything but what the loss learns, biases and normalisation too: as in published fine-tuning
     code. A group's `share` is its multiple of the learning rate."""
-    body = stages(classifier.backbone)
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "share": training.layer_decay**distance}
-        for distance, parameters in zip(range(len(body), 0, -1), body, strict=True)
-    ]
-    own_share = loss_share(training, loss, classifier.head.out_features, adaptive=training.optimizer != "sgd")
-    groups.append({"params": list(classifier.head.parameters()), "share": training.head_lr})
+    groups: list[dict[str, Any]] = []
+    for network in classifier.networks:
+        body = stages(network.backbone)
+        for distance, parameters in zip(range(len(body), 0, -1), body, strict=True):
+            groups.append({"params": parameters, "share": training.layer_decay**distance})
+        groups.append({"params": list(network.head.parameters()), "share": training.head_lr})
+    own_share = loss_share(training, loss, classifier, adaptive=training.optimizer != "sgd")
     groups.append({"params": list(loss.parameters()), "share": own_share, "weight_decay": 0.0})
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
@@ -38,20 +38,21 @@ def build(training: TrainingConfig, classifier: Classifier, loss: Loss) -> torch
     return kind(groups, training.lr, weight_decay=decay)
 
 
-def build_linear_init(training: TrainingConfig, classifier: Classifier, loss: Loss) -> torch.optim.Optimizer:
+def build_linear_init(training: TrainingConfig, classifier: Classifier | Several, loss: Loss) -> torch.optim.Optimizer:
     """Adam for the last layer and what the loss learns, as in published LinearInit."""
-    own_share = loss_share(training, loss, classifier.head.out_features, adaptive=True)
-    groups: list[dict[str, Any]] = [{"params": list(classifier.head.parameters())}]
+    own_share = loss_share(training, loss, classifier, adaptive=True)
+    heads = [parameter for network in classifier.networks for parameter in network.head.parameters()]
+    groups: list[dict[str, Any]] = [{"params": heads}]
     if own := list(loss.parameters()):
         groups.append({"params": own, "lr": training.linear_lr * own_share})
     return torch.optim.Adam(groups, lr=training.linear_lr)
 
 
-def loss_share(training: TrainingConfig, loss: Loss, classes: int, adaptive: bool) -> float:
+def loss_share(training: TrainingConfig, loss: Loss, classifier: Classifier | Several, adaptive: bool) -> float:
     """The rate of what the loss learns (HML's scale and margin, ROLE's estimates), times the network's."""
     if training.loss_lr is not None:
         return training.loss_lr
-    return own_rate(loss, training.batch_size * classes, adaptive)
+    return own_rate(loss, training.batch_size * classifier.networks[0].head.out_features, adaptive)
 
 
 def idle(loss: Loss, before: dict[str, Tensor]) -> dict[str, float]:
@@ -128,7 +129,7 @@ def _has_layers(module: nn.Module) -> bool:
     return any(True for _ in module.children()) and any(True for _ in module.parameters())
 
 
-def weight_penalty(training: TrainingConfig, classifier: Classifier) -> Tensor | float:
+def weight_penalty(training: TrainingConfig, classifier: Classifier | Several) -> Tensor | float:
     """L1R and L2R: over the weights of all layers that learn, not over biases and normalisation."""
     if training.weight_penalty == "none":
         return 0.0

@@ -47,6 +47,8 @@ class ModelConfig:
 class TrainingConfig:
     loss: str = "an"  # softmax: cross-entropy, where every image has one label
     options: dict[str, Any] = field(default_factory=dict)  # of the loss; beside those in `options_of`
+    prior_scores: str | None = None  # a .npy file of the training images' class scores, for losses that take any
+    boost: float = limited(1.0, low=1)  # BoostLU: positive class activations count this many times
     ignore_unknown: bool = False  # labels that nobody annotated are left out, whatever the loss makes of them
     epochs: int = positive(10)
     batch_size: int = positive(16)
@@ -73,7 +75,8 @@ class TrainingConfig:
     linear_select: Literal["last", "best"] = "last"  # best: LinearInit as published, its best epoch on validation
     pseudo_from: int = 5  # soft labels after each epoch from this one on (T_w), where a loss gives any (em_apl)
     pseudo_share: float = share(0.9)  # to so many of each class' unannotated labels, in all rounds together (theta)
-    select: Literal["best", "last"] = "best"  # the epoch that is tested, by `metric` on the validation part
+    # The epoch that is tested: the best by `metric` on the validation part, fully labelled or as weakly as the rest.
+    select: Literal["best", "last", "weak"] = "best"
     patience: int | None = None  # stop after more than this many epochs without a new best; published EM code: 0
     drop: float | None = None  # stop when the metric is this many points below the best; published LL code: 3
     lighting: float = 0.0  # deviation of the PCA colour noise of AlexNet
@@ -177,6 +180,8 @@ def _check_training(training: TrainingConfig) -> None:
         raise ConfigError("training.nesterov=true needs a momentum: raise training.momentum above 0")
     if training.train == "head" and training.linear_epochs:
         raise ConfigError("training.train=head trains the last layer alone anyway: set training.linear_epochs=0")
+    if training.boost != 1 and training.linear_epochs:
+        raise ConfigError("training.boost needs maps, which LinearInit has not: set training.linear_epochs=0")
 
 
 def _kind(schema: type[Any], check: Callable[[Any], None] = check) -> Kind[Any]:
@@ -230,6 +235,7 @@ def _plain(value: Any) -> Any:
 def fingerprint(protocol: AnyProtocol) -> str:
     """Tells two protocols apart; where the data lies and how it is loaded does not count."""
     from mls.core.losses import LOSSES  # loads torch, which a list of protocols does without
+    from mls.eval import prior_scores
 
     values = _plain(asdict(protocol))
     for key in ("root", "workers", "check_sizes"):
@@ -238,9 +244,12 @@ def fingerprint(protocol: AnyProtocol) -> str:
     if isinstance(protocol, Supervised):
         values["options_of"] = protocol.loss_options()
         values["training"].pop("options")
-        for key, default in (("ignore_unknown", False), ("linear_select", "last")):  # younger than stored results
+        younger = {"ignore_unknown": False, "linear_select": "last", "boost": 1.0, "prior_scores": None}
+        for key, default in younger.items():  # than stored results
             if values["training"][key] == default:
                 values["training"].pop(key)
+        if protocol.training.prior_scores:
+            values["training"]["prior_scores"] = prior_scores.content(protocol.training.prior_scores)
         if LOSSES[protocol.training.loss].relabels != "epoch":
             values["training"].pop("pseudo_from")
             values["training"].pop("pseudo_share")

@@ -65,6 +65,7 @@ class Comparison:
     missing: dict[str, str] = field(default_factory=dict)  # column to why it could not be run
     absent: dict[str, str] = field(default_factory=dict)  # row to why its weights cannot be had
     dates: list[str] = field(default_factory=list)  # of the runs that were not run again
+    overrides: Sequence[str] = ()  # of every row
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], 
     """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
     columns = suite.tiny if part.tiny else suite.columns
     rows = chosen_rows(suite, part.weights, part.tiny, part.only, part.overrides)
-    found = Comparison(suite, columns, rows, part.tiny)
+    found = Comparison(suite, columns, rows, part.tiny, overrides=part.overrides)
     say_once = lru_cache(maxsize=None)(say)  # columns may share their runs
     done: dict[tuple[str | None, ...], list[Measured]] = {}
     for row in found.rows:
@@ -205,7 +206,7 @@ def chosen_rows(
     if not given and not tiny:
         return [replace(row, weights=suite.networks.get(row.network, row.weights)) for row in rows]
     # Each method once, for each of the weights in the place of the paper's networks, whose numbers these are.
-    methods = list({tuple(row.set): row for row in reversed(rows)}.values())[::-1]
+    methods = list({(*row.set, "" if row.ours else row.name): row for row in reversed(rows)}.values())[::-1]
     several = len(given) > 1
     if not given:
         models = [load_protocol(column.protocol, [*column.set, *overrides]).model for column in suite.tiny]

@@ -15,7 +15,9 @@ from jaxtyping import Int8, Int64
 from torch import Tensor
 
 from mls.errors import ConfigError
-from mls.eval.classifier import build_classifier
+from mls.eval import prior_scores
+from mls.eval.boosted import BoostedClassifier
+from mls.eval.classifier import Classifier, Several, build_classifier
 from mls.eval.data import LabelledImages
 from mls.eval.outcome import Outcome, for_file, metrics
 from mls.eval.protocol import Classification, Supervised, TrainingData
@@ -24,6 +26,7 @@ from mls.eval.splits import load
 from mls.eval.training import Training, build_loss
 from mls.frozen.probe import few_shot
 from mls.models import card_of, untrained
+from mls.streams import derive
 
 Protocol = TypeVar("Protocol", bound=Classification)
 Truth = Int8[Tensor, "images classes"] | Int64[Tensor, "images"]  # the second where every image has one label
@@ -37,6 +40,8 @@ class Prepared:
     observed: Truth  # what training sees of train.truth
     val: LabelledImages | None  # fully labelled: chooses the epoch
     test: LabelledImages
+    weak: Tensor | None  # what of val.truth is as weak as `observed`
+    rows: Int64[Tensor, "images"]  # of `train` among the training images before any was held out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ def prepare(data: TrainingData, draw: int = 0) -> Prepared:
     """Labels are drawn on all training images, then a part is held out: the order of the published code. `draw` counts
     where few images a class are drawn."""
     found = load(data)
-    train, val = found.train, found.val
+    train, val, rows, weak = found.train, found.val, torch.arange(len(found.train)), None
     drawn = train.observed
     if train.single_label:
         if data.labels != "full":
@@ -57,13 +62,15 @@ def prepare(data: TrainingData, draw: int = 0) -> Prepared:
         drawn = train.truth
     elif drawn is None or data.labels != "single_positive":
         drawn = observe(train.truth, data.labels, data.proportion, data.seed)
-    if val is None and data.validation:
-        learnt, held_out = split(len(train), data.validation, data.seed)
-        train, val, drawn = found.train.part(learnt), found.train.part(held_out), drawn[learnt]
+    if val is not None and not train.single_label:
+        weak = observe(val.truth, data.labels, data.proportion, data.seed)
+    elif val is None and data.validation:
+        rows, held_out = split(len(train), data.validation, data.seed)
+        train, val, drawn, weak = found.train.part(rows), found.train.part(held_out), drawn[rows], drawn[held_out]
     if data.shots:
-        rows = few_shot(train.truth, data.shots, draw, multilabel=not train.single_label)
-        train, drawn = train.part(rows), drawn[rows]
-    return Prepared(train, drawn, val, found.test)
+        few = few_shot(train.truth, data.shots, draw, multilabel=not train.single_label)
+        train, drawn, rows = train.part(few), drawn[few], rows[few]
+    return Prepared(train, drawn, val, found.test, weak, rows)
 
 
 def run(
@@ -87,15 +94,33 @@ def run(
 def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path | None) -> Training:
     """The classifier with its data, not trained yet (or as far as the folder knows)."""
     prepared = prepare(protocol.data, seed if protocol.data.shots else 0)
-    if protocol.training.select == "best" and prepared.val is None:
-        raise ConfigError("training.select=best has no validation part to choose on: raise data.validation above 0")
+    select = protocol.training.select
+    if select != "last" and prepared.val is None:
+        raise ConfigError(f"training.select={select} has no validation part: raise data.validation above 0")
+    if select == "weak" and protocol.data.labels == "full":
+        raise ConfigError("training.select=weak is for labels that are drawn, but data.labels=full: use best")
     if protocol.training.linear_select == "best" and prepared.val is None:
         raise ConfigError("training.linear_select=best has no validation part: raise data.validation above 0")
     protocol = with_statistics_of(weights, protocol)
-    head = "cosine" if build_loss(protocol).takes == "cosines" else "linear"
+    networks = build_networks(protocol, weights, len(prepared.train.class_names), seed)
+    training = Training(protocol, networks, prepared.train, prepared.observed, validate, seed, folder)
+    if protocol.training.prior_scores:
+        images, classes = len(load(protocol.data).train), prepared.observed.shape[1]
+        scores = prior_scores.read(protocol.training.prior_scores, images, classes)[prepared.rows]
+        training.pseudo = training.loss.labelled_by(scores, prepared.observed)
+    return training
+
+
+def build_networks(protocol: Supervised, weights: str, classes: int, seed: int) -> Classifier | Several:
+    """One classifier, or as many as the loss trains at once, which start with different heads."""
+    loss, boost = build_loss(protocol), protocol.training.boost
+    head = "cosine" if loss.takes == "cosines" else "linear"
     wanted = untrained(protocol.model.backbone) if weights == "random" else weights
-    classifier = build_classifier(wanted, len(prepared.train.class_names), head=head, seed=seed)
-    return Training(protocol, classifier, prepared.train, prepared.observed, validate, seed, folder)
+    seeds = [seed, *(derive(seed, "network", number) for number in range(1, loss.networks))]
+    networks = [build_classifier(wanted, classes, head=head, seed=one) for one in seeds]
+    if boost != 1:
+        networks = [BoostedClassifier(network, boost) for network in networks]
+    return networks[0] if len(networks) == 1 else Several(networks)
 
 
 def with_statistics_of(weights: str, protocol: Protocol) -> Protocol:
@@ -109,19 +134,34 @@ def with_statistics_of(weights: str, protocol: Protocol) -> Protocol:
 
 def validate(training: Training) -> dict[str, float]:
     """What is measured after every epoch."""
-    val = _prepared(training).val
-    return {} if val is None else _measure(training, val)
+    prepared = _prepared(training)
+    if prepared.val is None:
+        return {}
+    weakly = training.protocol.training.select == "weak"
+    return _measure(training, prepared.val, as_truth(prepared.weak) if weakly else prepared.val.truth)
+
+
+def as_truth(weak: Tensor | None) -> Int8[Tensor, "images classes"]:
+    """Weak labels to measure on. Where no negative is known, every unknown label is taken for one, as in the published
+    code on single positive labels; else unknown ones do not count.
+
+    >>> as_truth(torch.tensor([[1, 0]])).tolist(), as_truth(torch.tensor([[1, 0, -1]])).tolist()
+    ([[1, -1]], [[1, 0, -1]])
+    """
+    assert weak is not None
+    return weak if bool((weak < 0).any()) else weak.masked_fill(weak == 0, -1)
 
 
 def test(training: Training) -> dict[str, float]:
-    return _measure(training, _prepared(training).test)
+    images = _prepared(training).test
+    return _measure(training, images, images.truth)
 
 
 def _prepared(training: Training) -> Prepared:
     return prepare(training.protocol.data, training.seed if training.protocol.data.shots else 0)
 
 
-def _measure(training: Training, images: LabelledImages) -> dict[str, float]:
+def _measure(training: Training, images: LabelledImages, truth: Truth) -> dict[str, float]:
     groups, observed = training.protocol.groups, _prepared(training).observed
     counts = (observed > 0).sum(0) if observed.ndim == 2 else torch.bincount(observed)
-    return metrics(training.scores(images), images.truth, groups, counts)
+    return metrics(training.scores(images), truth, groups, counts)

@@ -18,7 +18,7 @@ from mls.core import losses
 from mls.core.losses import Loss
 from mls.engine.session import Saving, Session
 from mls.errors import ConfigError, DivergedError, Stopped
-from mls.eval.classifier import Classifier
+from mls.eval.classifier import Classifier, Several
 from mls.eval.data import LabelledImages, presence
 from mls.eval.images import Batches, mixing, shares
 from mls.eval.optimizer import build, build_linear_init, frozen_parts, idle, set_lr, weight_penalty
@@ -30,12 +30,12 @@ SAVE_EVERY = 300.0  # seconds; the end of every epoch is saved as well
 
 
 class Training:
-    """Trains `classifier` in place. With a folder its state is saved there, and the same arguments resume from it."""
+    """Trains `learner` in place. With a folder its state is saved there, and the same arguments resume from it."""
 
     def __init__(
         self,
         protocol: Supervised,
-        classifier: Classifier,
+        learner: Classifier | Several,
         train: LabelledImages,
         observed: Int8[Tensor, "images classes"] | Int64[Tensor, "images"],  # the second: each image's one class
         validate: Callable[[Training], dict[str, float]],
@@ -45,7 +45,8 @@ class Training:
         self.protocol, self.seed, self.validate = protocol, seed, validate
         self.device = distributed.start(protocol.training.device).device
         self.main = distributed.rank() == 0
-        self.classifier = classifier.to(self.device)
+        self.learner = learner.to(self.device)
+        self.classifier = self.learner.networks[0]  # the one that is tested
         self.loss = build_loss(protocol).to(self.device)
         self.single_label, self.classes = observed.ndim == 1, len(train.class_names)
         refuse_impossible(protocol, self.loss, self.single_label)
@@ -56,9 +57,10 @@ class Training:
         if not self.single_label:
             self.loss.observe(self.observed)
             self.loss.to(self.device)
-        classifier.freeze(frozen_parts(protocol.training, classifier))
-        self.parallel = distributed.in_parallel(self.classifier, learns_statistics=not classifier.frozen)
-        self.optimizer = build(protocol.training, classifier, self.loss)
+        for network in self.learner.networks:
+            network.freeze(frozen_parts(protocol.training, network))
+        self.parallel = distributed.in_parallel(self.learner, learns_statistics=not self.classifier.frozen)
+        self.optimizer = build(protocol.training, self.learner, self.loss)
         precision = protocol.training.precision
         self.reduced = HALF.get(precision_on(self.device, precision, "training.precision"))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.reduced is torch.float16)
@@ -91,7 +93,7 @@ class Training:
                 self.train_epoch(len(self.history) + 1)
                 if after_epoch is not None:
                     after_epoch(self)
-        if self.protocol.training.select == "best" and self.best is not None:
+        if self.protocol.training.select != "last" and self.best is not None:
             self.load_weights(self.best)
 
     def train_epoch(self, epoch: int) -> None:
@@ -143,7 +145,7 @@ class Training:
                 shares(rows)[:, order].flatten()[: len(rows)],
             )
         torch.manual_seed(derive(self.seed, "dropout", self.step, *([] if self.main else [distributed.rank()])))
-        self.classifier.train()
+        self.learner.train()
         with torch.autocast(self.device.type, dtype=self.reduced, enabled=self.reduced is not None):
             outputs = self.parallel(views)
         if distributed.world() > 1:
@@ -153,7 +155,7 @@ class Training:
         if training.mixup:
             loss = share * loss + (1 - share) * self.loss_of(outputs, partners)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss + weight_penalty(training, self.classifier)).backward()
+        self.scaler.scale(loss + weight_penalty(training, self.learner)).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.loss.relabels == "step":
@@ -176,14 +178,12 @@ class Training:
         training = self.protocol.training
         self.session.say(f"{self.title}: features of {len(self.observed)} images, then the last layer alone")
         features = self.features()
-        optimizer = build_linear_init(training, self.classifier, self.loss)
+        optimizer = build_linear_init(training, self.learner, self.loss)
         best, best_value = None, -math.inf
         for epoch in range(1, training.linear_epochs + 1):
             order = torch.randperm(len(features), generator=generator(self.seed, "linear order", epoch))
             for rows in order.split(training.linear_batch_size):
-                loss = self.loss_of(
-                    self.classifier.head(features[rows].to(self.device)), rows
-                )  # alike in all processes
+                loss = self.loss_of(self.learner.head(features[rows].to(self.device)), rows)  # alike in all processes
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
@@ -202,9 +202,9 @@ class Training:
 
     # ---------------------------------------------------------------------------------------------- features and labels
 
-    def features(self) -> Float[Tensor, "images dim"]:
+    def features(self) -> Float[Tensor, "images *networks dim"]:
         """Of all training images, without augmentation."""
-        return self._of_each(self.batches, lambda images: self.classifier.features(images).float())
+        return self._of_each(self.batches, lambda images: self.learner.features(images).float())
 
     def scores(self, images: LabelledImages | None = None) -> Float[Tensor, "images classes"]:
         """Probabilities of the training images, or of others, without augmentation. Where each image has one class,
@@ -219,9 +219,9 @@ class Training:
         return self._of_each(batches, score)
 
     @torch.no_grad()
-    def _of_each(self, batches: Batches, compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "images values"]:
+    def _of_each(self, batches: Batches, compute: Callable[[Tensor], Tensor]) -> Float[Tensor, "images *values"]:
         """In the images' order; the processes share them."""
-        self.classifier.eval()
+        self.learner.eval()
         rows = torch.arange(len(batches.pixels.images))
         mine = torch.cat([compute(views).cpu() for _, views in batches.plain(shares(rows)[distributed.rank()])])
         return torch.cat(distributed.objects(mine))[: len(rows)]
@@ -264,7 +264,8 @@ class Training:
             return f"last of {epochs} epochs"
         best = 1 + max(range(epochs), key=lambda i: self.history[i][metric])
         ended = f", {self.ended}" if self.ended else ""
-        return f"epoch {best} of {epochs}, best {metric} on the validation part{ended}"
+        part = "weakly labelled validation part" if self.protocol.training.select == "weak" else "validation part"
+        return f"epoch {best} of {epochs}, best {metric} on the {part}{ended}"
 
     # ------------------------------------------------------------------------------------------------ state
 
@@ -284,6 +285,7 @@ class Training:
             "summed": self.summed,
             "initialised": self.initialised,
             "weights": self.weights(),
+            "peers": [network.state_dict() for network in self.learner.networks[1:]],
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "observed": self.observed,
@@ -295,6 +297,8 @@ class Training:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.load_weights(state["weights"])
+        for network, weights in zip(self.learner.networks[1:], state.get("peers", ()), strict=True):
+            network.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         for name in ("step", "summed", "initialised", "observed", "pseudo", "history", "best", "ended"):
@@ -303,6 +307,14 @@ class Training:
 
 def refuse_impossible(protocol: Supervised, loss: Loss, single_label: bool) -> None:
     training = protocol.training
+    if loss.takes_scores != bool(training.prior_scores):
+        raise ConfigError(
+            f"training.loss={training.loss} makes labels of class scores: give training.prior_scores=FILE"
+            if loss.takes_scores
+            else f"training.loss={training.loss} makes nothing of training.prior_scores: use training.loss=vlpl"
+        )
+    if loss.takes == "cosines" and training.boost != 1:
+        raise ConfigError(f"training.boost is for logits, training.loss={training.loss} takes cosines: set it to 1")
     if not loss.needs_index and loss.relabels == "never":
         return
     if loss.relabels == "epoch" and not 1 <= training.pseudo_from < training.epochs:

@@ -19,10 +19,10 @@ def build_loss(options: MLSOptions, sharded: bool) -> losses.Loss:
     """The loss of `objective.loss`, or the sentence that says why it cannot label a dictionary's rows."""
     name = options.loss
     loss = losses.build(name, **losses.defaults(name, positives=float(options.k)) | options.options)
-    if loss.needs_index:
+    if loss.only_supervised:
         raise ConfigError(
-            f"objective.loss={name} keeps estimates of every image's labels, but here the labels are the "
-            "dictionary's rows, which change at every step: use objective.loss=em or an"
+            f"objective.loss={name} learns from the labels of every image, or with several networks, but here the "
+            "labels are the dictionary's rows, which change at every step: use objective.loss=em or an"
         )
     if loss.reduction == "none":
         raise ConfigError("objective.options.reduction=none gives no single number to train on: use mean or sum")

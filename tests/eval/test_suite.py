@@ -53,6 +53,16 @@ def test_paper_numbers_are_those_of_the_papers_tables() -> None:
     rows = {row.name: row.paper for row in load_suite("paper_spml").rows}
     assert rows["AN"] == [85.89, 64.92, 42.27, 18.31]
     assert rows["EM + APL"] == [89.19, 70.87, 47.59, 21.84]
+    assert rows["BoostLU + LL-R"] == [89.29, 72.89, 49.59, 19.8]
+    assert rows["GR loss"] == [89.83, 73.17, 49.08, 21.64]
+    assert rows["VLPL"] == [89.10, 71.45, 49.55, 24.02]
+    assert rows["CRISP"] == [89.82, 74.64, 50.00, 21.65]
+    assert rows["AEVLP"] == [90.46, 73.54, 50.70, 24.89]
+    rows = {row.name: row.paper for row in load_suite("paper_hml_noise").rows}
+    assert rows == {"BCE": [69.9], "Co-teaching": [70.2], "JoCoR": [70.9], "SL": [72.0], "HML": [73.5]}
+    rows = {row.name: row.paper for row in load_suite("paper_openimages").rows}
+    assert rows["Curriculum"] == [70.4, 71.3, 76.2, 80.5, 86.8, 77.1]
+    assert rows["IMCL"] == [71.0, 72.6, 77.6, 81.8, 87.3, 78.1]
     rows = {row.name: row.paper for row in load_suite("paper_partial").rows}
     assert rows["LL-R"] == [89.2, 71.0, 47.4, 19.5, 89.4, 71.9, 49.1, 21.5]
     rows = {row.name: row.paper for row in load_suite("paper_two_way").rows}
@@ -81,6 +91,20 @@ def test_columns_of_several_tables_are_printed_under_their_headings_with_the_row
     assert names["VOC 07+12, R50-C4, 800 epochs (Table 4)"][-2:] == ["MLS (paper)", "ours: mine"]
     assert not any("mine" in name for name in names["Cityscapes (Table 3)"])
     assert tables["difference"].texts() == [["ours: mine − the paper's MLS", "-4.0", "", ""]]
+
+
+def test_a_paper_s_number_without_a_method_here_is_never_run() -> None:
+    for tiny in (False, True):
+        rows = {row.name: row for row in chosen_rows(load_suite("paper_spml"), (), tiny, ())}
+        assert not rows["VLPL"].ours and not rows["AEVLP"].ours
+        assert rows["CRISP"].ours and rows["VLPL"].paper != rows["AEVLP"].paper
+
+
+def test_linear_init_is_searched_over_rates_and_batches_as_published() -> None:
+    (row,) = [row for row in load_suite("paper_spml").rows if row.name == "ROLE + LinearInit"]
+    assert row.choose == {"training.lr": [1e-2, 1e-3, 1e-4, 1e-5], "training.batch_size": [8, 16]}
+    training = load_protocol("spml_voc2012", row.set).training
+    assert (training.linear_epochs, training.linear_select) == (25, "best")
 
 
 def test_options_of_a_data_set_reach_the_loss() -> None:

@@ -12,7 +12,7 @@ import torch
 from mls.core import losses
 from mls.errors import ConfigError
 from mls.eval import load_protocol, load_suite, protocols, suites
-from mls.eval.classifier import HEADS, Classifier
+from mls.eval.classifier import HEADS, Classifier, Several
 from mls.eval.optimizer import build, set_lr
 from mls.eval.protocol import Supervised
 from mls.eval.training import build_loss
@@ -58,7 +58,9 @@ def losses_of_steps(protocol: Supervised) -> list[float]:
     if training.ignore_unknown:
         labels = truth.masked_fill(torch.rand(truth.shape) < 0.5, 0)
     loss.observe(labels)
-    classifier = Classifier(torch.nn.Identity(), HEADS["cosine" if loss.takes == "cosines" else "linear"](DIM, CLASSES))
+    head = HEADS["cosine" if loss.takes == "cosines" else "linear"]
+    networks = [Classifier(torch.nn.Identity(), head(DIM, CLASSES)) for _ in range(loss.networks)]
+    classifier = networks[0] if loss.networks == 1 else Several(networks)
     optimizer = build(training, classifier, loss)
     loss.set_epoch(1)
     found = []

@@ -24,6 +24,7 @@ LOSSES = {
     "role": [],  # learns a label for every image
     "em_apl": ["training.pseudo_from=1"],  # gives pseudo-labels by the scores of all images
     "em": ["training.linear_epochs=1"],
+    "co_teaching": [],  # trains two networks
 }
 EACH = """
 import sys, torch

@@ -5,7 +5,8 @@ import torch
 
 from mls.core import losses
 
-NEVER = {"epr", "role", "pairwise_rank"}  # they count a sample's classes, unknown ones too
+COUNT_ALL = {"epr", "role", "pairwise_rank", "crisp", "co_teaching", "jocor"}  # of a sample's classes, unknown ones too
+NEVER = COUNT_ALL | {"curriculum"}  # which weighs a sample by what is known of it
 COUNTS_CLASSES = {"dw", "wan"}  # a negative's weight is 1 / (classes - 1)
 USABLE = [name for name in losses.names() if name not in NEVER]
 

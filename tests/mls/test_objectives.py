@@ -27,9 +27,19 @@ from mls.errors import ConfigError, Stopped
 from mls.recipes import load_config
 
 BATCH, ROWS, K = 8, 40, 5
-USABLE = [name for name in losses.names() if name != "role"]
+USABLE = [name for name in losses.names() if not losses.LOSSES[name].only_supervised]
 OF_ENTRIES = [name for name in USABLE if losses.build(name).elementwise]
-COUNT_CLASSES = {"wan", "dw", "epr", "hml", "pairwise_rank", "ll_r", "ll_ct", "ll_cp"}  # a row left out still counts
+COUNT_CLASSES = {
+    "wan",
+    "dw",
+    "epr",
+    "hml",
+    "pairwise_rank",
+    "ll_r",
+    "ll_ct",
+    "ll_cp",
+    "gr",
+}  # rows left out count
 
 
 def config_of(loss: str, *overrides: str) -> Config:

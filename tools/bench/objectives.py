@@ -94,8 +94,8 @@ def chosen(wanted: list[str] | None = None) -> dict[str, list[str]]:
     """
     from mls.core import losses
 
-    if wanted is None:  # a loss that needs the index of a training sample cannot label dictionary rows
-        wanted = [name for name in losses.names() if name not in TWINS and not losses.build(name).needs_index]
+    if wanted is None:
+        wanted = [name for name in losses.names() if name not in TWINS and not losses.LOSSES[name].only_supervised]
     rest = {name: settings(name) for name in wanted if name != PAPER}
     return {NONE: ["objective.method=moco_v2"], PAPER: settings(PAPER), **rest}
 

@@ -26,9 +26,15 @@ What a loss does with the labels 0 (unknown) and -1 (known negative):
     two_way             negative (unless ignore_unknown) negative
     hml                 negative                        negative
     symmetric_ce        negative                        negative
+    gr                  soft target and weight by score negative
+    crisp               only in its class's share       the same as 0, but negative in the warm-up
+    vlpl                as em; its soft label, if any   negative
+    curriculum          not used, or its predicted label negative
+    co_teaching         negative, large losses dropped  the same
+    jocor               negative, large losses dropped  the same
 
-`annotated_only`, which `training.ignore_unknown` takes in the place of `forward`, leaves 0 out of any of them but epr,
-role and pairwise_rank. docs/losses.md tells which to choose.
+`annotated_only`, which `training.ignore_unknown` takes in the place of `forward`, leaves 0 out of element-wise losses,
+softmax, two_way and hml. docs/losses.md tells which to choose.
 """
 
 import inspect
@@ -56,6 +62,9 @@ class Loss(nn.Module):
     elementwise: bool = True  # reduction="none" gives the matrix [batch, classes]
     separable: bool = False  # an entry depends on its own logit and label alone: the classes may come in parts
     needs_index: bool = False  # `forward` needs the samples' row numbers, and `observe` all their labels
+    networks: int = 1  # that learn at once: with several, `forward` takes logits [batch, networks, classes]
+    takes_scores: bool = False  # `labelled_by` makes soft labels of class scores that the user has
+    only_supervised: bool = False  # it needs more than pretraining has, whose labels are new rows at every step
     lr_multiplier: float = 1.0  # what the loss learns takes this many times the network's learning rate
     summed_gradient: bool = False  # its gradient sums over the batch: lr_multiplier is SGD's, with RATED_FOR labels
     relabels: Literal["never", "step", "epoch"] = "never"  # when `relabel` completes the training labels
@@ -114,6 +123,12 @@ class Loss(nn.Module):
         of whose unknown labels get soft ones in `rounds` rounds together."""
         return labels, pseudo
 
+    def labelled_by(
+        self, scores: Float[Tensor, "samples classes"], labels: Num[Tensor, "samples classes"]
+    ) -> Float[Tensor, "samples classes"]:
+        """`takes_scores`: the soft labels that training starts with, NaN where there is none."""
+        raise NotImplementedError
+
     @classmethod
     def defaults_for(cls, positives: float) -> dict[str, Any]:
         """Options whose default follows from how many positive labels a sample has."""
@@ -122,7 +137,7 @@ class Loss(nn.Module):
     def entries(self, logits: Matrix, labels: Labels, pseudo: Matrix | None, index: Index) -> Matrix:
         raise NotImplementedError
 
-    def scaled(self, logits: Matrix) -> Matrix:
+    def scaled(self, logits: Float[Tensor, "batch *networks classes"]) -> Float[Tensor, "batch *networks classes"]:
         """Divided by the loss's own temperature, in fp32 or better whatever precision they came in."""
         return at_least_fp32(logits) / self.temperature
 
@@ -192,13 +207,18 @@ def _checked(name: str, options: dict[str, Any]) -> dict[str, Any]:
 from mls.core.losses import (  # noqa: E402
     assumed_negative,
     asymmetric,
+    class_priors,
     contrastive,
+    curriculum,
     entropy,
+    generalised_robust,
     hyperspherical,
     large_loss,
+    prior_scores,
     ranking,
     robust,
     role,
+    two_networks,
     two_way,
 )
 from mls.core.losses.contrastive import info_nce  # noqa: E402
@@ -209,16 +229,21 @@ __all__ = [
     "asymmetric",
     "at_least_fp32",
     "build",
+    "class_priors",
     "contrastive",
+    "curriculum",
     "entropy",
+    "generalised_robust",
     "hyperspherical",
     "info_nce",
     "large_loss",
     "names",
+    "prior_scores",
     "ranking",
     "register",
     "require",
     "robust",
     "role",
+    "two_networks",
     "two_way",
 ]

@@ -81,6 +81,7 @@ class Role(ExpectedPositives):
     """
 
     needs_index = True
+    only_supervised = True
     lr_multiplier = 10.0
     estimates: nn.Parameter | None
 

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
-from mls.core.losses import register, require
+from mls.core.losses import Index, Labels, Matrix, register, require
 from mls.core.losses.contrastive import Contrast
+from mls.errors import ConfigError
 
 
 @register("two_way")
@@ -25,8 +26,11 @@ class TwoWay(Contrast):
     ways             "both" (their sum), "sample" or "class"; reduction "none" gives [batch] or [classes].
     ignore_unknown   leave 0 out, so that only -1 is negative, as `annotated_only` does for any loss.
 
-    The class way depends on the batch, its size too. Supervised training gathers the batch of all processes for it; in
-    pretraining each process has its own part.
+    gpu_batch        take the loss of each part of so many images and their mean. None: of the whole batch at once.
+
+    The class way depends on the batch, its size too. Supervised training gathers the batch of all processes for it (512
+    images in the paper's protocol), but each GPU of the released code sees its own images alone (512 / 4 = 128): that
+    is gpu_batch=128. In pretraining each process has its own part.
 
     >>> loss = TwoWay(ways="sample")(torch.zeros(1, 4), labels=torch.tensor([[1, 0, 0, -1]]))
     >>> round(loss.item(), 4)  # log(1 + 3)
@@ -39,6 +43,7 @@ class TwoWay(Contrast):
         temperature_neg: float = 1.0,
         ways: str = "both",
         ignore_unknown: bool = False,
+        gpu_batch: int | None = None,
         temperature: float = 1.0,
         reduction: str = "mean",
     ) -> None:
@@ -46,7 +51,17 @@ class TwoWay(Contrast):
         require(temperature_pos > 0, "temperature_pos", temperature_pos, "a number above 0")
         require(temperature_neg > 0, "temperature_neg", temperature_neg, "a number above 0")
         self.temperature_pos, self.temperature_neg = temperature_pos, temperature_neg
-        self.ignore_unknown = ignore_unknown
+        if gpu_batch is not None:
+            require(gpu_batch > 0, "gpu_batch", gpu_batch, "a number of images above 0, or null")
+            if reduction != "mean":
+                raise ConfigError("gpu_batch takes the mean over parts of the batch: use it with reduction mean")
+        self.ignore_unknown, self.gpu_batch = ignore_unknown, gpu_batch
+
+    def forward(self, logits: Matrix, labels: Labels, pseudo: Matrix | None = None, index: Index = None) -> Tensor:
+        size, of_part = self.gpu_batch or max(len(logits), 1), super().forward
+        parts = zip(logits.split(size), labels.split(size), strict=True)
+        values = [of_part(*part) for part in parts]
+        return torch.stack(values).mean() if len(values) > 1 else values[0]
 
     def per_row(
         self, logits: Float[Tensor, "rows columns"], labels: Num[Tensor, "rows columns"]
