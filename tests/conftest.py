@@ -114,6 +114,7 @@ class CommandServer:
 def command_server() -> Iterator[CommandServer]:
     server = CommandServer()
     yield server
+    server.process.kill()  # not by the end of its input: what a test has forked may hold that pipe open too
     server.process.communicate()
 
 
