@@ -194,7 +194,10 @@ def imbalance(study: Study) -> Finding:
     of_class = 100 * missed / (missed + absent).clamp(min=1)
     order: list[int] = of_class.argsort(descending=True, stable=True).tolist()
     drawn = order if len(order) <= 2 * MOST_BARS else [*order[:MOST_BARS], *order[-MOST_BARS:]]
-    figure = _imbalance_figure(shares, data.name, [str(names[i]) for i in drawn], of_class[drawn].tolist())
+    title = (
+        f"Each class of {data.name}" if drawn == order else f"{data.name}: the {MOST_BARS} highest and lowest classes"
+    )
+    figure = _imbalance_figure(shares, title, [str(names[i]) for i in drawn], of_class[drawn].tolist())
     rows = [
         [f"{name}, all classes", *_counts(one.missed.sum(), one.absent_unseen.sum())] for name, one in found.items()
     ]
@@ -212,20 +215,22 @@ def _counts(positive: Tensor, negative: Tensor) -> list[str]:
     return [f"{int(positive)}", f"{int(negative)}", f"{share:.1f}"]
 
 
-def _imbalance_figure(shares: dict[str, float], name: str, classes: list[str], values: list[float]) -> Figure:
+def _imbalance_figure(shares: dict[str, float], title: str, classes: list[str], values: list[float]) -> Figure:
     figure, [[left, right]] = panels(rows=1, columns=2, height=max(4, 1.4 + 0.22 * len(classes)), shared=False)
     for axes, labels, positive in ((left, list(shares), list(shares.values())), (right, classes, values)):
         places = range(len(labels))
         axes.barh(places, positive, 0.7, color=POSITIVE, label="positive")
         axes.barh(places, [100 - value for value in positive], 0.7, left=positive, color=NEGATIVE, label="negative")
         axes.set_yticks(places, labels, fontsize=10 if len(labels) <= 20 else 8)
-        axes.set(xlim=(0, 100), ylim=(len(labels) - 0.4, -0.6), xlabel="unannotated labels (%)")
+        bars = max(len(shares), len(classes))  # as thick on both sides
+        axes.set(xlim=(0, 100), ylim=(bars - 0.4, -0.6), xlabel="unannotated labels (%)")
         axes.grid(False, axis="y")
         for place, value in zip(places, positive, strict=True):
             axes.annotate(f"{value:.1f} %", (max(value, 1) + 1, place), va="center", fontsize=9)
     left.set_title("All classes")
-    right.set_title(f"Each class of {name}")
-    left.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2)
+    right.set_title(title)
+    handles = left.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False)
     figure.suptitle("Unannotated labels: few are positive")
     return figure
 

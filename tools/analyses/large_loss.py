@@ -40,6 +40,7 @@ KINDS = {"TP": "true positives", "TN": "true negatives", "FN": "false negatives 
 GIVEN, WRONG = "#333333", "#D55E00"
 KIND_COLOURS = {"TP": POSITIVE, "TN": "#777777", "FN": WRONG}
 SHOWN = 6  # images in a picture
+MOST_WRONG = 6  # classes of an image that are not there, in its history
 
 
 # ------------------------------------------------------------------------------------------------------ memorisation
@@ -286,7 +287,8 @@ def evolution(study: Study) -> Finding:
     summary = (
         "Unannotated labels whose loss was large, as each epoch's steps treated them: LL-R leaves them out, LL-Ct takes"
         " them for positive in that step, LL-Cp for good. Precision: the share that is true; recall: the share of the "
-        "unannotated positives. Drawn are the training images with the most of them. The first epoch is plain AN."
+        f"unannotated positives. Drawn are the training images with the most of them, with the {MOST_WRONG} wrong "
+        "labels that were there most often. The first epoch is plain AN."
     )
     return Finding(_draw_histories(train, kind.annotated, histories, shown), header, rows, summary, numbers)
 
@@ -333,16 +335,17 @@ def _draw_histories(
 
     epochs = len(next(iter(histories.values())))
     wide = 0.9 + 0.28 * epochs
-    figure = Figure(figsize=(2.2 + wide * len(histories), 1.2 + 1.6 * len(shown)), layout="constrained")
-    columns = 1 + len(histories)
-    grid = figure.subplots(len(shown), columns, squeeze=False, width_ratios=[2.0, *[wide] * len(histories)])
+    columns = {row: _drawn_columns(images.truth[row], histories, row) for row in shown}
+    heights = [max(1.5, 0.5 + 0.2 * len(columns[row])) for row in shown]
+    figure = Figure(figsize=(2.2 + wide * len(histories), 1.2 + sum(heights)), layout="constrained")
+    ratios = {"width_ratios": [2.0, *[wide] * len(histories)], "height_ratios": heights}
+    grid = figure.subplots(len(shown), 1 + len(histories), squeeze=False, gridspec_kw=ratios)
     for row, (left, *rest) in zip(shown, grid, strict=True):
         left.imshow(images.pixels(row).permute(1, 2, 0).numpy())
         left.set_axis_off()
         truth, given = images.truth[row] > 0, annotated[row]
-        drawn = torch.stack([truth, given, *(one[row] for states in histories.values() for one in states)]).any(0)
         for axes, states in zip(rest, histories.values(), strict=True):
-            _draw_history(axes, given, [one[row] for one in states], truth, drawn, images.class_names)
+            _draw_history(axes, given, [one[row] for one in states], truth, columns[row], images.class_names)
             if axes is not rest[0]:
                 axes.tick_params(labelleft=False)
     for axes, (loss, what) in zip(grid[0][1:], SCHEMES.items(), strict=True):
@@ -363,15 +366,23 @@ def _draw_histories(
     return figure
 
 
+def _drawn_columns(truth: Tensor, histories: dict[str, list[State]], row: int) -> list[int]:
+    """The classes that are there, and of those that are not the ones that were modified most often."""
+    often = torch.stack([one[row].long() for states in histories.values() for one in states]).sum(0)
+    wrong = often.masked_fill(truth > 0, 0)
+    order = wrong.argsort(descending=True, stable=True)[:MOST_WRONG]
+    return sorted([*(truth > 0).nonzero()[:, 0].tolist(), *order[wrong[order] > 0].tolist()])
+
+
 def _draw_history(
     axes: Axes,
     given: Bool[Tensor, "classes"],
     states: Sequence[Bool[Tensor, "classes"]],
     truth: Bool[Tensor, "classes"],
-    drawn: Bool[Tensor, "classes"],
+    columns: Sequence[int],
     names: Sequence[str],
 ) -> None:
-    columns, end = drawn.nonzero()[:, 0].tolist(), len(states) + 1
+    end = len(states) + 1
     for place, column in enumerate(columns):
         colour = GIVEN if given[column] else POSITIVE if truth[column] else WRONG
         marked = [epoch for epoch in range(end) if given[column] or (epoch and states[epoch - 1][column])]
@@ -381,7 +392,7 @@ def _draw_history(
     axes.set_xticks(range(end + 1), ["given", *map(str, range(1, end)), "truth"], fontsize=8)
     for label in (axes.get_xticklabels()[0], axes.get_xticklabels()[-1]):
         label.set_rotation(40)
-    axes.set_yticks(range(len(columns)), [str(names[column]) for column in columns])
+    axes.set_yticks(range(len(columns)), [str(names[column]) for column in columns], fontsize=9)
     axes.set_xlim(-0.6, end + 0.6)
     axes.set_ylim(len(columns) - 0.4, -0.6)
     axes.tick_params(length=0)
