@@ -49,9 +49,7 @@ def neighbours(
         mls neighbours runs/my-run --figure
     """
     from mls.errors import ConfigError
-    from mls.frozen.features import embed
-    from mls.frozen.match_picture import draw
-    from mls.frozen.neighbours import EmbeddedSource, Embedder, InMemorySource, gallery_row, source_from
+    from mls.frozen.neighbours import source_from
 
     if figure:
         if query or dataset:
@@ -61,6 +59,14 @@ def neighbours(
     source = source_from(dataset) if dataset is not None else source
     if source is None:
         raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
+    _draw_nearest(weights, source, query or [], k, out)
+
+
+def _draw_nearest(weights: str, source: Source, query: list[Path], k: int, out: Path) -> None:
+    from mls.frozen.features import embed
+    from mls.frozen.match_picture import draw
+    from mls.frozen.neighbours import EmbeddedSource, Embedder, InMemorySource, gallery_row
+
     queries = InMemorySource.of_files(query) if query else source
     embedded = EmbeddedSource(source, Embedder.of(weights))
     if query:

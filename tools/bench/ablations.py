@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mls.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from mls.eval.pretraining import Pretraining
+    from mls.tables import Table
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,9 @@ def ablations(
         mls bench ablations mls_coco_r50 data.root=/data/coco --grid loss
     """
     from mls.config import runs_root
-    from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, compare, table_of
-    from mls.files import runs_folder
+    from mls.eval.pretraining import Pretraining
     from mls.recipes import load_config
-    from mls.tables import Column, show
+    from mls.tables import show
 
     recipe, *overrides = arguments or ["mls_scenes_tiny"]
     if "=" in recipe:
@@ -99,16 +102,23 @@ def ablations(
     note += "; the paper's column: ResNet-50 on COCO, 400 epochs, then Mask R-CNN with a feature pyramid"
     for name in chosen:
         cells = {row.name: Pretraining(row.name, recipe, [*overrides, *row.overrides]) for row in GRIDS[name]}
-        found = compare(cells, seeds, folder)
-        ours = table_of(found, name, (*PROBES, *OVERLAP), note)
-        runs = {row: [folder / one.row["run"] for one in measured] for row, measured in found.items()}
-        for heading, values in detection_ap(runs, (folder, runs_folder())).items():
-            ours = ours.with_column(Column(heading), [values.get(row, []) for row in cells])
-        paper = Column("paper: COCO box / mask AP", "paper")
-        show(ours.with_column(paper, [row.paper for row in GRIDS[name]]), folder / f"{name}.md")
+        show(_table(name, cells, seeds, folder, note), folder / f"{name}.md")
         print()
     print(f"{folder}: runs, tables, results.jsonl. After `mls eval run coco_fpn_1x --weights RUN` on its runs the same")
     print("command shows their box and mask AP, too.")
+
+
+def _table(name: str, cells: dict[str, Pretraining], seeds: int, folder: Path, note: str) -> Table:
+    from mls.eval.pretraining import OVERLAP, PROBES, compare, table_of
+    from mls.files import runs_folder
+    from mls.tables import Column
+
+    found = compare(cells, seeds, folder)
+    ours = table_of(found, name, (*PROBES, *OVERLAP), note)
+    runs = {row: [folder / one.row["run"] for one in measured] for row, measured in found.items()}
+    for heading, values in detection_ap(runs, (folder, runs_folder())).items():
+        ours = ours.with_column(Column(heading), [values.get(row, []) for row in cells])
+    return ours.with_column(Column("paper: COCO box / mask AP", "paper"), [row.paper for row in GRIDS[name]])
 
 
 def detection_ap(runs: Mapping[str, Sequence[Path]], stores: Sequence[Path]) -> dict[str, dict[str, list[float]]]:
