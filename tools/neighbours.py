@@ -55,7 +55,7 @@ def neighbours(
         if query or dataset:
             raise ConfigError("--figure shows crops of the run's own images: leave out --query and --dataset")
         return _draw_figure(run, k, out)
-    weights, source = _weights_and_data(run)
+    weights, source = weights_and_data(run)
     source = source_from(dataset) if dataset is not None else source
     if source is None:
         raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
@@ -98,7 +98,7 @@ def _draw_figure(run: str, k: int, out: Path) -> None:
     print(f"{out}: boxes in the whole images; {crops}: the crops")
 
 
-def _weights_and_data(run: str) -> tuple[str, Source | None]:
+def weights_and_data(run: str) -> tuple[str, Source | None]:
     """The run's folder and data; of a file or a backbone's name only what was given."""
     from mls.data.sources import build_source
     from mls.engine import Run
@@ -139,7 +139,7 @@ def leakcheck(
     from mls.tables import markdown_table, terminal_width
 
     out.mkdir(parents=True, exist_ok=True)
-    weights = None if weights is None else _weights_and_data(weights)[0]
+    weights = None if weights is None else weights_and_data(weights)[0]
     embedded = EmbeddedSource(source_from(first), Embedder.of(weights))
     calibration = calibrate(embedded)
     limit = calibration.threshold if threshold is None else threshold

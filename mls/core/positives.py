@@ -41,6 +41,15 @@ class Positives:
     def _are_in(self, other: Positives) -> Bool[Tensor, "queries most"]:
         return ((self.slots[:, :, None] == other.slots[:, None]) & other.present[:, None]).any(dim=2)
 
+    def first(self, counts: Int64[Tensor, "queries"]) -> Positives:
+        """As many as counted, the first of each query."""
+        places = torch.arange(self.slots.shape[1], device=counts.device)
+        return Positives(self.slots, self.present & (places < counts[:, None]))
+
+    def images(self, ids: Int64[Tensor, "rows"]) -> Int64[Tensor, "queries most"]:
+        """The images of the positives; -1 where there is none."""
+        return ids[self.slots].masked_fill(~self.present, -1)
+
     def counts(self) -> Int64[Tensor, "queries"]:
         return self.present.sum(dim=1)
 
