@@ -148,8 +148,8 @@ class WindowsConfig:
     """Small windows of each image, each cut and augmented twice and told from all other windows of the batch."""
 
     count: int = limited(0, low=0)  # an image; 0: no such term
-    size: int = positive(96)  # pixels they are scaled to
-    scale: tuple[float, float] = rising((0.05, 0.2))  # share of the image's area
+    size: int = positive(112)  # pixels they are scaled to
+    scale: tuple[float, float] = rising((0.14, 0.39))  # share of the image's area
     jitter: float = share(0.15)  # the second cut is moved and scaled by up to this share of the window's sides
     weight: float = positive(1.0)
     temperature: float = positive(0.2)
@@ -168,6 +168,7 @@ class RegionsConfig:
     whiten: int = limited(32, low=0)  # principal components that are kept, scaled to the same variance; 0: only centred
     neighbours: int = positive(256)  # of each image
     choose: Literal["nearest", "threshold"] = "nearest"  # k rows for each image, or k on average: all above one score
+    soft: float = limited(0.0, low=0)  # positives weigh by exp(score / soft), 1 on average; 0: all the same
 
 
 @_objective("moco_v2")

@@ -241,6 +241,33 @@ def test_positives_are_rows_of_listed_images_and_controls_choose_as_many() -> No
     assert 1 < found.float().mean() < 6 and len(set(found.tolist())) > 1
 
 
+def test_soft_weights_are_those_of_the_plain_formula() -> None:
+    views, losses = views_of(), {}
+    for soft in (0.0, 0.3):
+        method = method_of(f"objective.regions.soft={soft}", "objective.normalise=positives").eval()
+        out = method(views)
+        losses[soft] = out.scalars["loss/multi_label"].item()
+    z1 = F.normalize(method.pair.query(views.images[0])[1], dim=1).detach()
+    logits = z1 @ method.dictionary.rows().projection.T / 0.2
+    assert method.regions is not None
+    found, total = method.regions.among(views.ids, method.dictionary.ids), {0.0: 0.0, 0.3: 0.0}
+    for query in range(8):
+        present = found.scores[query] > -math.inf
+        slots, scores = found.indices[query][present], found.scores[query][present]
+        labels = torch.zeros(32).index_fill_(0, slots, 1.0)
+        entries = F.binary_cross_entropy_with_logits(logits[query], labels, reduction="none")
+        for soft in total:
+            weights = torch.ones(32)
+            if soft:
+                weights[slots] = (scores / soft).exp() / (scores / soft).exp().mean()
+            total[soft] += float((entries * weights).sum()) / len(slots) / 8
+    assert losses[0.0] == pytest.approx(total[0.0], rel=1e-5)
+    assert losses[0.3] == pytest.approx(total[0.3], rel=1e-5)
+    assert abs(total[0.0] - total[0.3]) > 1e-3
+    with pytest.raises(ConfigError, match="objective.regions.soft weighs single entries, objective.loss=softmax has"):
+        method_of("objective.regions.soft=1", "objective.loss=softmax", "objective.normalise=mean")
+
+
 SHORT = """data.scenes.count=64 data.scenes.test_count=16 data.batch_size=16 dictionary.size=48 objective.k=5
 optim.epochs=3 objective.warmup_epochs=1 objective.regions.every_epochs=1 objective.regions.neighbours=30
 model.projection=16 monitor.log_every=1 monitor.knn_every_epochs=0 monitor.linear_every_epochs=0 monitor.health_every=99

@@ -66,7 +66,7 @@ class MLS(MoCo):
     def pseudo_labels(self, query: Query, rows: QueriedRows, views: Views) -> Positives:
         """The k rows nearest to each query are its positives."""
         if self.regions is not None:
-            own = Positives.of(self.regions.among(views.ids, rows.ids))
+            own = Positives.of(self.regions.among(views.ids, rows.ids), self.options.regions.soft)
             if self.control is None:
                 return own
             most = min(own.slots.shape[1], len(rows))
