@@ -134,11 +134,11 @@ def _pairs(
     from mls.frozen.match_picture import RegionPair
 
     def of(query: int, image: int, score: float) -> RegionPair:
-        pixels = [decode(source.read(number)) for number in (query, image)]
-        boxes = [box_shares(*one.shape[1:], options) for one in pixels]
-        pairs = [(boxes[0][i], boxes[1][j]) for i, j, _ in best_pairs(features[query], features[image], PAIRS)]
+        first, second = (decode(source.read(number)).permute(1, 2, 0).contiguous().numpy() for number in (query, image))
+        here, there = (box_shares(one.shape[0], one.shape[1], options) for one in (first, second))
+        pairs = [(here[i], there[j]) for i, j, _ in best_pairs(features[query], features[image], PAIRS)]
         shared = None if source.labels is None else bool((source.labels[query] * source.labels[image]).any())
-        return RegionPair(*(one.permute(1, 2, 0).contiguous().numpy() for one in pixels), pairs, score, shared)
+        return RegionPair(first, second, pairs, score, shared)
 
     numbers = range(0, len(source), max(1, len(source) // QUERIES))[:QUERIES]
     neighbours = lambda one: zip(lists.ids[one, :SHOWN].tolist(), lists.scores[one, :SHOWN].tolist(), strict=True)

@@ -104,9 +104,10 @@ class CropDataset(Dataset[Batch]):
         height, width = image.height, image.width
         boxes: list[Box] = []
         for view, numbers in zip(self.views, draws.tolist(), strict=True):
-            free = view.near is None
-            box = crop_box_within(height, width, view, self.ratio, numbers) if free else boxes[view.near]
-            boxes.append(box if free else moved(box, height, width, view.jitter, numbers))
+            if view.near is None:
+                boxes.append(crop_box_within(height, width, view, self.ratio, numbers))
+            else:
+                boxes.append(moved(boxes[view.near], height, width, view.jitter, numbers))
         factor = image.factor(
             min(min(box[2:]) / view.size for box, view in zip(boxes, self.views, strict=True)) / self.spare
         )
