@@ -190,9 +190,15 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ one step's parts
 
     def refresh(self, epoch: int) -> None:
-        """What the method works out from the whole data set before this step, if anything."""
+        """What the method works out from the whole data set before this step, if anything. A signal ends it: a resume
+        begins it anew."""
         began = time.monotonic()
-        found = self.method.refresh(self.source, self.session.progress.note)
+        try:
+            found = self.method.refresh(self.source, self.tell)
+        except InterruptedError:
+            self.step -= 1
+            self.session.end_step()  # raises Stopped
+            raise
         if not found:
             return
         seconds = round(time.monotonic() - began, 1)
@@ -202,6 +208,12 @@ class Trainer:
         if self.process.main:
             self.log.write(self.step, epoch, found)
         self.window.restart_clock()
+
+    def tell(self, what: str, done: int, of: int) -> None:
+        self.session.progress.note(what, done, of)
+        self.session.agree()
+        if self.session.stopping:
+            raise InterruptedError
 
     def lr(self, step: int) -> float:
         warmup = round(self.config.optim.warmup_epochs * self.steps_per_epoch)

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from mls.engine.checkpoint import Checkpoints
 from mls.engine.gallery import gallery
 from mls.errors import CheckpointError, ConfigError, DataError, Stopped
 from mls.models.backbones import TinyResNet
+from mls.progress import TrainingProgress
 from mls.recipes import load_config
 
 QUIET = lambda what, done, of: None
@@ -308,6 +311,25 @@ def test_a_run_resumed_between_lists_and_right_before_them_equals_one_never_stop
         for row in run.metrics()
     ]
     assert timeless(halves) == timeless(whole)
+
+
+def test_a_signal_while_neighbours_are_found_is_heeded_and_they_are_found_by_the_resume(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def note(progress: TrainingProgress, what: str, done: int, of: int) -> None:
+        told.append(what)
+        if told == ["regions", "neighbours", "regions"]:  # of the second lists
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingProgress, "note", note)
+    with pytest.raises(Stopped, match="stopped after step 8 of 12, everything is saved"):
+        pretrain(tmp_path, "stopped")
+    run = mls.resume(tmp_path / "stopped", quiet=True)
+    assert told == ["regions", "neighbours", "regions", "regions", "neighbours"]
+    assert neighbours_of(run)["identity"] == neighbours_of(whole)["identity"]
+    assert torch.equal(neighbours_of(run)["ids"], neighbours_of(whole)["ids"])
 
 
 def test_lists_are_made_anew_and_noted(whole: Run) -> None:
