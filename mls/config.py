@@ -369,10 +369,14 @@ def defaults(values: Mapping[str, Any]) -> Config:
 
 
 def methods_with(key: str) -> list[str]:
-    """The methods whose options have the dotted key, such as objective.k."""
+    """The methods whose options have the dotted key, such as objective.k, as a value, a section or inside a mapping."""
     section, _, name = key.partition(".")
-    options = {method: {item.name for item in fields(OBJECTIVES[method])} for method in OBJECTIVES.names()}
-    return [method for method, known in options.items() if section == "objective" and name.partition(".")[0] in known]
+
+    def has(method: str) -> bool:
+        known = [f"{other}." for other, _ in flatten(OBJECTIVES[method]())]
+        return any(other.startswith(f"{name}.") or f"{name}.".startswith(other) for other in known)
+
+    return [method for method in OBJECTIVES.names() if section == "objective" and has(method)]
 
 
 def check(config: Config) -> None:

@@ -49,16 +49,12 @@ def neighbours(
         mls neighbours runs/my-run --figure
     """
     from mls.errors import ConfigError
-    from mls.frozen.neighbours import source_from
 
     if figure:
         if query or dataset:
             raise ConfigError("--figure shows crops of the run's own images: leave out --query and --dataset")
         return _draw_figure(run, k, out)
-    weights, source = weights_and_data(run)
-    source = source_from(dataset) if dataset is not None else source
-    if source is None:
-        raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
+    weights, source = weights_and_source(run, dataset)
     _draw_nearest(weights, source, query or [], k, out)
 
 
@@ -98,7 +94,19 @@ def _draw_figure(run: str, k: int, out: Path) -> None:
     print(f"{out}: boxes in the whole images; {crops}: the crops")
 
 
-def weights_and_data(run: str) -> tuple[str, Source | None]:
+def weights_and_source(run: str, dataset: str | None) -> tuple[str, Source]:
+    """The weights, and the data set that was named or else the run's."""
+    from mls.errors import ConfigError
+    from mls.frozen.neighbours import source_from
+
+    weights, source = _weights_and_data(run)
+    source = source_from(dataset) if dataset is not None else source
+    if source is None:
+        raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
+    return weights, source
+
+
+def _weights_and_data(run: str) -> tuple[str, Source | None]:
     """The run's folder and data; of a file or a backbone's name only what was given."""
     from mls.data.sources import build_source
     from mls.engine import Run
@@ -139,7 +147,7 @@ def leakcheck(
     from mls.tables import markdown_table, terminal_width
 
     out.mkdir(parents=True, exist_ok=True)
-    weights = None if weights is None else weights_and_data(weights)[0]
+    weights = None if weights is None else _weights_and_data(weights)[0]
     embedded = EmbeddedSource(source_from(first), Embedder.of(weights))
     calibration = calibrate(embedded)
     limit = calibration.threshold if threshold is None else threshold

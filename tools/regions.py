@@ -84,18 +84,13 @@ def _given(
     """Of a run what its configuration says; of other weights the defaults."""
     from mls.config import MLSOptions, RegionsConfig
     from mls.engine import Run
-    from mls.errors import ConfigError, UserError
-    from mls.frozen.neighbours import Embedder, source_from
+    from mls.errors import UserError
+    from mls.frozen.neighbours import Embedder
     from mls.models import load_backbone
     from mls.recipes import load_config
-    from mls.tools.neighbours import weights_and_data
+    from mls.tools.neighbours import weights_and_source
 
-    weights, source = weights_and_data(weights)
-    source = source_from(dataset) if dataset is not None else source
-    if source is None:
-        raise ConfigError(
-            f"{weights} is no run folder, so it does not say where to look: name the images with --dataset"
-        )
+    weights, source = weights_and_source(weights, dataset)
     try:
         config = Run.open(weights).config
     except UserError:
