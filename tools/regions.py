@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 QUERIES, SHOWN, PAIRS = 6, 4, 3  # lines of the picture, images in a line, regions of an image
 DEPTHS, ASKED = (1, 5, 20), 2000  # neighbours and images whose labels are compared
-NOT_OPTIONS = ("lists", "every_epochs", "choose")  # keys that say nothing of how neighbours are found
+NOT_OPTIONS = ("lists", "every_epochs", "choose", "soft")  # keys that say nothing of how neighbours are found
 
 
 def regions(
@@ -50,32 +50,40 @@ def regions(
 
         mls pretrain mls_regions_scenes_tiny objective.regions.lists=neighbours.safetensors
     """
+    from mls.frozen.match_picture import draw_pairs
+
+    backbone, augment, wanted, source = _given(weights, options or [], dataset)
+    lists, features = _neighbours(backbone, augment, wanted, source, weights)
+    lists.save(out)
+    print(f"{out}: {lists.ids.shape[1]} neighbours of each of {len(source):,} images, by {wanted.grid**2} regions")
+    if source.labels is not None:
+        print(_overlap(source.labels, lists))
+    if picture is not None:
+        draw_pairs(_pairs(source, wanted, lists, features)).save(picture)
+        print(picture)
+
+
+def _neighbours(
+    backbone: Backbone, augment: AugmentConfig, options: RegionsConfig, source: Source, name: str
+) -> tuple[NeighbourLists, Float[Tensor, "images regions dim"]]:
+    """The lists with all that they follow from, and the features of all regions."""
     from mls.core.neighbour_lists import NeighbourLists
     from mls.core.regions import RegionEncoder, neighbours_of_all
     from mls.data.loader import worker_count
     from mls.data.sources import hash_of_images
     from mls.distributed import start
     from mls.frozen.features import hash_of_weights
-    from mls.frozen.match_picture import draw_pairs
     from mls.progress import counting
 
-    backbone, augment, wanted, source = _given(weights, options or [], dataset)
     workers = worker_count(None) if len(source) > 2000 else 0
-    encoder = RegionEncoder.fitted(backbone, source, augment, wanted, start().device, workers=workers)
+    encoder = RegionEncoder.fitted(backbone, source, augment, options, start().device, workers=workers)
     with counting(f"regions of {source.name}", 2 * len(source)) as advance:
         tell = lambda what, done, of: advance(done + of * (what == "neighbours"))
         found, features = neighbours_of_all(encoder, source, tell)
-    keys = {key: value for key, value in asdict(wanted).items() if key not in NOT_OPTIONS}
-    identity = {"images": hash_of_images(source), "weights": hash_of_weights(backbone), "name": weights, **keys}
+    keys = {key: value for key, value in asdict(options).items() if key not in NOT_OPTIONS}
+    identity = {"images": hash_of_images(source), "weights": hash_of_weights(backbone), "name": name, **keys}
     identity |= {"mean": [*augment.mean], "std": [*augment.std], "grey": augment.grey == 1}
-    lists = NeighbourLists.of(found, identity)
-    lists.save(out)
-    print(f"{out}: {lists.ids.shape[1]} neighbours of each of {len(source):,} images, by {wanted.grid**2} regions")
-    if source.labels is not None:
-        print(_overlap(source.labels, lists))
-    if picture is not None:
-        draw_pairs(_pairs(source, wanted, lists, features.cpu())).save(picture)
-        print(picture)
+    return NeighbourLists.of(found, identity), features.cpu()
 
 
 def _given(
