@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mls.chunks import chunks, rows_within
+from mls.chunks import chunks, rows_within, spaced
 from mls.config import AugmentConfig, RegionsConfig
 from mls.core.matching import Matches, merge
 from mls.data import Source
@@ -110,7 +110,7 @@ class RegionEncoder:
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # the mean over all batches
-        sample = range(0, len(source), max(1, len(source) // SAMPLE))
+        sample = spaced(len(source), SAMPLE)
         if norms:
             network.train()
             for _ in encoder.features(source, sample):
