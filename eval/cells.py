@@ -25,7 +25,7 @@ from mls import distributed, engine
 from mls.config import Config, to_dict
 from mls.config import DataConfig as PretrainingData
 from mls.core.losses import LOSSES
-from mls.data.sources import build_source
+from mls.data.sources import build_source, hash_of_images
 from mls.errors import ConfigError
 from mls.eval import frozen, splits, supervised
 from mls.eval.data import folder_of
@@ -38,7 +38,6 @@ from mls.eval.training import Training
 from mls.eval.weights import Weights, read
 from mls.files import alone, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
-from mls.frozen.features import hash_of_images
 from mls.recipes import load_config
 from mls.results import Results
 

@@ -14,13 +14,14 @@ from jaxtyping import Float, Int8, Int64
 from torch import Tensor, nn
 
 from mls.data.scenes import ScenesSource
+from mls.data.sources import hash_of_images
 from mls.distributed import start
 from mls.errors import ConfigError
 from mls.eval.data import DataSet, LabelledImages
 from mls.eval.images import Batches
 from mls.eval.protocol import FeaturesConfig, Frozen, FrozenData, plain
 from mls.eval.splits import load
-from mls.frozen.features import cached_features, hash_of_images, hash_of_weights
+from mls.frozen.features import cached_features, hash_of_weights
 from mls.models import load_backbone
 from mls.models.momentum import HALF, precision_on
 

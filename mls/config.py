@@ -143,12 +143,41 @@ OBJECTIVES = Registry[type[ObjectiveConfig]]("objective.method")
 _objective = OBJECTIVES.register
 
 
+@dataclass(frozen=True)
+class WindowsConfig:
+    """Small windows of each image, each cut and augmented twice and told from all other windows of the batch."""
+
+    count: int = limited(0, low=0)  # an image; 0: no such term
+    size: int = positive(112)  # pixels they are scaled to
+    scale: tuple[float, float] = rising((0.14, 0.39))  # share of the image's area
+    jitter: float = share(0.15)  # the second cut is moved and scaled by up to this share of the window's sides
+    weight: float = positive(1.0)
+    temperature: float = positive(0.2)
+    same_image: bool = True  # other windows of the same image are negatives, too
+
+
+@dataclass(frozen=True)
+class RegionsConfig:
+    """Which images are neighbours, by windows of a grid (`objective.labels_from=regions`)."""
+
+    lists: str | None = None  # a file of `mls regions`; default: the run finds neighbours with its own key encoder
+    every_epochs: int = limited(4, low=0)  # from the end of the warm-up on, anew after so many epochs; 0: once
+    grid: int = positive(3)  # windows in a row and in a column
+    side: float = limited(0.5, above=0, high=1)  # of a window: a share of the image's shorter side
+    size: int = positive(112)  # pixels that a window is scaled to
+    whiten: int = limited(32, low=0)  # principal components that are kept, scaled to the same variance; 0: only centred
+    neighbours: int = positive(256)  # of each image
+    choose: Literal["nearest", "threshold"] = "nearest"  # k rows for each image, or k on average: all above one score
+    soft: float = limited(0.0, low=0)  # positives weigh by exp(score / soft), 1 on average; 0: all the same
+
+
 @_objective("moco_v2")
 @dataclass(frozen=True)
 class MoCoOptions(ObjectiveConfig):
     method: str = "moco_v2"
     temperature: float = positive(0.2)
     in_batch_negatives: bool = False  # the batch's other keys as extra negatives of InfoNCE
+    windows: WindowsConfig = field(default_factory=WindowsConfig)
 
     def check(self, config: Config) -> None:
         batch, size = config.data.batch_size, config.dictionary.size
@@ -169,7 +198,8 @@ class MLSOptions(MoCoOptions):
     loss: str = "bce"
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
     normalise: Literal["mean", "positives", "balanced"] = "mean"
-    labels_from: Literal["backbone", "projection", "union", "intersection"] = "backbone"
+    labels_from: Literal["backbone", "projection", "union", "intersection", "regions"] = "backbone"
+    regions: RegionsConfig = field(default_factory=RegionsConfig)
     classify_with: Literal["backbone", "projection"] = "projection"
     warmup_epochs: float = 0.0  # InfoNCE alone for the first epochs
     pseudo_labels: Literal["matched", "random", "oracle"] = "matched"  # the last two are controls, not methods
@@ -209,6 +239,10 @@ class SupervisedOptions(MoCoOptions):
 
     method: str = "supervised"
 
+    def check(self, config: Config) -> None:
+        super().check(config)
+        no_windows(self)
+
 
 @_objective("simsiam")
 @dataclass(frozen=True)
@@ -230,6 +264,15 @@ class DenseCLOptions(MoCoOptions):
     method: str = "densecl"
     dense_weight: float = share(0.5)  # the paper's lambda: the global term has the rest
     dense_projection: int = positive(128)
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        no_windows(self)
+
+
+def no_windows(options: MoCoOptions) -> None:
+    if options.windows.count:
+        raise ConfigError(f"objective.method={options.method} has no term of windows: use objective.windows.count=0")
 
 
 @dataclass(frozen=True)
@@ -326,10 +369,14 @@ def defaults(values: Mapping[str, Any]) -> Config:
 
 
 def methods_with(key: str) -> list[str]:
-    """The methods whose options have the dotted key, such as objective.k."""
+    """The methods whose options have the dotted key, such as objective.k, as a value, a section or inside a mapping."""
     section, _, name = key.partition(".")
-    options = {method: {item.name for item in fields(OBJECTIVES[method])} for method in OBJECTIVES.names()}
-    return [method for method, known in options.items() if section == "objective" and name.partition(".")[0] in known]
+
+    def has(method: str) -> bool:
+        known = [f"{other}." for other, _ in flatten(OBJECTIVES[method]())]
+        return any(other.startswith(f"{name}.") or f"{name}.".startswith(other) for other in known)
+
+    return [method for method in OBJECTIVES.names() if section == "objective" and has(method)]
 
 
 def check(config: Config) -> None:

@@ -55,12 +55,26 @@ class TrainingProgress:
             left = (self.printed - self.began) / max(1, step - self.start) * (self.total - step)
             self.say(f"{self.title}  epoch {epoch}  step {step}/{self.total}  eta {duration(left)}  {text}")
 
+    def note(self, what: str, done: int, of: int) -> None:
+        """How far something is that comes between two steps."""
+        text = f"{what} of {done} of {of} images"
+        if self.bar is not None:
+            self.bar.update(self.task, numbers=text)
+        elif time.monotonic() - self.printed >= PLAIN_EVERY:
+            self.printed = time.monotonic()
+            self.say(f"{self.title}  {text}")
+
     def say(self, text: str) -> None:
         if self.show:
             self.console.print(text, markup=False)
 
 
-NAMES = {"loss/info_nce": "info_nce", "loss/multi_label": "multi_label", "dictionary/fill": "dictionary"}
+NAMES = {
+    "loss/info_nce": "info_nce",
+    "loss/windows": "windows",
+    "loss/multi_label": "multi_label",
+    "dictionary/fill": "dictionary",
+}
 NAMES |= {"labels/overlap": "overlap", "knn/map": "kNN mAP", "knn/top1": "kNN top-1"}
 NAMES |= {"linear/map": "linear mAP", "linear/top1": "linear top-1"}
 
@@ -72,7 +86,7 @@ def for_people(values: Mapping[str, float]) -> dict[str, str]:
     {'info_nce': '5.000 (chance 7.69)'}
     """
     numbers = {short: f"{values[name]:.3f}" for name, short in NAMES.items() if name in values}
-    for loss in ("info_nce", "multi_label"):
+    for loss in ("info_nce", "windows", "multi_label"):
         if loss in numbers and f"chance/{loss}" in values:
             numbers[loss] += f" (chance {values['chance/' + loss]:.2f})"
     if "labels/overlap" in values:

@@ -49,16 +49,12 @@ def neighbours(
         mls neighbours runs/my-run --figure
     """
     from mls.errors import ConfigError
-    from mls.frozen.neighbours import source_from
 
     if figure:
         if query or dataset:
             raise ConfigError("--figure shows crops of the run's own images: leave out --query and --dataset")
         return _draw_figure(run, k, out)
-    weights, source = _weights_and_data(run)
-    source = source_from(dataset) if dataset is not None else source
-    if source is None:
-        raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
+    weights, source = weights_and_source(run, dataset)
     _draw_nearest(weights, source, query or [], k, out)
 
 
@@ -96,6 +92,18 @@ def _draw_figure(run: str, k: int, out: Path) -> None:
     draw(in_whole_images(rows, build_source(opened.config.data)), WHOLE, frame=0).save(out)
     draw(rows).save(crops)
     print(f"{out}: boxes in the whole images; {crops}: the crops")
+
+
+def weights_and_source(run: str, dataset: str | None) -> tuple[str, Source]:
+    """The weights, and the data set that was named or else the run's."""
+    from mls.errors import ConfigError
+    from mls.frozen.neighbours import source_from
+
+    weights, source = _weights_and_data(run)
+    source = source_from(dataset) if dataset is not None else source
+    if source is None:
+        raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
+    return weights, source
 
 
 def _weights_and_data(run: str) -> tuple[str, Source | None]:

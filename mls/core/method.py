@@ -4,16 +4,16 @@ moves in `after_step` alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mls.config import Config
-from mls.data import ViewPlan, Views
+from mls.data import Source, ViewPlan, Views
 
 if TYPE_CHECKING:
     from mls.models import Backbone, Precision
@@ -28,7 +28,7 @@ class StepOutput:
     parts: dict[str, Tensor] = field(default_factory=dict)  # the loss' parts, with gradient
     outputs: list[Tensor] = field(default_factory=list)  # where the gradient of a part is measured: z1 (and g1)
     keys: Any = None  # what `after_step` needs
-    matched_ids: Int64[Tensor, "batch k"] | None = None  # images that a method takes as positives, for label monitors
+    matched_ids: Int64[Tensor, "batch k"] | None = None  # images taken as positives (-1: none), for label monitors
     query_ids: Int64[Tensor, batch] | None = None  # for whom
     candidate_ids: Int64[Tensor, rows] | None = None  # out of which images they were chosen: the level of chance
 
@@ -50,6 +50,7 @@ class OwnRate:
     multiplier: float  # of the network's rate
 
 
+@runtime_checkable
 class Memory(Protocol):
     """State outside the modules: a dictionary of past keys. DDP would broadcast it at every forward if it were a
     buffer. Its `state_dict` does not depend on the number of processes, and is a copy on the CPU: it is written while
@@ -98,6 +99,12 @@ class Method(nn.Module):
     def set_progress(self, step: int, epoch: int, steps_per_epoch: int) -> None:
         """Called before each step; step and epoch count from 1. What it sets follows from its arguments and the
         configuration alone, so a resume needs nothing else."""
+
+    def refresh(self, source: Source, tell: Callable[[str, int, int], None]) -> dict[str, float]:
+        """Called before each step, after `set_progress`, on all processes: the place for what a method works out from
+        the whole data set now and then, such as lists of neighbours. What it finds must follow from its state and the
+        step, and be part of its state. `tell(what, done, of)` shows how far it is; what it gives is logged."""
+        return {}
 
     def decide(self, decided: dict[str, Any], device: torch.device) -> dict[str, Any]:
         """Called once before the first step: settles what the configuration leaves to measurement. `decided` is what

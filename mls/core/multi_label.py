@@ -31,6 +31,8 @@ def build_loss(options: MLSOptions, sharded: bool) -> losses.Loss:
             f"objective.loss={name} looks at all rows of the dictionary at once, but "
             "dictionary.sharded=true keeps them on different processes: set it to false, or use objective.loss=an"
         )
+    if options.labels_from == "regions" and options.regions.soft and not loss.elementwise:
+        raise ConfigError(f"objective.regions.soft weighs single entries, objective.loss={name} has none: set it to 0")
     if options.normalise != "mean" and not loss.elementwise:
         raise ConfigError(
             f"objective.normalise={options.normalise} weighs single entries, "

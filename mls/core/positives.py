@@ -25,11 +25,20 @@ class Positives:
 
     slots: Int64[Tensor, "queries most"]
     present: Bool[Tensor, "queries most"]
+    weights: Float[Tensor, "queries most"] | None = None  # of their entries in the loss, 1 on average; None: all 1
 
     @classmethod
-    def of(cls, matches: Matches) -> Positives:
-        """All matches but those that stand for a row that could not be found."""
-        return cls(matches.indices, ~matches.scores.isneginf())
+    def of(cls, matches: Matches, soft: float = 0.0) -> Positives:
+        """All matches but those that stand for a row that could not be found; with `soft` weighed by exp(score / soft).
+
+        >>> Positives.of(Matches(torch.tensor([[2, 0]]), torch.tensor([[0.9, 0.2]])), soft=1.0).weights
+        tensor([[1.3364, 0.6636]])
+        """
+        present = ~matches.scores.isneginf()
+        if soft == 0:
+            return cls(matches.indices, present)
+        shares = (matches.scores / soft).softmax(dim=1).nan_to_num(0.0)  # NaN where a query has no positive
+        return cls(matches.indices, present, shares * present.sum(dim=1, keepdim=True))
 
     def __and__(self, other: Positives) -> Positives:
         return Positives(self.slots, self.present & self._are_in(other))
@@ -41,18 +50,36 @@ class Positives:
     def _are_in(self, other: Positives) -> Bool[Tensor, "queries most"]:
         return ((self.slots[:, :, None] == other.slots[:, None]) & other.present[:, None]).any(dim=2)
 
+    def first(self, counts: Int64[Tensor, "queries"]) -> Positives:
+        """As many as counted, the first of each query."""
+        places = torch.arange(self.slots.shape[1], device=counts.device)
+        return Positives(self.slots, self.present & (places < counts[:, None]))
+
+    def images(self, ids: Int64[Tensor, "rows"]) -> Int64[Tensor, "queries most"]:
+        """The images of the positives; -1 where there is none."""
+        return ids[self.slots].masked_fill(~self.present, -1)
+
     def counts(self) -> Int64[Tensor, "queries"]:
         return self.present.sum(dim=1)
 
     def labels(self, part: slice) -> Float[Tensor, "queries part"]:
         """+1 for the positives among these rows, 0 for the rest."""
+        return self._spread(torch.ones_like(self.slots, dtype=torch.float32), part)
+
+    def importance(self, part: slice) -> Float[Tensor, "queries part"]:
+        """What each entry of these rows counts in the loss: the positives their weights, the rest 1."""
+        assert self.weights is not None
+        return 1 + self._spread(self.weights - 1, part)
+
+    def _spread(self, values: Float[Tensor, "queries most"], part: slice) -> Float[Tensor, "queries part"]:
+        """The positives' values at their rows, 0 elsewhere."""
         width = part.stop - part.start
         inside = self.present & (self.slots >= part.start) & (self.slots < part.stop)
         places = (self.slots - part.start).clamp(0, width - 1)
-        labels = torch.zeros(len(self.slots), width, device=self.slots.device)
-        return labels.scatter_add_(1, places, inside.float())
+        rows = torch.zeros(len(self.slots), width, device=self.slots.device)
+        return rows.scatter_add_(1, places, values * inside)
 
     def held(self, sharding: Sharding) -> Positives:
         """Those that lie on this process, by their place there."""
         own = self.slots % sharding.world == sharding.rank
-        return Positives(self.slots // sharding.world, self.present & own)
+        return Positives(self.slots // sharding.world, self.present & own, self.weights)

@@ -87,6 +87,8 @@ class QueriedRows:
             labels, plain = positives.labels(part), cosines.detach()
             values = entries(self.without_own(cosines, left_out, part), labels)
             values = self.without_own(values, 0.0, part)
+            if positives.weights is not None:
+                values = values * positives.importance(part)
             pulls, near = torch.linalg.vecdot(values, labels), torch.linalg.vecdot(plain, labels)
             return torch.stack([values.sum(1), pulls, plain.sum(1), near])
 
@@ -117,4 +119,5 @@ class QueriedRows:
         """For the queries of all processes: their positives among the rows held here, by place there."""
         if self.sharding.world == 1:
             return positives
-        return Positives(*gather([positives.slots, positives.present])).held(self.sharding)
+        known = [positives.slots, positives.present, *([] if positives.weights is None else [positives.weights])]
+        return Positives(*gather(known)).held(self.sharding)

@@ -52,6 +52,8 @@ class View:
     size: int
     scale: tuple[float, float]
     within: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)  # x0 y0 x1 y1: the part that it is cut from
+    near: int | None = None  # cut where this earlier view of the plan was, and not at random,
+    jitter: float = 0.0  # but moved and scaled by up to this share of its sides
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class ViewPlan:
     def with_windows(self, count: int, size: int, scale: tuple[float, float]) -> ViewPlan:
         """And `count` small windows anywhere in the image."""
         return replace(self, views=(*self.views, *[View(size, scale)] * count))
+
+    def with_window_pairs(self, count: int, size: int, scale: tuple[float, float], jitter: float) -> ViewPlan:
+        """The same, and then each of these windows once more, cut a little beside."""
+        plan = self.with_windows(count, size, scale)
+        again = [View(size, scale, near=len(self.views) + number, jitter=jitter) for number in range(count)]
+        return replace(plan, views=(*plan.views, *again))
 
     def with_grid(self, rows: int, columns: int, size: int, scale: tuple[float, float] = (1.0, 1.0)) -> ViewPlan:
         """And a window in each cell of a grid, row by row; a scale below 1 leaves it room to move in its cell."""

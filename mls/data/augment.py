@@ -88,10 +88,14 @@ class Augment:
 
 
 def normalise(
-    images: UInt8[Tensor, "batch 3 height width"], config: AugmentConfig, device: torch.device | str
+    images: UInt8[Tensor, "batch 3 height width"],
+    config: AugmentConfig,
+    device: torch.device | str,
+    grey: bool = False,
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Images as a backbone expects them, without augmentation."""
-    return _standardise(_float(images.to(device, non_blocking=True)), config)
+    """Images as a backbone expects them, without augmentation; `grey`: without their colours."""
+    pixels = _float(images.to(device, non_blocking=True))
+    return _standardise(_luminance(pixels).repeat(1, 3, 1, 1) if grey else pixels, config)
 
 
 def draw(config: AugmentConfig, seed: int, epoch: int, ids: NDArray[np.int64], view: int) -> Parameters:

@@ -102,10 +102,12 @@ class CropDataset(Dataset[Batch]):
 
     def _cut_from(self, image: Encoded, draws: NDArray[np.float64], out: list[Tensor]) -> list[Shares]:
         height, width = image.height, image.width
-        boxes = [
-            crop_box_within(height, width, view, self.ratio, numbers)
-            for view, numbers in zip(self.views, draws.tolist(), strict=True)
-        ]
+        boxes: list[Box] = []
+        for view, numbers in zip(self.views, draws.tolist(), strict=True):
+            if view.near is None:
+                boxes.append(crop_box_within(height, width, view, self.ratio, numbers))
+            else:
+                boxes.append(moved(boxes[view.near], height, width, view.jitter, numbers))
         factor = image.factor(
             min(min(box[2:]) / view.size for box, view in zip(boxes, self.views, strict=True)) / self.spare
         )
@@ -132,6 +134,20 @@ def crop_box_within(height: int, width: int, view: View, ratio: tuple[float, flo
     right, bottom = max(left + 1, int(x1 * width + 0.5)), max(top + 1, int(y1 * height + 0.5))
     row, column, h, w = crop_box(min(bottom, height) - top, min(right, width) - left, view.scale, ratio, draws)
     return top + row, left + column, h, w
+
+
+def moved(box: Box, height: int, width: int, jitter: float, draws: Sequence[float]) -> Box:
+    """The box with its sides scaled and its middle moved by up to a share `jitter` of them, inside the image.
+
+    >>> moved((10, 20, 40, 60), 100, 100, 0.1, [0.5, 0.5, 1.0]), moved((0, 20, 40, 80), 100, 100, 0.25, [0.0, 1.0, 0.5])
+    ((8, 17, 44, 66), (0, 20, 40, 80))
+    """
+    top, left, h, w = box
+    down, right, larger = (jitter * (2 * draw - 1) for draw in draws[:3])
+    tall, wide = (min(max(1, round(side * (1 + larger))), most) for side, most in ((h, height), (w, width)))
+    top = round(top + (h - tall) / 2 + down * h)
+    left = round(left + (w - wide) / 2 + right * w)
+    return min(max(0, top), height - tall), min(max(0, left), width - wide), tall, wide
 
 
 def crop_box(

@@ -3,10 +3,17 @@ VOC in annotated.py, tar shards in tar.py, the embedded scenes in scenes.py. No 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+from jaxtyping import Int64
+from torch import Tensor
+
+from mls.chunks import spaced
 from mls.config import DataConfig
 from mls.data import Source
 from mls.data.annotated import from_coco, from_voc, voc_years
@@ -17,6 +24,10 @@ from mls.plugins import Registry
 if TYPE_CHECKING:
     from mls.data.tar import TarSource
 
+# Evenly spaced images, to notice a data set that was rewritten under the same names: of a million it would take minutes
+# on a network's disk to look at each.
+SIZES = 20_000  # of so many the size counts
+SAMPLED = 64  # of so many the content
 # Each makes a source of `data.*`.
 SOURCES = Registry[Callable[[DataConfig], Source]]("data.source", DataError)
 register = SOURCES.register  # decorator of such a function
@@ -80,6 +91,22 @@ def _tar(config: DataConfig) -> TarSource:
     if not shards:
         raise DataError(f"no .tar shards in {text}: point data.root to their folder or to shard-{{000..012}}.tar")
     return TarSource(shards, limit=config.limit)
+
+
+def hash_of_images(source: Source, ids: Int64[Tensor, "images"] | None = None) -> str:
+    """Of the names of all images, or of those in `ids`, of the sizes of SIZES and of the content of SAMPLED of them."""
+    numbers = range(len(source)) if ids is None else ids.tolist()
+    size = getattr(source, "size", None)  # of files and shards
+    digest = hashlib.sha256()
+    for number in numbers:
+        digest.update(source.describe(number).encode() + b"\0")
+    if size is not None:
+        digest.update(np.array([size(numbers[place]) for place in spaced(len(numbers), SIZES)], np.int64).tobytes())
+    for number in numbers[:: max(1, len(numbers) // SAMPLED)]:
+        with contextlib.suppress(OSError):  # embedding it raises the error that names the image
+            content = source.read(number)
+            digest.update(content if isinstance(content, bytes) else content.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
 
 
 SOURCES |= {"folder": from_folder, "list": from_list, "coco": from_coco, "voc": from_voc}

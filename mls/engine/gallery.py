@@ -74,9 +74,9 @@ def in_whole_images(rows: Sequence[GalleryRow], source: Source) -> list[GalleryR
     found = []
     for row in rows:
         assert row.query_box is not None and row.match_boxes is not None
-        query = boxed(_pixels(_image(source, row.query_id)), row.query_box, RED)
+        query = boxed(_pixels(_image(source, row.query_id)), [(row.query_box, RED)])
         places = zip(row.match_ids, row.match_boxes, strict=True)
-        matches = [boxed(_pixels(_image(source, image)), box, YELLOW) for image, box in places]
+        matches = [boxed(_pixels(_image(source, image)), [(box, YELLOW)]) for image, box in places]
         found.append(replace(row, query=query, matches=matches))
     return found
 

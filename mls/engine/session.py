@@ -115,6 +115,11 @@ class Session:
         self._agreement = (int(code), bool(due))
         return [bool(flag) for flag in agreed]
 
+    @property
+    def stopping(self) -> bool:
+        """Have the processes agreed to stop?"""
+        return self._agreement is not None and self._agreement[0] != 0
+
     def end_step(self, milestone: bool = False) -> None:
         """Save if it is time to. After a signal, which may have reached another rank, save and raise `Stopped`."""
         if self._agreement is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
 from mls.monitor.online import OnlineProbes
 from mls.monitor.window import Window
-from mls.progress import for_people
+from mls.progress import duration, for_people
 from mls.recipes import from_dict
 
 MUCH_WAITING = 0.2  # share of the time spent waiting for data that is worth a hint
@@ -124,6 +125,7 @@ class Trainer:
         epoch = epoch_of(self.step, self.steps_per_epoch)
         optim.set_lr(self.optimizer, self.lr(self.step))
         self.method.set_progress(self.step, epoch, self.steps_per_epoch)
+        self.refresh(epoch)
         self.optimizer.zero_grad(set_to_none=True)
         torch._foreach_copy_(self.buffers_before, self.buffers)
         logging = self.step % self.config.monitor.log_every == 0
@@ -186,6 +188,32 @@ class Trainer:
         distributed.barrier()
 
     # ------------------------------------------------------------------------------------------------ one step's parts
+
+    def refresh(self, epoch: int) -> None:
+        """What the method works out from the whole data set before this step, if anything. A signal ends it: a resume
+        begins it anew."""
+        began = time.monotonic()
+        try:
+            found = self.method.refresh(self.source, self.tell)
+        except InterruptedError:
+            self.step -= 1
+            self.session.end_step()  # raises Stopped
+            raise
+        if not found:
+            return
+        seconds = round(time.monotonic() - began, 1)
+        self.session.events.write("refresh", step=self.step, epoch=epoch, seconds=seconds, **found)
+        words = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        self.session.say(f"epoch {epoch}: refreshed from all images in {duration(seconds)}, {words}")
+        if self.process.main:
+            self.log.write(self.step, epoch, found)
+        self.window.restart_clock()
+
+    def tell(self, what: str, done: int, of: int) -> None:
+        self.session.progress.note(what, done, of)
+        self.session.agree()
+        if self.session.stopping:
+            raise InterruptedError
 
     def lr(self, step: int) -> float:
         warmup = round(self.config.optim.warmup_epochs * self.steps_per_epoch)

@@ -3,7 +3,6 @@ them on disk, so that the same images never go through the same network twice.""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -16,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mls.chunks import spaced
 from mls.config import AugmentConfig
 from mls.data import Source
 from mls.data.augment import normalise
@@ -32,10 +30,6 @@ from mls.progress import counting
 from mls.signals import StopFlag
 
 BLOCK = 256  # rows that are written and hashed together; a killed process loses at most one block
-# Evenly spaced images, to notice a data set that was rewritten under the same names: of a million it would take minutes
-# on a network's disk to look at each.
-SIZES = 20_000  # of so many the size counts
-SAMPLED = 64  # of so many the content
 DISK_FULL = "free some, or set MLS_CACHE to another folder; the same call continues after the rows that are stored"
 
 
@@ -158,22 +152,6 @@ def hash_of_weights(backbone: nn.Module) -> str:
     for name, tensor in backbone.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
-
-
-def hash_of_images(source: Source, ids: Int64[Tensor, "images"] | None = None) -> str:
-    """Of the names of all images, or of those in `ids`, of the sizes of SIZES and of the content of SAMPLED of them."""
-    numbers = range(len(source)) if ids is None else ids.tolist()
-    size = getattr(source, "size", None)  # of files and shards
-    digest = hashlib.sha256()
-    for number in numbers:
-        digest.update(source.describe(number).encode() + b"\0")
-    if size is not None:
-        digest.update(np.array([size(numbers[place]) for place in spaced(len(numbers), SIZES)], np.int64).tobytes())
-    for number in numbers[:: max(1, len(numbers) // SAMPLED)]:
-        with contextlib.suppress(OSError):  # embedding it raises the error that names the image
-            content = source.read(number)
-            digest.update(content if isinstance(content, bytes) else content.contiguous().numpy().data)
     return digest.hexdigest()[:16]
 
 

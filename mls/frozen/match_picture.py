@@ -1,4 +1,5 @@
-"""The picture of queries and what matches them, red and yellow, one line a query: crops, or boxes in whole images."""
+"""Pictures of queries and what matches them, one line a query: crops or boxes in whole images, red and yellow, or pairs
+of images with the regions that matched in one colour."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ Box = Sequence[float]  # x0 y0 x1 y1 as shares of the image's width and height
 CELL, FRAME, GAP, MARGIN, CAPTION = 96, 3, 6, 10, 18  # pixels of the drawn picture
 WHOLE = 160  # pixels of the longer side of a whole image
 RED, YELLOW, GREEN, INK = "#d62728", "#f2b701", "#1b7f3b", "#222222"
+PAIR_COLOURS = (RED, "#2a78d6", YELLOW)
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,7 @@ def draw(rows: list[GalleryRow], cell: int = CELL, frame: int = FRAME) -> Image.
             middle, below = left + side // 2, top + side + CAPTION // 2
             pen.text((middle, below), f"{score:.2f}", fill=INK, font=font, anchor="mm")
             if row.shared is not None and row.shared[number]:
-                x, y = middle + 20, below
-                pen.line([(x, y), (x + 3, y + 4), (x + 10, y - 5)], fill=GREEN, width=2)
+                _tick(pen, middle + 20, below)
     return picture
 
 
@@ -61,10 +62,46 @@ def _scaled(pixels: Pixels, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST if tiny else Image.Resampling.BILINEAR)
 
 
-def boxed(image: Pixels, box: Box, colour: str) -> Pixels:
-    """The whole image, its longer side WHOLE pixels, in the middle of a white square, with a box drawn in it."""
+def boxed(image: Pixels, boxes: Sequence[tuple[Box, str]], frame: int = FRAME) -> Pixels:
+    """The whole image, its longer side WHOLE pixels, in the middle of a white square, with boxes of these colours."""
     height, width = (max(1, round(WHOLE * side / max(image.shape[:2]))) for side in image.shape[:2])
     small = _scaled(image, (width, height))
-    x0, y0, x1, y1 = (round(share * side) for share, side in zip(box, (width, height) * 2, strict=True))
-    ImageDraw.Draw(small).rectangle([x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)], outline=colour, width=FRAME)
+    for box, colour in boxes:
+        x0, y0, x1, y1 = (round(share * side) for share, side in zip(box, (width, height) * 2, strict=True))
+        ImageDraw.Draw(small).rectangle([x0, y0, max(x0, x1 - 1), max(y0, y1 - 1)], outline=colour, width=frame)
     return np.asarray(ImageOps.pad(small, (WHOLE, WHOLE), color="white"))
+
+
+def _tick(pen: ImageDraw.ImageDraw, x: int, y: int) -> None:
+    pen.line([(x, y), (x + 3, y + 4), (x + 10, y - 5)], fill=GREEN, width=2)
+
+
+@dataclass(frozen=True)
+class RegionPair:
+    """Two images and the regions of them that matched, as x0 y0 x1 y1 in shares of their width and height."""
+
+    first: Pixels
+    second: Pixels
+    boxes: list[tuple[Box, Box]]  # best first
+    score: float  # of the images
+    shared: bool | None = None  # have they a true label in common? None without labels
+
+
+def draw_pairs(lines: list[list[RegionPair]]) -> Image.Image:
+    """One line a query: it and each image that it is like, side by side, regions that matched in the same colour."""
+    width, height = 2 * WHOLE + 3 * GAP, WHOLE + CAPTION + GAP
+    across = max((len(line) for line in lines), default=0)
+    picture = Image.new("RGB", (2 * MARGIN + across * width, 2 * MARGIN + len(lines) * height), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+    for row, line in enumerate(lines):
+        for column, pair in enumerate(line):
+            left, top = MARGIN + column * width, MARGIN + row * height
+            for side, pixels in enumerate((pair.first, pair.second)):
+                boxes = list(zip((both[side] for both in pair.boxes), PAIR_COLOURS, strict=False))
+                drawn = Image.fromarray(boxed(pixels, boxes[::-1], frame=2))  # the best on top
+                picture.paste(drawn, (left + side * (WHOLE + GAP // 2), top))
+            middle, below = left + WHOLE, top + WHOLE + CAPTION // 2
+            pen.text((middle, below), f"{pair.score:.2f}", fill=INK, font=font, anchor="mm")
+            if pair.shared:
+                _tick(pen, middle + 20, below)
+    return picture

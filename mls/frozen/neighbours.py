@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from mls.config import AugmentConfig, DataConfig
 from mls.data import Source
 from mls.data.crops import UnreadableImage, decode
-from mls.data.sources import build_source
+from mls.data.sources import build_source, hash_of_images
 from mls.errors import DataError, reason
-from mls.frozen.features import CachedFeatures, cached_features, embed, embed_batches, hash_of_images, hash_of_weights
+from mls.frozen.features import CachedFeatures, cached_features, embed, embed_batches, hash_of_weights
 from mls.frozen.index import Index, build
 from mls.frozen.match_picture import GalleryRow
 from mls.models import card_of, load_backbone

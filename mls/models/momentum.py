@@ -34,11 +34,12 @@ class Encoder(nn.Module):
         self.reduced = HALF.get(precision)
 
     def forward(
-        self, images: Float[Tensor, "batch 3 height width"]
+        self, images: Float[Tensor, "batch 3 height width"], head: nn.Module | None = None
     ) -> tuple[Float[Tensor, "batch features"], Float[Tensor, "batch projection"]]:
+        """`head`: another than its own."""
         with torch.autocast(images.device.type, dtype=self.reduced, enabled=self.reduced is not None):
             feature = self.backbone(images)
-            projection = self.head(feature)
+            projection = (head or self.head)(feature)
         return feature.float(), projection.float()  # everything after the network is done in fp32
 
     def spatial(

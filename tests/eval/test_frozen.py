@@ -15,12 +15,13 @@ from torch import nn
 
 import mls
 from mls.config import AugmentConfig
+from mls.data.sources import hash_of_images
 from mls.errors import ConfigError, DataError
 from mls.eval import cells, extraction, frozen, load_protocol
 from mls.eval.data import LabelledImages
 from mls.eval.extraction import extract, features_of
 from mls.eval.splits import load
-from mls.frozen.features import hash_of_images, hash_of_weights
+from mls.frozen.features import hash_of_weights
 from mls.models import load_backbone, save_backbone
 from mls.results import Results
 

@@ -18,7 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mls.config import AugmentConfig, DataConfig
-from mls.data.sources import build_source
+from mls.data.sources import build_source, hash_of_images
 from mls.errors import CheckpointError, ConfigError, DataError
 from mls.eval import cells, extraction, frozen, load_protocol, load_suite, splits, suites
 from mls.eval import suite as suite_module
@@ -31,7 +31,7 @@ from mls.eval.suite import Column, Part, Row, Suite, chosen_rows, plan
 from mls.eval.weights import public_name, read
 from mls.exporting import export
 from mls.files import sha256
-from mls.frozen.features import hash_of_images, hash_of_weights
+from mls.frozen.features import hash_of_weights
 from mls.models import backbones, load_backbone, save_backbone
 from mls.recipes import load_config
 from mls.results import Results

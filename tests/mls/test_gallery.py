@@ -125,7 +125,7 @@ def test_crops_are_boxes_in_their_whole_images(run: Run, rows: list[GalleryRow])
 
 
 def test_a_wide_image_keeps_its_shape() -> None:
-    drawn = boxed(np.zeros((60, 120, 3), np.uint8), (0.5, 0.0, 1.0, 1.0), RED)
+    drawn = boxed(np.zeros((60, 120, 3), np.uint8), [((0.5, 0.0, 1.0, 1.0), RED)])
     assert (drawn[: WHOLE // 4] == 255).all() and (drawn[-WHOLE // 4 :] == 255).all()
     assert reddish(tuple(drawn[WHOLE // 4 + 1, WHOLE - 1])) and not drawn[WHOLE // 2, : WHOLE // 2].any()
 

@@ -15,14 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mls import distributed
+from mls.config import ScenesConfig
 from mls.core import methods
 from mls.core.dictionary import Dictionary
+from mls.core.matching import Matches
 from mls.core.methods.moco import MoCo
+from mls.core.neighbour_lists import NeighbourLists
+from mls.core.regions import RegionEncoder, nearest_images, neighbours_of_all
 from mls.core.sharding import Sharding
 from mls.data import Views
+from mls.data.scenes import ScenesSource
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
 from mls.errors import ConfigError
+from mls.models.backbones import TinyResNet
 from mls.recipes import load_config
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -38,6 +44,7 @@ CASES = {
     "half precision": ["dictionary.storage=bf16"],
     "MoCo": ["objective.method=moco_v2"],
     "small crops": [],
+    "regions and windows": ["objective.labels_from=regions", "objective.regions.soft=0.5", "objective.windows.count=1"],
 }
 
 
@@ -94,6 +101,10 @@ def test_every_process_holds_its_part_and_the_saved_rows_are_those_of_the_whole(
     for found in compared:
         assert found["as it is"]["held"] == ROWS // len(compared)
         assert all(found[case]["saved"] for case in CASES)
+
+
+def test_processes_find_together_the_neighbours_that_one_finds(compared: list[dict[str, Any]]) -> None:
+    assert all(found["neighbours"] for found in compared)
 
 
 def test_a_gradient_through_gather_and_totals_is_that_of_the_plain_sum(compared: list[dict[str, Any]]) -> None:
@@ -168,6 +179,9 @@ def method_of(*overrides: str) -> MoCo:
     for batch in (20, 20, 20):  # over the end of the ring
         rows = [F.normalize(torch.randn(batch, dim, generator=stream), dim=1) for dim in (128, 16)]
         method.dictionary.enqueue(*rows, ids=torch.randint(0, 40, (batch,), generator=stream))
+    if regions := getattr(method, "regions", None):
+        ids = torch.stack([torch.randperm(40, generator=stream)[:12] for _ in range(40)])
+        regions.lists = NeighbourLists.of(Matches(ids, torch.linspace(1, 0, 12).expand(40, -1)), {})
     return method
 
 
@@ -186,7 +200,7 @@ def step(method: MoCo, views: Views) -> tuple[Any, list[torch.Tensor]]:
 
 
 def compare(case: str) -> dict[str, Any]:
-    views = views_of(distributed.rank(), crops=2 if case == "small crops" else 0)
+    views = views_of(distributed.rank(), crops=2 if case in ("small crops", "regions and windows") else 0)
     plain, sharded = (method_of(*CASES[case], f"dictionary.sharded={flag}") for flag in ("false", "true"))
     (first, gradients), (second, others) = step(plain, views), step(sharded, views)
     saved, same = (
@@ -234,11 +248,23 @@ def gather() -> tuple[bool, int]:
     return all(torch.equal(a, torch.cat(b)) for a, b in zip(found, (*expected, flags), strict=True)), len(calls)
 
 
+def neighbours() -> bool:
+    """11 images do not divide among the processes."""
+    torch.manual_seed(0)  # the same network everywhere
+    config = load_config("mls_regions_scenes_tiny", ["objective.regions.neighbours=4"])
+    source, options = ScenesSource(ScenesConfig(count=11, test_count=2)), config.objective.regions
+    encoder = RegionEncoder.fitted(TinyResNet(width=4), source, config.augment, options, torch.device("cpu"))
+    found, features = neighbours_of_all(encoder, source, lambda *done: None)
+    alone = nearest_images(encoder(source, range(11)), torch.arange(11), 4, lambda *done: None)
+    same = features.shape == (11, 9, 16) and torch.equal(found.indices, alone.indices)
+    return same and (found.scores - alone.scores).abs().max().item() < 1e-5
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     process = distributed.start("cpu")
     results: dict[str, Any] = {case: compare(case) for case in CASES}
-    results["exchange"] = exchange()
+    results["exchange"], results["neighbours"] = exchange(), neighbours()
     results["gathered"], results["collectives"] = gather()
     (Path(sys.argv[1]) / f"{process.rank}.json").write_text(json.dumps(results))
     distributed.barrier()

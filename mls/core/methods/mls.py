@@ -5,6 +5,7 @@ any of mls/core/losses that needs no more than labels: neighbours are +1, all ot
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -14,14 +15,16 @@ from torch import Tensor
 from mls.config import Config, KnnMoCoOptions, MLSOptions
 from mls.core import losses, matching
 from mls.core.dictionary import STORAGE
-from mls.core.method import MatchedCrops, OwnRate, StepOutput
+from mls.core.matching import Matches
+from mls.core.method import MatchedCrops, Memory, OwnRate, StepOutput
 from mls.core.methods import register
 from mls.core.methods.controls import control
 from mls.core.methods.moco import MoCo, Query
 from mls.core.multi_label import MultiLabelTerm, build_loss
 from mls.core.positives import Positives
 from mls.core.queried_rows import QueriedRows
-from mls.data import Views
+from mls.core.region_labels import RegionLabels
+from mls.data import Source, Views
 from mls.distributed import world
 from mls.errors import ConfigError
 from mls.models import Precision
@@ -33,6 +36,7 @@ class MLS(MoCo):
         super().__init__(config, precision, image_labels)
         self.options: MLSOptions = cast(MLSOptions, config.objective)
         self.info_nce_weight = self.options.info_nce_weight
+        self.regions = RegionLabels(config, precision) if self.options.labels_from == "regions" else None
         self.control = control(config, self.dictionary, image_labels)  # pseudo-labels that are no method, or None
         self.matcher = matching.build("torch")  # `decide` puts the run's own in its place
         self.loss = self.build_loss()
@@ -49,7 +53,7 @@ class MLS(MoCo):
         z1 = getattr(query, self.options.classify_with)
         loss, cosines = self.multi_label(z1, rows, positives)
         if out is not None:
-            out.matched_ids = rows.ids[positives.slots[:, : self.options.k]]
+            out.matched_ids = positives.images(rows.ids)[:, : self.options.k]
             out.scalars["loss/multi_label"] = loss.detach()
             if self.measuring:
                 out.scalars["chance/multi_label"] = self.multi_label(torch.zeros_like(z1), rows, positives)[0].detach()
@@ -61,6 +65,12 @@ class MLS(MoCo):
     @torch.no_grad()
     def pseudo_labels(self, query: Query, rows: QueriedRows, views: Views) -> Positives:
         """The k rows nearest to each query are its positives."""
+        if self.regions is not None:
+            own = Positives.of(self.regions.among(views.ids, rows.ids), self.options.regions.soft)
+            if self.control is None:
+                return own
+            most = min(own.slots.shape[1], len(rows))
+            return Positives.of(self.control(rows, views.ids, most)).first(own.counts())  # as many
         if self.control is not None:
             return Positives.of(self.control(rows, views.ids, self.options.k))
         labels_from = self.options.labels_from
@@ -108,12 +118,21 @@ class MLS(MoCo):
         self.warming_up = step <= warmup * steps_per_epoch
         self.loss.set_epoch(max(1, epoch - math.floor(warmup)))
 
+    def refresh(self, source: Source, tell: Callable[[str, int, int], None]) -> dict[str, float]:
+        if self.regions is None:
+            return {}
+        return self.regions.refresh(self.pair.key.backbone, source, self.step, self.steps_per_epoch, tell)
+
     def zero_of_loss_parameters(self) -> Float[Tensor, ""] | None:
         """The term of a step without labels. DDP waits for a gradient of every parameter, the loss's own included."""
         learnt = [parameter.sum() for parameter in self.loss.parameters()]
         return 0.0 * torch.stack(learnt).sum() if learnt else None
 
     # ----------------------------------------------------------------------------------------------- logging and saving
+
+    def memories(self) -> Mapping[str, Memory]:
+        own = {} if self.regions is None else {"neighbours": self.regions}
+        return {**super().memories(), **own}
 
     def introduction(self) -> list[str]:
         sentences = super().introduction()
@@ -132,6 +151,10 @@ class MLS(MoCo):
     @torch.no_grad()
     def matches(self, views: Views, count: int) -> MatchedCrops | None:
         """By the memory that labels, and no more than are positives."""
+        if self.regions is not None:
+            found = self.regions.among(views.ids, self.dictionary.ids)
+            count = min(count, int(Positives.of(found).counts().min()))
+            return self.matched_crops(Matches(found.indices[:, :count], found.scores[:, :count]))
         memory = "projection" if self.options.labels_from == "projection" else "backbone"
         return self.nearest_crops(memory, views, min(count, self.options.k))
 

@@ -16,12 +16,13 @@ from mls.core import matching
 from mls.core.dictionary import Dictionary
 from mls.core.health import collapse_measures
 from mls.core.losses.contrastive import info_nce_of_logits
-from mls.core.method import MatchedCrops, Method, StepOutput
+from mls.core.method import MatchedCrops, Memory, Method, StepOutput
 from mls.core.methods import register
 from mls.core.products import OwnRows, log_sum_exp
 from mls.core.queried_rows import QueriedRows
 from mls.core.sharding import Sharding
-from mls.data import Views
+from mls.core.windows import WindowTerm
+from mls.data import ViewPlan, Views
 from mls.distributed import gather, rank
 from mls.errors import CheckpointError
 from mls.models import Backbone, Precision, build_pair
@@ -57,6 +58,9 @@ class MoCo(Method):
         self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group)
         if self.key_norm.mode == "sync":
             share_statistics(self.pair.key)
+        windows = self.options.windows
+        model, width = config.model, self.backbone.feature_dim
+        self.windows = WindowTerm(windows, model, width, config.run.seed) if windows.count else None
         self.dictionary = Dictionary(
             config.dictionary.size,
             storage=config.dictionary.storage,
@@ -69,6 +73,9 @@ class MoCo(Method):
     def backbone(self) -> Backbone:
         return self.pair.query.backbone
 
+    def views(self) -> ViewPlan:
+        return super().views() if self.windows is None else self.windows.added_to(super().views())
+
     def forward(self, views: Views) -> StepOutput:
         temperature = self.options.temperature
         rows = QueriedRows(
@@ -77,7 +84,8 @@ class MoCo(Method):
         keys, own = self.encode_keys(views)
         z2 = keys.projection[own]
 
-        crops = [views.images[0], *views.images[2:]]  # small crops are queries too
+        small_crops = views.images[2 : len(views.images) - 2 * self.options.windows.count]
+        crops = [views.images[0], *small_crops]  # small crops are queries too
         out = StepOutput(z2.new_zeros(()), keys=keys, query_ids=views.ids, candidate_ids=rows.ids)
         for number, images in enumerate(crops):
             query = Query(*(F.normalize(output, dim=1) for output in self.pair.query(images)))
@@ -93,8 +101,18 @@ class MoCo(Method):
                 out.scalars["loss/info_nce"] = contrast.detach()
                 out.scalars["chance/info_nce"] = self.chance(rows, keys, views)
                 out.scalars["cosine/own_key"] = own_key.mean().detach()
+        if self.windows is not None:
+            self.add_windows(self.windows, views, out)
         out.scalars["loss"] = out.loss.detach()
         return out
+
+    def add_windows(self, term: WindowTerm, views: Views, out: StepOutput) -> None:
+        stream = generator(self.config.run.seed, "window order", self.dictionary.count)
+        loss, u1, chance = term(self.pair, self.key_norm, views, stream)
+        out.loss = out.loss + self.options.windows.weight * loss
+        out.outputs.append(u1)
+        out.parts["windows"] = self.options.windows.weight * loss
+        out.scalars |= {"loss/windows": loss.detach(), "chance/windows": loss.new_tensor(chance)}
 
     def negatives(self, query: Query, rows: QueriedRows, keys: Keys, views: Views) -> Float[Tensor, "batch"]:
         """The log-sum-exp of the logits of each query's negatives."""
@@ -131,12 +149,14 @@ class MoCo(Method):
     @torch.no_grad()
     def after_step(self, outputs: list[StepOutput]) -> None:
         self.pair.update(self.config.model.momentum)
+        if self.windows is not None:
+            self.windows.heads.update(self.config.model.momentum)
         for out in outputs:
             self.dictionary.enqueue(**vars(out.keys))
 
     # ----------------------------------------------------------------------------------------------- logging and saving
 
-    def memories(self) -> Mapping[str, Dictionary]:
+    def memories(self) -> Mapping[str, Memory]:
         return {"dictionary": self.dictionary}
 
     @property
@@ -163,5 +183,7 @@ class MoCo(Method):
         count = min(count, int(rows.counts.min()))
         if count == 0:
             raise CheckpointError("the dictionary holds crops of the query's own image only: train on for a few steps")
-        found = rows.topk(memory, getattr(query, memory), count, matching.build("torch"))
+        return self.matched_crops(rows.topk(memory, getattr(query, memory), count, matching.build("torch")))
+
+    def matched_crops(self, found: matching.Matches) -> MatchedCrops:
         return MatchedCrops(self.dictionary.ids[found.indices], self.dictionary.boxes[found.indices], found.scores)

@@ -1,0 +1,91 @@
+"""For every image of a data set a list of other images with scores, best first: where pseudo-labels come from that do
+not depend on the step's own features. On disk one safetensors file, read through a memory map; which images are
+neighbours is regions.py's business."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float16, Int32, Int64
+from torch import Tensor
+
+from mls.core.matching import Matches
+from mls.errors import CheckpointError
+from mls.files import write_atomically
+
+
+@dataclass(frozen=True)
+class NeighbourLists:
+    ids: Int32[Tensor, "images neighbours"]
+    scores: Float16[Tensor, "images neighbours"]
+    identity: dict[str, Any]  # plain values: of which weights, which data, made how
+
+    @classmethod
+    def of(cls, found: Matches, identity: dict[str, Any]) -> NeighbourLists:
+        return cls(found.indices.int(), found.scores.half(), identity)
+
+    def save(self, path: Path) -> None:
+        from safetensors.torch import save
+
+        tensors = {"ids": self.ids.cpu().contiguous(), "scores": self.scores.cpu().contiguous()}
+        write_atomically(path, save(tensors, {"identity": json.dumps(self.identity, sort_keys=True)}))
+
+    @classmethod
+    def open(cls, path: Path) -> NeighbourLists:
+        """Read through a memory map."""
+        from safetensors import safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                identity = json.loads((file.metadata() or {})["identity"])
+                return cls(file.get_tensor("ids"), file.get_tensor("scores"), identity)
+        except Exception as error:  # the file system's errors, safetensors' own, and a file of other tensors
+            why = str(error).splitlines()[0]
+            raise CheckpointError(f"{path} holds no neighbour lists ({why}): `mls regions` writes them") from None
+
+    def to(self, device: torch.device | str) -> NeighbourLists:
+        return NeighbourLists(self.ids.to(device), self.scores.to(device), self.identity)
+
+    def least(self, average: float) -> float:
+        """The score that so many neighbours of an image reach on average.
+
+        >>> found = Matches(torch.tensor([[1, 2], [0, 2]]), torch.tensor([[0.9, 0.7], [0.9, 0.2]]))
+        >>> lists = NeighbourLists.of(found, {})
+        >>> round(lists.least(1.5), 1)
+        0.7
+        """
+        above = max(1, round(average * len(self.ids)))
+        if above >= self.scores.numel():
+            return -float("inf")
+        return float(self.scores.flatten().float().topk(above).values[-1])
+
+    def among(
+        self, queries: Int64[Tensor, "batch"], rows: Int64[Tensor, "rows"], k: int, least: float | None = None
+    ) -> Matches:
+        """Of rows that belong to the images `rows`, up to k whose images are in a query's list, best first; with
+        `least` all that reach this score. The score of a place that stands for no row is -inf.
+
+        >>> found = Matches(torch.tensor([[2, 1], [2, 0]]), torch.tensor([[0.9, 0.5], [0.8, 0.5]]))
+        >>> lists = NeighbourLists.of(found, {})
+        >>> lists.among(torch.tensor([0]), rows=torch.tensor([1, 0, 2, 0, 2]), k=2).indices
+        tensor([[2, 4]])
+        """
+        wanted, scores = self.ids[queries].long(), self.scores[queries].float()  # [batch, neighbours]
+        order = rows.argsort(stable=True)
+        sorted_rows = rows[order]
+        first, last = (torch.searchsorted(sorted_rows, wanted, right=right) for right in (False, True))
+        # An image that is several times among the rows, which a dictionary longer than an epoch has.
+        times = torch.arange(len(rows) // len(self.ids) + 2, device=rows.device)
+        places = first[:, :, None] + times  # [batch, neighbours, times]
+        there = places < last[:, :, None]
+        if least is not None:
+            there &= (scores >= least)[:, :, None]
+        slots = order[places.clamp(max=len(rows) - 1)].flatten(1)
+        scores = scores[:, :, None].masked_fill(~there, -torch.inf).flatten(1)
+        best = scores.sort(dim=1, descending=True, stable=True)
+        kept = slice(None) if least is not None else slice(k)
+        return Matches(slots.gather(1, best.indices)[:, kept], best.values[:, kept])

@@ -1,0 +1,98 @@
+"""Pseudo-labels from regions in a run (`objective.labels_from=regions`): the neighbour lists in use, found anew now and
+then with the run's own key encoder, or read from a file. A memory of the method: lists that the run found are part of
+its checkpoints, of a file only what it is."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from mls.config import Config, MLSOptions
+from mls.core.matching import Matches
+from mls.core.neighbour_lists import NeighbourLists
+from mls.core.regions import RegionEncoder, Tell, neighbours_of_all
+from mls.data import Source
+from mls.data.loader import worker_count
+from mls.data.sources import hash_of_images
+from mls.errors import CheckpointError, DataError
+from mls.models import Backbone, Precision
+
+
+class RegionLabels:
+    def __init__(self, config: Config, precision: Precision) -> None:
+        self.config, self.precision = config, precision
+        self.objective = cast(MLSOptions, config.objective)
+        self.options = self.objective.regions
+        self.file = Path(self.options.lists).expanduser() if self.options.lists else None
+        self.lists = NeighbourLists.open(self.file) if self.file else None
+        self.least: float | None = None  # the score from which on a neighbour counts; None: the nearest k count
+        self.images = ""  # hash of the data, once it is known
+        self.device = torch.device("cpu")
+
+    def among(self, queries: Int64[Tensor, "batch"], rows: Int64[Tensor, "rows"]) -> Matches:
+        """Which rows are a query's positives, by the images that they belong to."""
+        assert self.lists is not None, "`refresh` was not called"
+        if self.options.choose == "threshold" and self.least is None:  # k of the dictionary's rows on average
+            average = self.objective.k * len(self.lists.ids) / self.config.dictionary.size
+            self.least = self.lists.least(average)
+        return self.lists.among(queries, rows, self.objective.k, self.least)
+
+    def due(self, step: int, steps_per_epoch: int) -> bool:
+        since = step - 1 - math.floor(self.objective.warmup_epochs * steps_per_epoch)
+        every = self.options.every_epochs * steps_per_epoch
+        return self.file is None and (since == 0 or (since > 0 and every > 0 and since % every == 0))
+
+    def refresh(
+        self, backbone: Backbone, source: Source, step: int, steps_per_epoch: int, tell: Tell
+    ) -> dict[str, float]:
+        self.check(source)
+        if not self.due(step, steps_per_epoch):
+            return {}
+        augment, workers = self.config.augment, worker_count(self.config.data.workers)
+        encoder = RegionEncoder.fitted(backbone, source, augment, self.options, self.device, self.precision, workers)
+        found, _ = neighbours_of_all(encoder, source, tell)
+        before, self.least = self.lists, None
+        self.lists = NeighbourLists.of(found, {"step": step, "images": self.images})
+        values = {"regions/score": float(found.scores[:, 0].mean())}
+        if before is not None:
+            new, old = (lists.ids[:, : self.objective.k] for lists in (self.lists, before))
+            values["regions/kept"] = float((new[:, :, None] == old[:, None]).any(dim=2).float().mean())
+        return values
+
+    def check(self, source: Source) -> None:
+        """Lists are of these images and of no others. Asked once, when a run starts or is resumed."""
+        if self.images:
+            return
+        self.images = hash_of_images(source)
+        if self.lists is not None and self.lists.identity.get("images") != self.images:
+            raise DataError(
+                f"the neighbour lists in {self.file or 'the checkpoint'} are not of the images in {source.name}: "
+                "bring back the images that they were made of, or make new ones with `mls regions`"
+            )
+
+    # ------------------------------------------------------------------------------------------ a memory of the method
+
+    def to(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.lists = self.lists.to(device) if self.lists is not None else None
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.lists is None:
+            return {}
+        tensors = {"ids": self.lists.ids.cpu(), "scores": self.lists.scores.cpu()}  # never written to: no copies
+        return {"identity": self.lists.identity, **({} if self.file else tensors)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.least = None
+        if self.file is None:
+            self.lists = NeighbourLists(**state).to(self.device) if state else None
+        elif self.lists is None or state.get("identity") != self.lists.identity:
+            raise CheckpointError(
+                f"{self.file} holds other neighbour lists than those that the run began with: bring these back, or "
+                "start a new run"
+            )

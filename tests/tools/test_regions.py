@@ -1,0 +1,60 @@
+"""`mls regions`, as a user calls it."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import mls
+from mls.core.neighbour_lists import NeighbourLists
+from mls.data.sources import build_source, hash_of_images
+from mls.frozen.features import hash_of_weights
+from mls.frozen.match_picture import GAP, MARGIN, WHOLE, RegionPair, draw_pairs
+
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_lists_and_a_picture_of_a_run_s_own_images(tmp_path: Path, mls_command: Call, tiny: list[str]) -> None:
+    few = [*tiny, "optim.epochs=1", "data.scenes.count=48", "monitor.knn_every_epochs=0"]
+    run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*few, "model.backbone=resnet_tiny_fine"]), quiet=True)
+    lists, picture = tmp_path / "lists.safetensors", tmp_path / "pairs.png"
+    options = ["size=16", "neighbours=7", "--out", str(lists), "--picture", str(picture)]
+    done = mls_command("regions", str(run.path), *options)
+    assert done.returncode == 0, done.stderr
+    found = NeighbourLists.open(lists)
+    assert found.ids.shape == (48, 7)
+    assert all(number not in row for number, row in enumerate(found.ids.tolist()))
+    assert found.identity["weights"] == hash_of_weights(mls.load_backbone(run.path))
+    assert found.identity["images"] == hash_of_images(build_source(run.config.data))
+    assert (found.identity["size"], found.identity["grey"]) == (16, True)
+    first, second, third = done.stdout.splitlines()
+    assert first == f"{lists}: 7 neighbours of each of 48 images, by 9 regions"
+    assert re.fullmatch(r"overlap of true labels: 0.\d{3} of the first 1, 0.\d{3} of the first 5; by chance .*", second)
+    with Image.open(third) as drawn:
+        assert drawn.size == (2 * MARGIN + 4 * (2 * WHOLE + 3 * GAP), 2 * MARGIN + 6 * (WHOLE + 18 + GAP))
+    done = mls_command("regions", "resnet_tiny", "sice=16", "--dataset", "scenes")
+    assert done.returncode == 2
+    assert (
+        "unknown key 'objective.regions.sice' in the command line: did you mean 'objective.regions.size'?"
+        in done.stderr
+    )
+    done = mls_command("regions", "resnet_tiny")
+    assert done.returncode == 2
+    assert (
+        "resnet_tiny is no run folder, so it does not say where to look: name the images with --dataset" in done.stderr
+    )
+
+
+def test_a_region_and_its_match_are_framed_in_one_colour_the_best_on_top() -> None:
+    grey = np.full((32, 32, 3), 128, dtype=np.uint8)
+    left, right = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)
+    drawn = np.asarray(draw_pairs([[RegionPair(grey, grey, [(left, right), (left, left)], 1.25)]]))
+    red, blue = ((drawn == colour).all(2) for colour in ((214, 39, 40), (42, 120, 214)))
+    first = slice(MARGIN, MARGIN + WHOLE)
+    second = slice(MARGIN + WHOLE + GAP // 2, MARGIN + 2 * WHOLE + GAP // 2)
+    assert red[first, first].any() and not blue[first, first].any()
+    assert red[first, second][WHOLE // 2 :].any() and blue[first, second][: WHOLE // 2].any()
+    assert draw_pairs([]).size == (2 * MARGIN, 2 * MARGIN)

@@ -1,0 +1,148 @@
+"""`mls regions`: which images of a data set show the same things, by their regions; lists of neighbours to take
+pseudo-labels from, and a picture of the regions that matched."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from mls.config import AugmentConfig, RegionsConfig
+    from mls.core.neighbour_lists import NeighbourLists
+    from mls.data import Source
+    from mls.frozen.match_picture import RegionPair
+    from mls.models import Backbone
+
+QUERIES, SHOWN, PAIRS = 6, 4, 3  # lines of the picture, images in a line, regions of an image
+DEPTHS, ASKED = (1, 5, 20), 2000  # neighbours and images whose labels are compared
+NOT_OPTIONS = ("lists", "every_epochs", "choose", "soft")  # keys that say nothing of how neighbours are found
+
+
+def regions(
+    weights: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="What `mls neighbours` takes.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Keys of objective.regions: grid=4 size=64.")
+    ] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Folder, list, COCO, VOC, shards or scenes; default: the run's data.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The lists.")] = Path("neighbours.safetensors"),
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw which region matched which, for some images.")
+    ] = None,
+) -> None:
+    """Write, for each image, the images whose regions match its own, for `objective.labels_from=regions`.
+
+    Windows of a grid go through the network, are centred and whitened; two images score the mean of their windows' best
+    matches, both ways. Where the data have labels it is printed how often neighbours share them: only for people.
+
+    Examples:
+
+        mls regions runs/my-run --picture pairs.png
+
+        mls regions torchvision:resnet50 size=96 --dataset /data/coco --out coco.safetensors
+
+        mls pretrain mls_regions_scenes_tiny objective.regions.lists=neighbours.safetensors
+    """
+    from mls.frozen.match_picture import draw_pairs
+
+    backbone, augment, wanted, source = _given(weights, options or [], dataset)
+    lists, features = _neighbours(backbone, augment, wanted, source, weights)
+    lists.save(out)
+    print(f"{out}: {lists.ids.shape[1]} neighbours of each of {len(source):,} images, by {wanted.grid**2} regions")
+    if source.labels is not None:
+        print(_overlap(source.labels, lists))
+    if picture is not None:
+        draw_pairs(_pairs(source, wanted, lists, features)).save(picture)
+        print(picture)
+
+
+def _neighbours(
+    backbone: Backbone, augment: AugmentConfig, options: RegionsConfig, source: Source, name: str
+) -> tuple[NeighbourLists, Float[Tensor, "images regions dim"]]:
+    """The lists with all that they follow from, and the features of all regions."""
+    from mls.core.neighbour_lists import NeighbourLists
+    from mls.core.regions import RegionEncoder, neighbours_of_all
+    from mls.data.loader import worker_count
+    from mls.data.sources import hash_of_images
+    from mls.distributed import start
+    from mls.frozen.features import hash_of_weights
+    from mls.progress import counting
+
+    workers = worker_count(None) if len(source) > 2000 else 0
+    encoder = RegionEncoder.fitted(backbone, source, augment, options, start().device, workers=workers)
+    with counting(f"regions of {source.name}", 2 * len(source)) as advance:
+        tell = lambda what, done, of: advance(done + of * (what == "neighbours"))
+        found, features = neighbours_of_all(encoder, source, tell)
+    keys = {key: value for key, value in asdict(options).items() if key not in NOT_OPTIONS}
+    identity = {"images": hash_of_images(source), "weights": hash_of_weights(backbone), "name": name, **keys}
+    identity |= {"mean": [*augment.mean], "std": [*augment.std], "grey": augment.grey == 1}
+    return NeighbourLists.of(found, identity), features.cpu()
+
+
+def _given(
+    weights: str, options: list[str], dataset: str | None
+) -> tuple[Backbone, AugmentConfig, RegionsConfig, Source]:
+    """Of a run what its configuration says; of other weights the defaults."""
+    from mls.config import MLSOptions, RegionsConfig
+    from mls.engine import Run
+    from mls.errors import UserError
+    from mls.frozen.neighbours import Embedder
+    from mls.models import load_backbone
+    from mls.recipes import load_config
+    from mls.tools.neighbours import weights_and_source
+
+    weights, source = weights_and_source(weights, dataset)
+    try:
+        config = Run.open(weights).config
+    except UserError:
+        config = None
+    overrides = [f"objective.regions.{option}" for option in options]
+    own = config.objective.regions if config and isinstance(config.objective, MLSOptions) else RegionsConfig()
+    before = [f"objective.regions.{key}={value}" for key, value in asdict(own).items() if key not in NOT_OPTIONS]
+    objective = load_config("mls_coco_r50", [*before, *overrides]).objective
+    assert isinstance(objective, MLSOptions)
+    if config is not None:
+        return load_backbone(weights), config.augment, objective.regions, source
+    embedder = Embedder.of(weights)
+    return embedder.network, embedder.augment, objective.regions, source  # pyright: ignore[reportReturnType]
+
+
+def _overlap(labels: Tensor, lists: NeighbourLists) -> str:
+    """How well the true labels of neighbours agree, beside chance."""
+    import torch
+
+    from mls.monitor.labels import label_quality
+
+    asked = torch.arange(0, len(labels), max(1, len(labels) // ASKED))
+    found = {}
+    for depth in (depth for depth in DEPTHS if depth <= lists.ids.shape[1]):
+        found[depth] = label_quality(labels, asked, lists.ids[asked, :depth].long(), asked)
+    words = ", ".join(f"{values['labels/overlap']:.3f} of the first {depth}" for depth, values in found.items())
+    chance = next(iter(found.values()))["labels/overlap_chance"]
+    return f"overlap of true labels: {words}; by chance {chance:.3f}"
+
+
+def _pairs(
+    source: Source, options: RegionsConfig, lists: NeighbourLists, features: Float[Tensor, "images regions dim"]
+) -> list[list[RegionPair]]:
+    from mls.core.regions import best_pairs, box_shares
+    from mls.data.decode import decode
+    from mls.frozen.match_picture import RegionPair
+
+    def of(query: int, image: int, score: float) -> RegionPair:
+        first, second = (decode(source.read(number)).permute(1, 2, 0).contiguous().numpy() for number in (query, image))
+        here, there = (box_shares(one.shape[0], one.shape[1], options) for one in (first, second))
+        pairs = [(here[i], there[j]) for i, j, _ in best_pairs(features[query], features[image], PAIRS)]
+        shared = None if source.labels is None else bool((source.labels[query] * source.labels[image]).any())
+        return RegionPair(first, second, pairs, score, shared)
+
+    numbers = range(0, len(source), max(1, len(source) // QUERIES))[:QUERIES]
+    neighbours = lambda one: zip(lists.ids[one, :SHOWN].tolist(), lists.scores[one, :SHOWN].tolist(), strict=True)
+    return [[of(number, image, score) for image, score in neighbours(number)] for number in numbers]
