@@ -41,7 +41,7 @@ from mls.frameworks import installed as frameworks
 from mls.recipes import load_config
 from mls.results import Results
 
-YOUNGER = {"info_nce_weight"}  # keys of objective.* that stored results do not know
+YOUNGER = {"info_nce_weight", "windows", "regions"}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
     "multilabel": supervised.run,
