@@ -10,7 +10,7 @@ import platform
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import zip_longest
 from pathlib import Path
@@ -360,7 +360,8 @@ def config_hash(config: Config) -> str:
     """Of a run's configuration and the content of its images, which is other content another time. Where a plug-in's
     file lies does not count: what is chosen from it has its name in other keys. Nor does a key that is younger than
     stored results, at its default."""
-    values, usual = to_dict(replace(config, run=replace(config.run, plugins=[]))), asdict(type(config.objective)())
+    values = to_dict(replace(config, run=replace(config.run, plugins=[])))
+    usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:
             del values["objective"][key]

@@ -12,6 +12,8 @@ import torch
 
 from mls.config import AugmentConfig
 from mls.core import methods
+from mls.core.matching import Matches
+from mls.core.neighbour_lists import NeighbourLists
 from mls.data import Views
 from mls.engine import optim
 from mls.eval import cells, frozen, load_protocol, load_suite, protocols, suites, supervised
@@ -67,6 +69,9 @@ def test_every_recipe_learns_with_its_own_optimizer(name: str) -> None:
     views = Views(images, [torch.zeros(16, 4)] * len(images), torch.arange(16))
     rows = [torch.nn.functional.normalize(torch.randn(64, width), dim=1) for width in (128, 32)]
     method.dictionary.enqueue(*rows, ids=torch.arange(100, 164))
+    if getattr(method, "regions", None) is not None:  # which a run would ask of all its images
+        rows_of_images = Matches(torch.arange(100, 164).repeat(16, 1), torch.rand(16, 64).sort(descending=True).values)
+        method.regions.lists = NeighbourLists.of(rows_of_images, {})
     optim.set_lr(optimizer, optim.scaled_lr(config))
     method.set_progress(step=9, epoch=9, steps_per_epoch=1)
     losses, found = [], []
