@@ -25,7 +25,8 @@ from mls.models import Backbone, Precision
 
 class RegionLabels:
     def __init__(self, config: Config, precision: Precision) -> None:
-        self.config, self.precision = config, precision
+        self.config = config
+        self.precision: Precision = precision
         self.objective = cast(MLSOptions, config.objective)
         self.options = self.objective.regions
         self.file = Path(self.options.lists).expanduser() if self.options.lists else None

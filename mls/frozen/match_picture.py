@@ -82,7 +82,7 @@ class RegionPair:
 
     first: Pixels
     second: Pixels
-    boxes: list[tuple[Box, Box]]  # best first
+    boxes: Sequence[tuple[Box, Box]]  # best first
     score: float  # of the images
     shared: bool | None = None  # have they a true label in common? None without labels
 
