@@ -3,6 +3,6 @@
 from mls.frameworks.installed import missing
 
 # Importing a plug-in registers it: tests do that, and forget it afterwards.
-collect_ignore_glob = ["examples/*.py", "tests/plugins/*.py"]
+collect_ignore_glob = ["examples/*.py", "tests/plugins/*.py", "tests/commands/*.py"]
 if missing("mmseg"):
     collect_ignore_glob += ["mls/eval/dense/*mmseg*.py"]

@@ -81,4 +81,5 @@ def code_of(children: list[int]) -> int:
     return first
 
 
-serve()
+if __name__ == "__main__":
+    serve()
