@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Float64, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
@@ -103,11 +105,9 @@ class Digits:
 @cache
 def digits(split: str) -> Digits:
     """60 % of the digits for training, 40 % for testing, for every seed of the scenes."""
-    from sklearn.datasets import load_digits  # half a second
-
     if split not in SPLITS:
         raise unknown_name("split of the scenes", split, SPLITS, DataError)
-    images, targets = load_digits(return_X_y=True)
+    images, targets = _pixels_and_classes()
     shuffled = torch.randperm(len(targets), generator=generator(0, "digits"))
     cut = round(0.6 * len(shuffled))
     numbers = shuffled[:cut] if split == "train" else shuffled[cut:]
@@ -118,6 +118,18 @@ def digits(split: str) -> Digits:
     with _one_thread():
         glyphs = F.interpolate(pixels, size=(GLYPH, GLYPH), mode="bicubic", align_corners=False)
     return Digits(glyphs, numbers, counts.cumsum(0) - counts, counts)
+
+
+def _pixels_and_classes() -> tuple[Float64[np.ndarray, "digits 64"], Int64[np.ndarray, " digits"]]:
+    """scikit-learn's digits out of its own file: importing scikit-learn takes most of a second, at each start."""
+    found = find_spec("sklearn")
+    file = Path(found.origin).parent / "datasets/data/digits.csv.gz" if found and found.origin else None
+    if file is None or not file.is_file():
+        from sklearn.datasets import load_digits
+
+        return load_digits(return_X_y=True)
+    table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1], table[:, -1].astype(np.int64)
 
 
 def type_classes(style: SceneStyle = STANDARD) -> Int64[Tensor, "types classes_per_type"]:

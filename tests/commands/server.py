@@ -16,8 +16,6 @@ import sys
 import traceback
 from typing import Any
 
-import sklearn.datasets  # noqa: F401 (the embedded scenes need it)
-
 import mls.engine
 import mls.eval.cells  # noqa: F401
 from mls.tools import cli

@@ -11,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mls.config import ScenesConfig
+from mls.data import scenes as scenes_module
 from mls.data.scenes import (
     CHUNK,
     CLASS_NAMES,
@@ -18,6 +19,7 @@ from mls.data.scenes import (
     STANDARD,
     ScenesSource,
     SceneStyle,
+    _pixels_and_classes,
     digits,
     make_scenes,
     type_classes,
@@ -96,6 +98,17 @@ def test_train_and_test_share_no_handwritten_digit():
     assert not train & test
     assert (len(train), len(test)) == (1078, 719)
     assert train | test == set(range(1797))
+
+
+def test_the_digits_are_sklearns_wherever_they_are_read_from(monkeypatch):
+    from sklearn.datasets import load_digits
+
+    images, numbers = load_digits(return_X_y=True)
+    for file_is_found in (True, False):
+        if not file_is_found:
+            monkeypatch.setattr(scenes_module, "find_spec", lambda name: None)
+        found = _pixels_and_classes()
+        assert np.array_equal(found[0], images) and np.array_equal(found[1], numbers)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
