@@ -127,7 +127,8 @@ def _pixels_and_classes() -> tuple[Float64[np.ndarray, "digits 64"], Int64[np.nd
     if file is None or not file.is_file():
         from sklearn.datasets import load_digits
 
-        return load_digits(return_X_y=True)
+        images, targets = load_digits(return_X_y=True)
+        return images, targets
     table = np.loadtxt(file, delimiter=",")
     return table[:, :-1], table[:, -1].astype(np.int64)
 
