@@ -58,6 +58,20 @@ def test_the_front_door_imports_nothing_heavy() -> None:
     assert json.loads(done.stdout) == []
 
 
+def test_a_checkout_that_hides_the_package_is_one_sentence(tmp_path: Path) -> None:
+    """`git clone …/mls`, an editable install, and torchrun from the folder of the clone."""
+    (tmp_path / "mls").mkdir()
+    (tmp_path / "mls" / "tools").symlink_to(Path(mls.__file__).parents[1] / "tools")
+    command = [sys.executable, "-m", "mls.tools", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    if "EditableFinder" in str(sys.meta_path):  # an installed package is found before a folder that is none
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: the folder mls here hides the installed package: call this from another")
+        assert len(done.stderr.splitlines()) == 1
+    else:
+        assert done.stdout == f"mls {mls.__version__}\n"
+
+
 @pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_the_help_of_a_command_shows_how_to_call_it(words: tuple[str, ...], mls_command: Call) -> None:
     done = mls_command(*words, "--help")
