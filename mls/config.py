@@ -351,14 +351,16 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
-    """The keys in which two configurations differ, with both values; NOT_A_KEY for a key that its method lacks.
+    """The keys in which two configurations differ, with both values. What only one of two methods has is listed where
+    it is not that method's default, beside NOT_A_KEY: the method's name says the rest.
 
-    >>> differences(Config(), Config(objective=SimSiamOptions()))[:2]
-    [('objective.method', 'mls', 'simsiam'), ('objective.temperature', 0.2, 'not a key')]
+    >>> differences(Config(), Config(objective=SimSiamOptions()))
+    [('objective.method', 'mls', 'simsiam')]
     """
     here, there = dict(flatten(first)), dict(flatten(second))
-    both = {key: (here.get(key, NOT_A_KEY), there.get(key, NOT_A_KEY)) for key in {**here, **there}}
-    return [(key, one, other) for key, (one, other) in both.items() if one != other]
+    usual = dict(flatten(type(first.objective)(), "objective.")) | dict(flatten(type(second.objective)(), "objective."))
+    rows = [(key, here.get(key, NOT_A_KEY), there.get(key, NOT_A_KEY)) for key in {**here, **there}]
+    return [row for row in rows if row[1] != row[2] and (NOT_A_KEY not in row or usual[row[0]] not in row)]
 
 
 def defaults(values: Mapping[str, Any]) -> Config:

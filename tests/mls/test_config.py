@@ -96,6 +96,18 @@ def test_differences_name_key_and_both_values() -> None:
     assert differences(first, first) == []
 
 
+def test_differences_of_two_methods_are_its_name_and_what_was_chosen() -> None:
+    first = load_config("mls_scenes_tiny", ["objective.k=7", "objective.regions.grid=3"])
+    second = load_config("moco_v2_scenes_tiny", ["objective.temperature=0.1"])
+    rows = {key: values for key, *values in differences(first, second) if key.startswith("objective.")}
+    assert rows == {
+        "objective.method": ["mls", "moco_v2"],
+        "objective.k": [7, "not a key"],
+        "objective.warmup_epochs": [3.0, "not a key"],
+        "objective.temperature": [0.2, 0.1],
+    }
+
+
 @settings(max_examples=25)
 @given(
     k=st.integers(1, 100),
