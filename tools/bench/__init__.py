@@ -2,12 +2,13 @@
 
 import typer
 
-from mls.tools.bench import ablations, analyse, downstream, input, matching, objectives, probe, saving
+from mls.tools.bench import ablations, analyse, downstream, faults, input, matching, objectives, probe, saving
 
 app = typer.Typer(help="Studies and measurements, each one command.", no_args_is_help=True)
 app.command("ablations")(ablations.ablations)
 app.command("analyse")(analyse.analyse)
 app.command("downstream")(downstream.downstream)
+app.command("faults")(faults.bench)
 app.command("input")(input.bench)
 app.command("matching")(matching.bench)
 app.command("objectives")(objectives.objectives)
