@@ -41,7 +41,7 @@ def write_branch(folder: Path, parent: Run, step: int, config: Config) -> None:
     if (parent.path / "metrics.jsonl").is_file():
         with open(parent.path / "metrics.jsonl", "rb") as file:
             write_atomically(folder / "metrics.jsonl", file.read(state["log_offset"]))
-    origin = f"# The configuration of {parent.path}, of whose step {step} this run goes on\n"
+    origin = f"# The configuration of {parent.path.resolve()}, of whose step {step} this run goes on\n"
     write_atomically(folder / "parent.yaml", origin.encode() + (parent.path / "config.yaml").read_bytes())
     changes = {key: [before, after] for key, before, after in differences(parent.config, config)}
-    EventLog(folder / "events.jsonl").write("branch", run=str(parent.path), step=step, changes=changes)
+    EventLog(folder / "events.jsonl").write("branch", run=str(parent.path.resolve()), step=step, changes=changes)

@@ -252,14 +252,13 @@ class Trainer:
             )
 
     def remedy_for_divergence(self) -> str:
-        steps, lower = Checkpoints(self.run.checkpoints, 1).steps(), [("optim.lr", self.config.optim.lr / 10)]
+        steps, lower = Checkpoints(self.run.checkpoints, 1).steps(), self.config.optim.lr / 10
+        words = (self.run.path / "config.yaml", "--name", f"{self.run.name}-again", f"optim.lr={lower:g}")
+        again = f"from the start: {command('mls pretrain', *words)}"
         if steps:
-            again = f"{self.run.branch_command(steps[-1], lower)} trains a new run from the last step that was saved"
-            again += f" (kept: {', '.join(map(str, steps))})"
-        else:
-            words = (self.run.path / "config.yaml", "--name", f"{self.run.name}-again", f"optim.lr={lower[0][1]}")
-            again = f"nothing was saved yet, so begin anew: {command('mls pretrain', *words)}"
-        return f"lower optim.lr, add optim.warmup_epochs or use engine.precision=fp32; {again}"
+            branch = self.run.branch_command(steps[-1], [("optim.lr", float(f"{lower:g}"))])
+            again = f"from the last step that was saved (kept: {', '.join(map(str, steps))}): {branch}, or {again}"
+        return f"lower optim.lr, add optim.warmup_epochs or use engine.precision=fp32, in a new run {again}"
 
     def refuse_to_save(self, state: dict[str, Any]) -> None:
         """Nothing is written over by two processes, nor a good checkpoint replaced by one that holds no numbers."""
