@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -56,15 +57,20 @@ class Run:
         words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes]
         return command("mls pretrain --resume", self.path, "--from-step", step, *words)
 
+    @property
+    def last_saved(self) -> int:
+        """The step of the last checkpoint that was written, by the events; 0: none."""
+        saved = [row.get("step", 0) for row in read_metrics(self.path / "events.jsonl") if row.get("event") == "save"]
+        return saved[-1] if saved else 0
+
     def refuse_lost_checkpoints(self) -> None:
         """Refuse to train from the first step what was saved before: its files would be written over."""
         if any(self.checkpoints.glob("step-*.pt")):
             return
-        saved = [row.get("step") for row in read_metrics(self.path / "events.jsonl") if row.get("event") == "save"]
         reached = max((row.get("step", 0) for row in self.metrics()), default=0)
         every, signs = self.config.engine.checkpoint_every, []
-        if any(saved):
-            signs.append(f"events.jsonl says that step {saved[-1]} was saved")
+        if self.last_saved:
+            signs.append(f"events.jsonl says that step {self.last_saved} was saved")
         if (self.path / "backbone.safetensors").exists():
             signs.append("backbone.safetensors holds trained weights")
         if reached > 3 * every:  # the third save begins when the second is written
@@ -84,6 +90,8 @@ class Run:
         path = root / (config.run.name or _fresh_name(config))
         try:
             root.mkdir(parents=True, exist_ok=True)
+            if not os.access(root, os.W_OK):
+                raise PermissionError(errno.EACCES, f"{root} cannot be written")
             with _making(root) as making:
                 if path.exists() and not (path.is_dir() and not any(path.iterdir())):
                     raise _exists_already(path)

@@ -391,6 +391,8 @@ class Trainer:
                     f"the checkpoint of step {state['step']} in {self.run.checkpoints} does not fit the "
                     f"configuration ({reason}): leave networks, memories and groups of parameters as they were"
                 ) from error
+            if self.process.main and self.run.last_saved > self.step:
+                self.session.say(f"step {self.run.last_saved} was saved and is not there: going on from {self.step}")
         self.decided = self.method.decide((state or {}).get("decided", {}), self.process.device)
 
     @staticmethod
