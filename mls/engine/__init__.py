@@ -44,11 +44,10 @@ def _train_new(config: Config, quiet: bool, fill: Callable[[Path], None] = lambd
     process = distributed.start(config.engine.device)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
     created = Run(Path(distributed.on_main(lambda: str(Run.create(config, fill).path))))
-    with contextlib.ExitStack() as stack:
+    with _alone(created) as lock:
         try:
-            trainer = Trainer(config, created, process, quiet, stack.enter_context(_alone(created)))
+            trainer = Trainer(config, created, process, quiet, lock)
         except UserError:
-            stack.close()
             if process.main:  # nothing was trained: leave no folder behind that is no run
                 created.remove()
             raise
