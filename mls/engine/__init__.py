@@ -24,26 +24,28 @@ WRITTEN = ("config.yaml", "metrics.jsonl", "backbone.*", "DONE")  # of which kil
 
 def pretrain(config: Config, quiet: bool = False) -> Run:
     """Train from scratch in a new run folder. Under torchrun every process calls this."""
-    return _train_new(config, quiet)
+    return _train_new(config, quiet, lambda: Run.create(config))
 
 
 def branch(folder: str | Path | Run, step: int, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
     """Train a new run from a step of another one, with overrides that may change the result: `run.name` (by default
     the other's name and the step) is its name. Its folder holds both configurations."""
-    from mls.engine.branch import branch_config, write_branch
+    from mls.engine.branch import create_branch
 
     parent = folder if isinstance(folder, Run) else Run.open(folder)
-    config = branch_config(parent, step, overrides)
-    return _train_new(config, quiet, lambda new: write_branch(new, parent, step, config))
+    config = load_config(parent.path / "config.yaml", overrides)
+    return _train_new(config, quiet, lambda: create_branch(parent, step, overrides))
 
 
-def _train_new(config: Config, quiet: bool, fill: Callable[[Path], None] = lambda folder: None) -> Run:
+def _train_new(config: Config, quiet: bool, create: Callable[[], Run]) -> Run:
     from mls import distributed
     from mls.engine.trainer import Trainer
 
     process = distributed.start(config.engine.device)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
-    created = Run(Path(distributed.on_main(lambda: str(Run.create(config, fill).path))))
+    created = Run(Path(distributed.on_main(lambda: str(create().path))))
+    if process.main:  # of a branch it has another name
+        config = created.config
     with _alone(created) as lock:
         try:
             trainer = Trainer(config, created, process, quiet, lock)
