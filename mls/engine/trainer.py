@@ -392,7 +392,7 @@ class Trainer:
                     f"configuration ({reason}): leave networks, memories and groups of parameters as they were"
                 ) from error
             if self.process.main and self.run.last_saved > self.step:
-                self.session.say(f"step {self.run.last_saved} was saved and is not there: going on from {self.step}")
+                self.session.warn(f"step {self.run.last_saved} was saved and is not there: going on from {self.step}")
         self.decided = self.method.decide((state or {}).get("decided", {}), self.process.device)
 
     @staticmethod
@@ -406,7 +406,7 @@ class Trainer:
         if not self.process.main:
             return
         settings = to_dict(self.config)
-        self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, settings, self.session.say)
+        self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, settings, self.session.warn)
         stack.callback(self.log.close)
         self.log.rewind(self.log_offset)
 

@@ -14,9 +14,9 @@ from typing import Any
 from mls.tools.bench.faults import fault
 from mls.tools.bench.faults.commands import Command, run
 
-TINY = """mls_scenes_tiny data.scenes.count=256 data.scenes.test_count=64 data.batch_size=16 dictionary.size=64
-objective.k=5 objective.warmup_epochs=0 optim.epochs=1 engine.checkpoint_every=3 monitor.log_every=2
-monitor.health_every=8 monitor.knn_images=64 model.projection=16 engine.threads=1 run.name=run""".split()
+TINY = """mls_scenes_tiny data.scenes.count=96 data.scenes.test_count=32 data.batch_size=8 dictionary.size=32
+objective.k=5 objective.warmup_epochs=0 optim.epochs=1 engine.checkpoint_every=2 monitor.log_every=2
+monitor.health_every=8 monitor.knn_images=32 model.projection=16 engine.threads=1 run.name=run""".split()
 GOLDEN = 0.618034  # its multiples, less their whole parts, lie evenly between 0 and 1, however many they are
 RESUME = ("pretrain", "--resume", "runs/run", "engine.max_steps=null")
 
@@ -94,7 +94,7 @@ def killed() -> Path:
 # ------------------------------------------------------------------------------------------------- one part each, cheap
 
 
-@fault("kill -9 after each single change that saving, exporting and logging make", tries=250, quick=4)
+@fault("kill -9 after each single change that saving, exporting and logging make", tries=250, quick=2)
 def saving(folder: Path, number: int) -> str:
     _, words = run(folder, folder, call=count, dies_at=1 + number % changes_of(count))
     code, words = run(folder, folder, call=count)
@@ -103,7 +103,7 @@ def saving(folder: Path, number: int) -> str:
     return unless_counted(folder)
 
 
-@fault("kill -9 after each single change that making a run folder makes", tries=16, quick=3)
+@fault("kill -9 after each single change that making a run folder makes", tries=16, quick=2)
 def making(folder: Path, number: int) -> str:
     run(folder, folder, call=make, dies_at=1 + number % changes_of(make))
     code, words = run(folder, folder, call=make)
