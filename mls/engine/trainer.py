@@ -177,6 +177,7 @@ class Trainer:
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
                 self.session.say(f"{share}: {remedy(self.source, self.config)}")
             if values:
+                self.refuse_if_another_trains()
                 self.log.write(step, epoch, values)
                 self.session.progress.update(step, epoch, for_people(values))
         every = self.config.engine.milestone_epochs
@@ -260,10 +261,14 @@ class Trainer:
             again = f"from the last step that was saved (kept: {', '.join(map(str, steps))}): {branch}, or {again}"
         return f"lower optim.lr, add optim.warmup_epochs or use engine.precision=fp32, in a new run {again}"
 
-    def refuse_to_save(self, state: dict[str, Any]) -> None:
-        """Nothing is written over by two processes, nor a good checkpoint replaced by one that holds no numbers."""
+    def refuse_if_another_trains(self) -> None:
+        """It may have taken this process for dead, while it was suspended or cut off."""
         if self.lock is not None:
             self.lock.check()
+
+    def refuse_to_save(self, state: dict[str, Any]) -> None:
+        """No good checkpoint is replaced by one that holds no numbers."""
+        self.refuse_if_another_trains()
         broken = list(non_finite({key: state[key] for key in ("method", "optimizer")}))
         if broken:
             raise DivergedError(
