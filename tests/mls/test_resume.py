@@ -79,7 +79,7 @@ def test_killed_mid_epoch_and_resumed_equals_uninterrupted_run(
 
     killed = Run(tmp_path / "killed")
     ranks = mls_started("pretrain", *overrides, "--name", "killed", processes=processes)
-    while not (killed.checkpoints / "step-00000017.json").exists():
+    while not (killed.checkpoints / "step-00000017.pt").exists():
         assert ranks[0].running, "the run ended before its first checkpoint"
         time.sleep(0.005)
     for rank in ranks:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mls.errors import ConfigError, UserError
+from mls.errors import ConfigError, UserError, command
 from mls.tools.submit import evaluate
 from mls.tools.submit.options import Changes, DryRun, ProfileName, hand_over, say
 
@@ -35,6 +35,10 @@ def pretrain(
     ] = None,
     suite: Annotated[str | None, typer.Option("--eval", help="Evaluate each run with this suite afterwards.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Submit this run again instead.")] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --resume: submit a new run from this step of RUN, with other KEY=VALUE."),
+    ] = None,
     rehearse: Annotated[
         str | None,
         typer.Option(metavar="WHAT", help="preempt, timeout, kill-node or requeue, in a SLURM on this machine."),
@@ -66,8 +70,10 @@ def pretrain(
     launch.check_cluster(cluster, several=bool(sweep or suite))
     wanted = load_profile(profile, slurm or [])
     if resume is not None:
-        if positional or sweep or name:
-            raise ConfigError("--resume takes its configuration from the run: leave the rest out")
+        if sweep or (from_step is None and (positional or name)):
+            raise ConfigError("--resume takes its configuration from the run: leave the rest out, or give --from-step")
+        if from_step is not None and not dry_run:
+            resume = _branch(resume, from_step, positional, name)
         return _again(resume, wanted, cluster, dry_run)
     if not positional or "=" in positional[0]:
         known = ", ".join(recipes())
@@ -96,7 +102,7 @@ def pretrain(
     if suite is not None:
         _evaluate_behind(submitted, suite, folder.parent, wanted)
     print(folder)
-    say(f"look at it with `mls jobs {folder}`, end it with `mls cancel {folder}`")
+    say(f"look at it with {command('mls jobs', folder)}, end it with {command('mls cancel', folder)}")
 
 
 def _make_runs(config: Config, positional: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[Path, list[Path]]:
@@ -127,7 +133,16 @@ def _evaluate_behind(runs: Sequence[JobSpec], suite: str, root: Path, profile: P
         folder = Path(run.folder) / "evaluation"
         made = [one.write() for one in evaluate.job_specs(tasks, folder, Path(run.code).parent)]
         submitted = launch.submit(made, alone, f"{Path(run.folder).name}-{Path(suite).stem}", after=run.job)
-        say(f"behind job {run.job}: {len(made)} evaluations from job {submitted[0].job} on; `mls jobs {folder}`")
+        jobs = command("mls jobs", folder)
+        say(f"behind job {run.job}: {len(made)} evaluations from job {submitted[0].job} on; {jobs}")
+
+
+def _branch(run: str, step: int, overrides: Sequence[str], name: str | None) -> str:
+    """The folder of a new run, to be submitted, that goes on from a step of another one."""
+    from mls.engine import Run
+    from mls.engine.branch import create_branch
+
+    return str(create_branch(Run.open(run), step, [*overrides, *([f"run.name={name}"] if name else [])]).path)
 
 
 def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:
@@ -142,7 +157,7 @@ def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:
     if job_spec.is_submitted(run.path):
         (seen,) = watch.status_of([job_spec.read(run.path)], run.path.parent)
         if seen.state in ("queued", "queued again", "running"):
-            raise UserError(f"{run.path} is {seen.state} ({seen.reason}): `mls cancel {run.path}` first")
+            raise UserError(f"{run.path} is {seen.state} ({seen.reason}): {command('mls cancel', run.path)} first")
     plugins.load(run.config.run.plugins)  # so that the job takes them along
     made = job_spec.create_pretraining(run.path, run.path / "submission", cluster)
     if dry_run:
