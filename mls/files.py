@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mls.errors import UserError
 
@@ -68,6 +69,25 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+CHECK = "check"
+
+
+def checked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of plain values with a check of its own, a hash of all its other fields, as its last field.
+
+    >>> checked({"value": 0.5})
+    {'value': 0.5, 'check': '863c69ab5bb5'}
+    """
+    fields = {key: value for key, value in record.items() if key != CHECK}
+    return fields | {CHECK: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]}
+
+
+def changed(record: Mapping[str, Any]) -> bool:
+    """Whether a record is not the one that was written. Of one without a check, as version 0.1 wrote it, nobody
+    knows."""
+    return CHECK in record and record[CHECK] != checked(record)[CHECK]
 
 
 def runs_folder() -> Path:

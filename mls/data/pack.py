@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +25,10 @@ from mls.data.crops import SPARE
 from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.listing import FileSource, show
 from mls.data.loader import in_workers
-from mls.data.tar import MANIFEST
+from mls.data.tar import MANIFEST, read_manifest
+from mls.data.tarindex import scan, stamp_of
 from mls.errors import DataError, UserError, reason
-from mls.files import atomic_file, sha256, write_atomically
+from mls.files import atomic_file, checked, sha256, write_atomically
 
 VERSION = 1
 SUFFIXES = {"JPEG": "jpg", MPO: "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif"}
@@ -91,13 +93,8 @@ def _begin(source: Source, out: Path, packing: Packing) -> dict[str, Any]:
         digest.update(source.describe(i).encode() + b"\0")
     wanted = {"version": VERSION, "source": source.name, "images": len(source), "names": digest.hexdigest()}
     wanted |= {"packing": asdict(packing), "classes": None if source.class_names is None else [*source.class_names]}
-    try:
-        found = json.loads((out / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        found = None
-    except (OSError, ValueError):
-        raise DataError(f"{show(out / MANIFEST)} cannot be read: choose another folder to pack into") from None
-    if found is None:
+    found = read_manifest(out)
+    if not found:
         if any(not path.name.startswith(".") for path in out.iterdir()):
             raise DataError(f"{show(out)} is not empty and holds no pack: choose a new folder to pack into")
         return {**wanted, "shards": {}, "complete": False}
@@ -109,7 +106,7 @@ def _begin(source: Source, out: Path, packing: Packing) -> dict[str, Any]:
 
 
 def _save(out: Path, manifest: dict[str, Any]) -> None:
-    write_atomically(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_atomically(out / MANIFEST, json.dumps(checked(manifest), indent=1).encode())
 
 
 def _ids(number: int, packing: Packing, images: int) -> range:
@@ -136,7 +133,9 @@ class _Shards(Dataset[dict[str, Any] | UserError]):
                 images = self._write(file, number, left_out)
         except UserError as error:
             return error
-        return {"images": images, "bytes": path.stat().st_size, "sha256": sha256(path), "left_out": left_out}
+        stamp = stamp_of(path)
+        record = {"images": images, "bytes": stamp[0], "sha256": sha256(path), "left_out": left_out}
+        return record | {"index": scan(path, stamp).fingerprint}
 
     def _write(self, file: BinaryIO, number: int, left_out: list[tuple[str, str]]) -> int:
         images = 0
@@ -147,7 +146,7 @@ class _Shards(Dataset[dict[str, Any] | UserError]):
                 except (UnreadableImage, OSError) as error:
                     left_out.append((self.source.describe(i), reason(error)))
                     continue
-                about: dict[str, Any] = {"path": self.source.describe(i)}
+                about: dict[str, Any] = {"path": self.source.describe(i), "crc32": zlib.crc32(data)}
                 if self.pairs is not None:
                     first, last = np.searchsorted(self.pairs[:, 0], [i, i + 1])
                     about["classes"] = self.pairs[first:last, 1].tolist()
