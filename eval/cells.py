@@ -36,8 +36,9 @@ from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
 from mls.eval.weights import Weights, read
-from mls.files import alone, runs_folder, write_atomically
+from mls.files import runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
+from mls.locks import locked
 from mls.recipes import load_config
 from mls.results import Results
 
@@ -352,7 +353,8 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
     root.mkdir(parents=True, exist_ok=True)
     # Jobs of one array may want the same run; the first of one job's processes asks for all of them.
     first = os.environ.get("RANK", "0") == "0"
-    with alone(root / f".{name}.lock") if first else contextlib.nullcontext():
+    waiting = locked(root / f".{name}.lock", f"{root / name} is being trained", wait=True)
+    with waiting if first else contextlib.nullcontext():
         return str(engine.finish(config, quiet).path)
 
 

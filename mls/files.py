@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -113,14 +112,6 @@ def slug(name: str) -> str:
     'MLS-oracle-pseudo-labels'
     """
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Only one process at a time; the system lets go of the lock when a process dies, however it dies."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -25,7 +25,8 @@ from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, centre, decode
 from mls.data.loader import in_workers
 from mls.errors import DataError, Stopped, UserError, reason
-from mls.files import alone, cache_folder, telling_disk_errors, write_atomically
+from mls.files import cache_folder, telling_disk_errors, write_atomically
+from mls.locks import locked
 from mls.progress import counting
 from mls.signals import StopFlag
 
@@ -124,7 +125,7 @@ def cached_features(
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder("features") / key
     folder.mkdir(exist_ok=True)
-    with alone(folder / "lock"):
+    with locked(folder / ".lock", f"features in {folder} are being computed", wait=True):
         dim, blocks = _whole_blocks(folder, count)
         if len(blocks) * BLOCK < count:
             start = len(blocks) * BLOCK
