@@ -224,4 +224,5 @@ def original() -> tuple[list[bytes], Path, Any]:
         file.write_bytes(stream.getvalue())
     source = build_source(DataConfig(root=str(folder / "images")))
     pack(source, folder / "packed", Packing(per_shard=PER_SHARD))
-    return [source.read(number) for number in range(IMAGES)], folder / "packed", source.labels
+    images: list[Any] = [source.read(number) for number in range(IMAGES)]
+    return images, folder / "packed", source.labels
