@@ -14,13 +14,14 @@ from typing import Any, BinaryIO
 
 from mls.errors import UserError
 
-# What to do about a full disk while a checkpoint is written; other files bring their own words.
+# What to do about a full disk.
+AGAIN = "free some, and run the same command again"
 CHECKPOINTS_FULL = "free some, or lower engine.keep_last; what was saved before is whole, and "
 CHECKPOINTS_FULL += "`mls pretrain --resume` goes on from there"
 
 
 @contextmanager
-def atomic_file(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, disk_full: str = AGAIN) -> Iterator[BinaryIO]:
     """Open `path` for writing; it appears, whole, when the block ends without an error. `disk_full` says what to do
     where there is no space left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -38,7 +39,7 @@ def atomic_file(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[Binar
 
 
 @contextmanager
-def telling_disk_errors(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[None]:
+def telling_disk_errors(path: Path, disk_full: str = AGAIN) -> Iterator[None]:
     """What goes wrong while `path` is written becomes one sentence."""
     try:
         yield
@@ -49,8 +50,8 @@ def telling_disk_errors(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterat
         raise
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    with atomic_file(path) as file:
+def write_atomically(path: Path, data: bytes, disk_full: str = AGAIN) -> None:
+    with atomic_file(path, disk_full) as file:
         file.write(data)
 
 

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from mls.errors import CheckpointError
-from mls.files import atomic_file, telling_disk_errors, write_atomically
+from mls.files import CHECKPOINTS_FULL, atomic_file, telling_disk_errors, write_atomically
 from mls.signals import SIGNALS
 
 PATTERN = re.compile(r"step-(\d{8})\.pt$")
@@ -32,17 +32,17 @@ class Checkpoints:
         self.keep_last = keep_last
 
     def save(self, step: int, state: dict[str, Any], milestone: bool = False) -> Path:
-        with telling_disk_errors(self.folder):
+        with telling_disk_errors(self.folder, CHECKPOINTS_FULL):
             self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
-        with atomic_file(path) as file:
+        with atomic_file(path, CHECKPOINTS_FULL) as file:
             hashing = HashingFile(file)
             torch.save(state, hashing)  # type: ignore[arg-type]  # it only writes and flushes
             # A step may be saved twice. The old hash must go before the new file takes its place: a process that is
             # killed in between then leaves a whole file without a hash, never one with the hash of another.
             path.with_suffix(".json").unlink(missing_ok=True)
         card = {"step": step, "sha256": hashing.sha256.hexdigest(), "bytes": hashing.bytes, "milestone": milestone}
-        write_atomically(path.with_suffix(".json"), json.dumps(card).encode())
+        write_atomically(path.with_suffix(".json"), json.dumps(card).encode(), CHECKPOINTS_FULL)
         self._prune()
         return path
 

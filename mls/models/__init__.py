@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError, unknown_name
-from mls.files import write_atomically
+from mls.files import CHECKPOINTS_FULL, write_atomically
 from mls.models import backbones, foreign, pretrained
 from mls.models.backbones import Backbone
 from mls.models.finite import refuse_non_finite
@@ -92,8 +92,8 @@ def save_backbone(
         "mean": list(augment.mean),
         "std": list(augment.std),
     }
-    write_atomically(folder / "backbone.safetensors", save(state))
-    write_atomically(folder / "backbone.json", json.dumps(facts, indent=2).encode())
+    write_atomically(folder / "backbone.safetensors", save(state), CHECKPOINTS_FULL)
+    write_atomically(folder / "backbone.json", json.dumps(facts, indent=2).encode(), CHECKPOINTS_FULL)
 
 
 def load_backbone(weights: str | Path, architecture: str | None = None, prefix: str | None = None) -> Backbone:
