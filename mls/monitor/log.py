@@ -12,6 +12,8 @@ from typing import Any
 from mls.config import MonitorConfig
 from mls.errors import ConfigError, UserError
 
+LARGEST_STEP, LARGEST = 1 << 53, 1e300  # what is read: beyond them sums and differences overflow
+
 
 class MetricsLog:
     """One JSON object a line: {"step": …, "epoch": …, name: number, …}."""
@@ -50,16 +52,27 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line torn by a power cut is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """All rows; a last line torn by a power cut is left out."""
+    return rows_and_odd_lines(path)[0]
+
+
+def rows_and_odd_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """All rows, and the numbers of the lines that hold none. What is no number is None, as the log writes it."""
+    rows: list[dict[str, Any]] = []
+    odd: list[int] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+            row = json.loads(line)
+            if not all(type(row[name]) is int and 0 <= row[name] < LARGEST_STEP for name in ("step", "epoch")):
+                raise ValueError
+            rows.append({name: value if _is_number(value) else None for name, value in row.items()})
+        except (ValueError, RecursionError, TypeError, KeyError):
+            odd.append(number)
+    return rows, odd
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST  # NaN is not smaller
 
 
 def _other_loggers(folder: Path, config: MonitorConfig, run_name: str, settings: Mapping[str, Any]) -> list[Any]:
