@@ -28,7 +28,8 @@ from mls.data.loader import in_workers
 from mls.data.tar import MANIFEST, read_manifest
 from mls.data.tarindex import scan, stamp_of
 from mls.errors import DataError, UserError, reason
-from mls.files import atomic_file, checked, sha256, write_atomically
+from mls.files import atomic_file, checked, sha256, telling_disk_errors, write_atomically
+from mls.locks import Lock, locked
 
 VERSION = 1
 SUFFIXES = {"JPEG": "jpg", MPO: "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif"}
@@ -60,7 +61,21 @@ def pack(
     """
     count = -(-len(source) // packing.per_shard)
     names = [f"shard-{number:06d}.tar" for number in range(count)]
-    out.mkdir(parents=True, exist_ok=True)
+    with telling_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out / ".lock", f"{show(out)} is being packed") as lock:
+        return _pack(source, out, packing, names, workers, progress, lock)
+
+
+def _pack(
+    source: Source,
+    out: Path,
+    packing: Packing,
+    names: list[str],
+    workers: int,
+    progress: Progress,
+    lock: Lock,
+) -> dict[str, Any]:
     manifest = _begin(source, out, packing)
     done = 0
     for number, name in enumerate(names):
@@ -70,11 +85,12 @@ def pack(
             continue
         done += len(_ids(number, packing, len(source)))
         progress(done)
-    for leftover in out.glob(".*.tmp"):  # of a process that was killed
-        leftover.unlink()
+    for leftover in (*out.glob(".shard-*.tmp"), *out.glob(f".{MANIFEST}.*.tmp")):  # of a process that was killed
+        leftover.unlink(missing_ok=True)
     missing = [number for number, name in enumerate(names) if name not in manifest["shards"]]
     for number, record in zip(missing, in_workers(_Shards(source, out, packing, names, missing), workers), strict=True):
         manifest["shards"] = dict(sorted([*manifest["shards"].items(), (names[number], record)]))
+        lock.check()
         _save(out, manifest)
         done += len(_ids(number, packing, len(source)))
         progress(done)
@@ -106,7 +122,7 @@ def _begin(source: Source, out: Path, packing: Packing) -> dict[str, Any]:
 
 
 def _save(out: Path, manifest: dict[str, Any]) -> None:
-    write_atomically(out / MANIFEST, json.dumps(checked(manifest), indent=1).encode())
+    write_atomically(out / MANIFEST, json.dumps(checked(manifest), indent=1).encode(), DISK_FULL)
 
 
 def _ids(number: int, packing: Packing, images: int) -> range:
