@@ -148,11 +148,13 @@ class _Claim:
             self.own.unlink(missing_ok=True)
             if not placed:
                 _close(self.mine)
-        for rest in self.path.parent.glob(f"{self.path.name}.*.tmp"):  # of processes that were killed just here
-            with contextlib.suppress(OSError):
-                if self.now() - rest.stat().st_mtime > STALE:
-                    rest.unlink()
-        return self.mine if placed else None
+        if not placed:
+            return None
+        for rest in self.path.parent.glob(f"{self.path.name}.*.tmp"):
+            with contextlib.suppress(OSError), open(rest, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # its process was killed just here, or begins anew
+                rest.unlink()
+        return self.mine
 
     def take(self) -> bool:
         watch = _Watch()
@@ -162,6 +164,8 @@ class _Claim:
                 return True
             except FileExistsError:
                 pass
+            except FileNotFoundError:  # the own file was taken for a dead process'
+                return False
             except OSError:  # a file system without links
                 if not self.path.exists():
                     return self.replace(settle=True)
@@ -196,7 +200,10 @@ class _Claim:
         return "silent" if max(self.now() - time_of_last_beat, watch.seconds) > STALE else "unsure"
 
     def replace(self, settle: bool) -> bool:
-        os.replace(self.own, self.path)
+        try:
+            os.replace(self.own, self.path)
+        except FileNotFoundError:
+            return False
         time.sleep(SETTLE if settle else 0)
         return _is_at(self.mine, self.path)
 

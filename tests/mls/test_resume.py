@@ -90,7 +90,7 @@ def test_killed_mid_epoch_and_resumed_equals_uninterrupted_run(
     command = mls_command_line("pretrain", *overrides, "--name", "killed", processes=processes)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env=environment)
-    while not (killed.checkpoints / "step-00000017.json").exists():
+    while not (killed.checkpoints / "step-00000017.pt").exists():
         assert process.poll() is None, "the run ended before its first checkpoint"
         time.sleep(0.005)
     kill_all(process.pid)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-CHAPTERS = ("kills", "shards")
+CHAPTERS = ("kills", "checkpoints", "shards")
 
 
 @dataclass(frozen=True)
