@@ -43,6 +43,8 @@ def telling_disk_errors(path: Path, disk_full: str = AGAIN) -> Iterator[None]:
     """What goes wrong while `path` is written becomes one sentence."""
     try:
         yield
+    except UserError:  # says already what went wrong, and may have met an error of the system on the way
+        raise
     except BaseException as error:
         reason = _os_error(error)
         if reason is not None:
@@ -116,8 +118,10 @@ def slug(name: str) -> str:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind an error: torch.save hides a full disk behind one of its own."""
+    """The system's error behind an error: torch.save and safetensors hide a full disk behind one of their own."""
     while error is not None and not isinstance(error, OSError):
+        if of_rust := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(of_rust[1]), os.strerror(int(of_rust[1])))
         error = error.__cause__ or error.__context__
     return error
 
