@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mls.errors import ConfigError
+from mls.errors import ConfigError, reason
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path} cannot be read: {reason(error)}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is no detectron2 configuration: it holds no sections")
     base = content.pop("_BASE_", None)
