@@ -5,18 +5,25 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from mls.errors import UserError
+from mls.errors import DataError, UserError, reason
 
 # What to do about a full disk while a checkpoint is written; other files bring their own words.
 CHECKPOINTS_FULL = "free some, or lower engine.keep_last; what was saved before is whole, and "
 CHECKPOINTS_FULL += "`mls pretrain --resume` goes on from there"
+
+
+# What to do about errors of the system that a user can cause.
+REFUSED = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, and start the same command again")
+REFUSED |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or name another folder")
+REFUSED |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN), "see whether its disk is whole and mounted")
 
 
 @contextmanager
@@ -49,8 +56,8 @@ def telling_disk_errors(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterat
         raise
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    with atomic_file(path) as file:
+def write_atomically(path: Path, data: bytes, disk_full: str = CHECKPOINTS_FULL) -> None:
+    with atomic_file(path, disk_full) as file:
         file.write(data)
 
 
@@ -68,6 +75,17 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_json(path: Path, advice: str, error: type[UserError] = DataError, most: int = 1 << 40) -> Any:
+    """What stands in a file that anybody may have written; `advice` says what to do where it cannot be read. A file of
+    more than `most` bytes is none that was meant."""
+    try:
+        if path.stat().st_size > most:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError, MemoryError) as wrong:
+        raise error(f"{path} cannot be read as JSON ({reason(wrong)}): {advice}") from None
 
 
 def runs_folder() -> Path:
@@ -103,6 +121,15 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
+def refused_by_the_system(error: BaseException) -> UserError | None:
+    """The sentence for an error that nobody told with words of its own; None where it is none of a user's system."""
+    found = _os_error(error)
+    what = None if found is None else REFUSED.get(found.errno or 0)
+    if found is None or what is None:
+        return None
+    return UserError(f"{found.filename or 'a file'} cannot be written or read ({found.strerror}): {what}")
+
+
 def _os_error(error: BaseException | None) -> OSError | None:
     """The system's error behind an error: torch.save hides a full disk behind one of its own."""
     while error is not None and not isinstance(error, OSError):
@@ -112,5 +139,6 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 def _sentence(path: Path, error: OSError, disk_full: str) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"cannot write {path}: {error.strerror or error}"
+        advice = f"; {REFUSED[error.errno]}" if error.errno in REFUSED else ""
+        return f"cannot write {path}: {error.strerror or error}{advice}"
     return f"no disk space left for {path}: {disk_full}"
