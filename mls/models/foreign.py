@@ -65,7 +65,8 @@ def read(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
         if path.suffix == ".pkl":
             content = _Arrays(io.BytesIO(path.read_bytes() if data is None else data)).load()
         else:
-            with warnings.catch_warnings(action="ignore"):  # torch's, of files that are refused or read all the same
+            with warnings.catch_warnings():  # torch's, of files that are refused or read all the same
+                warnings.simplefilter("ignore")
                 content = torch.load(path if data is None else io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own kinds for a damaged file
         raise CheckpointError(refusal(path, error)) from None
