@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-CHAPTERS = ("kills", "weights")
+CHAPTERS = ("kills", "weights", "truth")
 
 
 @dataclass(frozen=True)
