@@ -32,7 +32,7 @@ class CocoSource(FileSource):
     def __init__(self, folders: Sequence[Path], annotations: Path, limit: int | None = None) -> None:
         content = read_json(annotations, "name an instances file")
         try:
-            truth = coco_truth(content, annotations, need_sizes=False, keep_empty=True)
+            truth = coco_truth(content, annotations, for_classes=True)
             images = sorted(truth.images.values(), key=lambda image: image["file_name"])
             row = {image["id"]: i for i, image in enumerate(images)}
             column = {category: j for j, category in enumerate(sorted(truth.names))}

@@ -22,6 +22,7 @@ KINDS = {  # of an entry: what is done with it
     "not finite": LEFT_OUT,
     "negative size": LEFT_OUT,
     "outside": LEFT_OUT,
+    "overhanging": f"{LEFT_OUT}; where pretraining is measured, cut at the edge",
     "area": LEFT_OUT,
     "image size": f"{LEFT_OUT}, with the image's objects",
     "duplicate id": f"all but the first are {LEFT_OUT}",
@@ -32,7 +33,8 @@ KINDS = {  # of an entry: what is done with it
     "no area": f"{LEFT_OUT}; detectron2 leaves them out as well",
 }
 AS_DETECTRON2 = ("no area", "unknown image")  # its reader leaves these out, too
-SLACK = 2.0  # pixels that a box may be outside: published files round
+FOR_CLASSES = ("no area", "overhanging")  # kinds that say nothing against the class of an object
+SLACK = 2.0  # pixels that a box may be larger than its image: published files round
 LARGEST = 100_000  # pixels of a side: more is no image
 MOST = 0.1  # share of the entries; with more the file follows another convention than the reader
 SHOWN = 2  # examples of a kind in a sentence
@@ -55,7 +57,8 @@ class Odd:
     def __str__(self) -> str:
         """One sentence for people."""
         kinds = [f"{len(entries)} {kind} ({_examples(entries)})" for kind, entries in self.found.items()]
-        return f"{show(self.file)} has {len(self)} odd entries of {self.entries:,}: {', '.join(kinds)}"
+        word = "entry" if len(self) == 1 else "entries"
+        return f"{show(self.file)} has {len(self)} odd {word} of {self.entries:,}: {', '.join(kinds)}"
 
     def refuse_most(self) -> None:
         of_others = len(self.found.get("unknown image", ()))  # a part of a data set has fewer images than objects
@@ -83,7 +86,8 @@ def odd_boxes(corner: Pairs, extent: Pairs, sizes: Pairs) -> list[str]:
         conditions = {
             "not finite": ~(np.isfinite(corner) & np.isfinite(extent)),
             "negative size": extent < 0,
-            "outside": (corner < -SLACK) | (corner + extent > sizes + SLACK),
+            "outside": (corner >= sizes) | (corner + extent <= 0) & (extent > 0),
+            "overhanging": (corner < -SLACK) | (corner + extent > sizes + SLACK),
             "no area": extent == 0,
         }
     return np.select([found.any(1) for found in conditions.values()], list(conditions), "").tolist()
@@ -106,21 +110,21 @@ class CocoTruth:
     odd: Odd
 
 
-def coco_truth(content: Any, file: Path, need_sizes: bool = True, keep_empty: bool = False) -> CocoTruth:
-    """`need_sizes`: an image whose size is not given is left out. `keep_empty`: boxes without area stay, for those who
-    ask for classes alone. An error of Python means that it is no instances file at all."""
+def coco_truth(content: Any, file: Path, for_classes: bool = False) -> CocoTruth:
+    """`for_classes`: images may lack a size, and boxes need not fit in them. An error of Python means that it is no
+    instances file at all."""
     odd = Odd(file)
     for key in ("categories", "images", "annotations"):
         if not isinstance(content[key], list):
             raise TypeError(f"{key} is no list")
     names = {key: str(entry["name"]) for key, entry in by_id(content["categories"], file).items()}
-    images = _images(content["images"], need_sizes, odd)
+    images = _images(content["images"], not for_classes, odd)
     objects = _objects(content["annotations"], images, names, odd)
     boxes = np.array([one["bbox"] for one in objects], np.float64).reshape(-1, 4)
     sizes = np.array([size_of(images[one["image_id"]]) or (np.inf, np.inf) for one in objects], np.float64)
     whole = []
     for one, kind in zip(objects, odd_boxes(boxes[:, :2], boxes[:, 2:], sizes.reshape(-1, 2)), strict=True):
-        if not kind or (keep_empty and kind == "no area"):
+        if not kind or (for_classes and kind in FOR_CLASSES):
             whole.append(one)
         else:
             odd.note(kind, entry_name(one, images), f"bbox {str(one['bbox'])[:60]}")
