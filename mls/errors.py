@@ -57,7 +57,7 @@ def reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error)
     lines = (line.strip() for line in text.rpartition("WeightsUnpickler error:")[2].splitlines())
     said = [line for line in lines if line and "weights_only" not in line and "Weights only" not in line]
-    return said[0] if said else type(error).__name__
+    return said[0] if said else "it holds more than tensors" if text else type(error).__name__
 
 
 def refusal(path: Path, error: BaseException) -> str:

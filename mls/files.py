@@ -12,12 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mls.errors import UserError
+from mls.errors import DataError, UserError, reason
 
 # What to do about a full disk.
 AGAIN = "free some, and run the same command again"
 CHECKPOINTS_FULL = "free some, or lower engine.keep_last; what was saved before is whole, and "
 CHECKPOINTS_FULL += "`mls pretrain --resume` goes on from there"
+
+
+# What to do about errors of the system that a user can cause.
+REFUSED = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, and start the same command again")
+REFUSED |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or name another folder")
+REFUSED |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN), "see whether its disk is whole and mounted")
 
 
 @contextmanager
@@ -92,6 +98,17 @@ def changed(record: Mapping[str, Any]) -> bool:
     return CHECK in record and record[CHECK] != checked(record)[CHECK]
 
 
+def read_json(path: Path, advice: str, error: type[UserError] = DataError, most: int = 1 << 40) -> Any:
+    """What stands in a file that anybody may have written; `advice` says what to do where it cannot be read. A file of
+    more than `most` bytes is none that was meant."""
+    try:
+        if path.stat().st_size > most:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError, MemoryError) as wrong:
+        raise error(f"{path} cannot be read as JSON ({reason(wrong)}): {advice}") from None
+
+
 def runs_folder() -> Path:
     """Where runs and results go: $MLS_RUNS, else ./runs."""
     return Path(os.environ.get("MLS_RUNS") or "runs").expanduser()
@@ -117,6 +134,15 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
 
 
+def refused_by_the_system(error: BaseException) -> UserError | None:
+    """The sentence for an error that nobody told with words of its own; None where it is none of a user's system."""
+    found = _os_error(error)
+    what = None if found is None else REFUSED.get(found.errno or 0)
+    if found is None or what is None:
+        return None
+    return UserError(f"{found.filename or 'a file'} cannot be written or read ({found.strerror}): {what}")
+
+
 def _os_error(error: BaseException | None) -> OSError | None:
     """The system's error behind an error: torch.save and safetensors hide a full disk behind one of their own."""
     while error is not None and not isinstance(error, OSError):
@@ -128,5 +154,6 @@ def _os_error(error: BaseException | None) -> OSError | None:
 
 def _sentence(path: Path, error: OSError, disk_full: str) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"cannot write {path}: {error.strerror or error}"
+        advice = f"; {REFUSED[error.errno]}" if error.errno in REFUSED else ""
+        return f"cannot write {path}: {error.strerror or error}{advice}"
     return f"no disk space left for {path}: {disk_full}"

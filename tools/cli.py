@@ -14,6 +14,7 @@ import typer
 import mls
 from mls import plugins
 from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
+from mls.files import refused_by_the_system
 from mls.tools import (
     bench,
     box,
@@ -128,20 +129,23 @@ def _call() -> None:
             app()  # exits by itself, Ctrl-C included, unless one of our errors ends it
         finally:
             sys.stdout.flush()  # a reader that is gone is met here, not while Python shuts down
+    except BrokenPipeError:  # `mls config FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(1)  # as typer does where it meets the broken pipe first
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0 and str(stopped):
             print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
-    except UserError as mistake:
+    except (UserError, OSError, RuntimeError) as error:
+        mistake = error if isinstance(error, UserError) else refused_by_the_system(error)
+        if mistake is None:
+            raise
         rank = int(os.environ.get("RANK", 0))  # several processes may make the same mistake: say whose it is
         print(f"{f'[rank {rank}] ' if rank else ''}error: {mistake}", file=sys.stderr)
         sys.exit(EXIT_MISTAKE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # `mls config FILE | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        sys.exit(1)  # as typer does where it meets the broken pipe first
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from mls.errors import DataError
 from mls.streams import generator
 
 if TYPE_CHECKING:
+    from mls.data.truth import Odd
+
     cached_property = property  # pyright takes no cached_property for the property of a protocol, here of Source
 else:
     from functools import cached_property
@@ -87,6 +89,7 @@ class FileSource:
         self._root = os.fsencode(root)
         self._paths = Names.of(paths[:limit])
         self.pairs = pairs
+        self.odd: Odd | None = None  # what of its annotations was left out
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -318,6 +318,8 @@ class Trainer:
             f"{self.total} steps, on {self.process.world} × {self.process.device.type} in {self.precision}",
             f"learning rate {scaled:g} ({config.optim.lr:g} per 256 images, batch {config.data.batch_size})",
         ]
+        if odd := getattr(self.source, "odd", None):
+            words.append(f"{odd}; they are left out")
         first = self.step + 1
         self.method.set_progress(first, epoch_of(first, self.steps_per_epoch), self.steps_per_epoch)
         words += self.method.introduction()
