@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import yaml
 
+from mls import yaml_files
 from mls.config import AugmentConfig, limited, positive, share
 from mls.errors import ConfigError, unknown_name
 from mls.eval.dense import schema as dense
 from mls.eval.dense.schema import Detection, Segmentation
 from mls.eval.schema import DataSetConfig
-from mls.recipes import Kind, build, find, load_yaml, read_yaml, shipped
+from mls.recipes import Kind, build, find, read_yaml, shipped, with_bases
 
 
 @dataclass(frozen=True)
@@ -211,11 +212,8 @@ def load_protocol(name: str | Path, overrides: Sequence[str] = ()) -> Any:
     'em'
     """
     path = find(name, "eval", "protocol")
-    values, _ = load_yaml(path)
-    while "task" not in values and "base" in values:
-        values, _ = load_yaml(find(values["base"], "eval", "protocol"))
-    task = values.get("task")
-    if task not in TASKS:
+    task = next((values["task"] for _, values, _ in with_bases(path, TASKS["linear"]) if "task" in values), None)
+    if not isinstance(task, str) or task not in TASKS:
         raise unknown_name(f"task in {path.name}", str(task), TASKS)
     values, origins = read_yaml(path, TASKS[task])
     values.setdefault("recipe", path.stem)
@@ -223,7 +221,7 @@ def load_protocol(name: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 def to_yaml(protocol: AnyProtocol) -> str:
-    return yaml.safe_dump(_plain(asdict(protocol)), sort_keys=False, allow_unicode=True)
+    return yaml_files.dump(_plain(asdict(protocol)))
 
 
 def _plain(value: Any) -> Any:

@@ -9,8 +9,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from mls import yaml_files
 from mls.errors import ConfigError
 from mls.files import runs_folder
 from mls.plugins import Registry
@@ -337,7 +336,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml_files.dump(to_dict(config))
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
