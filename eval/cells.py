@@ -36,7 +36,7 @@ from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
 from mls.eval.weights import Weights, read
-from mls.files import alone, runs_folder, write_atomically
+from mls.files import alone, file_name, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
 from mls.recipes import load_config
 from mls.results import Results
@@ -110,7 +110,7 @@ class Cell(ABC):
         return Measured(values, found.row, stored_before=True)
 
     def folder(self, root: Path) -> Path:
-        return root / "eval" / self.name
+        return root / "eval" / file_name(self.name, "the name of the evaluation")
 
     def keeps(self, folder: Path) -> bool:
         """Whether the folder holds what was trained, for those who want more than numbers."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from mls.errors import UserError
+from mls.errors import ConfigError, UserError
 
 # What to do about a full disk while a checkpoint is written; other files bring their own words.
 CHECKPOINTS_FULL = "free some, or lower engine.keep_last; what was saved before is whole, and "
@@ -93,6 +93,22 @@ def slug(name: str) -> str:
     'MLS-oracle-pseudo-labels'
     """
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
+
+
+def file_name(name: str, what: str) -> str:
+    """A name of the user's that becomes one file or folder. Any other could lead out of its folder, hide there, or be
+    taken for an option.
+
+    >>> file_name("run-1", "run.name")
+    'run-1'
+    """
+    parted = "/" in name or name[:1] in ("", ".", "-")
+    if parted or not name.isprintable() or len(name.encode(errors="surrogateescape")) > 200:
+        raise ConfigError(
+            f"{what} is {name[:80]!r}: give one name of at most 200 bytes, without / and control characters, that "
+            "starts with neither . nor -"
+        )
+    return name
 
 
 @contextmanager

@@ -1,5 +1,4 @@
-"""The one reader of YAML: recipes, protocols, suites, profiles, the values of overrides, other programs' configurations.
-What a text holds is bounded before anything is made of it, no key hides another, and a mistake is one sentence."""
+"""The one reader of YAML: recipes, protocols, suites, profiles, overrides' values, other programs' configurations. What a text holds is bounded before anything is made of it, no key hides another, and a mistake is one sentence."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ MOST_BYTES = 1 << 18
 MOST_DEPTH = 24
 MOST_NODES = 2000  # with each alias counted as what it stands for: eight anchors of eight aliases are 16 million
 
-_FLOAT = r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:e[-+]?[0-9]+)?|[0-9][0-9_]*e[-+]?[0-9]+|\.[0-9]+(?:e[-+]?[0-9]+)?|\.inf)|\.nan"
+_FLOAT = r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:e[-+]?[0-9]+)?|[0-9][0-9_]*e[-+]?[0-9]+|\.inf)|\.nan"
 _NUMBERS = {
     "float": re.compile(f"^(?:{_FLOAT})$", re.IGNORECASE),
     "int": re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0x[0-9a-fA-F_]+|0b[01_]+)$"),
@@ -100,8 +99,8 @@ def _check_size(text: str, where: str) -> None:
             elif event.tag is not None and event.tag != "tag:yaml.org,2002:str":
                 raise ConfigError(f"{here}: the tag {event.tag} is not read: leave it out")
             elif isinstance(event, yaml.ScalarEvent):
-                if event.value == "???":
-                    raise ConfigError(f"{here}: ??? is no value: leave the key out, or give one")
+                if event.value == "???" or "\0" in event.value:
+                    raise ConfigError(f"{here}: {event.value[:40]!r} is no value: leave the key out, or give one")
                 sizes[event.anchor] = 1
             else:
                 open_nodes.append((event.anchor, count - 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 
@@ -48,7 +49,8 @@ def pretrain(
     if resume is None:
         from mls.recipes import load_config
 
-        config = load_config(positional[0], positional[1:] + ([f"run.name={name}"] if name else []))
+        named = [] if name is None else [f"run.name={json.dumps(name)}"]  # as it is: 010 is no number here
+        config = load_config(positional[0], positional[1:] + named)
 
     from mls import distributed, engine  # seconds: a mistake in the configuration is told before
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mls.config import Config, runs_root, to_yaml
-from mls.engine.run import Run
+from mls.config import Config, to_yaml
+from mls.engine.run import Run, run_folder
 from mls.errors import UserError
 from mls.files import write_atomically
 from mls.recipes import load_config
@@ -75,7 +75,7 @@ def run(folder: str | Path, quiet: bool = False) -> Run:
 def finish(config: Config, quiet: bool = False) -> Run:
     """The finished run of a configuration with a name: trained now, resumed, or found finished in its folder."""
     assert config.run.name is not None
-    folder = runs_root(config) / config.run.name
+    folder = run_folder(config)
     return run(folder, quiet) if (folder / "config.yaml").is_file() else pretrain(config, quiet)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mls.config import Config, differences, runs_root, to_yaml
 from mls.errors import CheckpointError, UserError
-from mls.files import runs_folder, write_atomically
+from mls.files import file_name, runs_folder, write_atomically
 from mls.monitor.log import read_metrics
 from mls.recipes import load_config
 
@@ -48,9 +48,8 @@ class Run:
 
     @classmethod
     def create(cls, config: Config) -> Run:
-        root = runs_root(config)
-        name = config.run.name or _fresh_name(config)
-        path = root / name
+        path = run_folder(config)
+        root = path.parent
         try:
             root.mkdir(parents=True, exist_ok=True)
             path.mkdir()
@@ -73,6 +72,12 @@ class Run:
                 return cls(place)
         tried = next((place for place in places if place.is_dir()), path)
         raise UserError(f"{tried} is not a run folder (it has no config.yaml): give the folder that a run printed")
+
+
+def run_folder(config: Config, fresh: str = "") -> Path:
+    """Where the run of a configuration lies, or will; without a name of its own under a `fresh` one."""
+    name = config.run.name if config.run.name is not None else fresh or _fresh_name(config)
+    return runs_root(config) / file_name(name, "run.name")
 
 
 def _fresh_name(config: Config) -> str:
