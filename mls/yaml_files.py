@@ -1,4 +1,5 @@
-"""The one reader of YAML: recipes, protocols, suites, profiles, overrides' values, other programs' configurations. What a text holds is bounded before anything is made of it, no key hides another, and a mistake is one sentence."""
+"""The one reader of YAML: recipes, protocols, suites, profiles, overrides' values, other programs' configurations.
+What a text holds is bounded before anything is made of it, no key hides another, and a mistake is one sentence."""
 
 from __future__ import annotations
 
