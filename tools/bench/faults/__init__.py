@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-CHAPTERS = ("kills",)
+CHAPTERS = ("kills", "configs")
 
 
 @dataclass(frozen=True)
