@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mls.errors import EXIT_LOST, ConfigError, Stopped, UserError
+from mls.errors import EXIT_LOST, ConfigError, Stopped, UserError, reason
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ def _why_not(error: Exception) -> str:
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
         return f"port {where} is in use by another job: start torchrun with another --master-port, or with --standalone"
-    return f"the processes could not meet at {where}: {str(error).splitlines()[0]}"
+    return f"the processes could not meet at {where}: {reason(error)}"
 
 
 @contextlib.contextmanager

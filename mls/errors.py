@@ -1,7 +1,10 @@
 """The errors a user can cause. Each message is one sentence that says what was wrong and what to do about it."""
 
+import re
+import shlex
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 EXIT_MISTAKE = 2  # the user's mistake: one sentence, no traceback
 EXIT_LOST = 1  # another process of the run is gone
@@ -43,8 +46,38 @@ class Stopped(Exception):
 
 
 def reason(error: BaseException) -> str:
-    """The message of an exception, for an OSError without the path that its text repeats."""
-    return getattr(error, "strerror", None) or str(error)
+    """What an error of another program says, in one line: for an OSError without the path that its text repeats, and
+    without torch's advice to load with weights_only=False, which runs what is in the file.
+
+    >>> reason(RuntimeError("Weights only load failed. Re-run with weights_only=False\\n\\nUnsupported operand 149"))
+    'Unsupported operand 149'
+    >>> reason(EOFError())
+    'EOFError'
+    """
+    text = getattr(error, "strerror", None) or str(error)
+    lines = (line.strip() for line in text.rpartition("WeightsUnpickler error:")[2].splitlines())
+    said = [line for line in lines if line and "weights_only" not in line and "Weights only" not in line]
+    return said[0] if said else type(error).__name__
+
+
+def refusal(path: Path, error: BaseException) -> str:
+    """The sentence for a file of tensors that its reader did not read."""
+    wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if wanted is None:
+        return f"{path} cannot be read: {reason(error)[:200]}"
+    return (
+        f"{path} asks for {wanted[1]} while it is read, and such a file can run any code, so it was not read: "
+        "where you trust it, save its state_dict alone with torch.save, and give that file"
+    )
+
+
+def command(text: str, *words: object) -> str:
+    """A command that a sentence proposes, with words that may hold anything: it can be pasted into a shell.
+
+    >>> command("mls pretrain --resume", "runs/first try")
+    "`mls pretrain --resume 'runs/first try'`"
+    """
+    return f"`{text} {shlex.join(map(str, words))}`"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], error: type[UserError] = ConfigError) -> UserError:

@@ -17,7 +17,7 @@ import submitit
 from submitit.core.utils import UncompletedJobError
 
 from mls import plugins
-from mls.errors import EXIT_MISTAKE, EXIT_SAVED, Stopped, UserError
+from mls.errors import EXIT_MISTAKE, EXIT_SAVED, Stopped, UserError, command
 from mls.files import write_atomically
 from mls.slurm import job_spec, rendezvous, scheduler
 
@@ -92,7 +92,7 @@ def _end(spec: job_spec.JobSpec, task: rendezvous.Task, stopped: Stopped, requeu
     try:
         requeue(submitit.JobEnvironment._usr_sig(), None)
     except UncompletedJobError as refused:
-        reason = f"{refused} Submit it again: `mls submit pretrain --resume {spec.folder}`"
+        reason = f"{refused} Submit it again: {command('mls submit pretrain --resume', spec.folder)}"
         spec.record("failed", rank=0, error=reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.exit(EXIT_MISTAKE)

@@ -32,7 +32,9 @@ def start(
 
     started = box.start(folder, box.Settings(nodes=nodes, cpus=cpus, gpus=gpus))
     print(f"{nodes} nodes are up. In the shell that submits:\n\n    export SLURM_CONF={started.conf}\n")
-    print(f"    mls submit pretrain mls_scenes_tiny --profile box\n\nEnd it with `mls slurm box stop {folder}`.")
+    print(
+        f"    mls submit pretrain mls_scenes_tiny --profile box\n\nEnd it with {command('mls slurm box stop', folder)}."
+    )
 
 
 @box_app.command("stop")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mls.errors import ConfigError
+from mls.errors import ConfigError, command
 
 
 def show(
@@ -39,7 +39,7 @@ def show(
         print("\n".join(recipes()))
         return
     if "=" in positional[0]:
-        raise ConfigError(f"name the configuration before the overrides: `mls config CONFIG {positional[0]}`")
+        raise ConfigError(f"name the configuration before the overrides: {command('mls config CONFIG', positional[0])}")
     resolved = resolve(_of_run(positional[0]), positional[1:])
     from mls.config import flatten
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mls.errors import LaunchError
+from mls.errors import LaunchError, command
 from mls.files import runs_folder
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def cancel(name: Annotated[str, typer.Argument(metavar="RUN", help="A run, a swe
     numbers = [one.spec.job for one in seen if one.spec.cluster == "slurm" and one.spec.job]
     if numbers:
         scheduler.cancel(numbers)
-    print(f"asked {', '.join(str(one.spec.job) for one in seen)} to end; `mls jobs {name}` says when")
+    print(f"asked {', '.join(str(one.spec.job) for one in seen)} to end; {command('mls jobs', name)} says when")
 
 
 def table(seen: Sequence[JobStatus]) -> str:

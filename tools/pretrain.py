@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mls.errors import ConfigError
+from mls.errors import ConfigError, command
 
 
 def pretrain(
@@ -63,6 +63,6 @@ def pretrain(
         if distributed.rank() == 0:
             print(run.path)
             if not quiet:
-                print(f"done; look at it with `mls report {run.path}`", file=sys.stderr)
+                print(f"done; look at it with {command('mls report', run.path)}", file=sys.stderr)
     finally:
         distributed.stop()

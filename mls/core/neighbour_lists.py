@@ -14,7 +14,7 @@ from jaxtyping import Float16, Int32, Int64
 from torch import Tensor
 
 from mls.core.matching import Matches
-from mls.errors import CheckpointError
+from mls.errors import CheckpointError, reason
 from mls.files import write_atomically
 
 
@@ -44,8 +44,9 @@ class NeighbourLists:
                 identity = json.loads((file.metadata() or {})["identity"])
                 return cls(file.get_tensor("ids"), file.get_tensor("scores"), identity)
         except Exception as error:  # the file system's errors, safetensors' own, and a file of other tensors
-            why = str(error).splitlines()[0]
-            raise CheckpointError(f"{path} holds no neighbour lists ({why}): `mls regions` writes them") from None
+            raise CheckpointError(
+                f"{path} holds no neighbour lists ({reason(error)}): `mls regions` writes them"
+            ) from None
 
     def to(self, device: torch.device | str) -> NeighbourLists:
         return NeighbourLists(self.ids.to(device), self.scores.to(device), self.identity)

@@ -16,7 +16,7 @@ from mls.data import Batch, Source, ViewPlan
 from mls.data.crops import CropDataset
 from mls.data.listing import FileSource
 from mls.distributed import Process
-from mls.errors import ConfigError, DataError, UserError
+from mls.errors import ConfigError, DataError, UserError, command
 from mls.signals import leave_signals_to_the_parent
 
 Result = TypeVar("Result")
@@ -83,7 +83,8 @@ def remedy(source: Source, config: Config) -> str:
     if workers < share:
         return f"set data.workers={share} (now {workers}; this process has {share} cores)"
     if isinstance(source, FileSource):
-        return f"pack the images, `mls data pack {config.data.root} NEW_FOLDER --short-side 320`, and train on that"
+        pack = command("mls data pack --short-side 320", config.data.root, "NEW_FOLDER")
+        return f"pack the images, {pack}, and train on that"
     return "give each process more cores; `mls bench input` says how many images a core can prepare"
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from mls.errors import CheckpointError
+from mls.errors import CheckpointError, refusal
 from mls.files import atomic_file, telling_disk_errors, write_atomically
 from mls.signals import SIGNALS
 
@@ -102,7 +102,7 @@ def read(path: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # zip, pickle and OS errors of every kind mean the same here
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0][:200]}") from None
+        raise CheckpointError(refusal(path, error)) from None
 
 
 class HashingFile:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mls.config import Config, differences, runs_root, to_yaml
-from mls.errors import CheckpointError, UserError
+from mls.errors import CheckpointError, UserError, command
 from mls.files import file_name, runs_folder, write_atomically
 from mls.monitor.log import read_metrics
 from mls.recipes import load_config
@@ -54,9 +54,8 @@ class Run:
             root.mkdir(parents=True, exist_ok=True)
             path.mkdir()
         except FileExistsError:
-            raise UserError(
-                f"{path} exists already: choose another run.name, or go on with `mls pretrain --resume {path}`"
-            ) from None
+            resume = command("mls pretrain --resume", path)
+            raise UserError(f"{path} exists already: choose another run.name, or go on with {resume}") from None
         except OSError as error:
             raise UserError(f"cannot make the run folder {path}: {error.strerror}; set run.root or $MLS_RUNS") from None
         write_atomically(path / "config.yaml", to_yaml(config).encode())

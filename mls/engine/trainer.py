@@ -27,7 +27,7 @@ from mls.engine.events import versions
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
 from mls.engine.session import Saving, Session
-from mls.errors import CheckpointError, DataError, DivergedError, Stopped
+from mls.errors import CheckpointError, DataError, DivergedError, Stopped, command
 from mls.files import write_atomically
 from mls.models import Encoder, save_backbone
 from mls.models.momentum import HALF, precision_on
@@ -95,7 +95,7 @@ class Trainer:
         store = Checkpoints(self.run.checkpoints, engine.keep_last)
         events, export = self.run.path / "events.jsonl", self.export_backbone
         saving = Saving(store, events, engine.checkpoint_minutes, engine.checkpoint_every, export)
-        how_to_resume = f"`mls pretrain --resume {self.run.path}` goes on"
+        how_to_resume = f"{command('mls pretrain --resume', self.run.path)} goes on"
         return Session(self, self.total, saving, self.process.device, how_to_resume)
 
     # ------------------------------------------------------------------------------------------------ the loop

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mls.errors import CheckpointError
-from mls.models.foreign import refusal
+from mls.errors import CheckpointError, refusal
 
 # The same functions have different module names in numpy 1 and numpy 2.
 MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -35,10 +34,8 @@ def read(filename: str, map_location: Any = None) -> Any:
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             return torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(refusal(path, str(error))) from None
     except Exception as error:  # zip, pickle and OS errors all mean an unreadable file
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(refusal(path, error)) from None
 
 
 def _safe_globals() -> list[Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mls.errors import CheckpointError
+from mls.errors import CheckpointError, refusal
 from mls.models import backbones
 from mls.models.resnet_names import from_detectron2, from_sequential
 
@@ -53,21 +53,20 @@ class Found:
         return f"{self.architecture} in {self.names}'s names, {where}{left}"
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, a torch checkpoint or a pickle of arrays, under the names they have there."""
+def read(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, a torch checkpoint or a pickle of arrays, under the names they have there.
+    `data`: its content, where that was read already."""
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+            from safetensors.torch import load, load_file
 
-            return load_file(path)
+            return load_file(path) if data is None else load(data)
         if path.suffix == ".pkl":
-            content = _Arrays(io.BytesIO(path.read_bytes())).load()
+            content = _Arrays(io.BytesIO(path.read_bytes() if data is None else data)).load()
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(refusal(path, str(error))) from None
+            content = torch.load(path if data is None else io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own kinds for a damaged file
-        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(refusal(path, error)) from None
     for key in INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -93,17 +92,6 @@ class _Arrays(pickle.Unpickler):
         if (module, name) not in ARRAYS:
             raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
         return super().find_class(module, name)
-
-
-def refusal(path: Path, reason: str) -> str:
-    """The sentence for a pickle that torch or ours would not read."""
-    wanted = re.search(r"GLOBAL ([\w.]+)", reason)
-    if wanted is None:
-        return f"{path} cannot be read: {reason.splitlines()[0]}"
-    return (
-        f"{path} asks for {wanted[1]} while it is read, and such a file can run any code, so it was not read: "
-        "where you trust it, save its state_dict alone with torch.save, and give that file"
-    )
 
 
 def find(tensors: dict[str, Tensor], path: Path, architecture: str | None = None, prefix: str | None = None) -> Found:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mls.errors import CheckpointError, ConfigError, unknown_name
+from mls.errors import CheckpointError, ConfigError, reason, unknown_name
 from mls.models.backbones import Backbone
 
 
@@ -50,7 +50,7 @@ def _torchvision(name: str, entry: str | None) -> nn.Module:
         return models.get_model(name, weights=found)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(
-            f"torchvision's weights {name}@{found.name} cannot be had ({str(error).splitlines()[0]}): "
+            f"torchvision's weights {name}@{found.name} cannot be had ({reason(error)}): "
             f"download {found.url} into {torch.hub.get_dir()}/checkpoints"
         ) from None
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mls.errors import LaunchError
+from mls.errors import LaunchError, command
 from mls.slurm.box import processes, settings
 from mls.slurm.box.settings import Settings
 
@@ -88,7 +88,9 @@ def start(folder: str | Path, config: Settings = Settings()) -> Box:  # noqa: B0
         raise LaunchError(f"SLURM is not installed here ({', '.join(missing())} not found): {INSTALL}")
     box = Box(Path(folder).expanduser().resolve())
     if box.pids():
-        raise LaunchError(f"there is a box in {box.folder} already: use it, or `mls slurm box stop {box.folder}` first")
+        raise LaunchError(
+            f"there is a box in {box.folder} already: use it, or {command('mls slurm box stop', box.folder)} first"
+        )
     _prepare(box, config)
     run, munge = box.folder / "run", box.folder / "munge"
     munged = ["munged", "--foreground", "--num-threads=2", "--force", f"--key-file={munge}/key"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mls.errors import ConfigError, unknown_name
+from mls.errors import ConfigError, command, unknown_name
 
 if TYPE_CHECKING:
     from mls.eval.pretraining import Pretraining
@@ -90,7 +90,9 @@ def ablations(
 
     recipe, *overrides = arguments or ["mls_scenes_tiny"]
     if "=" in recipe:
-        raise ConfigError(f"name the recipe before the overrides: `mls bench ablations mls_scenes_tiny {recipe}`")
+        raise ConfigError(
+            f"name the recipe before the overrides: {command('mls bench ablations mls_scenes_tiny', recipe)}"
+        )
     chosen = grid or list(GRIDS)
     for name in chosen:
         if name not in GRIDS:

@@ -45,14 +45,14 @@ def analyse(
 
         mls bench analyse scores --protocol spml_voc2012 data.workers=8
     """
-    from mls.errors import ConfigError, unknown_name
+    from mls.errors import ConfigError, command, unknown_name
     from mls.files import runs_folder
     from mls.tables import markdown_table, terminal_width
     from mls.tools.analyses import Study, analyses
 
     name, *overrides = arguments or ["all"]
     if "=" in name:
-        raise ConfigError(f"name the analysis before the overrides: `mls bench analyse gradients {name}`")
+        raise ConfigError(f"name the analysis before the overrides: {command('mls bench analyse gradients', name)}")
     known = analyses()
     if name not in (*known, "all"):
         raise unknown_name("analysis", name, [*known, "all"])

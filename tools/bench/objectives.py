@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mls.errors import ConfigError
+from mls.errors import ConfigError, command
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,9 @@ def objectives(
 
     recipe, *overrides = arguments or ["mls_scenes_tiny"]
     if "=" in recipe:
-        raise ConfigError(f"name the recipe before the overrides: `mls bench objectives mls_scenes_tiny {recipe}`")
+        raise ConfigError(
+            f"name the recipe before the overrides: {command('mls bench objectives mls_scenes_tiny', recipe)}"
+        )
     if short:
         quick = [change for change in SHORT if not change.startswith("data.scenes") or "scenes" in recipe]
         overrides = [*quick, *overrides]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mls.errors import UserError
+from mls.errors import UserError, command
 from mls.tools.submit import evaluate, pretrain
 
 app = typer.Typer(no_args_is_help=True)
@@ -34,4 +34,6 @@ def submit(
     if init_profile.exists():
         raise UserError(f"{init_profile} exists already: name another file")
     init_profile.write_text(guess())
-    print(f"{init_profile}: look it over, then `mls submit pretrain CONFIG --profile {init_profile} --dry-run`")
+    print(
+        f"{init_profile}: look it over, then {command('mls submit pretrain CONFIG --dry-run --profile', init_profile)}"
+    )

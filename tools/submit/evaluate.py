@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mls.errors import ConfigError
+from mls.errors import ConfigError, command
 from mls.tools.eval import ROWS
 from mls.tools.submit.options import Changes, DryRun, ProfileName, hand_over, say
 
@@ -74,7 +74,8 @@ def evaluate(
         return
     hand_over([one.write() for one in made], wanted, title, folder)
     print(folder)
-    say(f"look at it with `mls jobs {folder}`; the table, once it is done: `mls eval suite {' '.join(arguments)} …`")
+    jobs, table = command("mls jobs", folder), command("mls eval suite", *arguments)
+    say(f"look at it with {jobs}; once it is done {table}, with the same options, shows the table")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mls.errors import ConfigError, UserError
+from mls.errors import ConfigError, UserError, command
 from mls.tools.submit import evaluate
 from mls.tools.submit.options import Changes, DryRun, ProfileName, hand_over, say
 
@@ -97,7 +97,7 @@ def pretrain(
     if suite is not None:
         _evaluate_behind(submitted, suite, folder.parent, wanted)
     print(folder)
-    say(f"look at it with `mls jobs {folder}`, end it with `mls cancel {folder}`")
+    say(f"look at it with {command('mls jobs', folder)}, end it with {command('mls cancel', folder)}")
 
 
 def _make_runs(config: Config, positional: Sequence[str], cells: Sequence[Sequence[str]]) -> tuple[Path, list[Path]]:
@@ -128,7 +128,8 @@ def _evaluate_behind(runs: Sequence[JobSpec], suite: str, root: Path, profile: P
         folder = Path(run.folder) / "evaluation"
         made = [one.write() for one in evaluate.job_specs(tasks, folder, Path(run.code).parent)]
         submitted = launch.submit(made, alone, f"{Path(run.folder).name}-{Path(suite).stem}", after=run.job)
-        say(f"behind job {run.job}: {len(made)} evaluations from job {submitted[0].job} on; `mls jobs {folder}`")
+        jobs = command("mls jobs", folder)
+        say(f"behind job {run.job}: {len(made)} evaluations from job {submitted[0].job} on; {jobs}")
 
 
 def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:
@@ -143,7 +144,7 @@ def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:
     if job_spec.is_submitted(run.path):
         (seen,) = watch.status_of([job_spec.read(run.path)], run.path.parent)
         if seen.state in ("queued", "queued again", "running"):
-            raise UserError(f"{run.path} is {seen.state} ({seen.reason}): `mls cancel {run.path}` first")
+            raise UserError(f"{run.path} is {seen.state} ({seen.reason}): {command('mls cancel', run.path)} first")
     plugins.load(run.config.run.plugins)  # so that the job takes them along
     made = job_spec.create_pretraining(run.path, run.path / "submission", cluster)
     if dry_run:
