@@ -41,6 +41,7 @@ from mls.frameworks import installed as frameworks
 from mls.recipes import load_config
 from mls.results import Results
 
+FREE_AND_YOUNGER = ("timeout_minutes", "deterministic")  # keys of engine.* that change no number
 YOUNGER = {"info_nce_weight", "windows", "regions"}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
@@ -361,6 +362,8 @@ def config_hash(config: Config) -> str:
     file lies does not count: what is chosen from it has its name in other keys. Nor does a key that is younger than
     stored results, at its default."""
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
+    for key in FREE_AND_YOUNGER:
+        del values["engine"][key]
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from mls import yaml_files
-from mls.config import AugmentConfig, any_seed, limited, positive, share, zero_or_more
+from mls.config import AugmentConfig, limited, positive, share, zero_or_more
 from mls.errors import ConfigError, unknown_name
 from mls.eval.dense import schema as dense
 from mls.eval.dense.schema import Detection, Segmentation
@@ -22,7 +22,7 @@ from mls.recipes import Kind, build, find, read_yaml, shipped, with_bases
 
 @dataclass(frozen=True)
 class DataConfig(DataSetConfig):
-    seed: int = any_seed(1200)  # of the split and of labels that are drawn: the weak-label papers' number
+    seed: int = limited(1200, low=0, high=2**32 - 1)  # of the split and of drawn labels: the papers' number
     validation: float = share(0.2)  # share of train held out to choose on, where no split is published for it
     shots: int | None = positive(None)  # train on so many images a class; the run's seed is the draw
     test_crop: Literal["squash", "centre"] = "squash"  # the whole image scaled to a square, or its middle square

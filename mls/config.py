@@ -54,7 +54,7 @@ def any_seed(default: int) -> Any:
 
 def rising(default: tuple[float, float]) -> Any:
     """Two rising numbers greater than 0."""
-    return field(default=default, metadata={"above": 0, "rising": True})
+    return field(default=default, metadata={"above": 0, "high": 1000, "rising": True})
 
 
 @dataclass(frozen=True)
@@ -322,6 +322,8 @@ class EngineConfig:
     milestone_epochs: int | None = zero_or_more(None)  # also keep a checkpoint every n epochs for good
     max_steps: int | None = zero_or_more(None)  # stop after this step of the schedule, as if interrupted there
     max_bad_steps: int = positive(5)  # non-finite steps in a row before giving up
+    timeout_minutes: float = limited(30.0, above=0, high=10_000)  # a process or data worker silent so long is lost
+    deterministic: bool = False  # only algorithms that give the same bits each time, on a GPU too; slower
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,21 @@ EXIT_SAVED = 75  # a signal came: everything is saved, `--resume` goes on
 EXIT_INTERRUPTED = 130  # Ctrl-C: saved too, unless pressed twice
 
 
+EXHAUSTED = (
+    "allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "Storage size calculation overflowed",
+    "Invalid buffer size",
+)
+
+
 class UserError(Exception):
-    """Something the user can put right. Shown without a traceback; the command exits with code 2."""
+    """Something the user can put right. Shown without a traceback; the command exits with code 2. What a message quotes
+    of a user's text never breaks the line, moves the cursor or fills the screen."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(UserError):
@@ -45,6 +58,17 @@ class Stopped(Exception):
         self.exit_code = exit_code
 
 
+def one_line(text: str, most: int = 2000) -> str:
+    """A text that may quote anything, as a terminal can show it.
+
+    >>> one_line("unknown key 'a\\x1b[2J\\nb'")
+    "unknown key 'a\\\\x1b[2J b'"
+    """
+    line = " ".join(text.split())
+    line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    return line if len(line) <= most else f"{line[: most - most // 4]} … {line[-(most // 4) :]}"
+
+
 def reason(error: BaseException) -> str:
     """What an error of another program says, in one line: for an OSError without the path that its text repeats, and
     without torch's advice to load with weights_only=False, which runs what is in the file.
@@ -58,6 +82,31 @@ def reason(error: BaseException) -> str:
     lines = (line.strip() for line in text.rpartition("WeightsUnpickler error:")[2].splitlines())
     said = [line for line in lines if line and "weights_only" not in line and "Weights only" not in line]
     return said[0] if said else type(error).__name__
+
+
+GO_ON = "what was saved is whole, and the same command, or `--resume`, goes on"
+
+
+def lost_worker(error: Exception) -> UserError:
+    words = "a data worker was ended from outside, mostly because memory ran out: lower data.workers"
+    return UserError(f"{words} ({reason(error)[:150]}); {GO_ON}")
+
+
+def of_the_machine(error: BaseException) -> UserError | None:
+    """The sentence for what a machine does to a process: memory that ran out, a data worker that was ended, another
+    rank that is gone. None for anything else, which is a fault of the program."""
+    text = str(error)
+    if isinstance(error, MemoryError) or any(words in text for words in EXHAUSTED):
+        first = f" ({line[:100]})" if (line := reason(error)) != "MemoryError" else ""
+        smaller = "data.batch_size, data.workers, dictionary.size or the images' size"
+        return UserError(f"there is not enough memory{first}: lower {smaller}; {GO_ON}")
+    if isinstance(error, RuntimeError) and "deterministic implementation" in text:
+        return UserError(f"{reason(error)[:150]}: set engine.deterministic=false")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text and "Caught " not in text:
+        return lost_worker(error)
+    if isinstance(error, RuntimeError) and ("gloo" in text or type(error).__name__.startswith("Dist")):
+        return UserError(f"another process is gone or does not answer (its own last words say why); {GO_ON}")
+    return None
 
 
 def refusal(path: Path, error: BaseException) -> str:

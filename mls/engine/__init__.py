@@ -25,7 +25,7 @@ def pretrain(config: Config, quiet: bool = False) -> Run:
     from mls import distributed
     from mls.engine.trainer import Trainer
 
-    process = distributed.start(config.engine.device)
+    process = distributed.start(config.engine.device, config.engine.timeout_minutes)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
     created = Run(Path(distributed.on_main(lambda: str(Run.create(config).path))))
     try:
@@ -48,7 +48,7 @@ def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool 
         from mls.engine.trainer import Trainer
 
         config = load_config(path / "config.yaml", overrides)
-        distributed.start(config.engine.device)
+        distributed.start(config.engine.device, config.engine.timeout_minutes)
         Trainer.check_resume(config, Run(path))
         distributed.on_main(lambda: write_atomically(path / "config.yaml", to_yaml(config).encode()))
         distributed.barrier()
@@ -67,7 +67,7 @@ def run(folder: str | Path, quiet: bool = False) -> Run:
     from mls.engine.trainer import Trainer
 
     config = opened.config
-    process = distributed.start(config.engine.device)
+    process = distributed.start(config.engine.device, config.engine.timeout_minutes)
     Trainer(config, opened, process, quiet=quiet).train()
     return opened
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-CHAPTERS = ("kills", "configs")
+CHAPTERS = ("kills", "configs", "ranks")
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ def _run(folder: Path, log: Path, arguments: tuple[str, ...], variables: dict[st
     from mls.tools import cli
 
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of its own processes, as where a user starts it
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -30,7 +30,7 @@ def told(load: Callable[[], Any]) -> str:
     try:
         load()
     except UserError as error:
-        if "\n" in str(error) or len(str(error)) > 1500:
+        if "\n" in str(error) or len(str(error)) > 2500:
             return f"not one sentence: {str(error)[:200]}"
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:200]}"
@@ -59,7 +59,8 @@ def nested(draws: random.Random) -> str:
     deep, long = opening * count + "1" + closing * draws.choice([0, count]), "x" * count * 10
     values = [deep, "\n".join(bomb), f"objective: {{options: {{x: {deep}}}}}", f"a: &a [*a, {long}]", long * 2]
     values += ["objective:\n  options:\n" + "".join(f"    {line}\n" for line in bomb), f"run: {{name: {long}}}"]
-    references = [f"    a{n}: {'${objective.options.a%d}' % (n - 1) * 3 if n else 1}\n" for n in range(count % 40)]
+    last = lambda n: f"${{objective.options.a{n - 1}}}" * 3 if n else "1"
+    references = [f"    a{n}: {last(n)}\n" for n in range(count % 40)]
     return draws.choice([*values, "objective:\n  options:\n" + "".join(references), "base: " + long])
 
 
@@ -110,7 +111,8 @@ def doubled_keys(folder: Path, number: int) -> str:
 def _ends_block(lines: list[str], place: int, key: str) -> bool:
     """Whether a line before `place` would stand in the same section as `key`, behind its value."""
     indent = len(key) - len(key.lstrip())
-    return place == len(lines) or (bool(lines[place].strip()) and len(lines[place]) - len(lines[place].lstrip()) <= indent)
+    line = f"{lines[place]}x" if place < len(lines) else "x"
+    return place == len(lines) or (line != "x" and len(line) - len(line.lstrip()) <= indent)
 
 
 @fault("hostile overrides on the command line", 600, quick=12)
@@ -146,8 +148,16 @@ def hostile_names(folder: Path, number: int) -> str:
 
 VALUES = (".nan", ".inf", "-1", "0", "1e308", str(2**70), str(-(2**70)), "-1e-3")
 FEW = ["data.scenes.count=48", "data.scenes.test_count=16", "data.workers=0"]
-PROTOCOLS = ("spml_scenes", "finetune_scenes", "linear_scenes", "knn_scenes", "svm_scenes", "detection_scenes")
-PROTOCOLS += ("segmentation_scenes",)
+STEPS = ["training.steps=2", "training.batch_size=4", "training.precise_bn=1"]
+PROTOCOLS = {  # and what makes them quick
+    "spml_scenes": ["training.epochs=1"],
+    "finetune_scenes": ["training.epochs=1", "data.shots=1"],
+    "linear_scenes": ["probe.l2=[0.1]"],
+    "knn_scenes": [],
+    "svm_scenes": ["probe.costs=[0.1]", "probe.folds=2"],
+    "detection_scenes": [*STEPS, "training.warmup_steps=1", "training.falls=[1]"],
+    "segmentation_scenes": STEPS,
+}
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -220,5 +230,6 @@ def protocol_numbers(folder: Path, number: int) -> str:
     from mls.eval.cells import evaluation
 
     name, change = of_evaluation()[number % len(of_evaluation())]
-    what = works(lambda: evaluation(load_protocol(name, [*FEW, change])).finish(folder, keep=False, quiet=True))
+    small = [*FEW, *PROTOCOLS[name], change]
+    what = works(lambda: evaluation(load_protocol(name, small)).finish(folder, keep=False, quiet=True))
     return what and f"{name} {change}: {what}"
