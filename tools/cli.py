@@ -32,6 +32,7 @@ from mls.tools import (
     results,
     scenes,
     submit,
+    verify_resume,
 )
 
 app = typer.Typer(
@@ -57,6 +58,7 @@ COMMANDS = {
     "cancel": jobs.cancel,
     "export": export.export,
     "verify-export": export.verify_export,
+    "verify-resume": verify_resume.verify_resume,
     "doctor": doctor.doctor,
 }
 for name, command in COMMANDS.items():
