@@ -36,7 +36,10 @@ for _first in "-+0123456789.~nNtTfFyYoO=<":
 _Numbers.yaml_implicit_resolvers[""] = yaml.SafeLoader.yaml_implicit_resolvers[""]
 
 
-class _Loader(_Numbers, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+_Fastest: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _Loader(_Numbers, _Fastest):
     pass
 
 
@@ -97,8 +100,8 @@ def _check_size(text: str, where: str) -> None:
                 if any(anchor == event.anchor for anchor, _ in open_nodes):
                     raise ConfigError(f"{here}: *{event.anchor} stands within &{event.anchor}, which would never end")
                 count += sizes.get(event.anchor, 0)
-            elif event.tag is not None and event.tag != "tag:yaml.org,2002:str":
-                raise ConfigError(f"{here}: the tag {event.tag} is not read: leave it out")
+            elif (tag := getattr(event, "tag", None)) not in (None, "tag:yaml.org,2002:str"):
+                raise ConfigError(f"{here}: the tag {tag} is not read: leave it out")
             elif isinstance(event, yaml.ScalarEvent):
                 if event.value == "???" or "\0" in event.value:
                     raise ConfigError(f"{here}: {event.value[:40]!r} is no value: leave the key out, or give one")

@@ -85,10 +85,10 @@ def _child(folder: Path, config: Config, step: int, number: int) -> None:
 
     after_step = Trainer.after_step
 
-    def ending(trainer: Trainer) -> None:
-        after_step(trainer)
-        if trainer.step == step:
-            trainer.session.writer.wait()  # so that there is a checkpoint to resume from
+    def ending(self: Trainer) -> None:
+        after_step(self)
+        if self.step == step:
+            self.session.writer.wait()  # so that there is a checkpoint to resume from
             os.kill(os.getpid(), number)
 
     Trainer.after_step = ending  # this process trains nothing else
