@@ -72,7 +72,7 @@ def parse(text: str, where: str) -> tuple[Any, dict[str, int]]:
     lines: dict[str, int] = {}
     try:
         _check_size(text, where)
-        loader = _Loader(text)
+        loader: Any = _Loader(text)  # type: ignore[call-arg]
         try:
             node = loader.get_single_node()
             _note_lines(loader, node, where, "", lines)
