@@ -64,7 +64,7 @@ def nested(draws: random.Random) -> str:
     return draws.choice([*values, "objective:\n  options:\n" + "".join(references), "base: " + long])
 
 
-@fault("a file that ships with mls, broken at random, as a recipe, protocol, suite, profile or export", 600, quick=12)
+@fault("a file that ships with mls, broken at random, as a recipe, protocol, suite, profile or export", 600, quick=8)
 def broken_files(folder: Path, number: int) -> str:
     draws = random.Random(number)
     read, content = draws.choice(shipped())
@@ -206,7 +206,7 @@ def works(run: Callable[[], Any]) -> str:
     return ""
 
 
-@fault("each number of pretraining at nan, inf, -1, 0, 1e308, 2**70: refused, or it trains", 680, quick=20)
+@fault("each number of pretraining at nan, inf, -1, 0, 1e308, 2**70: refused, or it trains", 904, quick=6)
 def pretraining_numbers(folder: Path, number: int) -> str:
     from mls import engine
 
@@ -224,7 +224,7 @@ def pretraining_numbers(folder: Path, number: int) -> str:
     return what and f"{' '.join(changes)}: {what}"
 
 
-@fault("each number of a downstream protocol at nan, inf, -1, 0, 1e308, 2**70: refused, or it runs", 1400, quick=20)
+@fault("each number of a downstream protocol at nan, inf, -1, 0, 1e308, 2**70: refused, or it runs", 2256, quick=6)
 def protocol_numbers(folder: Path, number: int) -> str:
     from mls.eval import load_protocol
     from mls.eval.cells import evaluation

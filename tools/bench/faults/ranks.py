@@ -99,7 +99,7 @@ def some_step(number: int) -> int:
 
 
 # The last process is the one that is disturbed; SIGKILL is what the kernel sends where memory runs out.
-@fault("kill -9 of one of two ranks (out of memory), then --resume", 12)
+@fault("kill -9 of one of two ranks (out of memory), then --resume", 12, quick=0)
 def rank_killed(folder: Path, number: int) -> str:
     return disturbed(
         folder, 2, some_step(number), lambda ranks: ranks[-1].send(), "another process of this run is gone"
@@ -116,7 +116,7 @@ def rank_stopped(folder: Path, number: int) -> str:
     return disturbed(folder, 2, some_step(number), stop, "rank 1 (process ")
 
 
-@fault("SIGSTOP of rank 0, which holds the store of all", 6)
+@fault("SIGSTOP of rank 0, which holds the store of all", 6, quick=0)
 def first_rank_stopped(folder: Path, number: int) -> str:
     def stop(ranks: list[Command]) -> None:
         ranks[0].send(signal.SIGSTOP)
@@ -126,7 +126,7 @@ def first_rank_stopped(folder: Path, number: int) -> str:
     return disturbed(folder, 2, some_step(number), stop, "rank 0, which all others need, does not answer")
 
 
-@fault("a rank that may take no more memory (RLIMIT_AS), then --resume", 12)
+@fault("a rank that may take no more memory (RLIMIT_AS), then --resume", 12, quick=0)
 def rank_without_memory(folder: Path, number: int) -> str:
     def limit(ranks: list[Command]) -> None:
         pid = ranks[-1].process.pid
@@ -166,19 +166,19 @@ def signal_a_worker(number: signal.Signals, commands: list[Command]) -> None:
         os.kill(worker, number)
 
 
-@fault("kill -9 of a data worker (by the kernel), then --resume", 12)
+@fault("kill -9 of a data worker (by the kernel), then --resume", 12, quick=0)
 def worker_killed(folder: Path, number: int) -> str:
     kill = partial(signal_a_worker, signal.SIGKILL)
     return disturbed(folder, 1, some_step(number), kill, "a data worker was ended from outside", changes=WORKERS)
 
 
-@fault("a data worker that does not answer (SIGSTOP; a mount that hangs), then --resume", 12)
+@fault("a data worker that does not answer (SIGSTOP; a mount that hangs), then --resume", 12, quick=0)
 def worker_stopped(folder: Path, number: int) -> str:
     stop = partial(signal_a_worker, signal.SIGSTOP)
     return disturbed(folder, 1, some_step(number), stop, "a data worker has made nothing", changes=WORKERS)
 
 
-@fault("the folder of the images vanishes (a lost mount); it comes back, then --resume", 12)
+@fault("the folder of the images vanishes (a lost mount); it comes back, then --resume", 12, quick=0)
 def images_vanish(folder: Path, number: int) -> str:
     vanish = lambda commands: (folder / "images").unlink()
     back = lambda: (folder / "images").symlink_to(images())
