@@ -97,9 +97,9 @@ def of_the_machine(error: BaseException) -> UserError | None:
     rank that is gone. None for anything else, which is a fault of the program."""
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in EXHAUSTED):
-        first = f" ({line[:100]})" if (line := reason(error)) != "MemoryError" else ""
+        wanted = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
         smaller = "data.batch_size, data.workers, dictionary.size or the images' size"
-        return UserError(f"there is not enough memory{first}: lower {smaller}; {GO_ON}")
+        return UserError(f"there is not enough memory{f' ({wanted[0]})' if wanted else ''}: lower {smaller}; {GO_ON}")
     if isinstance(error, RuntimeError) and "deterministic implementation" in text:
         return UserError(f"{reason(error)[:150]}: set engine.deterministic=false")
     if isinstance(error, RuntimeError) and "DataLoader worker" in text and "Caught " not in text:
