@@ -36,6 +36,10 @@ def pretrain(
     ] = None,
     suite: Annotated[str | None, typer.Option("--eval", help="Evaluate each run with this suite afterwards.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Submit this run again instead.")] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --resume: submit a new run from this step of RUN, with other KEY=VALUE."),
+    ] = None,
     rehearse: Annotated[
         str | None,
         typer.Option(metavar="WHAT", help="preempt, timeout, kill-node or requeue, in a SLURM on this machine."),
@@ -67,8 +71,10 @@ def pretrain(
     launch.check_cluster(cluster, several=bool(sweep or suite))
     wanted = load_profile(profile, slurm or [])
     if resume is not None:
-        if positional or sweep or name:
-            raise ConfigError("--resume takes its configuration from the run: leave the rest out")
+        if sweep or (from_step is None and (positional or name)):
+            raise ConfigError("--resume takes its configuration from the run: leave the rest out, or give --from-step")
+        if from_step is not None and not dry_run:
+            resume = _branch(resume, from_step, positional, name)
         return _again(resume, wanted, cluster, dry_run)
     if not positional or "=" in positional[0]:
         known = ", ".join(recipes())
@@ -130,6 +136,15 @@ def _evaluate_behind(runs: Sequence[JobSpec], suite: str, root: Path, profile: P
         submitted = launch.submit(made, alone, f"{Path(run.folder).name}-{Path(suite).stem}", after=run.job)
         jobs = command("mls jobs", folder)
         say(f"behind job {run.job}: {len(made)} evaluations from job {submitted[0].job} on; {jobs}")
+
+
+def _branch(run: str, step: int, overrides: Sequence[str], name: str | None) -> str:
+    """The folder of a new run, to be submitted, that goes on from a step of another one."""
+    from mls.engine import Run
+    from mls.engine.branch import create_branch
+
+    named = [] if name is None else [f"run.name={json.dumps(name)}"]
+    return str(create_branch(Run.open(run), step, [*overrides, *named]).path)
 
 
 def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:

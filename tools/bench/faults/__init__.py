@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-CHAPTERS = ("kills", "configs", "ranks")
+CHAPTERS = ("kills", "checkpoints", "shards", "stores", "evaluations", "configs", "ranks")
 
 
 @dataclass(frozen=True)

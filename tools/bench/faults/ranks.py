@@ -7,7 +7,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -16,21 +15,13 @@ from tempfile import mkdtemp
 from unittest import mock
 
 from mls.tools.bench.faults import fault
-from mls.tools.bench.faults.commands import Command
+from mls.tools.bench.faults.commands import Command, start
 from mls.tools.bench.faults.kills import TINY
 
-FEW = [*TINY, "data.scenes.count=96", "engine.checkpoint_every=4", "data.workers=0", "engine.timeout_minutes=0.05"]
+FEW = [*TINY, "optim.epochs=2", "engine.checkpoint_every=4", "data.workers=0", "engine.timeout_minutes=0.05"]
 SECONDS = 40  # in which all processes end, with time-outs of three
-LAST_STEP = 18
+LAST_STEP = 24
 GONE = "another process of this run is gone"
-
-
-def start(folder: Path, count: int, *arguments: str) -> list[Command]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
-    places = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)]
-    return [Command(folder, "pretrain", *arguments, environment=place) for place in places]
 
 
 def finished(commands: Sequence[Command], seconds: float = 300) -> tuple[list[int | None], str]:
@@ -43,7 +34,7 @@ def finished(commands: Sequence[Command], seconds: float = 300) -> tuple[list[in
 def undisturbed(count: int, *changes: str) -> bytes:
     folder = Path(mkdtemp(prefix="mls-fault-"))
     (folder / "images").symlink_to(images())
-    codes, words = finished(start(folder, count, *FEW, *changes))
+    codes, words = finished(start(folder, "pretrain", *FEW, *changes, processes=count))
     assert set(codes) == {0}, words
     return (folder / "runs" / "run" / "backbone.safetensors").read_bytes()
 
@@ -70,7 +61,7 @@ def disturbed(
     """ "" where a run that is disturbed at a step ends in time with the sentence, and a resume as one undisturbed."""
     weights = undisturbed(count, *changes)
     (folder / "images").symlink_to(images())
-    commands = start(folder, count, *FEW, *changes)
+    commands = start(folder, "pretrain", *FEW, *changes, processes=count)
     wait_for_step(folder, step)
     disturb(commands)
     codes, words = finished(commands, SECONDS)
@@ -81,7 +72,8 @@ def disturbed(
         if what:
             return what
     repair()
-    codes, again = finished(start(folder, count, "--resume", "runs/run", "engine.timeout_minutes=1"))
+    resumed = start(folder, "pretrain", "--resume", "runs/run", "engine.timeout_minutes=1", processes=count)
+    codes, again = finished(resumed)
     if set(codes) != {0}:
         return f"it did not go on ({codes}): {again[-300:]}"
     same = (folder / "runs" / "run" / "backbone.safetensors").read_bytes() == weights
