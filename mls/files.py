@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mls.errors import DataError, UserError, reason
+from mls.errors import REFUSED, ConfigError, DataError, UserError, os_error, reason
 
 # What to do about a full disk.
 AGAIN = "free some, and run the same command again"
@@ -21,9 +21,6 @@ CHECKPOINTS_FULL += "`mls pretrain --resume` goes on from there"
 
 
 # What to do about errors of the system that a user can cause.
-REFUSED = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, and start the same command again")
-REFUSED |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or name another folder")
-REFUSED |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN), "see whether its disk is whole and mounted")
 
 
 @contextmanager
@@ -52,7 +49,7 @@ def telling_disk_errors(path: Path, disk_full: str = AGAIN) -> Iterator[None]:
     except UserError:  # says already what went wrong, and may have met an error of the system on the way
         raise
     except BaseException as error:
-        reason = _os_error(error)
+        reason = os_error(error)
         if reason is not None:
             raise UserError(_sentence(path, reason, disk_full)) from error
         raise
@@ -134,22 +131,20 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
 
 
-def refused_by_the_system(error: BaseException) -> UserError | None:
-    """The sentence for an error that nobody told with words of its own; None where it is none of a user's system."""
-    found = _os_error(error)
-    what = None if found is None else REFUSED.get(found.errno or 0)
-    if found is None or what is None:
-        return None
-    return UserError(f"{found.filename or 'a file'} cannot be written or read ({found.strerror}): {what}")
+def file_name(name: str, what: str) -> str:
+    """A name of the user's that becomes one file or folder. Any other could lead out of its folder, hide there, or be
+    taken for an option.
 
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind an error: torch.save and safetensors hide a full disk behind one of their own."""
-    while error is not None and not isinstance(error, OSError):
-        if of_rust := re.search(r"\(os error (\d+)\)", str(error)):
-            return OSError(int(of_rust[1]), os.strerror(int(of_rust[1])))
-        error = error.__cause__ or error.__context__
-    return error
+    >>> file_name("run-1", "run.name")
+    'run-1'
+    """
+    parted = "/" in name or name[:1] in ("", ".", "-")
+    if parted or not name.isprintable() or len(name.encode(errors="surrogateescape")) > 200:
+        raise ConfigError(
+            f"{what} is {name[:80]!r}: give one name of at most 200 bytes, without / and control characters, that "
+            "starts with neither . nor -"
+        )
+    return name
 
 
 def _sentence(path: Path, error: OSError, disk_full: str) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mls.config import Config, runs_root, to_yaml
-from mls.engine.run import Run
+from mls.config import Config, to_yaml
+from mls.engine.run import Run, run_folder
 from mls.errors import UserError
 from mls.files import write_atomically
 from mls.locks import Lock, locked
@@ -41,7 +41,7 @@ def _train_new(config: Config, quiet: bool, create: Callable[[], Run]) -> Run:
     from mls import distributed
     from mls.engine.trainer import Trainer
 
-    process = distributed.start(config.engine.device)
+    process = distributed.start(config.engine.device, config.engine.timeout_minutes)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
     created = Run(Path(distributed.on_main(lambda: str(create().path))))
     if process.main:  # of a branch it has another name
@@ -66,7 +66,7 @@ def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool 
     from mls.engine.trainer import Trainer
 
     config = load_config(opened.path / "config.yaml", overrides)
-    process = distributed.start(config.engine.device)
+    process = distributed.start(config.engine.device, config.engine.timeout_minutes)
     with _alone(opened) as lock:
 
         def prepare() -> bool:
@@ -109,7 +109,7 @@ def _alone(run: Run) -> Iterator[Lock | None]:
 def finish(config: Config, quiet: bool = False) -> Run:
     """The finished run of a configuration with a name: trained now, resumed, or found finished in its folder."""
     assert config.run.name is not None
-    folder = runs_root(config) / config.run.name
+    folder = run_folder(config)
     return run(folder, quiet) if (folder / "config.yaml").is_file() else pretrain(config, quiet)
 
 

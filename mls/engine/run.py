@@ -16,7 +16,7 @@ from typing import Any
 
 from mls.config import Config, differences, runs_root, to_yaml
 from mls.errors import CheckpointError, UserError, command
-from mls.files import runs_folder, sync_folder, write_atomically
+from mls.files import file_name, runs_folder, sync_folder, write_atomically
 from mls.locks import locked
 from mls.monitor.log import read_metrics
 from mls.recipes import load_config
@@ -86,8 +86,8 @@ class Run:
     def create(cls, config: Config, fill: Callable[[Path], None] = lambda folder: None) -> Run:
         """A new run folder, into which `fill` may write more. It is made under another name and then renamed: a kill
         leaves no name that is taken and holds no run."""
-        root = runs_root(config)
-        path = root / (config.run.name or _fresh_name(config))
+        path = run_folder(config)
+        root = path.parent
         try:
             root.mkdir(parents=True, exist_ok=True)
             if not os.access(root, os.W_OK):
@@ -121,6 +121,12 @@ class Run:
         raise UserError(f"{tried} is not a run folder (it has no config.yaml): give the folder that a run printed")
 
 
+def run_folder(config: Config, fresh: str = "") -> Path:
+    """Where the run of a configuration lies, or will; without a name of its own under a `fresh` one."""
+    name = config.run.name if config.run.name is not None else fresh or _fresh_name(config)
+    return runs_root(config) / file_name(name, "run.name")
+
+
 @contextlib.contextmanager
 def _making(root: Path) -> Iterator[Path]:
     """A name in this folder for a run that is not whole. One process at a time uses it: what is there was left by one
@@ -150,7 +156,7 @@ def _fresh_name(config: Config) -> str:
 FREE = ("run.name", "run.root", "run.recipe", "data.root", "data.annotations", "data.workers", "data.max_unreadable")
 FREE += ("engine.device", "engine.threads", "engine.checkpoint_every", "engine.checkpoint_minutes")
 FREE += ("engine.keep_last", "engine.milestone_epochs", "engine.max_steps", "engine.max_bad_steps", "engine.compile")
-FREE += ("dictionary.sharded", "run.plugins")
+FREE += ("dictionary.sharded", "run.plugins", "engine.timeout_minutes", "engine.deterministic")
 
 
 def refuse_another_configuration(stored: Config, now: Config, run: Run, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from typing import Any
 
@@ -49,6 +50,10 @@ class Trainer:
     ) -> None:
         if config.engine.threads:
             torch.set_num_threads(config.engine.threads)
+        if config.engine.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
         precision = precision_on(process.device, config.engine.precision)
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
         self.precision, self.lock = precision, lock

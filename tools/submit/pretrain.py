@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def pretrain(
 
         mls submit pretrain --resume runs/mls_scenes_tiny-20260101-120000-1a2b
     """
-    from mls.config import runs_root
+    from mls.engine.run import run_folder
     from mls.recipes import load_config, recipes
     from mls.slurm import job_spec
     from mls.slurm import submit as launch
@@ -81,7 +82,7 @@ def pretrain(
     if rehearse is not None:
         return _rehearse(rehearse, positional, wanted)
     cells = combinations(sweep or [])
-    named = [f"run.name={name}"] if name else []
+    named = [] if name is None else [f"run.name={json.dumps(name)}"]
     config = load_config(positional[0], [*positional[1:], *named])
     for cell in cells:
         load_config(positional[0], [*positional[1:], *cell])  # a mistake is told before anything is made
@@ -90,7 +91,7 @@ def pretrain(
 
         load_suite(suite)
     if dry_run:
-        folder = runs_root(config).absolute() / (config.run.name or f"{config.run.recipe}-DATE-HASH")
+        folder = run_folder(config, fresh=f"{config.run.recipe}-DATE-HASH").absolute()
         made = job_spec.create_pretraining(folder, folder / "submission", cluster)
         print(launch.sbatch_script(made, wanted, folder.name, len(cells)), end="")
         return
@@ -142,7 +143,8 @@ def _branch(run: str, step: int, overrides: Sequence[str], name: str | None) -> 
     from mls.engine import Run
     from mls.engine.branch import create_branch
 
-    return str(create_branch(Run.open(run), step, [*overrides, *([f"run.name={name}"] if name else [])]).path)
+    named = [] if name is None else [f"run.name={json.dumps(name)}"]
+    return str(create_branch(Run.open(run), step, [*overrides, *named]).path)
 
 
 def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:
