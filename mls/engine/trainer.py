@@ -48,12 +48,7 @@ class Trainer:
     def __init__(
         self, config: Config, run: Run, process: Process, quiet: bool = False, lock: Lock | None = None
     ) -> None:
-        if config.engine.threads:
-            torch.set_num_threads(config.engine.threads)
-        if config.engine.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
+        _compute_as(config.engine)
         precision = precision_on(process.device, config.engine.precision)
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
         self.precision, self.lock = precision, lock
@@ -435,3 +430,12 @@ def method_state(state: dict[str, Any]) -> dict[str, Any]:
     if "dictionary" in state:
         return {**state["method"], "_extra_state": {"dictionary": state["dictionary"]}}
     return state["method"]
+
+
+def _compute_as(config: EngineConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
