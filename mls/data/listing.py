@@ -86,6 +86,8 @@ class FileSource:
         limit: int | None = None,
     ) -> None:
         self.name, self.class_names = name, class_names
+        if wrong := next((path for path in paths if b"\0" in path), None):
+            raise DataError(f"{name} names an image {printable(wrong)}, which no file is called: correct its list")
         self._root = os.fsencode(root)
         self._paths = Names.of(paths[:limit])
         self.pairs = pairs

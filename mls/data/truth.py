@@ -16,28 +16,28 @@ from jaxtyping import Float
 from mls.data.listing import printable, show
 from mls.errors import DataError
 
-LEFT_OUT = "left out of training and test, which say so"
+LEFT_OUT = "left out; a run says so at its start"
 KINDS = {  # of an entry: what is done with it
     "malformed": LEFT_OUT,
     "not finite": LEFT_OUT,
     "negative size": LEFT_OUT,
     "outside": LEFT_OUT,
-    "overhanging": f"{LEFT_OUT}; where pretraining is measured, cut at the edge",
+    "overhanging": f"{LEFT_OUT}, and in pretraining cut at the edge",
     "area": LEFT_OUT,
-    "image size": f"{LEFT_OUT}, with the image's objects",
-    "duplicate id": f"all but the first are {LEFT_OUT}",
-    "duplicate image": f"all but the first are {LEFT_OUT}",
+    "image size": f"the image and its objects {LEFT_OUT}",
+    "duplicate id": f"all but the first {LEFT_OUT}",
+    "duplicate image": f"all but the first {LEFT_OUT}",
     "unknown image": LEFT_OUT,
     "unknown class": LEFT_OUT,
     "broken mask": LEFT_OUT,
-    "no area": f"{LEFT_OUT}; detectron2 leaves them out as well",
+    "no area": f"{LEFT_OUT}, as detectron2 does",
 }
 AS_DETECTRON2 = ("no area", "unknown image")  # its reader leaves these out, too
 FOR_CLASSES = ("no area", "overhanging")  # kinds that say nothing against the class of an object
 SLACK = 2.0  # pixels that a box may be larger than its image: published files round
 LARGEST = 100_000  # pixels of a side: more is no image
 MOST = 0.1  # share of the entries; with more the file follows another convention than the reader
-SHOWN = 2  # examples of a kind in a sentence
+SHOWN = 1  # examples of a kind in a sentence
 
 
 @dataclass
@@ -127,7 +127,7 @@ def coco_truth(content: Any, file: Path, for_classes: bool = False) -> CocoTruth
         if not kind or (for_classes and kind in FOR_CLASSES):
             whole.append(one)
         else:
-            odd.note(kind, entry_name(one, images), f"bbox {str(one['bbox'])[:60]}")
+            odd.note(kind, entry_name(one, images), f"bbox {', '.join(f'{value:g}' for value in one['bbox'])}")
     odd.refuse_most()
     return CocoTruth(images, names, whole, odd)
 
