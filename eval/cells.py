@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import zip_longest
@@ -38,7 +38,7 @@ from mls.eval.training import Training
 from mls.eval.weights import Weights, read
 from mls.files import runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
-from mls.locks import locked
+from mls.locks import Lock, locked
 from mls.recipes import load_config
 from mls.results import Results
 
@@ -123,16 +123,31 @@ class Cell(ABC):
     def finish(self, root: Path, keep: bool = False, quiet: bool = False, again: bool = False) -> Measured:
         """Its numbers, from the store where they are there already, unless they shall be measured `again`."""
         cell = self.ready(root, quiet)
-        folder = cell.folder(root)
-        known = None if again else cell.stored(root)
-        if known and (not keep or cell.keeps(folder)):
+        known = None if again else cell.known(root, keep)
+        if known is not None:
             return known
-        outcome = cell.measure(folder, quiet)
+        with _alone(root, cell.name) as lock:
+            known = None if again else cell.known(root, keep)  # another process may have measured it meanwhile
+            return known or cell.measured(root, keep, quiet, lock)
+
+    def known(self, root: Path, keep: bool) -> Measured | None:
+        """The stored numbers, where they are all that is wanted. Of several processes one reads them."""
+
+        def look() -> Measured | None:
+            found = self.stored(root)
+            return found if found and (not keep or self.keeps(self.folder(root))) else None
+
+        return distributed.on_main(look)
+
+    def measured(self, root: Path, keep: bool, quiet: bool, lock: Lock | None) -> Measured:
+        """The numbers, measured and stored."""
+        folder = self.folder(root)
+        outcome = self.measure(folder, quiet)
         row = {
-            "seed": cell.seed,
-            **cell.facts(),
-            "cell": cell.key,
-            "run": cell.name,
+            "seed": self.seed,
+            **self.facts(),
+            "cell": self.key,
+            "run": self.name,
             "selection": outcome.selection,
             "validation": outcome.validation,
             "duration": round(outcome.seconds, 1),
@@ -140,12 +155,29 @@ class Cell(ABC):
             "metrics": len(outcome.values),
         }
         if distributed.rank() == 0:  # all processes have the same numbers
+            if lock is not None:
+                lock.check()
             Results(root / "results.jsonl").add_all(
-                [{"metric": f"{cell.dataset}/{name}", "value": value, **row} for name, value in outcome.values.items()]
+                [{"metric": f"{self.dataset}/{name}", "value": value, **row} for name, value in outcome.values.items()]
             )
-            cell.tidy(folder, outcome, keep)
+            self.tidy(folder, outcome, keep)
         distributed.barrier()
         return Measured(outcome.values, row)
+
+
+@contextlib.contextmanager
+def _alone(root: Path, name: str) -> Iterator[Lock | None]:
+    """Another process that wants the same cell waits for its numbers. One of several processes cannot: the others
+    would take it for lost. So a second such job is refused."""
+    if distributed.world() < int(os.environ.get("WORLD_SIZE", 1)):  # engine.run starts them, and has a lock of its own
+        yield None
+        return
+    held: list[Lock] = []
+    root.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        waiting = locked(root / f".{name}.lock", f"{name} is being measured", wait=distributed.world() == 1)
+        distributed.on_main(lambda: held.append(stack.enter_context(waiting)))
+        yield held[0] if held else None
 
 
 def over_seeds(rows: Mapping[str, Sequence[Cell]], root: Path, again: bool = False) -> dict[str, list[Measured]]:

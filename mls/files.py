@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mls.errors import UserError
 
-# What to do about a full disk while a checkpoint is written; other files bring their own words.
+# What to do about a full disk.
+AGAIN = "free some, and run the same command again"
 CHECKPOINTS_FULL = "free some, or lower engine.keep_last; what was saved before is whole, and "
 CHECKPOINTS_FULL += "`mls pretrain --resume` goes on from there"
 
 
 @contextmanager
-def atomic_file(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, disk_full: str = AGAIN) -> Iterator[BinaryIO]:
     """Open `path` for writing; it appears, whole, when the block ends without an error. `disk_full` says what to do
     where there is no space left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -37,10 +39,12 @@ def atomic_file(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[Binar
 
 
 @contextmanager
-def telling_disk_errors(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[None]:
+def telling_disk_errors(path: Path, disk_full: str = AGAIN) -> Iterator[None]:
     """What goes wrong while `path` is written becomes one sentence."""
     try:
         yield
+    except UserError:  # says already what went wrong, and may have met an error of the system on the way
+        raise
     except BaseException as error:
         reason = _os_error(error)
         if reason is not None:
@@ -48,8 +52,8 @@ def telling_disk_errors(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterat
         raise
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    with atomic_file(path) as file:
+def write_atomically(path: Path, data: bytes, disk_full: str = AGAIN) -> None:
+    with atomic_file(path, disk_full) as file:
         file.write(data)
 
 
@@ -67,6 +71,25 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+CHECK = "check"
+
+
+def checked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of plain values with a check of its own, a hash of all its other fields, as its last field.
+
+    >>> checked({"value": 0.5})
+    {'value': 0.5, 'check': '863c69ab5bb5'}
+    """
+    fields = {key: value for key, value in record.items() if key != CHECK}
+    return fields | {CHECK: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]}
+
+
+def changed(record: Mapping[str, Any]) -> bool:
+    """Whether a record is not the one that was written. Of one without a check, as version 0.1 wrote it, nobody
+    knows."""
+    return CHECK in record and record[CHECK] != checked(record)[CHECK]
 
 
 def runs_folder() -> Path:
@@ -95,8 +118,10 @@ def slug(name: str) -> str:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind an error: torch.save hides a full disk behind one of its own."""
+    """The system's error behind an error: torch.save and safetensors hide a full disk behind one of their own."""
     while error is not None and not isinstance(error, OSError):
+        if of_rust := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(of_rust[1]), os.strerror(int(of_rust[1])))
         error = error.__cause__ or error.__context__
     return error
 

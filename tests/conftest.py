@@ -85,10 +85,13 @@ def registries_as_before() -> Iterator[None]:
 Ran = subprocess.CompletedProcess[str]
 
 
-def started(*arguments: str, folder: Path | None = None, script: Path | None = None, processes: int = 1, **more: str):
+def started(
+    *arguments: object, folder: Path | None = None, script: Path | None = None, processes: int = 1, **more: str
+) -> list[commands.Command]:
+    words = [str(argument) for argument in ([script, *arguments] if script else arguments)]
     environment = {"MLS_RUNS": os.environ.get("MLS_RUNS"), **more}
-    place = folder or Path.cwd()
-    return commands.start(place, *arguments, environment=environment, script=script, processes=processes)
+    call = commands.call_script if script else None
+    return commands.start(folder or Path.cwd(), *words, call=call, environment=environment, processes=processes)
 
 
 @pytest.fixture

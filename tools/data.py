@@ -32,7 +32,7 @@ def check(
 ) -> None:
     """Decode every image once and say what is odd, and what the loader does with it. Nothing is changed.
 
-    Exit code 0 if every image can be read, else 2.
+    Exit code 0 if every image can be read and every shard is what was written, else 2.
 
     Examples:
 
@@ -51,8 +51,12 @@ def check(
         print(json.dumps({"images": report.images, "unreadable": report.unreadable, "found": report.found}, indent=1))
     else:
         _show(images.name, report)
-    if report.unreadable:
-        raise DataError(f"{report.unreadable} of {report.images} images cannot be read: repair or remove them")
+    broken = [f"{report.unreadable} of {report.images} images cannot be read: repair or remove them"] * (
+        report.unreadable > 0
+    )
+    broken += [f"damaged or changed shards: {report.shards}: pack or download them again"] * (report.shards > 0)
+    if broken:
+        raise DataError("; ".join(broken))
 
 
 @app.command()

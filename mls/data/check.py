@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from mls.data import Source
 from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.loader import in_workers
+from mls.data.tar import TarSource
 from mls.errors import reason
 
 REPLACED = "another image takes its place, and the run lists it in unreadable.txt"
@@ -31,7 +32,10 @@ KINDS = {  # kind of file: what the loader does with it
     "animated": "the first frame is used",
     "rotated": "turned upright by its EXIF orientation",
     "other suffix": "decoded as what it is, whatever its name says",
+    "damaged shard": "the images that can be found are used, with a warning",
+    "changed shard": f"of an image that is not as it was packed: {REPLACED}",
 }
+SHARDS = ("damaged shard", "changed shard")
 UNREADABLE = ("empty", "no image", "truncated", "too large", "unreadable")
 LARGE = 50_000_000  # pixels: 150 MB in memory, in every worker
 CHUNK = 64  # images that a worker inspects before it reports
@@ -51,9 +55,13 @@ class Report:
     def unreadable(self) -> int:
         return sum(len(self.found.get(kind, ())) for kind in UNREADABLE)
 
+    @property
+    def shards(self) -> int:
+        return sum(len(self.found.get(kind, ())) for kind in SHARDS)
+
 
 def check(source: Source, workers: int = 0, progress: Progress = lambda done: None) -> Report:
-    """Decode every image once."""
+    """Decode every image once, and read every shard."""
     report = Report(len(source))
     done = 0
     for findings in in_workers(_Chunks(source), workers):
@@ -61,6 +69,8 @@ def check(source: Source, workers: int = 0, progress: Progress = lambda done: No
             report.found.setdefault(kind, []).append((image, detail))
         done = min(done + CHUNK, len(source))
         progress(done)
+    for kind, shard, detail in source.odd_shards() if isinstance(source, TarSource) else ():
+        report.found.setdefault(kind, []).append((shard, detail))
     return report
 
 

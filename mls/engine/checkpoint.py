@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 
 from mls.errors import CheckpointError, refusal
-from mls.files import atomic_file, telling_disk_errors
+from mls.files import CHECKPOINTS_FULL, atomic_file, telling_disk_errors
 from mls.signals import SIGNALS
 
 PATTERN = re.compile(r"step-(\d{8})\.pt$")
@@ -40,9 +40,9 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}.pt"
 
     def save(self, step: int, state: dict[str, Any], milestone: bool = False, prune: bool = True) -> Path:
-        with telling_disk_errors(self.folder):
+        with telling_disk_errors(self.folder, CHECKPOINTS_FULL):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.path(step)) as file:
+        with atomic_file(self.path(step), CHECKPOINTS_FULL) as file:
             hashing = HashingFile(file)
             torch.save({**state, "sealed": True}, hashing)  # type: ignore[arg-type]  # it only writes and flushes
             card = {"sha256": hashing.sha256.hexdigest(), "milestone": milestone}

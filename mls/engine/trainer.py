@@ -28,7 +28,7 @@ from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
 from mls.engine.session import Saving, Session
 from mls.errors import CheckpointError, DataError, DivergedError, Stopped, command
-from mls.files import write_atomically
+from mls.files import CHECKPOINTS_FULL, write_atomically
 from mls.locks import Lock
 from mls.models import Encoder, save_backbone
 from mls.models.momentum import HALF, precision_on
@@ -189,7 +189,7 @@ class Trainer:
         if last < self.total:
             raise Stopped(self.session.farewell(f"engine.max_steps={last} is reached"), 0)
         if self.process.main:
-            write_atomically(self.run.path / "DONE", f"{self.step} steps\n".encode())
+            write_atomically(self.run.path / "DONE", f"{self.step} steps\n".encode(), CHECKPOINTS_FULL)
         distributed.barrier()
 
     # ------------------------------------------------------------------------------------------------ one step's parts

@@ -27,6 +27,7 @@ from mls.data.loader import in_workers
 from mls.errors import DataError, Stopped, UserError, reason
 from mls.files import cache_folder, telling_disk_errors, write_atomically
 from mls.locks import locked
+from mls.models.finite import finite
 from mls.progress import counting
 from mls.signals import StopFlag
 
@@ -68,7 +69,7 @@ def embed_batches(
     backbone.eval().to(device)
     try:
         for images in in_workers(WholeImages(source, ids, config.size, batch), workers):
-            yield backbone(normalise(images, config, device)).float().cpu()
+            yield finite(backbone(normalise(images, config, device)).float().cpu(), f"the features of {source.name}")
     finally:
         backbone.train(training)
 
@@ -166,8 +167,10 @@ def _whole_blocks(folder: Path, count: int) -> tuple[int, list[str]]:
             if file.read(len(header)) == header:
                 for wanted in index["blocks"]:
                     rows = min(BLOCK, count - len(whole) * BLOCK)
-                    if hashlib.sha256(file.read(4 * rows * dim)).hexdigest() != wanted:
+                    block = file.read(4 * rows * dim)
+                    if hashlib.sha256(block).hexdigest() != wanted:
                         break
+                    finite(torch.frombuffer(bytearray(block), dtype=torch.float32))  # version 0.1 stored any
                     whole.append(wanted)
     except (OSError, ValueError, KeyError, TypeError):
         return 0, []
@@ -178,7 +181,7 @@ def _in_blocks(batches: Iterator[Tensor]) -> Iterator[Float[np.ndarray, "rows di
     """The same rows, BLOCK at a time; the last block may be smaller."""
     waiting: list[Tensor] = []
     for batch in batches:
-        waiting.append(batch.detach().float().cpu())
+        waiting.append(finite(batch.detach().float().cpu()))
         if sum(map(len, waiting)) >= BLOCK:
             *blocks, rest = torch.cat(waiting).split(BLOCK)
             if len(rest) == BLOCK:

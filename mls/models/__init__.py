@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError, unknown_name
-from mls.files import write_atomically
+from mls.files import CHECKPOINTS_FULL, write_atomically
 from mls.models import backbones, foreign, pretrained
 from mls.models.backbones import Backbone
+from mls.models.finite import refuse_non_finite
 from mls.models.heads import projection_head
 from mls.models.momentum import Encoder, EncoderPair, Precision
 from mls.recipes import load_config
@@ -91,8 +92,8 @@ def save_backbone(
         "mean": list(augment.mean),
         "std": list(augment.std),
     }
-    write_atomically(folder / "backbone.safetensors", save(state))
-    write_atomically(folder / "backbone.json", json.dumps(facts, indent=2).encode())
+    write_atomically(folder / "backbone.safetensors", save(state), CHECKPOINTS_FULL)
+    write_atomically(folder / "backbone.json", json.dumps(facts, indent=2).encode(), CHECKPOINTS_FULL)
 
 
 def load_backbone(weights: str | Path, architecture: str | None = None, prefix: str | None = None) -> Backbone:
@@ -112,7 +113,9 @@ def load_backbone(weights: str | Path, architecture: str | None = None, prefix: 
     128
     """
     path = weights_file(weights)
-    return (_by_name(str(weights)) if path is None else _from_file(path, architecture, prefix)).eval()
+    backbone = (_by_name(str(weights)) if path is None else _from_file(path, architecture, prefix)).eval()
+    refuse_non_finite(backbone, str(weights))
+    return backbone
 
 
 def _by_name(name: str) -> Backbone:

@@ -15,6 +15,7 @@ from mls.errors import ConfigError
 from mls.files import telling_disk_errors, write_atomically
 
 DISK_FULL = "free some, and `mls pretrain --resume` goes on"
+LARGEST_STEP, LARGEST = 1 << 53, 1e300  # what is read: beyond them sums and differences overflow
 
 
 class MetricsLog:
@@ -80,14 +81,27 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; one that was torn by a power cut is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_bytes().splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+    """All rows; a last line torn by a power cut is left out."""
+    return rows_and_odd_lines(path)[0]
+
+
+def rows_and_odd_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """All rows, and the numbers of the lines that hold none. What is no number is None, as the log writes it."""
+    rows: list[dict[str, Any]] = []
+    odd: list[int] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
+        try:
+            row = json.loads(line)
+            if not all(type(row[name]) is int and 0 <= row[name] < LARGEST_STEP for name in ("step", "epoch")):
+                raise ValueError
+            rows.append({name: value if _is_number(value) else None for name, value in row.items()})
+        except (ValueError, RecursionError, TypeError, KeyError):
+            odd.append(number)
+    return rows, odd
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST  # NaN is not smaller
 
 
 def _other_loggers(folder: Path, config: MonitorConfig, run_name: str, settings: Mapping[str, Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-CHAPTERS = ("kills", "checkpoints")
+CHAPTERS = ("kills", "checkpoints", "shards", "stores", "evaluations")
 
 
 @dataclass(frozen=True)
