@@ -151,7 +151,7 @@ def bit_of_features(folder: Path, number: int) -> str:
     return unless_same_features(folder)
 
 
-@fault("NaN or infinity in features or weights, at every reader", tries=120, quick=24)
+@fault("NaN or infinity in features or weights, at every reader", tries=140, quick=14)
 def not_finite(folder: Path, number: int) -> str:
     import torch
 
