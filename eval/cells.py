@@ -36,12 +36,13 @@ from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
 from mls.eval.weights import Weights, read
-from mls.files import runs_folder, write_atomically
+from mls.files import file_name, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
 from mls.locks import Lock, locked
 from mls.recipes import load_config
 from mls.results import Results
 
+FREE_AND_YOUNGER = ("timeout_minutes", "deterministic")  # keys of engine.* that change no number
 YOUNGER = {"info_nce_weight", "windows", "regions"}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
@@ -111,7 +112,7 @@ class Cell(ABC):
         return Measured(values, found.row, stored_before=True)
 
     def folder(self, root: Path) -> Path:
-        return root / "eval" / self.name
+        return root / "eval" / file_name(self.name, "the name of the evaluation")
 
     def keeps(self, folder: Path) -> bool:
         """Whether the folder holds what was trained, for those who want more than numbers."""
@@ -395,6 +396,8 @@ def config_hash(config: Config) -> str:
     file lies does not count: what is chosen from it has its name in other keys. Nor does a key that is younger than
     stored results, at its default."""
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
+    for key in FREE_AND_YOUNGER:
+        del values["engine"][key]
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:

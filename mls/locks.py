@@ -82,20 +82,17 @@ class Lock:
 
     def __init__(self, path: Path, words: str, file: BinaryIO) -> None:
         self.path, self.words, self.file, self.pid = path, words, file, os.getpid()
-        self.lost = False  # has another process been seen to hold it?
         self._released = threading.Event()
         threading.Thread(target=self._beat, name=f"lock {path}", daemon=True).start()
 
     def check(self) -> None:
         """To be asked before something is written that the next holder would miss or meet."""
         with telling_disk_errors(self.path):
-            self.lost = self.lost or not _is_at(self.file, self.path)
-        if self.lost:
-            with contextlib.suppress(OSError), open(self.path, "rb") as file:
-                raise UserError(f"{self.words} by another by now, {Holder.of(file)}: this process stops")
-            raise UserError(
-                f"{self.path} was deleted while {self.words}: this process stops, as another may have begun"
-            )
+            if _is_at(self.file, self.path):
+                return
+        with contextlib.suppress(OSError), open(self.path, "rb") as file:
+            raise UserError(f"{self.words} by another by now, {Holder.of(file)}: this process stops")
+        raise UserError(f"{self.path} was deleted while {self.words}: this process stops, as another may have begun")
 
     def release(self) -> None:
         self._released.set()
@@ -108,7 +105,6 @@ class Lock:
         while not self._released.wait(BEAT):
             with contextlib.suppress(OSError, ValueError):  # the next one may succeed; a closed file is released
                 os.utime(self.file.fileno())
-                self.lost = self.lost or not _is_at(self.file, self.path)
 
 
 @contextlib.contextmanager
@@ -163,7 +159,8 @@ class _Claim:
                 os.link(self.own, self.path)
                 return True
             except FileExistsError:
-                pass
+                if _is_at(self.mine, self.path):  # a network file system may repeat a request that it has granted
+                    return True
             except FileNotFoundError:  # the own file was taken for a dead process'
                 return False
             except OSError:  # a file system without links

@@ -13,7 +13,8 @@ import typer
 
 import mls
 from mls import plugins
-from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
+from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError, of_the_machine
+from mls.signals import end_data_workers
 from mls.tools import (
     bench,
     box,
@@ -31,6 +32,7 @@ from mls.tools import (
     results,
     scenes,
     submit,
+    verify_resume,
 )
 
 app = typer.Typer(
@@ -56,6 +58,7 @@ COMMANDS = {
     "cancel": jobs.cancel,
     "export": export.export,
     "verify-export": export.verify_export,
+    "verify-resume": verify_resume.verify_resume,
     "doctor": doctor.doctor,
 }
 for name, command in COMMANDS.items():
@@ -128,20 +131,29 @@ def _call() -> None:
             app()  # exits by itself, Ctrl-C included, unless one of our errors ends it
         finally:
             sys.stdout.flush()  # a reader that is gone is met here, not while Python shuts down
+    except BrokenPipeError:  # `mls config FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(1)  # as typer does where it meets the broken pipe first
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0 and str(stopped):
             print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except UserError as mistake:
-        rank = int(os.environ.get("RANK", 0))  # several processes may make the same mistake: say whose it is
-        print(f"{f'[rank {rank}] ' if rank else ''}error: {mistake}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
+        _tell(mistake)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # `mls config FILE | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        sys.exit(1)  # as typer does where it meets the broken pipe first
+    except Exception as error:
+        if (mistake := of_the_machine(error)) is None:
+            raise
+        _tell(mistake)
+
+
+def _tell(mistake: UserError) -> None:
+    rank = int(os.environ.get("RANK", 0))  # several processes may make the same mistake: say whose it is
+    print(f"{f'[rank {rank}] ' if rank else ''}error: {mistake}", file=sys.stderr)
+    end_data_workers()
+    sys.exit(EXIT_MISTAKE)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 
@@ -42,7 +43,7 @@ def pretrain(
         mls pretrain --resume runs/first --from-step 4000 optim.lr=0.003 --name second
     """
     positional = list(arguments or [])
-    named = [f"run.name={name}"] if name else []
+    named = [] if name is None else [f"run.name={json.dumps(name)}"]  # as it is: 010 is no number here
     if resume is None and (not positional or "=" in positional[0]):
         from mls.recipes import recipes
 

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from mls import distributed
 from mls.data.crops import UnreadableImage
-from mls.data.loader import already_collated, worker_count
+from mls.data.loader import already_collated, made, worker_count
 from mls.errors import DataError, UserError, reason
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import VOID, RegionImages
@@ -55,7 +55,8 @@ def region_view(
     """mmsegmentation's order: scaled by a random factor, cropped, flipped, colour-jittered. Smaller than the crop size
     if the scaled image is."""
     draws = np.random.default_rng(seed)
-    pixels, labels = images.pixels(row), images.labels(row)
+    pixels = images.pixels(row)
+    labels = images.labels_for(row, pixels.shape[1:])
     size = fitting(pixels, data.resize, draws.uniform(*data.ratio))
     pixels = tv.resize(pixels, list(size), antialias=False)
     labels = F.interpolate(labels[None, None], size)[0, 0]
@@ -132,10 +133,7 @@ def training_batches(
     images: ObjectImages | RegionImages, data: DenseData, batch_size: int, seed: int, first: int, last: int
 ) -> Iterator[list[tuple[Image, Any]]]:
     """This process' share of the batches of the steps `first` to `last`."""
-    for batch in training_loader(TrainingViews(images, data, seed), batch_size, first, last):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    return made(training_loader(TrainingViews(images, data, seed), batch_size, first, last))
 
 
 def training_loader(views: TrainingViews, batch_size: int, first: int, last: int) -> DataLoader[Any]:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mls.config import Config, runs_root, to_yaml
-from mls.engine.run import Run
+from mls.config import Config, to_yaml
+from mls.engine.run import Run, run_folder
 from mls.errors import UserError
 from mls.files import write_atomically
 from mls.locks import Lock, locked
@@ -24,31 +24,32 @@ WRITTEN = ("config.yaml", "metrics.jsonl", "backbone.*", "DONE")  # of which kil
 
 def pretrain(config: Config, quiet: bool = False) -> Run:
     """Train from scratch in a new run folder. Under torchrun every process calls this."""
-    return _train_new(config, quiet)
+    return _train_new(config, quiet, lambda: Run.create(config))
 
 
 def branch(folder: str | Path | Run, step: int, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
     """Train a new run from a step of another one, with overrides that may change the result: `run.name` (by default
     the other's name and the step) is its name. Its folder holds both configurations."""
-    from mls.engine.branch import branch_config, write_branch
+    from mls.engine.branch import create_branch
 
     parent = folder if isinstance(folder, Run) else Run.open(folder)
-    config = branch_config(parent, step, overrides)
-    return _train_new(config, quiet, lambda new: write_branch(new, parent, step, config))
+    config = load_config(parent.path / "config.yaml", overrides)
+    return _train_new(config, quiet, lambda: create_branch(parent, step, overrides))
 
 
-def _train_new(config: Config, quiet: bool, fill: Callable[[Path], None] = lambda folder: None) -> Run:
+def _train_new(config: Config, quiet: bool, create: Callable[[], Run]) -> Run:
     from mls import distributed
     from mls.engine.trainer import Trainer
 
-    process = distributed.start(config.engine.device)
+    process = distributed.start(config.engine.device, config.engine.timeout_minutes)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
-    created = Run(Path(distributed.on_main(lambda: str(Run.create(config, fill).path))))
-    with contextlib.ExitStack() as stack:
+    created = Run(Path(distributed.on_main(lambda: str(create().path))))
+    if process.main:  # of a branch it has another name
+        config = created.config
+    with _alone(created) as lock:
         try:
-            trainer = Trainer(config, created, process, quiet, stack.enter_context(_alone(created)))
+            trainer = Trainer(config, created, process, quiet, lock)
         except UserError:
-            stack.close()
             if process.main:  # nothing was trained: leave no folder behind that is no run
                 created.remove()
             raise
@@ -65,7 +66,7 @@ def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool 
     from mls.engine.trainer import Trainer
 
     config = load_config(opened.path / "config.yaml", overrides)
-    process = distributed.start(config.engine.device)
+    process = distributed.start(config.engine.device, config.engine.timeout_minutes)
     with _alone(opened) as lock:
 
         def prepare() -> bool:
@@ -108,7 +109,7 @@ def _alone(run: Run) -> Iterator[Lock | None]:
 def finish(config: Config, quiet: bool = False) -> Run:
     """The finished run of a configuration with a name: trained now, resumed, or found finished in its folder."""
     assert config.run.name is not None
-    folder = runs_root(config) / config.run.name
+    folder = run_folder(config)
     return run(folder, quiet) if (folder / "config.yaml").is_file() else pretrain(config, quiet)
 
 

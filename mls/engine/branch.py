@@ -15,17 +15,17 @@ from mls.files import write_atomically
 from mls.recipes import load_config
 
 
-def branch_config(parent: Run, step: int, overrides: Sequence[str]) -> Config:
-    """The parent's configuration with these overrides: beside the parent, and named after it, unless they say else."""
+def create_branch(parent: Run, step: int, overrides: Sequence[str] = ()) -> Run:
+    """The new run, not trained yet: beside its parent and named after it, unless the overrides say else. It begins with
+    the parent's state and metrics up to this step; `parent.yaml` is the parent's configuration."""
     config = load_config(parent.path / "config.yaml", overrides)
     set_here = {override.partition("=")[0] for override in overrides}
     own = {"name": f"{parent.name}-from-{step}", "root": str(parent.path.parent)}
-    return replace(config, run=replace(config.run, **{key: own[key] for key in own if f"run.{key}" not in set_here}))
+    config = replace(config, run=replace(config.run, **{key: own[key] for key in own if f"run.{key}" not in set_here}))
+    return Run.create(config, lambda folder: _fill(folder, parent, step, config))
 
 
-def write_branch(folder: Path, parent: Run, step: int, config: Config) -> None:
-    """Fill the new run's folder: the parent's state and metrics up to this step, and the parent's configuration as
-    `parent.yaml`."""
+def _fill(folder: Path, parent: Run, step: int, config: Config) -> None:
     steps = Checkpoints(parent.checkpoints, 1).steps()
     if step not in steps:
         kept = ", ".join(map(str, steps)) or "none"

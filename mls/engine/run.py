@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 from mls.config import Config, differences, runs_root, to_yaml
 from mls.errors import CheckpointError, UserError, command
-from mls.files import runs_folder, sync_folder, write_atomically
+from mls.files import file_name, runs_folder, sync_folder, write_atomically
 from mls.locks import locked
 from mls.monitor.log import read_metrics
 from mls.recipes import load_config
@@ -56,15 +57,20 @@ class Run:
         words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes]
         return command("mls pretrain --resume", self.path, "--from-step", step, *words)
 
+    @property
+    def last_saved(self) -> int:
+        """The step of the last checkpoint that was written, by the events; 0: none."""
+        saved = [row.get("step", 0) for row in read_metrics(self.path / "events.jsonl") if row.get("event") == "save"]
+        return saved[-1] if saved else 0
+
     def refuse_lost_checkpoints(self) -> None:
         """Refuse to train from the first step what was saved before: its files would be written over."""
         if any(self.checkpoints.glob("step-*.pt")):
             return
-        saved = [row.get("step") for row in read_metrics(self.path / "events.jsonl") if row.get("event") == "save"]
         reached = max((row.get("step", 0) for row in self.metrics()), default=0)
         every, signs = self.config.engine.checkpoint_every, []
-        if any(saved):
-            signs.append(f"events.jsonl says that step {saved[-1]} was saved")
+        if self.last_saved:
+            signs.append(f"events.jsonl says that step {self.last_saved} was saved")
         if (self.path / "backbone.safetensors").exists():
             signs.append("backbone.safetensors holds trained weights")
         if reached > 3 * every:  # the third save begins when the second is written
@@ -80,10 +86,12 @@ class Run:
     def create(cls, config: Config, fill: Callable[[Path], None] = lambda folder: None) -> Run:
         """A new run folder, into which `fill` may write more. It is made under another name and then renamed: a kill
         leaves no name that is taken and holds no run."""
-        root = runs_root(config)
-        path = root / (config.run.name or _fresh_name(config))
+        path = run_folder(config)
+        root = path.parent
         try:
             root.mkdir(parents=True, exist_ok=True)
+            if not os.access(root, os.W_OK):
+                raise PermissionError(errno.EACCES, f"{root} cannot be written")
             with _making(root) as making:
                 if path.exists() and not (path.is_dir() and not any(path.iterdir())):
                     raise _exists_already(path)
@@ -111,6 +119,12 @@ class Run:
                 return cls(place)
         tried = next((place for place in places if place.is_dir()), path)
         raise UserError(f"{tried} is not a run folder (it has no config.yaml): give the folder that a run printed")
+
+
+def run_folder(config: Config, fresh: str = "") -> Path:
+    """Where the run of a configuration lies, or will; without a name of its own under a `fresh` one."""
+    name = config.run.name if config.run.name is not None else fresh or _fresh_name(config)
+    return runs_root(config) / file_name(name, "run.name")
 
 
 @contextlib.contextmanager
@@ -142,7 +156,7 @@ def _fresh_name(config: Config) -> str:
 FREE = ("run.name", "run.root", "run.recipe", "data.root", "data.annotations", "data.workers", "data.max_unreadable")
 FREE += ("engine.device", "engine.threads", "engine.checkpoint_every", "engine.checkpoint_minutes")
 FREE += ("engine.keep_last", "engine.milestone_epochs", "engine.max_steps", "engine.max_bad_steps", "engine.compile")
-FREE += ("dictionary.sharded", "run.plugins")
+FREE += ("dictionary.sharded", "run.plugins", "engine.timeout_minutes", "engine.deterministic")
 
 
 def refuse_another_configuration(stored: Config, now: Config, run: Run, step: int) -> None:

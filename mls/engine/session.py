@@ -147,6 +147,11 @@ class Session:
         elif self.main:  # before the training runs
             print(text, file=sys.stderr, flush=True)
 
+    def warn(self, text: str) -> None:
+        """Of what is amiss, also where nobody watches."""
+        self.events.write("warning", step=self.training.step, text=text)
+        self.say(text)
+
     # ------------------------------------------------------------------------------------------------ saving
 
     def save(self, milestone: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mls import distributed
-from mls.config import Config, to_dict
+from mls.config import Config, EngineConfig, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch, Source
@@ -47,8 +48,7 @@ class Trainer:
     def __init__(
         self, config: Config, run: Run, process: Process, quiet: bool = False, lock: Lock | None = None
     ) -> None:
-        if config.engine.threads:
-            torch.set_num_threads(config.engine.threads)
+        _compute_as(config.engine)
         precision = precision_on(process.device, config.engine.precision)
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
         self.precision, self.lock = precision, lock
@@ -177,6 +177,7 @@ class Trainer:
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
                 self.session.say(f"{share}: {remedy(self.source, self.config)}")
             if values:
+                self.refuse_if_another_trains()
                 self.log.write(step, epoch, values)
                 self.session.progress.update(step, epoch, for_people(values))
         every = self.config.engine.milestone_epochs
@@ -260,10 +261,14 @@ class Trainer:
             again = f"from the last step that was saved (kept: {', '.join(map(str, steps))}): {branch}, or {again}"
         return f"lower optim.lr, add optim.warmup_epochs or use engine.precision=fp32, in a new run {again}"
 
-    def refuse_to_save(self, state: dict[str, Any]) -> None:
-        """Nothing is written over by two processes, nor a good checkpoint replaced by one that holds no numbers."""
+    def refuse_if_another_trains(self) -> None:
+        """It may have taken this process for dead, while it was suspended or cut off."""
         if self.lock is not None:
             self.lock.check()
+
+    def refuse_to_save(self, state: dict[str, Any]) -> None:
+        """No good checkpoint is replaced by one that holds no numbers."""
+        self.refuse_if_another_trains()
         broken = list(non_finite({key: state[key] for key in ("method", "optimizer")}))
         if broken:
             raise DivergedError(
@@ -313,6 +318,8 @@ class Trainer:
             f"{self.total} steps, on {self.process.world} × {self.process.device.type} in {self.precision}",
             f"learning rate {scaled:g} ({config.optim.lr:g} per 256 images, batch {config.data.batch_size})",
         ]
+        if odd := getattr(self.source, "odd", None):
+            words.append(f"{odd}; they are left out")
         first = self.step + 1
         self.method.set_progress(first, epoch_of(first, self.steps_per_epoch), self.steps_per_epoch)
         words += self.method.introduction()
@@ -391,6 +398,8 @@ class Trainer:
                     f"the checkpoint of step {state['step']} in {self.run.checkpoints} does not fit the "
                     f"configuration ({reason}): leave networks, memories and groups of parameters as they were"
                 ) from error
+            if self.process.main and self.run.last_saved > self.step:
+                self.session.warn(f"step {self.run.last_saved} was saved and is not there: going on from {self.step}")
         self.decided = self.method.decide((state or {}).get("decided", {}), self.process.device)
 
     @staticmethod
@@ -404,7 +413,7 @@ class Trainer:
         if not self.process.main:
             return
         settings = to_dict(self.config)
-        self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, settings, self.session.say)
+        self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, settings, self.session.warn)
         stack.callback(self.log.close)
         self.log.rewind(self.log_offset)
 
@@ -421,3 +430,12 @@ def method_state(state: dict[str, Any]) -> dict[str, Any]:
     if "dictionary" in state:
         return {**state["method"], "_extra_state": {"dictionary": state["dictionary"]}}
     return state["method"]
+
+
+def _compute_as(config: EngineConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False

@@ -132,8 +132,6 @@ def test_a_living_holder_on_another_machine_is_not_followed_and_whoever_was_is_t
         left_behind(path, host="node8")
         with pytest.raises(UserError, match="held by another by now, process .* on node8"):
             lock.check()
-        time.sleep(0.3)
-        assert lock.lost
     assert path.exists()  # it is another's
 
 

@@ -166,9 +166,10 @@ def poisoned(folder: Path, number: int) -> str:
     except DivergedError:
         pass
     last_good = at - doubtful - 1
-    if store.steps() != [last_good - 1, last_good]:
-        return f"kept are {store.steps()}, the last good ones were {last_good - 1} and {last_good}"
-    return "" if not list(non_finite(store.newest())) else "what is kept is poisoned"
+    kept = [step for step in (last_good - 1, last_good) if step > 0]
+    if store.steps() != kept:
+        return f"kept are {store.steps()}, the last good ones were {kept}"
+    return "" if not list(non_finite(store.newest() or {})) else "what is kept is poisoned"
 
 
 @fault("a learning rate at which pretraining diverges: the advice that it gives trains a new run to its end", tries=6)

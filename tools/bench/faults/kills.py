@@ -14,13 +14,14 @@ from typing import Any
 from mls.tools.bench.faults import fault
 from mls.tools.bench.faults.commands import Command, run
 
-TINY = """mls_scenes_tiny data.scenes.count=256 data.scenes.test_count=64 data.batch_size=16 dictionary.size=64
-objective.k=5 objective.warmup_epochs=0 optim.epochs=1 engine.checkpoint_every=3 monitor.log_every=2
-monitor.health_every=8 monitor.knn_images=64 model.projection=16 engine.threads=1 run.name=run""".split()
+TINY = """mls_scenes_tiny data.scenes.count=96 data.scenes.test_count=32 data.batch_size=8 dictionary.size=32
+objective.k=5 objective.warmup_epochs=0 optim.epochs=1 engine.checkpoint_every=2 monitor.log_every=2
+monitor.health_every=8 monitor.knn_images=32 model.projection=16 engine.threads=1 run.name=run""".split()
+GOLDEN = 0.618034  # its multiples, less their whole parts, lie evenly between 0 and 1, however many they are
 RESUME = ("pretrain", "--resume", "runs/run", "engine.max_steps=null")
 
 
-@fault("kill -9 at a random moment of pretraining, then --resume", tries=100)
+@fault("kill -9 at a random moment of pretraining, then --resume", tries=40)
 def pretraining(folder: Path, number: int) -> str:
     command = Command(folder, "pretrain", *TINY)
     time.sleep(random.Random(number).uniform(0, undisturbed()[1]))
@@ -29,16 +30,16 @@ def pretraining(folder: Path, number: int) -> str:
     return unless_equal(folder)
 
 
-@fault("kill -9 right after a write, fsync, rename or deletion of pretraining, and of its --resume", tries=100)
+@fault("kill -9 right after a write, fsync, rename or deletion of pretraining, and of its --resume", tries=40)
 def pretraining_at_a_change(folder: Path, number: int) -> str:
-    share = number * 0.618034 % 1  # the shares of any number of tries lie evenly
+    share = number * GOLDEN % 1
     run(folder, "pretrain", *TINY, dies_at=1 + int(share * undisturbed()[2]))
     if number % 2 and (folder / "runs" / "run").exists():
         run(folder, *RESUME, dies_at=1 + int(random.Random(number).random() * (1 - share) * undisturbed()[2]))
     return unless_equal(folder)
 
 
-@fault("two --resume at once of a run that was killed", tries=30)
+@fault("two --resume at once of a run that was killed", tries=15)
 def two_resumes(folder: Path, number: int) -> str:
     shutil.copytree(killed(), folder / "runs")
     first = Command(folder, *RESUME)
@@ -93,7 +94,7 @@ def killed() -> Path:
 # ------------------------------------------------------------------------------------------------- one part each, cheap
 
 
-@fault("kill -9 after each single change that saving, exporting and logging make", tries=240, quick=4)
+@fault("kill -9 after each single change that saving, exporting and logging make", tries=250, quick=2)
 def saving(folder: Path, number: int) -> str:
     _, words = run(folder, folder, call=count, dies_at=1 + number % changes_of(count))
     code, words = run(folder, folder, call=count)
@@ -102,13 +103,24 @@ def saving(folder: Path, number: int) -> str:
     return unless_counted(folder)
 
 
-@fault("kill -9 after each single change that making a run folder makes", tries=40, quick=3)
+@fault("kill -9 after each single change that making a run folder makes", tries=16, quick=2)
 def making(folder: Path, number: int) -> str:
     run(folder, folder, call=make, dies_at=1 + number % changes_of(make))
     code, words = run(folder, folder, call=make)
     if code != 0 and "exists already: choose another run.name, or go on" not in words:
         return f"the name is lost: {words.strip().splitlines()[-1]}"
     left = {path.name for path in (folder / "runs").iterdir()} - {"run"}
+    return f"left behind: {left}" if left else ""
+
+
+@fault("kill -9 after each single change that branching a new run off a checkpoint makes", tries=20)
+def branching(folder: Path, number: int) -> str:
+    shutil.copytree(killed(), folder / "runs")
+    run(folder, folder, call=branch, dies_at=1 + int(number * GOLDEN % 1 * changes_of(branch, killed())))
+    code, words = run(folder, folder, call=branch)
+    if code != 0 and "exists already: choose another run.name, or go on" not in words:
+        return f"the name is lost: {words.strip().splitlines()[-1]}"
+    left = {path.name for path in (folder / "runs").iterdir()} - {"run", "new"}
     return f"left behind: {left}" if left else ""
 
 
@@ -152,6 +164,23 @@ def make(folder: Path) -> None:
         Run.create(load_config("mls_scenes_tiny", ["run.name=run"]))
     except UserError as error:
         assert Run.open(folder / "runs" / "run").config.run.name == "run"
+        raise SystemExit(str(error)) from None
+
+
+def branch(folder: Path) -> None:
+    from mls.engine import Run
+    from mls.engine.branch import create_branch
+    from mls.engine.checkpoint import Checkpoints
+    from mls.errors import UserError
+
+    parent = Run.open(folder / "runs" / "run")
+    step = Checkpoints(parent.checkpoints, 1).steps()[0]
+    try:
+        create_branch(parent, step, ["run.name=new", "optim.lr=0.01"])
+    except UserError as error:
+        made = Run.open(folder / "runs" / "new")
+        state = Checkpoints(made.checkpoints, 1).newest()
+        assert made.config.optim.lr == 0.01 and state is not None and state["step"] == step
         raise SystemExit(str(error)) from None
 
 
@@ -216,8 +245,10 @@ def unless_counted(folder: Path) -> str:
 
 
 @cache
-def changes_of(call: Any) -> int:
+def changes_of(call: Any, runs: Path | None = None) -> int:
     folder = Path(mkdtemp(prefix="mls-fault-"))
+    if runs is not None:
+        shutil.copytree(runs, folder / "runs")
     command = Command(folder, folder, call=call, dies_at=0)
     assert command.code() == 0, command.words
     return command.changes
