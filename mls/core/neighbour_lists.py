@@ -4,6 +4,7 @@ neighbours is regions.py's business."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,16 @@ class NeighbourLists:
         from safetensors.torch import save
 
         tensors = {"ids": self.ids.cpu().contiguous(), "scores": self.scores.cpu().contiguous()}
-        write_atomically(path, save(tensors, {"identity": json.dumps(self.identity, sort_keys=True)}))
+        about = {"identity": json.dumps(self.identity, sort_keys=True)}
+        write_atomically(path, save(tensors, about | {"sha256": self._hash()}))
+
+    def _hash(self) -> str:
+        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode())
+        for tensor in (self.ids, self.scores):
+            digest.update(
+                f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes()
+            )
+        return digest.hexdigest()
 
     @classmethod
     def open(cls, path: Path) -> NeighbourLists:
@@ -41,12 +51,15 @@ class NeighbourLists:
 
         try:
             with safe_open(path, "pt") as file:
-                identity = json.loads((file.metadata() or {})["identity"])
-                return cls(file.get_tensor("ids"), file.get_tensor("scores"), identity)
+                about = file.metadata() or {}
+                lists = cls(file.get_tensor("ids"), file.get_tensor("scores"), json.loads(about["identity"]))
         except Exception as error:  # the file system's errors, safetensors' own, and a file of other tensors
             raise CheckpointError(
                 f"{path} holds no neighbour lists ({reason(error)}): `mls regions` writes them"
             ) from None
+        if about.get("sha256") not in (None, lists._hash()):  # the first lists had none
+            raise CheckpointError(f"{path} is damaged: make it again with `mls regions`")
+        return lists
 
     def to(self, device: torch.device | str) -> NeighbourLists:
         return NeighbourLists(self.ids.to(device), self.scores.to(device), self.identity)

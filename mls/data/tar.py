@@ -52,22 +52,18 @@ class TarSource:
     class_names: list[str] | None
 
     def __init__(self, shards: Sequence[Path], limit: int | None = None, progress: Progress | None = None) -> None:
-        manifest = read_manifest(shards[0].parent)
-        if manifest.get("complete") is False:
-            raise DataError(f"the pack in {show(shards[0].parent)} is not finished: run its `mls data pack` again")
+        records, manifest = _records(shards), read_manifest(shards[0].parent)
         parts = load_index(shards, progress)
-        if manifest:
-            _compare(manifest, shards, parts)
-        else:
-            for shard, what in _suspicions(shards, parts):
-                log.warning("%s %s", show(shard), what)
+        _compare(records, shards, parts)
+        for shard, what in _suspicions(records, shards, parts).items():
+            log.warning("%s %s", show(shard), what)
         starts = np.cumsum([0, *(len(part.names) for part in parts)])
         if not starts[-1]:
             raise DataError(f"no images in {len(shards)} shards from {show(shards[0])} on ({LOOKED_FOR}): name others")
         count = min(int(starts[-1]), limit or int(starts[-1]))
         table = np.concatenate([part.table for part in parts])
-        if not manifest:
-            table[:, 3] = -1  # a field of the same name of another program could be anything
+        foreign = np.repeat([record is None for record in records], np.diff(starts))
+        table[foreign, 3] = -1  # a field of the same name of another program could be anything
         classes = np.concatenate([part.classes for part in parts])
         self.class_names = None  # from all images, so that data.limit does not change the classes
         if table[:, 2].min() >= 0 and len(classes):
@@ -104,13 +100,13 @@ class TarSource:
         """(kind, shard, detail) of those that are not what was packed or indexed. Each is read anew: a disk may fail
         without a new time on the file."""
         shards = [Path(os.fsdecode(shard)) for shard in self._shards]
-        parts, manifest = load_index(shards), read_manifest(shards[0].parent)
-        suspicions = {} if manifest else dict(_suspicions(shards, parts))
-        for shard, part in zip(shards, parts, strict=True):
+        parts, records = load_index(shards), _records(shards)
+        suspicions = _suspicions(records, shards, parts)
+        for shard, part, record in zip(shards, parts, records, strict=True):
             fresh = scan(shard, stamp_of(shard))
             if fresh.damage or shard in suspicions:
                 yield "damaged shard", show(shard), fresh.damage or suspicions[shard]
-            elif manifest and sha256(shard) != manifest["shards"][shard.name]["sha256"]:
+            elif record is not None and sha256(shard) != record["sha256"]:
                 yield "changed shard", show(shard), f"its SHA-256 is not that of {MANIFEST}"
             elif fresh.fingerprint != part.fingerprint:
                 yield "changed shard", show(shard), "other headers than those in the index"
@@ -171,30 +167,45 @@ def shards_in(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _compare(manifest: dict[str, Any], shards: Sequence[Path], parts: Sequence[Part]) -> None:
-    """Refuse shards that are not those of the manifest, as far as sizes and headers tell."""
+def _records(shards: Sequence[Path]) -> list[dict[str, Any] | None]:
+    """What the manifest beside each shard says of it; None where there is no manifest."""
+    manifests = {folder: read_manifest(folder) for folder in dict.fromkeys(shard.parent for shard in shards)}
+    for folder, manifest in manifests.items():
+        if manifest.get("complete") is False:
+            raise DataError(f"the pack in {show(folder)} is not finished: run its `mls data pack` again")
+    beside = [manifests[shard.parent] for shard in shards]
+    return [one["shards"].get(shard.name, {}) if one else None for one, shard in zip(beside, shards, strict=True)]
+
+
+def _compare(records: Sequence[dict[str, Any] | None], shards: Sequence[Path], parts: Sequence[Part]) -> None:
+    """Refuse shards that are not those of their manifest, as far as sizes and headers tell."""
     odd = []
-    for shard, part in zip(shards, parts, strict=True):
-        record = manifest["shards"].get(shard.name, {})
+    for record, shard, part in zip(records, shards, parts, strict=True):
+        if record is None:
+            continue
         packed = record.get("index", part.fingerprint), record.get("bytes"), record.get("images")
         if packed != (part.fingerprint, part.stamp[0], len(part.names)):
             some = f"{packed[2]} images in {packed[1]:,} bytes" if record else "nothing"
-            odd.append(f"{show(shard.name)} has {len(part.names)} images in {part.stamp[0]:,} bytes, {some} packed")
+            odd.append(f"{show(shard)} has {len(part.names)} images in {part.stamp[0]:,} bytes, {some} packed")
     if odd:
         raise DataError(
-            f"{len(odd)} of {len(shards)} shards in {show(shards[0].parent)} are not those of its {MANIFEST} "
-            f"({', '.join(odd[:3])}): run its `mls data pack` again, or delete {MANIFEST} to train on what is left"
+            f"{len(odd)} of {len(shards)} shards are not those of the {MANIFEST} beside them ({'; '.join(odd[:3])}): "
+            f"run their `mls data pack` again, or delete {MANIFEST} to train on what is left"
         )
 
 
-def _suspicions(shards: Sequence[Path], parts: Sequence[Part]) -> Iterator[tuple[Path, str]]:
+def _suspicions(
+    records: Sequence[dict[str, Any] | None], shards: Sequence[Path], parts: Sequence[Part]
+) -> dict[Path, str]:
     """What is wrong with shards of which no manifest says what they ought to hold."""
-    for shard, part in zip(shards, parts, strict=True):
-        if part.damage:
-            yield shard, f"is damaged ({part.damage}): using its first {len(part.names)} images"
-        elif len(part.names) < part.counted:
+    found = {}
+    for record, shard, part in zip(records, shards, parts, strict=True):
+        if record is None and part.damage:
+            found[shard] = f"is damaged ({part.damage}): using its first {len(part.names)} images"
+        elif record is None and len(part.names) < part.counted:
             kept = " or ".join(show(file) for file in index_files(shards) if file.exists())
-            yield shard, f"had {part.counted} images before and has {len(part.names)} now: delete {kept} if it may"
+            found[shard] = f"had {part.counted} images before and has {len(part.names)} now: delete {kept} if it may"
+    return found
 
 
 def _class_names(manifest: dict[str, Any], count: int) -> list[str]:

@@ -31,11 +31,8 @@ ODD += [b'{"step": -1, "epoch": 1}', b'{"step": 2, "epoch": 1, "lr": NaN}', b'{"
 @fault("a bit of results.jsonl flipped", tries=1000, quick=20)
 def bit_of_a_row(folder: Path, number: int) -> str:
     store = filled(folder)
-    content = bytearray(store.path.read_bytes())
-    place = random.Random(number).randrange(len(content))
-    content[place] ^= 1 << random.Random(-number).randrange(8)
     written = wanted(store)
-    store.path.write_bytes(content)
+    flip_a_bit(store.path, random.Random(number))
     return other_numbers(store, written)
 
 
@@ -144,14 +141,31 @@ def bit_of_features(folder: Path, number: int) -> str:
     draw = random.Random(number)
     with environment(MLS_CACHE=str(folder)):
         computed()
-    file = draw.choice([path for path in folder.rglob("features.*")])
-    content = bytearray(file.read_bytes())
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    file.write_bytes(content)
+    flip_a_bit(draw.choice([path for path in folder.rglob("features.*")]), draw)
     return unless_same_features(folder)
 
 
-@fault("NaN or infinity in features or weights, at every reader", tries=120, quick=24)
+@fault("a bit of neighbour lists flipped", tries=300, quick=5)
+def bit_of_lists(folder: Path, number: int) -> str:
+    import torch
+
+    from mls.core.matching import Matches
+    from mls.core.neighbour_lists import NeighbourLists
+    from mls.errors import CheckpointError
+
+    ids = torch.arange(64).view(16, 4) % 16
+    lists, file = NeighbourLists.of(Matches(ids, ids / 16), {"images": "of a fault", "grid": 3}), folder / "lists"
+    lists.save(file)
+    flip_a_bit(file, random.Random(number))
+    try:
+        read = NeighbourLists.open(file)
+    except CheckpointError:
+        return ""
+    same = read.ids.equal(lists.ids) and read.scores.equal(lists.scores) and read.identity == lists.identity
+    return "" if same else "other lists without a word"
+
+
+@fault("NaN or infinity in features or weights, at every reader", tries=140, quick=14)
 def not_finite(folder: Path, number: int) -> str:
     import torch
 
@@ -175,6 +189,12 @@ def not_finite(folder: Path, number: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def flip_a_bit(file: Path, draw: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
 
 
 def filled(folder: Path) -> Any:
