@@ -9,7 +9,7 @@ import os
 import platform
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import zip_longest
@@ -36,11 +36,13 @@ from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
 from mls.eval.weights import Weights, read
-from mls.files import alone, runs_folder, write_atomically
+from mls.files import file_name, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
+from mls.locks import Lock, locked
 from mls.recipes import load_config
 from mls.results import Results
 
+FREE_AND_YOUNGER = ("timeout_minutes", "deterministic")  # keys of engine.* that change no number
 YOUNGER = {"info_nce_weight", "windows", "regions"}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
@@ -110,7 +112,7 @@ class Cell(ABC):
         return Measured(values, found.row, stored_before=True)
 
     def folder(self, root: Path) -> Path:
-        return root / "eval" / self.name
+        return root / "eval" / file_name(self.name, "the name of the evaluation")
 
     def keeps(self, folder: Path) -> bool:
         """Whether the folder holds what was trained, for those who want more than numbers."""
@@ -122,16 +124,31 @@ class Cell(ABC):
     def finish(self, root: Path, keep: bool = False, quiet: bool = False, again: bool = False) -> Measured:
         """Its numbers, from the store where they are there already, unless they shall be measured `again`."""
         cell = self.ready(root, quiet)
-        folder = cell.folder(root)
-        known = None if again else cell.stored(root)
-        if known and (not keep or cell.keeps(folder)):
+        known = None if again else cell.known(root, keep)
+        if known is not None:
             return known
-        outcome = cell.measure(folder, quiet)
+        with _alone(root, cell.name) as lock:
+            known = None if again else cell.known(root, keep)  # another process may have measured it meanwhile
+            return known or cell.measured(root, keep, quiet, lock)
+
+    def known(self, root: Path, keep: bool) -> Measured | None:
+        """The stored numbers, where they are all that is wanted. Of several processes one reads them."""
+
+        def look() -> Measured | None:
+            found = self.stored(root)
+            return found if found and (not keep or self.keeps(self.folder(root))) else None
+
+        return distributed.on_main(look)
+
+    def measured(self, root: Path, keep: bool, quiet: bool, lock: Lock | None) -> Measured:
+        """The numbers, measured and stored."""
+        folder = self.folder(root)
+        outcome = self.measure(folder, quiet)
         row = {
-            "seed": cell.seed,
-            **cell.facts(),
-            "cell": cell.key,
-            "run": cell.name,
+            "seed": self.seed,
+            **self.facts(),
+            "cell": self.key,
+            "run": self.name,
             "selection": outcome.selection,
             "validation": outcome.validation,
             "duration": round(outcome.seconds, 1),
@@ -139,12 +156,29 @@ class Cell(ABC):
             "metrics": len(outcome.values),
         }
         if distributed.rank() == 0:  # all processes have the same numbers
+            if lock is not None:
+                lock.check()
             Results(root / "results.jsonl").add_all(
-                [{"metric": f"{cell.dataset}/{name}", "value": value, **row} for name, value in outcome.values.items()]
+                [{"metric": f"{self.dataset}/{name}", "value": value, **row} for name, value in outcome.values.items()]
             )
-            cell.tidy(folder, outcome, keep)
+            self.tidy(folder, outcome, keep)
         distributed.barrier()
         return Measured(outcome.values, row)
+
+
+@contextlib.contextmanager
+def _alone(root: Path, name: str) -> Iterator[Lock | None]:
+    """Another process that wants the same cell waits for its numbers. One of several processes cannot: the others
+    would take it for lost. So a second such job is refused."""
+    if distributed.world() < int(os.environ.get("WORLD_SIZE", 1)):  # engine.run starts them, and has a lock of its own
+        yield None
+        return
+    held: list[Lock] = []
+    root.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        waiting = locked(root / f".{name}.lock", f"{name} is being measured", wait=distributed.world() == 1)
+        distributed.on_main(lambda: held.append(stack.enter_context(waiting)))
+        yield held[0] if held else None
 
 
 def over_seeds(rows: Mapping[str, Sequence[Cell]], root: Path, again: bool = False) -> dict[str, list[Measured]]:
@@ -352,7 +386,8 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
     root.mkdir(parents=True, exist_ok=True)
     # Jobs of one array may want the same run; the first of one job's processes asks for all of them.
     first = os.environ.get("RANK", "0") == "0"
-    with alone(root / f".{name}.lock") if first else contextlib.nullcontext():
+    waiting = locked(root / f".{name}.lock", f"{root / name} is being trained", wait=True)
+    with waiting if first else contextlib.nullcontext():
         return str(engine.finish(config, quiet).path)
 
 
@@ -361,6 +396,8 @@ def config_hash(config: Config) -> str:
     file lies does not count: what is chosen from it has its name in other keys. Nor does a key that is younger than
     stored results, at its default."""
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
+    for key in FREE_AND_YOUNGER:
+        del values["engine"][key]
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:

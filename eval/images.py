@@ -16,9 +16,9 @@ from mls.config import AugmentConfig
 from mls.data import Batch
 from mls.data.augment import Augment, normalise
 from mls.data.crops import CROP_DRAWS, UnreadableImage, centre, crop_box, cut
-from mls.data.loader import ErrorsAsItems, already_collated, worker_count
+from mls.data.loader import ErrorsAsItems, already_collated, made, worker_count
 from mls.data.scenes import ScenesSource
-from mls.errors import DataError, UserError, reason
+from mls.errors import DataError, reason
 from mls.eval.data import LabelledImages
 from mls.eval.data.cifar import PixelSource
 from mls.eval.protocol import Classification, FrozenData, Supervised, TrainingData
@@ -157,10 +157,7 @@ class Batches:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own: the global stream is not used
         )
-        for batch in loader:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        return made(loader)
 
     def _with_lighting(self, views: Float[Tensor, "batch 3 size size"], batch: Batch, epoch: int) -> Tensor:
         assert isinstance(self.protocol, Supervised)

@@ -11,21 +11,22 @@ from typing import Any, Literal
 
 import yaml
 
-from mls.config import AugmentConfig, limited, positive, share
+from mls import yaml_files
+from mls.config import AugmentConfig, limited, positive, share, zero_or_more
 from mls.errors import ConfigError, unknown_name
 from mls.eval.dense import schema as dense
 from mls.eval.dense.schema import Detection, Segmentation
 from mls.eval.schema import DataSetConfig
-from mls.recipes import Kind, build, find, load_yaml, read_yaml, shipped
+from mls.recipes import Kind, build, find, read_yaml, shipped, with_bases
 
 
 @dataclass(frozen=True)
 class DataConfig(DataSetConfig):
-    seed: int = 1200  # of the split and of labels that are drawn: the weak-label papers' number
+    seed: int = limited(1200, low=0, high=2**32 - 1)  # of the split and of drawn labels: the papers' number
     validation: float = share(0.2)  # share of train held out to choose on, where no split is published for it
     shots: int | None = positive(None)  # train on so many images a class; the run's seed is the draw
     test_crop: Literal["squash", "centre"] = "squash"  # the whole image scaled to a square, or its middle square
-    test_resize: float = 1.0  # centre: the short side is scaled to this many times augment.size before the crop
+    test_resize: float = limited(1.0, low=1)  # centre: the short side is this many times augment.size before the crop
 
 
 @dataclass(frozen=True)
@@ -54,32 +55,32 @@ class TrainingConfig:
     batch_size: int = positive(16)
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     lr: float = positive(1e-5)
-    head_lr: float = 1.0  # times lr, for the classifier's last layer
+    head_lr: float = zero_or_more(1.0)  # times lr, for the classifier's last layer
     layer_decay: float = limited(1.0, above=0, high=1)  # times lr, once for every stage between a layer and the head
-    loss_lr: float | None = None  # times lr, for what the loss learns (HML, ROLE); default: the loss' own
-    momentum: float = 0.9
+    loss_lr: float | None = zero_or_more(None)  # times lr, for what the loss learns (HML, ROLE); default: the loss' own
+    momentum: float = share(0.9)
     nesterov: bool = False
-    weight_decay: float = 0.0
+    weight_decay: float = zero_or_more(0.0)
     weight_penalty: Literal["none", "l1", "l2"] = "none"  # the L1R and L2R baselines
-    penalty: float = 1e-5  # its strength
+    penalty: float = zero_or_more(1e-5)  # its strength
     schedule: Literal["constant", "cosine", "steps"] = "constant"  # of the learning rate, step by step
-    steps: list[int] = field(default_factory=list)  # the epochs after which `steps` divides it by ten
-    warmup_epochs: float = limited(0.0, low=0)  # the rate rises from nothing
+    steps: list[int] = limited([], above=0, empty=True)  # the epochs after which `steps` divides it by ten
+    warmup_epochs: float = zero_or_more(0.0)  # the rate rises from nothing
     train: Literal["all", "head"] = "all"  # head: the backbone stays as it is (MoCo's linear evaluation)
     batch_norm: Literal["train", "frozen"] = "train"  # frozen: statistics and affine parameters stay the pretrained
-    mixup: float = limited(0.0, low=0)  # alpha of https://arxiv.org/abs/1710.09412
-    rand_augment: int = limited(0, low=0)  # operations an image, at magnitude 9, of https://arxiv.org/abs/1909.13719
-    linear_epochs: int = limited(0, low=0)  # LinearInit: this long on frozen features first, then end to end
-    linear_lr: float = 1e-3
+    mixup: float = zero_or_more(0.0)  # alpha of https://arxiv.org/abs/1710.09412
+    rand_augment: int = zero_or_more(0)  # operations an image, at magnitude 9, of https://arxiv.org/abs/1909.13719
+    linear_epochs: int = zero_or_more(0)  # LinearInit: this long on frozen features first, then end to end
+    linear_lr: float = positive(1e-3)
     linear_batch_size: int = positive(16)
     linear_select: Literal["last", "best"] = "last"  # best: LinearInit as published, its best epoch on validation
-    pseudo_from: int = 5  # soft labels after each epoch from this one on (T_w), where a loss gives any (em_apl)
+    pseudo_from: int = zero_or_more(5)  # soft labels after each epoch from this one on (T_w), of em_apl
     pseudo_share: float = share(0.9)  # to so many of each class' unannotated labels, in all rounds together (theta)
     # The epoch that is tested: the best by `metric` on the validation part, fully labelled or as weakly as the rest.
     select: Literal["best", "last", "weak"] = "best"
-    patience: int | None = None  # stop after more than this many epochs without a new best; published EM code: 0
-    drop: float | None = None  # stop when the metric is this many points below the best; published LL code: 3
-    lighting: float = 0.0  # deviation of the PCA colour noise of AlexNet
+    patience: int | None = zero_or_more(None)  # stop after more than this many epochs without a best; EM code: 0
+    drop: float | None = zero_or_more(None)  # stop when the metric is this many points below the best; LL code: 3
+    lighting: float = zero_or_more(0.0)  # deviation of the PCA colour noise of AlexNet
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -96,7 +97,7 @@ class Supervised:
     task: str = "multilabel"
     recipe: str = "custom"  # filled in from the file's name
     metric: str = "map"  # chooses the epoch; eval/supervised.py lists what is measured
-    groups: int = 0  # also the metric of this many groups of classes, from rare to frequent in the training labels
+    groups: int = zero_or_more(0)  # also the metric of so many groups of classes, from rare to frequent in training
     seeds: int = positive(3)  # runs of a suite
     data: TrainingData = field(default_factory=TrainingData)
     augment: AugmentConfig = field(default_factory=lambda: plain(448))
@@ -112,14 +113,14 @@ class Supervised:
 class FrozenData(DataConfig):
     validation: float = share(0.2)  # only linear and svm choose anything
     test_crop: Literal["squash", "centre"] = "centre"
-    test_resize: float = 256 / 224
+    test_resize: float = limited(256 / 224, low=1)
     train_crop: Literal["squash", "random"] = "random"  # of the augmented passes
 
 
 @dataclass(frozen=True)
 class FeaturesConfig:
-    passes: int = 0  # augmented passes over the training images, beside the plain one
-    batch_size: int = 64
+    passes: int = zero_or_more(0)  # augmented passes over the training images, beside the plain one
+    batch_size: int = positive(64)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -131,7 +132,7 @@ class ProbeConfig:
     solver: Literal["lbfgs", "sgd"] = "lbfgs"  # linear: fitted to convergence, or SGD as in MoCo's linear evaluation
     l2: list[float] = positive([10.0**n for n in range(-7, 1)])  # lbfgs: penalties to try
     lr: list[float] = positive([0.1, 0.3, 1.0, 3.0, 10.0, 30.0])  # sgd: learning rates to try
-    weight_decay: list[float] = limited([0.0, 1e-5, 1e-4], low=0)  # sgd: weight decays to try
+    weight_decay: list[float] = zero_or_more([0.0, 1e-5, 1e-4])  # sgd: weight decays to try
     epochs: int = positive(100)
     batch_size: int = positive(256)
     schedule: Literal["cosine", "steps"] = "cosine"  # steps: a tenth after 60 and 80 per cent, as in MoCo
@@ -211,11 +212,8 @@ def load_protocol(name: str | Path, overrides: Sequence[str] = ()) -> Any:
     'em'
     """
     path = find(name, "eval", "protocol")
-    values, _ = load_yaml(path)
-    while "task" not in values and "base" in values:
-        values, _ = load_yaml(find(values["base"], "eval", "protocol"))
-    task = values.get("task")
-    if task not in TASKS:
+    task = next((values["task"] for _, values, _ in with_bases(path, TASKS["linear"]) if "task" in values), None)
+    if not isinstance(task, str) or task not in TASKS:
         raise unknown_name(f"task in {path.name}", str(task), TASKS)
     values, origins = read_yaml(path, TASKS[task])
     values.setdefault("recipe", path.stem)
@@ -223,7 +221,7 @@ def load_protocol(name: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 def to_yaml(protocol: AnyProtocol) -> str:
-    return yaml.safe_dump(_plain(asdict(protocol)), sort_keys=False, allow_unicode=True)
+    return yaml_files.dump(_plain(asdict(protocol)))
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,7 @@ from mls.eval.data import LabelledImages, presence
 from mls.eval.images import Batches, mixing, shares
 from mls.eval.optimizer import build, build_linear_init, frozen_parts, idle, set_lr, weight_penalty
 from mls.eval.protocol import Supervised
+from mls.models.finite import finite
 from mls.models.momentum import HALF, precision_on
 from mls.streams import derive, generator
 
@@ -204,7 +205,7 @@ class Training:
 
     def features(self) -> Float[Tensor, "images *networks dim"]:
         """Of all training images, without augmentation."""
-        return self._of_each(self.batches, lambda images: self.learner.features(images).float())
+        return finite(self._of_each(self.batches, lambda images: self.learner.features(images).float()))
 
     def scores(self, images: LabelledImages | None = None) -> Float[Tensor, "images classes"]:
         """Probabilities of the training images, or of others, without augmentation. Where each image has one class,

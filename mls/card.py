@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mls.errors import CheckpointError, command
-from mls.files import CHECKPOINTS_FULL, read_json, sha256, write_atomically
+from mls.files import CHECKPOINTS_FULL, changed, checked, read_json, sha256, write_atomically
 
 MOST = 16 << 20  # bytes of a card; ours have a few thousand
 MOMENT = 2.0  # seconds in which the two files of a run that goes on training may be read at different saves
@@ -23,7 +23,7 @@ def write(file: Path, weights: bytes, facts: Facts, disk_full: str = CHECKPOINTS
     """Until the weights are in their place, the card also holds the facts of those that they replace: whenever the
     process is killed, the hash says which facts are those of the file that lies there."""
     path = path_of(file)
-    facts = _sealed({**facts, "sha256": hashlib.sha256(weights).hexdigest()})
+    facts = checked({**facts, "sha256": hashlib.sha256(weights).hexdigest()})
     write_atomically(path, _text({**facts, "before": _replaced(file)}), disk_full)
     write_atomically(file, weights, disk_full)
     write_atomically(path, _text(facts), disk_full)
@@ -82,7 +82,7 @@ def _wrong(facts: Any) -> str:
     if not isinstance(facts, dict):
         return "it holds something else than facts"
     if "check" in facts:
-        return "" if facts["check"] == _check(facts) else "it was changed after it was written"
+        return "it was changed after it was written" if changed(facts) else ""
     number = lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     colours = lambda value: isinstance(value, list) and len(value) == 3 and all(map(number, value))
     fits = {
@@ -104,17 +104,7 @@ def _replaced(file: Path) -> list[Facts]:
         cards = _cards(file) if file.is_file() else []
     except CheckpointError:
         return []  # a broken card is written anew
-    return [facts if "sha256" in facts else _sealed({**facts, "sha256": sha256(file)}) for facts in cards]
-
-
-def _sealed(facts: Facts) -> Facts:
-    return {**facts, "check": _check(facts)}
-
-
-def _check(facts: Facts) -> str:
-    """A hash of the card itself."""
-    plain = {key: value for key, value in facts.items() if key not in ("check", "before")}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    return [facts if "sha256" in facts else checked({**facts, "sha256": sha256(file)}) for facts in cards]
 
 
 def _text(facts: Facts) -> bytes:

@@ -5,21 +5,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from mls import yaml_files
 from mls.errors import ConfigError
 from mls.files import runs_folder
 from mls.plugins import Registry
 
+# Of every number without narrower limits. A float stays finite in fp32 after a product with any integer.
+LARGEST, LARGEST_INTEGER = 1e28, 2**31 - 1
 
-def limited(default: Any, *, above: float | None = None, low: float | None = None, high: float | None = None) -> Any:
+
+def limited(
+    default: Any,
+    *,
+    above: float | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    empty: bool | None = None,
+) -> Any:
     """A key with limits, which `check_limits` holds: greater than `above`, at least `low`, at most `high`, and finite.
-    None, where a key allows it, is within all limits; of several values, one or more, each must be."""
-    limits = {"above": above, "low": low, "high": high}
+    None, where a key allows it, is within all limits; of several values (one or more, unless it may be `empty`) each
+    must be."""
+    limits = {"above": above, "low": low, "high": high, "empty": empty}
     metadata = {name: limit for name, limit in limits.items() if limit is not None}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -30,18 +40,26 @@ def positive(default: Any) -> Any:
     return limited(default, above=0)
 
 
+def zero_or_more(default: Any) -> Any:
+    return limited(default, low=0)
+
+
 def share(default: Any) -> Any:
     return limited(default, low=0, high=1)
 
 
+def any_seed(default: int) -> Any:
+    return limited(default, low=-(2**63), high=2**63 - 1)
+
+
 def rising(default: tuple[float, float]) -> Any:
     """Two rising numbers greater than 0."""
-    return field(default=default, metadata={"above": 0, "rising": True})
+    return field(default=default, metadata={"above": 0, "high": 1000, "rising": True})
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    seed: int = 0
+    seed: int = any_seed(0)
     name: str | None = None  # folder name; default: recipe + date + short hash
     root: str | None = None  # where run folders go; default: $MLS_RUNS, else ./runs
     recipe: str = "custom"  # filled in from the recipe's file name
@@ -52,10 +70,10 @@ class RunConfig:
 class ScenesConfig:
     """The embedded scenes (mls/data/scenes.py says what each knob draws)."""
 
-    count: int = 6000
-    test_count: int = 2000
-    size: int = 32
-    seed: int = 0
+    count: int = positive(6000)
+    test_count: int = positive(2000)
+    size: int = positive(32)
+    seed: int = any_seed(0)
 
 
 @dataclass(frozen=True)
@@ -63,7 +81,7 @@ class ImagesConfig:
     """What pretraining and every downstream protocol say of their images."""
 
     root: str | None = None  # of a protocol: by default the data set's folder under $MLS_DATA
-    workers: int | None = None  # per process; default: the cores this process may use, at most 8
+    workers: int | None = zero_or_more(None)  # per process; default: the cores this process may use, at most 8
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
 
 
@@ -72,7 +90,7 @@ class DataConfig(ImagesConfig):
     source: str = "auto"  # folder, list, coco, voc, tar, scenes, a plug-in's, or auto: found out from root
     annotations: str | None = None  # COCO json or VOC split, where labels come from; a text list's image folder is root
     batch_size: int = positive(256)  # images per step over all processes together
-    limit: int | None = None  # only the first n images
+    limit: int | None = positive(None)  # only the first n images
     max_unreadable: float = share(0.01)  # share of images that may be broken before the run stops
 
 
@@ -85,19 +103,19 @@ class AugmentConfig:
     ratio: tuple[float, float] = rising((0.75, 4 / 3))
     flip: float = share(0.5)
     jitter: float = share(0.8)  # probability of the colour jitter
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float = 0.4
-    hue: float = 0.1
+    brightness: float = zero_or_more(0.4)
+    contrast: float = zero_or_more(0.4)
+    saturation: float = zero_or_more(0.4)
+    hue: float = limited(0.1, low=0, high=0.5)
     grey: float = share(0.2)
     blur: float = share(0.5)
     blur_sigma: tuple[float, float] = rising((0.1, 2.0))
-    noise: float = 0.0  # largest standard deviation of added Gaussian noise, drawn per view
-    small_crops: int = 0  # multi-crop: this many small crops beside the two large ones
-    small_size: int = 96
+    noise: float = zero_or_more(0.0)  # largest standard deviation of added Gaussian noise, drawn per view
+    small_crops: int = zero_or_more(0)  # multi-crop: this many small crops beside the two large ones
+    small_size: int = positive(96)
     small_scale: tuple[float, float] = rising((0.05, 0.14))
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: tuple[float, float, float] = positive((0.229, 0.224, 0.225))
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,7 @@ class ModelConfig:
     backbone: str = "resnet50"  # a torchvision ResNet, resnet_tiny, or timm:NAME
     weights: str | None = None  # start from these backbone weights instead of a random initialisation
     projection: int = positive(256)
-    hidden: int | None = None  # width of the head's hidden layer; default: the backbone's feature width
+    hidden: int | None = positive(None)  # width of the head's hidden layer; default: the backbone's feature width
     head_norm: Literal["none", "batch"] = "none"
     momentum: float = share(0.995)  # of the key encoder
     key_norm: Literal["shuffle", "split", "sync", "none"] = "shuffle"
@@ -147,7 +165,7 @@ _objective = OBJECTIVES.register
 class WindowsConfig:
     """Small windows of each image, each cut and augmented twice and told from all other windows of the batch."""
 
-    count: int = limited(0, low=0)  # an image; 0: no such term
+    count: int = zero_or_more(0)  # an image; 0: no such term
     size: int = positive(112)  # pixels they are scaled to
     scale: tuple[float, float] = rising((0.14, 0.39))  # share of the image's area
     jitter: float = share(0.15)  # the second cut is moved and scaled by up to this share of the window's sides
@@ -161,14 +179,14 @@ class RegionsConfig:
     """Which images are neighbours, by windows of a grid (`objective.labels_from=regions`)."""
 
     lists: str | None = None  # a file of `mls regions`; default: the run finds neighbours with its own key encoder
-    every_epochs: int = limited(4, low=0)  # from the end of the warm-up on, anew after so many epochs; 0: once
+    every_epochs: int = zero_or_more(4)  # from the end of the warm-up on, anew after so many epochs; 0: once
     grid: int = positive(3)  # windows in a row and in a column
     side: float = limited(0.5, above=0, high=1)  # of a window: a share of the image's shorter side
     size: int = positive(112)  # pixels that a window is scaled to
-    whiten: int = limited(32, low=0)  # principal components that are kept, scaled to the same variance; 0: only centred
+    whiten: int = zero_or_more(32)  # principal components that are kept, scaled to the same variance; 0: only centred
     neighbours: int = positive(256)  # of each image
     choose: Literal["nearest", "threshold"] = "nearest"  # k rows for each image, or k on average: all above one score
-    soft: float = limited(0.0, low=0)  # positives weigh by exp(score / soft), 1 on average; 0: all the same
+    soft: float = zero_or_more(0.0)  # positives weigh by exp(score / soft), 1 on average; 0: all the same
 
 
 @_objective("moco_v2")
@@ -193,15 +211,15 @@ class MoCoOptions(ObjectiveConfig):
 class MLSOptions(MoCoOptions):
     method: str = "mls"
     k: int = positive(20)
-    weight: float = 0.5  # the paper's lambda
-    info_nce_weight: float = limited(1.0, low=0)  # 0: the multi-label loss alone, which the paper calls unstable
+    weight: float = zero_or_more(0.5)  # the paper's lambda
+    info_nce_weight: float = zero_or_more(1.0)  # 0: the multi-label loss alone, which the paper calls unstable
     loss: str = "bce"
     options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the loss
     normalise: Literal["mean", "positives", "balanced"] = "mean"
     labels_from: Literal["backbone", "projection", "union", "intersection", "regions"] = "backbone"
     regions: RegionsConfig = field(default_factory=RegionsConfig)
     classify_with: Literal["backbone", "projection"] = "projection"
-    warmup_epochs: float = 0.0  # InfoNCE alone for the first epochs
+    warmup_epochs: float = zero_or_more(0.0)  # InfoNCE alone for the first epochs
     pseudo_labels: Literal["matched", "random", "oracle"] = "matched"  # the last two are controls, not methods
 
     def check(self, config: Config) -> None:
@@ -280,14 +298,14 @@ class OptimConfig:
     name: Literal["sgd", "adamw", "lars"] = "sgd"
     lr: float = positive(0.3)  # per 256 images; the scaled value is printed
     scale_lr: bool = True
-    weight_decay: float = 1e-4
+    weight_decay: float = zero_or_more(1e-4)
     decay_norm_and_bias: bool = True
-    momentum: float = 0.9
+    momentum: float = share(0.9)
     nesterov: bool = False
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = limited((0.9, 0.999), low=0, high=1 - 1e-9)
     epochs: int = positive(400)
-    warmup_epochs: float = 0.0
-    final_lr: float = 0.0  # share of the peak reached at the end of the cosine
+    warmup_epochs: float = zero_or_more(0.0)
+    final_lr: float = share(0.0)  # share of the peak reached at the end of the cosine
 
 
 @dataclass(frozen=True)
@@ -297,22 +315,24 @@ class EngineConfig:
     channels_last: bool = True
     compile: bool = False
     accumulate: int = positive(1)  # micro-batches per step
-    threads: int | None = None  # CPU threads per process; default: torch's own choice
+    threads: int | None = zero_or_more(None)  # CPU threads per process; default: torch's own choice
     checkpoint_every: int = positive(1000)  # steps
     checkpoint_minutes: float = positive(10.0)  # and after so many minutes at the latest: what a kill -9 may cost
     keep_last: int = positive(2)
-    milestone_epochs: int | None = None  # also keep a checkpoint every n epochs for good
-    max_steps: int | None = None  # stop after this step of the schedule, as if interrupted there
+    milestone_epochs: int | None = zero_or_more(None)  # also keep a checkpoint every n epochs for good
+    max_steps: int | None = zero_or_more(None)  # stop after this step of the schedule, as if interrupted there
     max_bad_steps: int = positive(5)  # non-finite steps in a row before giving up
+    timeout_minutes: float = limited(30.0, above=0, high=10_000)  # a process or data worker silent so long is lost
+    deterministic: bool = False  # only algorithms that give the same bits each time, on a GPU too; slower
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
     log_every: int = positive(20)  # steps
     health_every: int = positive(200)  # steps: collapse measures of the dictionary
-    knn_every_epochs: int = 1  # when the source has labels; 0: never
-    linear_every_epochs: int = 10  # the linear probe, the same
-    knn_images: int = 2000  # images embedded for both, train and held out together
+    knn_every_epochs: int = zero_or_more(1)  # when the source has labels; 0: never
+    linear_every_epochs: int = zero_or_more(10)  # the linear probe, the same
+    knn_images: int = positive(2000)  # images embedded for both, train and held out together
     tensorboard: bool = False
     wandb: str | None = None  # project name
 
@@ -337,7 +357,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return yaml_files.dump(to_dict(config))
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -392,32 +412,43 @@ def check(config: Config) -> None:
 
 
 def check_limits(config: Any, prefix: str = "") -> None:
-    """Hold the limits that stand on the fields of any dataclass of dataclasses."""
+    """Hold the limits that stand on the fields of any dataclass of dataclasses, and those of every number."""
     for item in fields(config):
         value, key = getattr(config, item.name), f"{prefix}{item.name}"
         if is_dataclass(value):
             check_limits(value, f"{key}.")
-        elif item.metadata and value is not None:
-            _check_limit(key, value, item)
+        elif value is not None:
+            _check_limit(key, value, item.metadata)
 
 
-def _check_limit(key: str, value: Any, item: Field[Any]) -> None:
-    limits, values = item.metadata, value if isinstance(value, (list, tuple)) else [value]
-    if limits.get("rising"):
-        if not 0 < values[0] <= values[1]:
-            raise ConfigError(f"{key} is [{values[0]}, {values[1]}]: it must be two rising numbers greater than 0")
-        return
-    if not values:
+def _check_limit(key: str, value: Any, limits: Mapping[str, Any]) -> None:
+    values = list(_numbers(value))
+    for one in values:
+        if isinstance(one, float) and not math.isfinite(one):
+            raise ConfigError(f"{key} is {one}: it must be a finite number")
+    if limits.get("rising") and not 0 < values[0] <= values[1]:
+        raise ConfigError(f"{key} is [{values[0]}, {values[1]}]: it must be two rising numbers greater than 0")
+    if limits and value == [] and not limits.get("empty"):
         raise ConfigError(f"{key} is empty: give one or more values")
     above, low, high = limits.get("above"), limits.get("low"), limits.get("high")
     for one in values:
-        if math.isinf(one):
-            raise ConfigError(f"{key} is {one}: it must be a finite number")
         if above is not None and not one > above:
             raise ConfigError(f"{key} is {one}: it must be greater than {above:g}")
         if not (low is None or one >= low) or not (high is None or one <= high):
             must = f"lie between {low} and {high}" if None not in (low, high) else "be at least " + str(low)
             raise ConfigError(f"{key} is {one}: it must {must if low is not None else f'be at most {high}'}")
+        largest = LARGEST if isinstance(one, float) else LARGEST_INTEGER
+        if high is None and abs(one) > largest:
+            raise ConfigError(f"{key} is {one:.3g}: it must lie between {-largest:g} and {largest:g}")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """Those in a value, a list or a mapping of options."""
+    if isinstance(value, (list, tuple, Mapping)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _numbers(one)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
 
 
 def _plain(value: Any) -> Any:

@@ -4,10 +4,13 @@ how many there are."""
 import contextlib
 import inspect
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mls.errors import EXIT_LOST, ConfigError, Stopped, UserError, reason
 
 T = TypeVar("T")
+STORE_SECONDS = 4.0  # that the processes which are left have to agree on who tells of the one that is not
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Process:
         return self.rank == 0
 
 
-def start(device: str = "auto", timeout_minutes: int = 30) -> Process:
+def start(device: str = "auto", timeout_minutes: float = 30.0) -> Process:
     """Join the other processes, if a launcher (torchrun, SLURM) started several. Ranks come from the environment."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda" and not torch.cuda.is_available():
@@ -51,6 +55,9 @@ def start(device: str = "auto", timeout_minutes: int = 30) -> Process:
             dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(minutes=timeout_minutes))
         except (RuntimeError, ValueError) as error:
             raise UserError(_why_not(error)) from error
+    if dist.is_initialized():
+        where = f"process {os.getpid()} on {socket.gethostname()}"
+        dist.distributed_c10d._get_default_store().set(f"place of {rank()}", where)
     return Process(rank(), dist.get_world_size() if dist.is_initialized() else 1, place)
 
 
@@ -63,24 +70,41 @@ def _why_not(error: Exception) -> str:
 
 @contextlib.contextmanager
 def telling_lost_processes(what_to_do: str) -> Iterator[None]:
-    """An exchange that fails means that another process is gone. One of those that are left says so, at once: whoever
-    started them ends them soon. (NCCL may notice late; then it is the launcher that ends the run.)"""
+    """An exchange that fails means that another process is gone, or silent for engine.timeout_minutes. One of those
+    that are left says so, at once where one is gone: whoever started them ends them soon. (NCCL ends the process itself
+    after that time; then it is the launcher that ends the run.)"""
     try:
         yield
     except RuntimeError as error:
         if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        if _first_to_tell():
-            sentence = "another process of this run is gone or has stopped answering (its own last words say why)"
-            print(f"[rank {rank()}] error: {sentence}: {what_to_do}", file=sys.stderr, flush=True)
+        silent, told = "timed out" in str(error).lower(), Event()
+        # The store may be with the process that is silent: then it never answers.
+        Thread(target=_tell_once, args=(what_to_do, silent, told), daemon=True).start()
+        if not told.wait(STORE_SECONDS):
+            _say(f"rank 0, which all others need, {'does not answer' if silent else 'is gone'}: {what_to_do}")
         raise Stopped("", EXIT_LOST) from error
 
 
-def _first_to_tell() -> bool:
-    try:
-        return dist.distributed_c10d._get_default_store().add("told that a process is lost", 1) == 1
-    except RuntimeError:  # the store was with the process that is gone
-        return True
+def _tell_once(what_to_do: str, silent: bool, told: Event) -> None:
+    """The first process that notices tells of the others that do not."""
+    lost = "another process of this run is gone (its own last words say why)"
+    with contextlib.suppress(RuntimeError):  # the store was with the process that is gone
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"noticed by {rank()}", "")
+        if store.add("told that a process is lost", 1) > 1:
+            return told.set()
+        if silent:
+            time.sleep(STORE_SECONDS / 2)
+            others = [other for other in range(world()) if not store.check([f"noticed by {other}"])]
+            names = [f"rank {other} ({store.get(f'place of {other}').decode()})" for other in others]
+            lost = f"{', '.join(names) or 'a process'} has stopped answering"
+    _say(f"{lost}: {what_to_do}")
+    told.set()
+
+
+def _say(words: str) -> None:
+    print(f"[rank {rank()}] error: {words}", file=sys.stderr, flush=True)
 
 
 def stop() -> None:

@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mls.errors import DataError, UserError, reason
+from mls.errors import REFUSED, ConfigError, DataError, UserError, os_error, reason
 
-# What to do about a full disk while a checkpoint is written; other files bring their own words.
+# What to do about a full disk.
+AGAIN = "free some, and run the same command again"
 CHECKPOINTS_FULL = "free some, or lower engine.keep_last; what was saved before is whole, and "
 CHECKPOINTS_FULL += "`mls pretrain --resume` goes on from there"
 
 
 # What to do about errors of the system that a user can cause.
-REFUSED = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, and start the same command again")
-REFUSED |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or name another folder")
-REFUSED |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN), "see whether its disk is whole and mounted")
 
 
 @contextmanager
-def atomic_file(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, disk_full: str = AGAIN) -> Iterator[BinaryIO]:
     """Open `path` for writing; it appears, whole, when the block ends without an error. `disk_full` says what to do
     where there is no space left."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -45,18 +42,20 @@ def atomic_file(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[Binar
 
 
 @contextmanager
-def telling_disk_errors(path: Path, disk_full: str = CHECKPOINTS_FULL) -> Iterator[None]:
+def telling_disk_errors(path: Path, disk_full: str = AGAIN) -> Iterator[None]:
     """What goes wrong while `path` is written becomes one sentence."""
     try:
         yield
+    except UserError:  # says already what went wrong, and may have met an error of the system on the way
+        raise
     except BaseException as error:
-        reason = _os_error(error)
+        reason = os_error(error)
         if reason is not None:
             raise UserError(_sentence(path, reason, disk_full)) from error
         raise
 
 
-def write_atomically(path: Path, data: bytes, disk_full: str = CHECKPOINTS_FULL) -> None:
+def write_atomically(path: Path, data: bytes, disk_full: str = AGAIN) -> None:
     with atomic_file(path, disk_full) as file:
         file.write(data)
 
@@ -75,6 +74,25 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+CHECK = "check"
+
+
+def checked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of plain values with a check of its own, a hash of all its other fields, as its last field.
+
+    >>> checked({"value": 0.5})
+    {'value': 0.5, 'check': '863c69ab5bb5'}
+    """
+    fields = {key: value for key, value in record.items() if key != CHECK}
+    return fields | {CHECK: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]}
+
+
+def changed(record: Mapping[str, Any]) -> bool:
+    """Whether a record is not the one that was written. Of one without a check, as version 0.1 wrote it, nobody
+    knows."""
+    return CHECK in record and record[CHECK] != checked(record)[CHECK]
 
 
 def read_json(path: Path, advice: str, error: type[UserError] = DataError, most: int = 1 << 40) -> Any:
@@ -113,28 +131,20 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.]+", "-", name).strip("-")
 
 
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Only one process at a time; the system lets go of the lock when a process dies, however it dies."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def file_name(name: str, what: str) -> str:
+    """A name of the user's that becomes one file or folder. Any other could lead out of its folder, hide there, or be
+    taken for an option.
 
-
-def refused_by_the_system(error: BaseException) -> UserError | None:
-    """The sentence for an error that nobody told with words of its own; None where it is none of a user's system."""
-    found = _os_error(error)
-    what = None if found is None else REFUSED.get(found.errno or 0)
-    if found is None or what is None:
-        return None
-    return UserError(f"{found.filename or 'a file'} cannot be written or read ({found.strerror}): {what}")
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind an error: torch.save hides a full disk behind one of its own."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
+    >>> file_name("run-1", "run.name")
+    'run-1'
+    """
+    parted = "/" in name or name[:1] in ("", ".", "-")
+    if parted or not name.isprintable() or len(name.encode(errors="surrogateescape")) > 200:
+        raise ConfigError(
+            f"{what} is {name[:80]!r}: give one name of at most 200 bytes, without / and control characters, that "
+            "starts with neither . nor -"
+        )
+    return name
 
 
 def _sentence(path: Path, error: OSError, disk_full: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, TypeVar
 
-from mls.errors import ConfigError, UserError, unknown_name
+from mls.errors import ConfigError, UserError, one_line, unknown_name
 
 GROUP = "mls.plugins"
 
@@ -157,7 +157,7 @@ def _import_file(path: Path) -> ModuleType:
 def _announce(name: str) -> None:
     """Code from outside is never run silently."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"importing the plug-in {name}", file=sys.stderr, flush=True)
+        print(f"importing the plug-in {one_line(name, 200)}", file=sys.stderr, flush=True)
 
 
 def _file_of(module: Any) -> Path | None:

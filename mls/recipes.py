@@ -4,22 +4,25 @@ becomes a Config; `Kind` says the same of the other YAML files that ship with ml
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mls import plugins
+from mls import plugins, yaml_files
 from mls.config import Config, check, check_limits, defaults, flatten, methods_with
 from mls.errors import ConfigError, unknown_name
 
 Schema = TypeVar("Schema")
+MOST_REFERENCES = 16  # ${...} in a configuration: so many that refer to each other become at most 3 ** (16 / 3) parts
+MOST_CHARACTERS = 1000  # of all texts that hold any: OmegaConf's parser takes seconds for longer ones
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,11 @@ def applicable(recipe: str | Path, overrides: Sequence[str]) -> list[str]:
 
 def _plugins_of(path: Path) -> list[str]:
     """`run.plugins` of a recipe or of its base. A relative path counts from the recipe's folder."""
-    values, _ = load_yaml(path)
-    run = values.get("run")
-    if isinstance(run, dict) and "plugins" in run:
-        return [plugins.absolute(name, path.parent) for name in _plugin_names(run["plugins"], path.name)]
-    return _plugins_of(_base_of(path, values["base"], RECIPE)) if values.get("base") else []
+    for file, values, _ in with_bases(path, RECIPE):
+        run = values.get("run")
+        if isinstance(run, dict) and "plugins" in run:
+            return [plugins.absolute(name, file.parent) for name in _plugin_names(run["plugins"], file.name)]
+    return []
 
 
 def _plugin_names(value: Any, where: str) -> list[str]:
@@ -113,21 +116,21 @@ def build(
         _check_keys(change, "the command line", known, kind)
         node = _merge(node, change, override)
         origins[override.partition("=")[0]] = "override"
-    config = cast(Schema, OmegaConf.to_object(node))
-    check_limits(config)
-    kind.check(config)
+    config = _checked(kind, node, where)
     return Resolved(config, {key: _origin(key, origins) for key, _ in flatten(config)})
 
 
 def _parsed(override: str) -> dict[str, Any]:
-    key, separator, _ = override.partition("=")
+    key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"'{override}' is not an override: write key=value, for example data.root=/images")
-    try:
-        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist([override])))
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"'{override}' cannot be read as key=value: {reason}") from None
+    names = key.split(".")
+    if len(names) > yaml_files.MOST_DEPTH:
+        raise ConfigError(f"unknown key '{key[:40]}…': no key has {len(names)} levels")
+    value, _ = yaml_files.parse(text, f"'{override[:80]}'")
+    for name in reversed(names):
+        value = {name: value}
+    return value
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -135,10 +138,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     values = _of_method(values, values)
     known = RECIPE.defaults(values)
     _check_keys(values, "the stored configuration", known, RECIPE)
-    config = cast(Config, OmegaConf.to_object(_merge(OmegaConf.structured(known), values, "the stored configuration")))
-    check_limits(config)
-    check(config)
-    return config
+    where = "the stored configuration"
+    return _checked(RECIPE, _merge(OmegaConf.structured(known), values, where), where)
 
 
 def _of_method(values: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +154,22 @@ def _of_method(values: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(*layers)))
+    references = [text for text in _texts(layers) if "${" in text]
+    if sum(text.count("${") for text in references) > MOST_REFERENCES or len("".join(references)) > MOST_CHARACTERS:
+        raise ConfigError(
+            f"more references ${{...}} than {MOST_REFERENCES}, or longer ones than {MOST_CHARACTERS} characters: write "
+            "the values themselves"
+        )
+    with _telling("the configuration"):
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.merge(*layers)))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)
 
 
 def recipes() -> list[str]:
@@ -174,9 +190,9 @@ def find(name: str | Path, folder: str, word: str) -> Path:
     """The YAML file a user means: a path, or the name of one that ships with mls."""
     path, known = Path(name).expanduser(), shipped(folder)
     advice = f"give a YAML file or a {word}'s name ({', '.join(known)})"
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file it answers for any text
         return path
-    if path.is_dir() and str(name) not in known:
+    if os.path.isdir(path) and str(name) not in known:
         raise ConfigError(f"{path} is a folder: {advice}")
     # A path with folders that is not there is a typing mistake, unless it is the file's own place in the checkout.
     if path.stem in known and path.parent in (Path("."), Path("configs", folder)):
@@ -188,46 +204,46 @@ def find(name: str | Path, folder: str, word: str) -> Path:
 
 def load_yaml(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The values of a file and the line of every key."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text) or {}
-        node = yaml.compose(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
+    values, lines = yaml_files.read(path)
+    if not isinstance(values or {}, dict):
         raise ConfigError(f"{path} must hold sections such as `data:` and `optim:`")
-    return values, {key: f"{path.name}:{line}" for key, line in _lines(node)}
+    return values or {}, {key: f"{path.name}:{line}" for key, line in lines.items()}
+
+
+def with_bases(path: Path, kind: Kind[Any]) -> list[tuple[Path, dict[str, Any], dict[str, str]]]:
+    """A file, the one that its `base: NAME` starts from, and so on, each with its values and their lines."""
+    found: list[tuple[Path, dict[str, Any], dict[str, str]]] = []
+    while True:
+        values, origins = load_yaml(path)
+        base = values.pop("base", None)
+        origins.pop("base", None)
+        found.append((path, values, origins))
+        if base is None:
+            return found
+        path = _base_of(path, base, kind)
+        if any(os.path.samefile(path, before) for before, _, _ in found):
+            circle = " -> ".join([*(before.name for before, _, _ in found), path.name])
+            raise ConfigError(f"the bases of {found[0][0]} go in a circle ({circle}): change one `base:`")
 
 
 def read_yaml(path: Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The same for a file of this kind, its keys checked; `base: NAME` starts from another one."""
-    values, origins = load_yaml(path)
-    base = values.pop("base", None)
-    origins.pop("base", None)
-    if isinstance(values.get("run"), dict) and "recipe" in values["run"]:  # a run's own; 0.1 stored all methods' keys
-        values = _of_method(values, values)
-    base_values: dict[str, Any] = {}
-    if base is not None:
-        base_values, base_origins = read_yaml(_base_of(path, base, kind), kind)
-        base_values, origins = _of_method(base_values, values), base_origins | origins
-    merged = _merged(base_values, values)
-    _check_keys(values, path.name, kind.defaults(merged), kind)
+    """The values of a file of this kind over those of its bases, their keys checked, and where each came from."""
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for file, values, lines in reversed(with_bases(path, kind)):
+        if isinstance(values.get("run"), dict) and "recipe" in values["run"]:  # a run's own; 0.1 stored all methods'
+            values = _of_method(values, values)
+        merged, origins = _merged(_of_method(merged, values), values), origins | lines
+        _check_keys(values, file.name, kind.defaults(merged), kind)
     return merged, origins
 
 
-def _base_of(path: Path, base: str, kind: Kind[Any]) -> Path:
+def _base_of(path: Path, base: Any, kind: Kind[Any]) -> Path:
+    if not isinstance(base, str):
+        raise ConfigError(f"base of {path.name} is {base}: give the name of one {kind.word}")
     beside = path.parent / f"{base}.yaml"
-    return beside if beside.is_file() else find(base, kind.folder, kind.word)
-
-
-def _lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    if not isinstance(node, yaml.MappingNode):
-        return
-    for key, value in node.value:
-        if isinstance(value, yaml.MappingNode):
-            yield from _lines(value, f"{prefix}{key.value}.")
-        else:
-            yield f"{prefix}{key.value}", key.start_mark.line + 1
+    # A file may be called like the one that ships with mls and that it starts from.
+    return beside if os.path.isfile(beside) and beside != path else find(base, kind.folder, kind.word)
 
 
 def _origin(key: str, origins: Mapping[str, str]) -> str:
@@ -271,9 +287,24 @@ def _nearest(key: str, known: Sequence[str], sections: set[str], kind: Kind[Any]
 
 
 def _merge(node: Any, values: Mapping[str, Any], where: str) -> Any:
-    try:
+    with _telling(where):
         return OmegaConf.merge(node, values)
-    except OmegaConfBaseException as error:
+
+
+def _checked(kind: Kind[Schema], node: Any, where: str) -> Schema:
+    """The configuration of its tree, references replaced by what they refer to, within its limits."""
+    with _telling(where):
+        config = cast(Schema, OmegaConf.to_object(node))
+    check_limits(config)
+    kind.check(config)
+    return config
+
+
+@contextmanager
+def _telling(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (OmegaConfBaseException, RecursionError) as error:
         key = getattr(error, "full_key", None)
         reason = str(error).splitlines()[0].rstrip(".")
         raise ConfigError(f"{where}: {key + ': ' if key and key not in where else ''}{reason}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -35,6 +36,14 @@ class StopFlag:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
         self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_SAVED
+
+
+def end_data_workers() -> None:
+    """Those of this process, which waits for them when it ends: one that hangs, or waits for a lock that another held
+    when it was killed, heeds no other signal."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

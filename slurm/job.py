@@ -17,8 +17,9 @@ import submitit
 from submitit.core.utils import UncompletedJobError
 
 from mls import plugins
-from mls.errors import EXIT_MISTAKE, EXIT_SAVED, Stopped, UserError, command
+from mls.errors import EXIT_MISTAKE, EXIT_SAVED, Stopped, UserError, command, of_the_machine
 from mls.files import write_atomically
+from mls.signals import end_data_workers
 from mls.slurm import job_spec, rendezvous, scheduler
 
 
@@ -50,11 +51,12 @@ class Job:
             _call(spec)
         except Stopped as stopped:
             _end(spec, task, stopped, requeue)
-        except UserError as mistake:
-            spec.record("failed", rank=task.rank, error=str(mistake))
-            print(f"error: {mistake}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_MISTAKE)
         except Exception as error:
+            if mistake := error if isinstance(error, UserError) else of_the_machine(error):
+                spec.record("failed", rank=task.rank, error=str(mistake))
+                print(f"error: {mistake}", file=sys.stderr, flush=True)
+                end_data_workers()
+                sys.exit(EXIT_MISTAKE)
             # Not raised further: submitit would print it once more, as a failure of its own.
             spec.record("failed", rank=task.rank, error=f"{type(error).__name__}: {error}")
             traceback.print_exc()

@@ -108,5 +108,5 @@ def is_submitted(folder: Path) -> bool:
 
 def last_save(folder: str | Path) -> int:
     """The step of the newest checkpoint in a run folder, 0 where there is none."""
-    names = (re.search(r"step-(\d+)\.json$", path.name) for path in Path(folder, "checkpoints").glob("step-*.json"))
+    names = (re.search(r"step-(\d+)\.pt$", path.name) for path in Path(folder, "checkpoints").glob("step-*.pt"))
     return max((int(name.group(1)) for name in names if name), default=0)

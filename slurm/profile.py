@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mls.config import positive, zero_or_more
 from mls.errors import ConfigError, LaunchError
 from mls.recipes import Kind, build, find, read_yaml, shipped
 from mls.slurm import scheduler
@@ -16,28 +17,25 @@ from mls.slurm import scheduler
 
 @dataclass(frozen=True)
 class Profile:
-    nodes: int = 1
-    tasks_per_node: int = 1  # processes; one for each GPU
-    gpus_per_node: int | None = None  # None: request none
-    cpus_per_task: int = 4
-    memory_gb: float | None = None  # of one node; None: the cluster's own default
-    minutes: int = 24 * 60  # time limit of one start of the job; a longer run is queued again and resumes
+    nodes: int = positive(1)
+    tasks_per_node: int = positive(1)  # processes; one for each GPU
+    gpus_per_node: int | None = zero_or_more(None)  # None: request none
+    cpus_per_task: int = positive(4)
+    memory_gb: float | None = positive(None)  # of one node; None: the cluster's own default
+    minutes: int = positive(24 * 60)  # time limit of one start of the job; a longer run is queued again and resumes
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
     constraint: str | None = None
-    signal_seconds: int = 120  # the signal comes this long before the time limit; must cover two steps and a save
-    max_timeouts: int = 30  # how often a run may reach its time limit and be queued again
-    concurrency: int = 16  # tasks of an array that run at the same time
+    signal_seconds: int = zero_or_more(120)  # the signal comes so long before the time limit: two steps and a save
+    max_timeouts: int = zero_or_more(30)  # how often a run may reach its time limit and be queued again
+    concurrency: int = positive(16)  # tasks of an array that run at the same time
     setup: list[str] = field(default_factory=list)  # shell lines before the start, such as `module load cuda`
     environment: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)  # any other option of sbatch: {exclude: node7}
 
 
 def check(profile: Profile) -> None:
-    for name in ("nodes", "tasks_per_node", "cpus_per_task", "minutes", "concurrency"):
-        if getattr(profile, name) < 1:
-            raise ConfigError(f"{name} of the profile is {getattr(profile, name)}: it must be 1 or more")
     if profile.signal_seconds >= 60 * profile.minutes:
         raise ConfigError(
             f"signal_seconds {profile.signal_seconds} is as long as the time limit of {profile.minutes} minutes: "

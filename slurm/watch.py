@@ -13,7 +13,7 @@ from mls.errors import CheckpointError, ConfigError, LaunchError
 from mls.monitor.log import read_metrics
 from mls.progress import duration
 from mls.recipes import load_config
-from mls.results import Results
+from mls.results import Results, newest
 from mls.slurm import job_spec, local, scheduler
 from mls.slurm.job_spec import JobSpec
 
@@ -59,7 +59,7 @@ def status_of(specs: list[JobSpec], root: Path) -> list[JobStatus]:
 
 def state_and_reason(spec: JobSpec, slurm_state: str | None) -> tuple[str, str]:
     """What `mls jobs` shows as state and reason, from the run's files and the job's state in SLURM."""
-    events = spec.history.rows(job=spec.job)
+    events = [row for row in spec.history.rows(job=spec.job) if "event" in row]
     last = next((row for row in reversed(events) if row["event"] in ("failed", "stopped", "done")), None)
     if spec.done:
         return "done", "DONE is there"
@@ -118,7 +118,7 @@ def _status(spec: JobSpec, slurm_state: str | None, root: Path, results: list[di
     folder = Path(spec.folder)
     name = os.path.relpath(folder, root) if folder.is_relative_to(root.resolve()) else str(folder)
     starts = spec.history.rows(event="started", rank=0)
-    mine = {row["metric"]: row["value"] for row in results if row.get("weights") == spec.folder}
+    mine = {row["metric"]: row["value"] for row in newest(results) if row.get("weights") == spec.folder}
     eta = eta if state == "running" else ""
     return JobStatus(name, spec, state, reason, step, eta, max(0, len(starts) - 1), loss, mine)
 

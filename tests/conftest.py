@@ -1,10 +1,8 @@
 """Shared by all tests: shape annotations are checked at run time in the tensor code, and runs are small."""
 
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +27,8 @@ CHECKED = [
 CHECKED += ["mls.distributed", "mls.core.products", "mls.core.sharding", "mls.exporting"]
 CHECKED += ["mls.core.health", "mls.core.queried_rows", "mls.monitor.labels"]
 install_import_hook(CHECKED, "beartype.beartype")
+
+from mls.tools.bench.faults import commands  # noqa: E402
 
 settings.register_profile("mls", deadline=None)  # how long a test takes on a busy machine decides nothing
 settings.load_profile("mls")
@@ -82,46 +82,29 @@ def registries_as_before() -> Iterator[None]:
     sys.path[:] = path
 
 
-class CommandServer:
-    """A process that runs commands and scripts, each in processes of its own (tests/commands/server.py)."""
+Ran = subprocess.CompletedProcess[str]
 
-    def __init__(self) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("commands") / "server.py")]
-        pipe, environment = subprocess.PIPE, {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
-    def run(
-        self, *arguments: str, script: Path | None = None, processes: int = 1, folder: Path | None = None, **more: str
-    ) -> subprocess.CompletedProcess[str]:
-        """The `mls` command, or a script, with `more` in its environment."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-            request = {
-                "arguments": arguments,
-                "script": script,
-                "processes": processes,
-                "out": out.name,
-                "err": err.name,
-            }
-            request |= {"folder": folder or os.getcwd(), "environment": {**os.environ, "OMP_NUM_THREADS": "1", **more}}
-            print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
-            code = self.process.stdout.readline()
-            assert code, "the server of commands is gone"
-            return subprocess.CompletedProcess(arguments, int(code), out.read(), err.read())
+def started(
+    *arguments: object, folder: Path | None = None, script: Path | None = None, processes: int = 1, **more: str
+) -> list[commands.Command]:
+    words = [str(argument) for argument in ([script, *arguments] if script else arguments)]
+    environment = {"MLS_RUNS": os.environ.get("MLS_RUNS"), **more}
+    call = commands.call_script if script else None
+    return commands.start(folder or Path.cwd(), *words, call=call, environment=environment, processes=processes)
+
+
+@pytest.fixture
+def mls_started() -> Callable[..., list[commands.Command]]:
+    """Starts the `mls` command, or a script, in one process or in several that know each other, with `more` in its
+    environment."""
+    return started
 
 
 @pytest.fixture(scope="session")
-def command_server() -> Iterator[CommandServer]:
-    server = CommandServer()
-    yield server
-    server.process.kill()  # not by the end of its input: what a test has forked may hold that pipe open too
-    server.process.communicate()
-
-
-@pytest.fixture(scope="session")
-def mls_command(command_server: CommandServer) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the `mls` command in a process of its own, or in several, and gives back what it printed."""
-    return command_server.run
+def mls_command() -> Callable[..., Ran]:
+    """The same, to its end: what it printed and how it ended."""
+    return lambda *arguments, **how: commands.completed(started(*arguments, **how))
 
 
 def command_line(*arguments: str, processes: int = 1) -> list[str]:

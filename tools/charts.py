@@ -48,7 +48,7 @@ def chart(
     values = [value for curve in found for _, value in curve.points if value is not None]
     bottom, top = _axis(values, low, high)
     y_ticks = _log_ticks(bottom, top) if log else _ticks(bottom, top, 4)
-    last_step = max(row["step"] for card in cards for row in card.rows)
+    last_step = max(1, *(row["step"] for card in cards for row in card.rows))
     x = lambda step: round(LEFT + (RIGHT - LEFT) * step / last_step, 1)
     y = lambda value: round(BOTTOM - (BOTTOM - TOP) * (value - bottom) / (top - bottom), 1)
     lines = []

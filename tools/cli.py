@@ -13,8 +13,8 @@ import typer
 
 import mls
 from mls import plugins
-from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError
-from mls.files import refused_by_the_system
+from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError, of_the_machine
+from mls.signals import end_data_workers
 from mls.tools import (
     bench,
     box,
@@ -32,6 +32,7 @@ from mls.tools import (
     results,
     scenes,
     submit,
+    verify_resume,
 )
 
 app = typer.Typer(
@@ -57,6 +58,7 @@ COMMANDS = {
     "cancel": jobs.cancel,
     "export": export.export,
     "verify-export": export.verify_export,
+    "verify-resume": verify_resume.verify_resume,
     "doctor": doctor.doctor,
 }
 for name, command in COMMANDS.items():
@@ -136,16 +138,22 @@ def _call() -> None:
         if int(os.environ.get("RANK", 0)) == 0 and str(stopped):
             print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
-    except (UserError, OSError, RuntimeError) as error:
-        mistake = error if isinstance(error, UserError) else refused_by_the_system(error)
-        if mistake is None:
-            raise
-        rank = int(os.environ.get("RANK", 0))  # several processes may make the same mistake: say whose it is
-        print(f"{f'[rank {rank}] ' if rank else ''}error: {mistake}", file=sys.stderr)
-        sys.exit(EXIT_MISTAKE)
+    except UserError as mistake:
+        _tell(mistake)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        if (mistake := of_the_machine(error)) is None:
+            raise
+        _tell(mistake)
+
+
+def _tell(mistake: UserError) -> None:
+    rank = int(os.environ.get("RANK", 0))  # several processes may make the same mistake: say whose it is
+    print(f"{f'[rank {rank}] ' if rank else ''}error: {mistake}", file=sys.stderr)
+    end_data_workers()
+    sys.exit(EXIT_MISTAKE)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def check(
     """Decode every image once and say what is odd, in its annotations too, and what the loader does with it. Nothing is
     changed.
 
-    Exit code 0 if every image can be read and no annotation is wrong, else 2.
+    Exit code 0 if every image can be read, every shard is what was written and no annotation is wrong, else 2.
 
     Examples:
 
@@ -61,11 +61,13 @@ def check(
         print(json.dumps({"images": report.images, "unreadable": report.unreadable, "found": report.found}, indent=1))
     else:
         _show(name if dataset else parts[0][0].name, report)
-    if report.odd_truth:
-        wrong = f"{report.odd_truth} entries of the annotations are odd: repair or remove them"
-        raise DataError(f"{wrong}, and {report.unreadable} images cannot be read" if report.unreadable else wrong)
-    if report.unreadable:
-        raise DataError(f"{report.unreadable} of {report.images} images cannot be read: repair or remove them")
+    counts = {
+        f"{report.unreadable} of {report.images} images cannot be read: repair or remove them": report.unreadable,
+        f"damaged or changed shards: {report.shards}: pack or download them again": report.shards,
+        f"{report.odd_truth} entries of the annotations are odd: repair or remove them": report.odd_truth,
+    }
+    if any(counts.values()):
+        raise DataError("; ".join(words for words, count in counts.items() if count))
 
 
 @app.command()

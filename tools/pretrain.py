@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 
@@ -16,12 +17,17 @@ def pretrain(
         typer.Argument(metavar="CONFIG KEY=VALUE", help="A recipe or YAML file, and overrides."),
     ] = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this run folder instead.")] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --resume: train a new run from this step of RUN, with other KEY=VALUE."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the run folder (default: recipe, date, hash).")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
     """Pretrain on a folder of images; no labels needed.
 
-    Stop it anyhow (Ctrl-C, SIGTERM, kill -9) and `--resume RUN` goes on exactly where it was last saved.
+    Stop it anyhow (Ctrl-C, SIGTERM, kill -9) and `--resume RUN` goes on exactly where it was last saved. After a
+    divergence, `--from-step N` lets a new run go on from an earlier checkpoint with another configuration.
     Exit codes: 0 done, 2 a mistake in the command, 75 saved and stopped on a signal, 130 the same on Ctrl-C.
 
     Examples:
@@ -33,8 +39,11 @@ def pretrain(
         torchrun --nproc-per-node 8 -m mls.tools pretrain mls_coco_r50 data.root=/data/coco
 
         mls pretrain --resume runs/mls_scenes_tiny-20260101-120000-1a2b
+
+        mls pretrain --resume runs/first --from-step 4000 optim.lr=0.003 --name second
     """
     positional = list(arguments or [])
+    named = [] if name is None else [f"run.name={json.dumps(name)}"]  # as it is: 010 is no number here
     if resume is None and (not positional or "=" in positional[0]):
         from mls.recipes import recipes
 
@@ -43,17 +52,23 @@ def pretrain(
         )
     if resume is not None and positional and "=" not in positional[0]:
         raise ConfigError(f"--resume takes its configuration from the run: leave out '{positional[0]}'")
+    if from_step is not None and resume is None:
+        raise ConfigError("--from-step needs --resume RUN: whose step it is")
+    if named and resume is not None and from_step is None:
+        raise ConfigError("--name is a new run's: leave it out, or give --from-step N to branch one off")
 
     config = None
     if resume is None:
         from mls.recipes import load_config
 
-        config = load_config(positional[0], positional[1:] + ([f"run.name={name}"] if name else []))
+        config = load_config(positional[0], positional[1:] + named)
 
     from mls import distributed, engine  # seconds: a mistake in the configuration is told before
 
     try:
-        if resume is not None:
+        if resume is not None and from_step is not None:
+            run = engine.branch(resume, from_step, positional + named, quiet=quiet)
+        elif resume is not None:
             run = engine.resume(resume, positional, quiet=quiet)
         else:
             assert config is not None

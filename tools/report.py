@@ -36,6 +36,7 @@ class Card:
     cost: list[tuple[str, str]] = field(default_factory=list)
     from_recipe: list[tuple[str, Any, Any]] | str = ""  # a sentence where there is nothing to compare with
     meaning: str = ""
+    odd: list[str] = field(default_factory=list)  # sentences about files that cannot be read
     gallery: list[dict[str, Any]] = field(default_factory=list)
     no_gallery: str = ""
 
@@ -86,8 +87,12 @@ def render(cards: Sequence[Card]) -> str:
 def _card(run: Run, label: str) -> Card:
     from mls.engine.gallery import gallery, meaning
     from mls.errors import UserError
+    from mls.monitor.log import rows_and_odd_lines
 
-    card = Card(label, run, run.config, run.metrics())
+    rows, odd = rows_and_odd_lines(run.path / "metrics.jsonl")
+    card = Card(label, run, run.config, rows)
+    if odd:
+        card.odd.append(f"metrics.jsonl: left out {len(odd)} lines that hold no row, the first is line {odd[0]}")
     reached, total = _progress(card)
     card.from_recipe, card.meaning = _from_recipe(card.config), meaning(card.config)
     card.state, card.cost = _state(card, reached, total), _cost(card, reached, total)
@@ -107,11 +112,18 @@ def _card(run: Run, label: str) -> Card:
 def _progress(card: Card) -> tuple[int, int | None]:
     """The last step known of, and the number of steps of the whole run where something tells it."""
     saved = card.run.path / "backbone.json"
-    facts = json.loads(saved.read_text()) if saved.is_file() else {}
-    reached = max([facts.get("step", 0), *(row["step"] for row in card.rows)])
-    if not facts.get("epochs"):
-        return reached, None
-    return reached, round(card.config.optim.epochs * facts["step"] / facts["epochs"])
+    logged, total = max([0, *(row["step"] for row in card.rows)]), None
+    if not saved.is_file():
+        return logged, None
+    try:
+        facts = json.loads(saved.read_bytes())
+        step = int(facts["step"])
+        if facts["epochs"]:
+            total = round(card.config.optim.epochs * step / facts["epochs"])
+        return max(step, logged), total
+    except (ValueError, RecursionError, KeyError, TypeError, OverflowError):
+        card.odd.append("backbone.json cannot be read: how far the run is follows from metrics.jsonl alone")
+        return logged, None
 
 
 def _state(card: Card, reached: int, total: int | None) -> str:
@@ -120,7 +132,7 @@ def _state(card: Card, reached: int, total: int | None) -> str:
         return f"finished: {reached:,} steps, {epochs:,} epochs"
     if total is not None:
         return f"not finished: step {reached:,} of {total:,}"
-    if reached == 0:
+    if not card.rows:
         return "nothing logged and nothing saved yet"
     return f"not finished: step {reached:,}, epoch {card.rows[-1]['epoch']:,} of {epochs:,}"
 
@@ -136,7 +148,7 @@ def _cost(card: Card, reached: int, total: int | None) -> list[tuple[str, str]]:
     other = _not_the_recipes(card, of_recipe, total) if of_recipe else ""
     for name, words in of_recipe.items():
         notes.append((name, f"the recipe's is not for this run: {other}" if other else words))
-    speeds = [row["images_per_second"] for row in card.rows if row.get("images_per_second")]
+    speeds = [row["images_per_second"] for row in card.rows if (row.get("images_per_second") or 0) > 0]
     if speeds and total is not None:
         batch, speed = card.config.data.batch_size, median(speeds)
         here = f"{total:,} steps of {batch:,} images at {speed:,.0f} images/s take {duration(total * batch / speed)}"

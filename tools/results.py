@@ -14,7 +14,7 @@ import typer
 
 from mls.errors import ConfigError, DataError, unknown_name
 from mls.files import runs_folder
-from mls.results import Results, StoredCell, stored_cells
+from mls.results import Results, StoredCell, newest, stored_cells
 from mls.tables import Column, Format, Table, as_csv, render, terminal_width
 from mls.tables import Row as TableRow
 
@@ -66,10 +66,7 @@ def results(
     if by is not None and by not in FIELDS:
         raise unknown_name("field for --by", by, FIELDS)
     path = store_file(store)
-    stored, torn = Results(path).read()
-    rows = newest(corrected(row) for row in stored if isinstance(row.get("value"), (int, float)) and "metric" in row)
-    if torn:
-        say(f"{path}: left out {torn} torn line{'s' * (torn > 1)}, whose writer was killed or is still writing")
+    rows = newest(map(corrected, Results(path).read()))
     if not rows:
         say(f"{path} holds no numbers of a protocol: `mls eval run` and `mls eval suite` store them")
     wanted = parse(filters or [], rows) if rows else {}
@@ -95,15 +92,6 @@ def store_file(store: Path | None) -> Path:
     if not path.is_file():
         raise DataError(f"there are no results in {path}: run `mls eval run` first, or say where they are with --store")
     return path
-
-
-def newest(rows: Iterable[Row]) -> list[Row]:
-    """Each number of a cell once.
-
-    >>> [row["value"] for row in newest({"cell": "a", "metric": "voc07/map", "value": v} for v in (0.1, 0.2))]
-    [0.2]
-    """
-    return list({(row.get("cell", number), row["metric"]): row for number, row in enumerate(rows)}.values())
 
 
 def corrected(row: Row) -> Row:

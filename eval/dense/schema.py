@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mls.config import positive, share
+from mls.config import limited, positive, rising, share, zero_or_more
 from mls.errors import ConfigError
 from mls.eval.schema import DataSetConfig
 
@@ -24,16 +24,16 @@ class Schedule:
     steps: int = positive(90000)
     batch_size: int = positive(16)  # images per step, of all processes together
     lr: float = positive(0.02)
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    norm_decay: float = 0.0  # the weight decay of normalisation layers
+    momentum: float = share(0.9)
+    weight_decay: float = zero_or_more(1e-4)
+    norm_decay: float = zero_or_more(0.0)  # the weight decay of normalisation layers
     schedule: Literal["steps", "poly"] = "steps"  # poly: lr * (1 - step / steps) ** power
-    falls: list[int] = field(default_factory=lambda: [60000, 80000])  # the rate is multiplied by 0.1 after each
-    power: float = 0.9
-    min_lr: float = 0.0  # final rate of poly
-    warmup_steps: int = 1000  # the rate rises linearly over these steps
+    falls: list[int] = limited([60000, 80000], above=0, empty=True)  # the rate is multiplied by 0.1 after each
+    power: float = zero_or_more(0.9)
+    min_lr: float = zero_or_more(0.0)  # final rate of poly
+    warmup_steps: int = zero_or_more(1000)  # the rate rises linearly over these steps
     warmup_from: float = positive(0.001)  # from this share of the rate
-    precise_bn: int = 200  # batches to measure batch normalisation's statistics on after training; 0: not measured
+    precise_bn: int = zero_or_more(200)  # batches that measure batch normalisation's statistics after training; 0: none
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -55,15 +55,15 @@ class DetectorConfig:
     neck: Literal["fpn", "c4"] = "fpn"  # c4: proposals on the last stage but one; the last is in the head
     masks: bool = True
     width: int = positive(256)  # of the feature pyramid and the convolutions of the heads
-    box_width: int = 1024  # of the box head's hidden layer
+    box_width: int = positive(1024)  # of the box head's hidden layer
     anchors: list[int] = positive([32, 64, 128, 256, 512])  # fpn: one per level; c4: all on one map
-    before_nms: list[int] = field(default_factory=lambda: [2000, 1000])  # proposals per level, in training and test
-    proposals: list[int] = field(default_factory=lambda: [1000, 1000])  # after suppression, in training and test
-    proposal_batch: int = 256  # anchors per image in the loss of the proposals
-    box_batch: int = 512  # proposals per image in the loss of the boxes
-    score: float = 0.05  # detections with a lower score are left out
-    nms: float = 0.5
-    detections: int = 100  # per image
+    before_nms: list[int] = positive([2000, 1000])  # proposals per level, in training and test
+    proposals: list[int] = positive([1000, 1000])  # after suppression, in training and test
+    proposal_batch: int = positive(256)  # anchors per image in the loss of the proposals
+    box_batch: int = positive(512)  # proposals per image in the loss of the boxes
+    score: float = share(0.05)  # detections with a lower score are left out
+    nms: float = share(0.5)
+    detections: int = positive(100)  # per image
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Detection:
 class SegmentationData(DenseData):
     name: str = "cityscapes"
     resize: tuple[int, int] = positive((2048, 1024))  # width, height of the scaled image; times a factor in training
-    ratio: tuple[float, float] = positive((0.5, 2.0))  # range of that factor
+    ratio: tuple[float, float] = rising((0.5, 2.0))  # range of that factor
     crop: tuple[int, int] = positive((1024, 512))  # width, height
-    most: float = 0.75  # share of a crop that one class may cover (after ten draws: any)
+    most: float = share(0.75)  # share of a crop that one class may cover (after ten draws: any)
     photometric: bool = True  # brightness, contrast, saturation and hue of SSD
     test: Literal["whole", "slide"] = "whole"  # slide: windows as large as the crop, their scores averaged
     stride: tuple[int, int] = positive((513, 513))  # of the windows
@@ -99,11 +99,11 @@ class SegmenterConfig:
     backbone: str = "resnet50"
     weights: str = "torchvision:resnet50@IMAGENET1K_V1"
     head: Literal["fcn", "pspnet", "psanet"] = "fcn"
-    output_stride: int = 8  # of the dilated backbone
+    output_stride: int = positive(8)  # of the dilated backbone
     width: int = positive(512)
-    auxiliary_width: int = 256
-    auxiliary_weight: float = 0.4
-    dropout: float = 0.1
+    auxiliary_width: int = positive(256)
+    auxiliary_weight: float = zero_or_more(0.4)
+    dropout: float = share(0.1)
     align_corners: bool = False
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from mls import distributed
 from mls.data.crops import UnreadableImage
-from mls.data.loader import already_collated, worker_count
+from mls.data.loader import already_collated, made, worker_count
 from mls.errors import DataError, UserError, reason
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import VOID, RegionImages
@@ -133,10 +133,7 @@ def training_batches(
     images: ObjectImages | RegionImages, data: DenseData, batch_size: int, seed: int, first: int, last: int
 ) -> Iterator[list[tuple[Image, Any]]]:
     """This process' share of the batches of the steps `first` to `last`."""
-    for batch in training_loader(TrainingViews(images, data, seed), batch_size, first, last):
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    return made(training_loader(TrainingViews(images, data, seed), batch_size, first, last))
 
 
 def training_loader(views: TrainingViews, batch_size: int, first: int, last: int) -> DataLoader[Any]:

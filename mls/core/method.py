@@ -136,7 +136,8 @@ class Method(nn.Module):
     # ------------------------------------------------------------------------------------------ state beside modules
 
     def memories(self) -> Mapping[str, Memory]:
-        """By name. They move with `to`, and are part of `state_dict`."""
+        """By name. They move with `to`, and are part of `state_dict`, which is not saved where a number in it is not
+        finite (`boxes` may be unknown)."""
         return {}
 
     @property

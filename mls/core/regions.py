@@ -25,6 +25,7 @@ from mls.data.loader import in_workers
 from mls.distributed import gather, rank, world
 from mls.errors import UserError
 from mls.models import Backbone, Encoder, Precision
+from mls.models.finite import finite
 
 SAMPLE = 2000  # images that the statistics of the features are taken from
 BATCH = 64  # images whose windows go through the network together
@@ -124,7 +125,8 @@ class RegionEncoder:
     def features(self, source: Source, ids: Sequence[int]) -> Iterator[Float[Tensor, "windows features"]]:
         grey = self.augment.grey == 1  # then it has never seen a colour
         for windows in in_workers(RegionWindows(source, ids, self.options), self.workers):
-            yield self.network(normalise(windows, self.augment, self.device, grey))[0]
+            features = self.network(normalise(windows, self.augment, self.device, grey))[0]
+            yield finite(features, f"the features of regions of {source.name}")
 
     @torch.no_grad()
     def __call__(

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from mls.data import Source, truth
 from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.loader import in_workers
+from mls.data.tar import TarSource
 from mls.errors import reason
 
 REPLACED = "another image takes its place, and the run lists it in unreadable.txt"
@@ -31,7 +32,10 @@ KINDS = {  # kind of file: what the loader does with it
     "animated": "the first frame is used",
     "rotated": "turned upright by its EXIF orientation",
     "other suffix": "decoded as what it is, whatever its name says",
+    "damaged shard": "the images that can be found are used, with a warning",
+    "changed shard": f"of an image that is not as it was packed: {REPLACED}",
 }
+SHARDS = ("damaged shard", "changed shard")
 TRUTH = {**truth.KINDS, "another size": "training ends there", "unknown labels": "training ends there"}
 UNREADABLE = ("empty", "no image", "truncated", "too large", "unreadable")
 LARGE = 50_000_000  # pixels: 150 MB in memory, in every worker
@@ -53,6 +57,10 @@ class Report:
         return sum(len(self.found.get(kind, ())) for kind in UNREADABLE)
 
     @property
+    def shards(self) -> int:
+        return sum(len(self.found.get(kind, ())) for kind in SHARDS)
+
+    @property
     def odd_truth(self) -> int:
         return sum(len(self.found.get(kind, ())) for kind in TRUTH if kind not in truth.AS_DETECTRON2)
 
@@ -69,7 +77,8 @@ def check(
     progress: Progress = lambda done: None,
     annotated: Callable[[int, tuple[int, int]], list[tuple[str, str]]] = lambda row, size: [],
 ) -> Report:
-    """Decode every image once. `annotated` gives the kinds of TRUTH that an image of this height and width is of."""
+    """Decode every image once, and read every shard. `annotated` gives the kinds of TRUTH that an image of this height
+    and width is of."""
     report = Report(len(source))
     done = 0
     for kind, entries in (odd.found if (odd := getattr(source, "odd", None)) else {}).items():
@@ -79,6 +88,8 @@ def check(
             report.found.setdefault(kind, []).append((image, detail))
         done = min(done + CHUNK, len(source))
         progress(done)
+    for kind, shard, detail in source.odd_shards() if isinstance(source, TarSource) else ():
+        report.found.setdefault(kind, []).append((shard, detail))
     return report
 
 

@@ -167,9 +167,9 @@ def crop_box(
             return int(draws[0] * (height - h + 1)), int(draws[1] * (width - w + 1)), h, w
     w, h = width, height
     if width / height < ratio[0]:
-        h = round(width / ratio[0])
+        h = max(1, round(width / ratio[0]))
     elif width / height > ratio[1]:
-        w = round(height * ratio[1])
+        w = max(1, round(height * ratio[1]))
     return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from typing import Protocol, TypeVar
+from threading import Event, Timer
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -16,12 +17,13 @@ from mls.data import Batch, Source, ViewPlan
 from mls.data.crops import CropDataset
 from mls.data.listing import FileSource
 from mls.distributed import Process
-from mls.errors import ConfigError, DataError, UserError, command
-from mls.signals import leave_signals_to_the_parent
+from mls.errors import ConfigError, DataError, UserError, command, lost_worker
+from mls.signals import end_data_workers, leave_signals_to_the_parent
 
 Result = TypeVar("Result")
 
 PREFETCH = 4  # batches that a worker makes ahead
+SILENCE = 30.0  # minutes after which a worker that makes nothing is given up; of pretraining: engine.timeout_minutes
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -105,7 +107,7 @@ class Loader:
         plan: ViewPlan | None = None,
     ) -> None:
         workers = worker_count(config.data.workers)
-        self.waited = 0.0
+        self.waited, self.minutes = 0.0, config.engine.timeout_minutes
         buffers = PREFETCH + config.engine.accumulate
         self.batches = DataLoader(
             ErrorsAsItems(CropDataset(source, config.augment, config.run.seed, buffers, plan)),
@@ -120,7 +122,7 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self.batches)
+        batches = made(self.batches, self.minutes)
         while True:
             start = time.perf_counter()
             try:
@@ -128,22 +130,50 @@ class Loader:
             except StopIteration:
                 return
             self.waited += time.perf_counter() - start
-            if isinstance(batch, UserError):
-                raise batch
             yield batch
 
 
 def in_workers(dataset: Dataset[Result | UserError], workers: int) -> Iterator[Result]:
-    """The items of a data set, in order, made by worker processes. An error of the user is an item that is raised here:
-    raised in a worker, its one sentence would arrive wrapped in the worker's traceback."""
-    for item in DataLoader(
+    """The items of a data set, in order, made by worker processes."""
+    loader = DataLoader(
         dataset,
         batch_size=None,
         num_workers=workers,
         collate_fn=already_collated,
         worker_init_fn=leave_signals_to_the_parent if workers else None,
         generator=torch.Generator(),
-    ):
+    )
+    return made(loader)
+
+
+def made(loader: DataLoader[Any], minutes: float = SILENCE) -> Iterator[Any]:
+    """What a loader makes. An error of the user is an item that is raised here: raised in a worker, its one sentence
+    would arrive wrapped in the worker's traceback. A worker that is gone, or silent for so long, is a sentence. (The
+    time-out of DataLoader does not cover the hand-over of tensors, which waits for ever for a worker that hangs.)"""
+    items, silent = iter(loader), Event()
+
+    def give_up() -> None:
+        silent.set()
+        end_data_workers()
+
+    while True:
+        timer = Timer(60 * minutes, give_up)
+        timer.daemon = True
+        if loader.num_workers:
+            timer.start()
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except (RuntimeError, EOFError, OSError) as error:
+            if silent.is_set():
+                words = f"a data worker has made nothing for {minutes:g} minutes: see that the disk or network that"
+                raise UserError(f"{words} holds the images answers, or raise engine.timeout_minutes") from None
+            if isinstance(error, (EOFError, ConnectionError)):  # it went while it handed a batch over
+                raise lost_worker(error) from None
+            raise
+        finally:
+            timer.cancel()
         if isinstance(item, UserError):
             raise item
         yield item

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from mls.data.crops import SPARE
 from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.listing import FileSource, show
 from mls.data.loader import in_workers
-from mls.data.tar import MANIFEST
+from mls.data.tar import MANIFEST, read_manifest
+from mls.data.tarindex import scan, stamp_of
 from mls.errors import DataError, UserError, reason
-from mls.files import atomic_file, sha256, write_atomically
+from mls.files import atomic_file, checked, sha256, telling_disk_errors, write_atomically
+from mls.locks import Lock, locked
 
 VERSION = 1
 SUFFIXES = {"JPEG": "jpg", MPO: "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif"}
@@ -58,7 +61,21 @@ def pack(
     """
     count = -(-len(source) // packing.per_shard)
     names = [f"shard-{number:06d}.tar" for number in range(count)]
-    out.mkdir(parents=True, exist_ok=True)
+    with telling_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out / ".lock", f"{show(out)} is being packed") as lock:
+        return _pack(source, out, packing, names, workers, progress, lock)
+
+
+def _pack(
+    source: Source,
+    out: Path,
+    packing: Packing,
+    names: list[str],
+    workers: int,
+    progress: Progress,
+    lock: Lock,
+) -> dict[str, Any]:
     manifest = _begin(source, out, packing)
     done = 0
     for number, name in enumerate(names):
@@ -68,11 +85,12 @@ def pack(
             continue
         done += len(_ids(number, packing, len(source)))
         progress(done)
-    for leftover in out.glob(".*.tmp"):  # of a process that was killed
-        leftover.unlink()
+    for leftover in (*out.glob(".shard-*.tmp"), *out.glob(f".{MANIFEST}.*.tmp")):  # of a process that was killed
+        leftover.unlink(missing_ok=True)
     missing = [number for number, name in enumerate(names) if name not in manifest["shards"]]
     for number, record in zip(missing, in_workers(_Shards(source, out, packing, names, missing), workers), strict=True):
         manifest["shards"] = dict(sorted([*manifest["shards"].items(), (names[number], record)]))
+        lock.check()
         _save(out, manifest)
         done += len(_ids(number, packing, len(source)))
         progress(done)
@@ -91,13 +109,8 @@ def _begin(source: Source, out: Path, packing: Packing) -> dict[str, Any]:
         digest.update(source.describe(i).encode() + b"\0")
     wanted = {"version": VERSION, "source": source.name, "images": len(source), "names": digest.hexdigest()}
     wanted |= {"packing": asdict(packing), "classes": None if source.class_names is None else [*source.class_names]}
-    try:
-        found = json.loads((out / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        found = None
-    except (OSError, ValueError):
-        raise DataError(f"{show(out / MANIFEST)} cannot be read: choose another folder to pack into") from None
-    if found is None:
+    found = read_manifest(out)
+    if not found:
         if any(not path.name.startswith(".") for path in out.iterdir()):
             raise DataError(f"{show(out)} is not empty and holds no pack: choose a new folder to pack into")
         return {**wanted, "shards": {}, "complete": False}
@@ -109,7 +122,7 @@ def _begin(source: Source, out: Path, packing: Packing) -> dict[str, Any]:
 
 
 def _save(out: Path, manifest: dict[str, Any]) -> None:
-    write_atomically(out / MANIFEST, json.dumps(manifest, indent=1).encode())
+    write_atomically(out / MANIFEST, json.dumps(checked(manifest), indent=1).encode(), DISK_FULL)
 
 
 def _ids(number: int, packing: Packing, images: int) -> range:
@@ -136,7 +149,9 @@ class _Shards(Dataset[dict[str, Any] | UserError]):
                 images = self._write(file, number, left_out)
         except UserError as error:
             return error
-        return {"images": images, "bytes": path.stat().st_size, "sha256": sha256(path), "left_out": left_out}
+        stamp = stamp_of(path)
+        record = {"images": images, "bytes": stamp[0], "sha256": sha256(path), "left_out": left_out}
+        return record | {"index": scan(path, stamp).fingerprint}
 
     def _write(self, file: BinaryIO, number: int, left_out: list[tuple[str, str]]) -> int:
         images = 0
@@ -147,7 +162,7 @@ class _Shards(Dataset[dict[str, Any] | UserError]):
                 except (UnreadableImage, OSError) as error:
                     left_out.append((self.source.describe(i), reason(error)))
                     continue
-                about: dict[str, Any] = {"path": self.source.describe(i)}
+                about: dict[str, Any] = {"path": self.source.describe(i), "crc32": zlib.crc32(data)}
                 if self.pairs is not None:
                     first, last = np.searchsorted(self.pairs[:, 0], [i, i + 1])
                     about["classes"] = self.pairs[first:last, 1].tolist()

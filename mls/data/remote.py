@@ -18,7 +18,8 @@ from mls.data.listing import printable, show
 from mls.data.tar import MANIFEST
 from mls.data.tarindex import IndexingBar
 from mls.errors import DataError, unknown_name
-from mls.files import alone, cache_folder, sha256, write_atomically
+from mls.files import cache_folder, sha256, write_atomically
+from mls.locks import locked
 
 TRIES = 5
 FIRST_PAUSE = 1.0  # seconds before the second try; doubled before each further one
@@ -112,7 +113,7 @@ def _by_name(manifest: bytes) -> dict[str, str]:
 def _copy(files: Any, url: str, path: Path, checksum: str | None) -> Path:
     """The local copy. One process downloads it while the others wait."""
     digest_file = path.with_name(f".{path.name}.sha256")
-    with alone(path.with_name(f".{path.name}.lock")):
+    with locked(path.with_name(f".{path.name}.lock"), f"{_show(url)} is being downloaded", wait=True):
         if path.is_file() and digest_file.is_file() and checksum in (None, digest_file.read_text()):
             return path
         part = path.with_name(f".{path.name}.part")

@@ -77,7 +77,7 @@ def detect(config: DataConfig) -> str:
 
 @register("tar")
 def _tar(config: DataConfig) -> TarSource:
-    from mls.data.tar import TarSource, expand_braces
+    from mls.data.tar import TarSource, expand_braces, shards_in
 
     text = root_text(config)
     if "://" in text:
@@ -87,7 +87,7 @@ def _tar(config: DataConfig) -> TarSource:
     else:
         shards = [locate(name) for name in expand_braces(text)]
     if len(shards) == 1 and shards[0].is_dir():
-        shards = sorted(shards[0].glob("*.tar"))
+        shards = shards_in(shards[0])
     if not shards:
         raise DataError(f"no .tar shards in {text}: point data.root to their folder or to shard-{{000..012}}.tar")
     return TarSource(shards, limit=config.limit)

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mls.data.listing import LOOKED_FOR, Names, multi_hot, printable, show
-from mls.data.tarindex import IndexingBar, Progress, load_index, read_at
+from mls.data.tarindex import IndexingBar, Part, Progress, index_files, load_index, read_at, scan, stamp_of
 from mls.errors import DataError
+from mls.files import changed, sha256
 from mls.streams import generator
 
 if TYPE_CHECKING:
@@ -43,24 +45,29 @@ class TarSource:
     A member's key is its path up to the first dot of its base name, and a key has one image. `.cls`, or `label` or
     `labels` in `.json`, gives a class if it is a plain number, `classes` in `.json` several; labels are used if
     every image has some. Members are never extracted, so names such as "../x.jpg" are harmless; links and devices are
-    skipped. Of a truncated shard the complete images are used.
+    skipped. Of a damaged shard the complete images are used, and it is told each time. Shards of `mls data pack` must
+    be those that their manifest lists, and an image must have the checksum with which it was packed.
     """
 
     class_names: list[str] | None
 
     def __init__(self, shards: Sequence[Path], limit: int | None = None, progress: Progress | None = None) -> None:
-        manifest = _manifest(shards[0].parent)
+        manifest = read_manifest(shards[0].parent)
         if manifest.get("complete") is False:
             raise DataError(f"the pack in {show(shards[0].parent)} is not finished: run its `mls data pack` again")
         parts = load_index(shards, progress)
-        for shard, part in zip(shards, parts, strict=True):
-            if part.damage:
-                log.warning("%s is damaged (%s): using its first %d images", show(shard), part.damage, len(part.names))
+        if manifest:
+            _compare(manifest, shards, parts)
+        else:
+            for shard, what in _suspicions(shards, parts):
+                log.warning("%s %s", show(shard), what)
         starts = np.cumsum([0, *(len(part.names) for part in parts)])
         if not starts[-1]:
             raise DataError(f"no images in {len(shards)} shards from {show(shards[0])} on ({LOOKED_FOR}): name others")
         count = min(int(starts[-1]), limit or int(starts[-1]))
         table = np.concatenate([part.table for part in parts])
+        if not manifest:
+            table[:, 3] = -1  # a field of the same name of another program could be anything
         classes = np.concatenate([part.classes for part in parts])
         self.class_names = None  # from all images, so that data.limit does not change the classes
         if table[:, 2].min() >= 0 and len(classes):
@@ -84,12 +91,29 @@ class TarSource:
         return multi_hot(pairs, len(self), len(self.class_names))
 
     def read(self, index: int) -> bytes:
-        offset, size = self._table[index, :2].tolist()
+        offset, size, _, crc = self._table[index].tolist()
         shard = self._shard_of(index)
         data = read_at(self._open(shard).number, offset, size)
         if len(data) < size:
             raise OSError(f"{printable(shard)} became shorter after it was indexed")
+        if crc >= 0 and zlib.crc32(data) != crc:
+            raise OSError(f"its bytes in {printable(shard)} are not those that were packed")
         return data
+
+    def odd_shards(self) -> Iterator[tuple[str, str, str]]:
+        """(kind, shard, detail) of those that are not what was packed or indexed. Each is read anew: a disk may fail
+        without a new time on the file."""
+        shards = [Path(os.fsdecode(shard)) for shard in self._shards]
+        parts, manifest = load_index(shards), read_manifest(shards[0].parent)
+        suspicions = {} if manifest else dict(_suspicions(shards, parts))
+        for shard, part in zip(shards, parts, strict=True):
+            fresh = scan(shard, stamp_of(shard))
+            if fresh.damage or shard in suspicions:
+                yield "damaged shard", show(shard), fresh.damage or suspicions[shard]
+            elif manifest and sha256(shard) != manifest["shards"][shard.name]["sha256"]:
+                yield "changed shard", show(shard), f"its SHA-256 is not that of {MANIFEST}"
+            elif fresh.fingerprint != part.fingerprint:
+                yield "changed shard", show(shard), "other headers than those in the index"
 
     def size(self, index: int) -> int:
         return int(self._table[index, 1])
@@ -123,13 +147,54 @@ class TarSource:
         self._open = lru_cache(OPEN_SHARDS)(_Descriptor)  # file descriptors are not shared with other processes
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of `mls data pack`; empty for shards of other programs."""
     try:
         found = json.loads((folder / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+        if not isinstance(found, dict) or not {"packing", "check"} & found.keys():
+            return {}
+        records = list(found["shards"].values())
+        whole = not changed(found) and all({"images", "bytes", "sha256"} <= record.keys() for record in records)
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) else {}
+    except (OSError, ValueError, RecursionError, KeyError, AttributeError):
+        whole = False
+    if not whole:
+        advice = "pack again into a new folder, or delete it to read the shards as those of another program"
+        raise DataError(f"{show(folder / MANIFEST)} is damaged: {advice}")
+    return found
+
+
+def shards_in(folder: Path) -> list[Path]:
+    """Those that are there and those that ought to be."""
+    names = {path.name for path in folder.glob("*.tar")} | read_manifest(folder).get("shards", {}).keys()
+    return [folder / name for name in sorted(names)]
+
+
+def _compare(manifest: dict[str, Any], shards: Sequence[Path], parts: Sequence[Part]) -> None:
+    """Refuse shards that are not those of the manifest, as far as sizes and headers tell."""
+    odd = []
+    for shard, part in zip(shards, parts, strict=True):
+        record = manifest["shards"].get(shard.name, {})
+        packed = record.get("index", part.fingerprint), record.get("bytes"), record.get("images")
+        if packed != (part.fingerprint, part.stamp[0], len(part.names)):
+            some = f"{packed[2]} images in {packed[1]:,} bytes" if record else "nothing"
+            odd.append(f"{show(shard.name)} has {len(part.names)} images in {part.stamp[0]:,} bytes, {some} packed")
+    if odd:
+        raise DataError(
+            f"{len(odd)} of {len(shards)} shards in {show(shards[0].parent)} are not those of its {MANIFEST} "
+            f"({', '.join(odd[:3])}): run its `mls data pack` again, or delete {MANIFEST} to train on what is left"
+        )
+
+
+def _suspicions(shards: Sequence[Path], parts: Sequence[Part]) -> Iterator[tuple[Path, str]]:
+    """What is wrong with shards of which no manifest says what they ought to hold."""
+    for shard, part in zip(shards, parts, strict=True):
+        if part.damage:
+            yield shard, f"is damaged ({part.damage}): using its first {len(part.names)} images"
+        elif len(part.names) < part.counted:
+            kept = " or ".join(show(file) for file in index_files(shards) if file.exists())
+            yield shard, f"had {part.counted} images before and has {len(part.names)} now: delete {kept} if it may"
 
 
 def _class_names(manifest: dict[str, Any], count: int) -> list[str]:

@@ -23,8 +23,9 @@ from mls.files import atomic_file
 
 LARGEST_LABEL = 1 << 16  # larger numbers are identifiers, not classes
 LARGEST_JSON = 1 << 20  # bytes
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 BLOCK = 512  # bytes, the unit of a tar file
+CLOSING = 22 * BLOCK  # zeros: two blocks, and what fills a record of 20
 
 Progress = Callable[[int, int], None]  # (bytes done, total bytes)
 
@@ -34,19 +35,27 @@ class Part:
     """The index of one shard, valid for a file of this size and time."""
 
     stamp: list[int]  # size, modification time in ns
-    table: Int64[np.ndarray, "images 3"]  # offset, size, number of classes (-1: unknown)
+    table: Int64[np.ndarray, "images 4"]  # offset, size, number of classes, CRC-32 (the last two -1: unknown)
     classes: Int64[np.ndarray, "labels"]  # of all images, concatenated
     names: Names
     damage: str = ""
+    counted: int = 0  # the most images that this shard was ever seen to have
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same images at the same places with the same classes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for array in (self.table, self.classes, self.names.text, self.names.starts):
+            digest.update(f"{len(array)} ".encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
 
 def load_index(shards: Sequence[Path], progress: Progress | None = None) -> list[Part]:
     """The index of every shard: from a cache file if size and time still agree, else from the shard's headers."""
-    files = _index_files(shards)
-    stamps = [_stamp(shard) for shard in shards]
-    parts = {
-        i: part for file in files for i, part in enumerate(_load(file)) if i < len(stamps) and part.stamp == stamps[i]
-    }
+    files = index_files(shards)
+    stamps = [stamp_of(shard) for shard in shards]
+    known = [(i, part) for file in files for i, part in enumerate(_load(file)) if i < len(stamps)]
+    parts = {i: part for i, part in known if part.stamp == stamps[i]}
     stale = [i for i in range(len(shards)) if i not in parts]
     total, done = sum(stamps[i][0] for i in stale), 0
     bar = IndexingBar()
@@ -58,6 +67,8 @@ def load_index(shards: Sequence[Path], progress: Progress | None = None) -> list
             report(done, total)
     finally:
         bar.close()
+    for i, part in known:
+        parts[i].counted = max(parts[i].counted, part.counted)
     complete = [parts[i] for i in range(len(shards))]
     if stale:
         _save(files, complete)
@@ -67,7 +78,7 @@ def load_index(shards: Sequence[Path], progress: Progress | None = None) -> list
 def scan(shard: Path, stamp: list[int], progress: Callable[[int], None] = lambda place: None) -> Part:
     """One pass over a shard's headers; of the contents only labels are read. A truncated image is left out."""
     images: dict[bytes, tuple[bytes, int, int]] = {}
-    classes: dict[bytes, list[int] | None] = {}
+    about: dict[bytes, tuple[list[int] | None, int]] = {}
     damage = ""
     try:
         with open(shard, "rb") as file:
@@ -81,7 +92,7 @@ def scan(shard: Path, stamp: list[int], progress: Callable[[int], None] = lambda
                     if key not in images or plain:  # x.jpg is the image of x, x.mask.png only if nothing else is
                         images[key] = (name, member.offset_data, member.size)
                 elif suffix in (b"cls", b"json") and stem and member.size <= LARGEST_JSON:
-                    classes.setdefault(key, _classes(read_at(file.fileno(), member.offset_data, member.size), suffix))
+                    about.setdefault(key, _about(read_at(file.fileno(), member.offset_data, member.size), suffix))
                 if number % 256 == 0:
                     progress(member.offset)
     except (tarfile.TarError, ValueError) as error:
@@ -91,12 +102,12 @@ def scan(shard: Path, stamp: list[int], progress: Callable[[int], None] = lambda
     whole = {key: image for key, image in images.items() if image[1] + image[2] <= stamp[0]}
     if damage and not whole:
         raise DataError(f"{show(shard)} is not a readable tar ({damage}): write it again, without compression")
-    known = [classes.get(key) for key in whole]
-    counts = [-1 if some is None else len(some) for some in known]
-    rows = [(offset, size, count) for (_, offset, size), count in zip(whole.values(), counts, strict=True)]
-    table = np.array(rows, dtype=np.int64).reshape(-1, 3)
-    flat = np.array([j for some in known for j in some or ()], dtype=np.int64)
-    return Part(stamp, table, flat, Names.of([image[0] for image in whole.values()]), damage)
+    known = [about.get(key, (None, -1)) for key in whole]
+    counts = [-1 if classes is None else len(classes) for classes, _ in known]
+    rows = [(*image[1:], count, crc) for image, count, (_, crc) in zip(whole.values(), counts, known, strict=True)]
+    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    flat = np.array([j for classes, _ in known for j in classes or ()], dtype=np.int64)
+    return Part(stamp, table, flat, Names.of([image[0] for image in whole.values()]), damage, len(whole))
 
 
 def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
@@ -107,38 +118,57 @@ def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
             if member.isreg() and not member.issparse():
                 yield member
         file.seek(tar.offset)
-    if file.read(BLOCK) != bytes(BLOCK):
+    _look_behind(file)
+
+
+def _look_behind(file: BinaryIO) -> None:
+    """To tarfile any header of zeros is the end, one that was overwritten in the middle too; and a file whose end was
+    never written to the disk is filled up with zeros."""
+    zeros = 0
+    while chunk := file.read(1 << 20):
+        if chunk.count(0) < len(chunk):
+            raise tarfile.ReadError("more follows after a header of zeros")
+        zeros += len(chunk)
+    if zeros < BLOCK:
         raise tarfile.ReadError("the closing block is missing")
+    if zeros > CLOSING:
+        raise tarfile.ReadError(f"its last {zeros:,} bytes are zeros")
 
 
 def _suffix(name: bytes) -> bytes:
     return name.rpartition(b"/")[2].partition(b".")[2]
 
 
-def _classes(content: bytes, suffix: bytes) -> list[int] | None:
-    """The class if the content is one plain number, or the numbers that a .json lists as `classes`. A list of
-    another name is not used: it could be class numbers or a row of zeros and ones.
+def _about(content: bytes, suffix: bytes) -> tuple[list[int] | None, int]:
+    """The class if the content is one plain number, or the numbers that a .json lists as `classes`; and the CRC-32 that
+    `mls data pack` has noted, else -1. A list of another name is not used: it could be class numbers or a row of zeros
+    and ones.
 
-    >>> _classes(b"3", b"cls"), _classes(b'{"classes": [0, 4]}', b"json"), _classes(b'{"label": [0, 1]}', b"json")
-    ([3], [0, 4], None)
+    >>> _about(b"3", b"cls"), _about(b'{"classes": [0, 4], "crc32": 7}', b"json"), _about(b'{"label": [0, 1]}', b"json")
+    (([3], -1), ([0, 4], 7), (None, -1))
     """
     try:
         value = json.loads(content)
-    except ValueError:
-        return None
-    listed = None
+    except (ValueError, RecursionError):
+        return None, -1
+    listed, crc = None, -1
     if suffix == b"json" and isinstance(value, dict):
+        crc = value.get("crc32", -1)
         listed, value = value.get("classes"), value.get("label", value.get("labels"))
     values: list[Any] = listed if isinstance(listed, list) else [value]
-    return values if all(type(j) is int and 0 <= j < LARGEST_LABEL for j in values) else None
+    classes = values if all(type(j) is int and 0 <= j < LARGEST_LABEL for j in values) else None
+    return classes, crc if type(crc) is int and 0 <= crc < 1 << 32 else -1
 
 
-def _stamp(shard: Path) -> list[int]:
-    status = shard.stat()
+def stamp_of(shard: Path) -> list[int]:
+    try:
+        status = shard.stat()
+    except OSError as error:
+        raise DataError(f"cannot read {show(shard)} ({error.strerror}): put it back, or pack again") from None
     return [status.st_size, status.st_mtime_ns]
 
 
-def _index_files(shards: Sequence[Path]) -> list[Path]:
+def index_files(shards: Sequence[Path]) -> list[Path]:
     """Candidates for the index file: beside the shards, for all users of them, or else in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     full = [os.path.abspath(shard) for shard in shards]
@@ -152,7 +182,8 @@ def _digest(names: list[str]) -> str:
 
 def _save(files: Sequence[Path], parts: list[Part]) -> None:
     """Write the first file that is writable; if none is, the index is made again each time."""
-    head = [{"stamp": part.stamp, "images": len(part.names), "damage": part.damage} for part in parts]
+    keys = ("stamp", "images", "damage", "most")
+    head = [dict(zip(keys, (part.stamp, len(part.names), part.damage, part.counted), strict=True)) for part in parts]
     names = Names.join([part.names for part in parts])
     table = np.concatenate([part.table for part in parts])
     classes = np.concatenate([part.classes for part in parts])
@@ -180,8 +211,8 @@ def _load(file: Path) -> list[Part]:
         if len(classes) != labels[-1]:
             return []
         return [
-            Part(shard["stamp"], table[a:b], classes[labels[a] : labels[b]], names.part(a, b), shard["damage"])
-            for shard, a, b in zip(head["shards"], ends, ends[1:], strict=False)
+            Part(one["stamp"], table[a:b], classes[labels[a] : labels[b]], names.part(a, b), one["damage"], one["most"])
+            for one, a, b in zip(head["shards"], ends, ends[1:], strict=False)
         ]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return []

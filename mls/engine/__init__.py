@@ -1,58 +1,84 @@
-"""Training a run: `pretrain(config)`, `resume(run)`, and `run(run_folder)` for launchers. torch is loaded when a run is
-trained: commands that only read run folders do not wait for it."""
+"""Training a run: `pretrain(config)`, `resume(run)`, `branch(run, step)`, and `run(run_folder)` for launchers. torch is
+loaded when a run is trained: commands that only read run folders do not wait for it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mls.config import Config, runs_root, to_yaml
-from mls.engine.run import Run
+from mls.config import Config, to_yaml
+from mls.engine.run import Run, run_folder
 from mls.errors import UserError
 from mls.files import write_atomically
+from mls.locks import Lock, locked
 from mls.recipes import load_config
 
 if TYPE_CHECKING:
     from mls.engine.trainer import Trainer
 
-__all__ = ["Run", "Trainer", "finish", "pretrain", "resume", "run"]
+__all__ = ["Run", "Trainer", "branch", "finish", "pretrain", "resume", "run"]
+WRITTEN = ("config.yaml", "metrics.jsonl", "backbone.*", "DONE")  # of which killed writers may leave unfinished files
 
 
 def pretrain(config: Config, quiet: bool = False) -> Run:
     """Train from scratch in a new run folder. Under torchrun every process calls this."""
+    return _train_new(config, quiet, lambda: Run.create(config))
+
+
+def branch(folder: str | Path | Run, step: int, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
+    """Train a new run from a step of another one, with overrides that may change the result: `run.name` (by default
+    the other's name and the step) is its name. Its folder holds both configurations."""
+    from mls.engine.branch import create_branch
+
+    parent = folder if isinstance(folder, Run) else Run.open(folder)
+    config = load_config(parent.path / "config.yaml", overrides)
+    return _train_new(config, quiet, lambda: create_branch(parent, step, overrides))
+
+
+def _train_new(config: Config, quiet: bool, create: Callable[[], Run]) -> Run:
     from mls import distributed
     from mls.engine.trainer import Trainer
 
-    process = distributed.start(config.engine.device)
+    process = distributed.start(config.engine.device, config.engine.timeout_minutes)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
-    created = Run(Path(distributed.on_main(lambda: str(Run.create(config).path))))
-    try:
-        trainer = Trainer(config, created, process, quiet=quiet)
-    except UserError:
-        if process.main:  # nothing was trained: leave no folder behind that is no run
-            (created.path / "config.yaml").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                created.path.rmdir()
-        raise
-    trainer.train()
+    created = Run(Path(distributed.on_main(lambda: str(create().path))))
+    if process.main:  # of a branch it has another name
+        config = created.config
+    with _alone(created) as lock:
+        try:
+            trainer = Trainer(config, created, process, quiet, lock)
+        except UserError:
+            if process.main:  # nothing was trained: leave no folder behind that is no run
+                created.remove()
+            raise
+        trainer.train()
     return created
 
 
 def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
     """Resume from a run's last checkpoint. Overrides may change only what does not change the result."""
-    path = folder.path if isinstance(folder, Run) else Run.open(folder).path
-    if overrides:
-        from mls import distributed
-        from mls.engine.trainer import Trainer
+    opened = folder if isinstance(folder, Run) else Run.open(folder)
+    if opened.done and not overrides:
+        return opened
+    from mls import distributed
+    from mls.engine.trainer import Trainer
 
-        config = load_config(path / "config.yaml", overrides)
-        distributed.start(config.engine.device)
-        Trainer.check_resume(config, Run(path))
-        distributed.on_main(lambda: write_atomically(path / "config.yaml", to_yaml(config).encode()))
-        distributed.barrier()
-    return run(path, quiet=quiet)
+    config = load_config(opened.path / "config.yaml", overrides)
+    process = distributed.start(config.engine.device, config.engine.timeout_minutes)
+    with _alone(opened) as lock:
+
+        def prepare() -> bool:
+            opened.refuse_lost_checkpoints()
+            if overrides:
+                Trainer.check_resume(config, opened)
+                write_atomically(opened.path / "config.yaml", to_yaml(config).encode())
+            return opened.done
+
+        if not distributed.on_main(prepare):
+            Trainer(config, opened, process, quiet, lock).train()
+    return opened
 
 
 def run(folder: str | Path, quiet: bool = False) -> Run:
@@ -60,22 +86,30 @@ def run(folder: str | Path, quiet: bool = False) -> Run:
 
     A finished run returns at once. Raises `mls.errors.Stopped` after a signal, when everything is saved.
     """
-    opened = Run.open(folder)
-    if opened.done:
-        return opened
-    from mls import distributed
-    from mls.engine.trainer import Trainer
+    return resume(folder, quiet=quiet)
 
-    config = opened.config
-    process = distributed.start(config.engine.device)
-    Trainer(config, opened, process, quiet=quiet).train()
-    return opened
+
+@contextlib.contextmanager
+def _alone(run: Run) -> Iterator[Lock | None]:
+    """No other process trains this run. Rank 0 holds the lock; where it is refused, all are."""
+    from mls import distributed
+
+    held: list[Lock] = []
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            held.append(stack.enter_context(locked(run.path / ".lock", f"{run.path} is being trained")))
+            for rest in (path for name in WRITTEN for path in run.path.glob(f".{name}.*.tmp")):
+                rest.unlink(missing_ok=True)
+
+        distributed.on_main(enter)
+        yield held[0] if held else None
 
 
 def finish(config: Config, quiet: bool = False) -> Run:
     """The finished run of a configuration with a name: trained now, resumed, or found finished in its folder."""
     assert config.run.name is not None
-    folder = runs_root(config) / config.run.name
+    folder = run_folder(config)
     return run(folder, quiet) if (folder / "config.yaml").is_file() else pretrain(config, quiet)
 
 

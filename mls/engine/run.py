@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
+import json
 import os
+import shutil
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mls.config import Config, differences, runs_root, to_yaml
 from mls.errors import CheckpointError, UserError, command
-from mls.files import runs_folder, write_atomically
+from mls.files import file_name, runs_folder, sync_folder, write_atomically
+from mls.locks import locked
 from mls.monitor.log import read_metrics
 from mls.recipes import load_config
 
@@ -46,21 +52,62 @@ class Run:
         values = [row[name] for row in self.metrics() if row.get(name) is not None]
         return values[-1] if values else None
 
+    def branch_command(self, step: int, changes: Iterable[tuple[str, Any]]) -> str:
+        """What trains a new run from this step of this one."""
+        words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes]
+        return command("mls pretrain --resume", self.path, "--from-step", step, *words)
+
+    @property
+    def last_saved(self) -> int:
+        """The step of the last checkpoint that was written, by the events; 0: none."""
+        saved = [row.get("step", 0) for row in read_metrics(self.path / "events.jsonl") if row.get("event") == "save"]
+        return saved[-1] if saved else 0
+
+    def refuse_lost_checkpoints(self) -> None:
+        """Refuse to train from the first step what was saved before: its files would be written over."""
+        if any(self.checkpoints.glob("step-*.pt")):
+            return
+        reached = max((row.get("step", 0) for row in self.metrics()), default=0)
+        every, signs = self.config.engine.checkpoint_every, []
+        if self.last_saved:
+            signs.append(f"events.jsonl says that step {self.last_saved} was saved")
+        if (self.path / "backbone.safetensors").exists():
+            signs.append("backbone.safetensors holds trained weights")
+        if reached > 3 * every:  # the third save begins when the second is written
+            signs.append(f"metrics.jsonl goes up to step {reached}, and the run saves every {every}")
+        if signs:
+            anew = command("mls pretrain", self.path / "config.yaml", "--name", f"{self.name}-again")
+            raise CheckpointError(
+                f"{self.checkpoints} holds no checkpoint though {' and '.join(signs)}: put the checkpoints back, or "
+                f"train anew under another name ({anew})"
+            )
+
     @classmethod
-    def create(cls, config: Config) -> Run:
-        root = runs_root(config)
-        name = config.run.name or _fresh_name(config)
-        path = root / name
+    def create(cls, config: Config, fill: Callable[[Path], None] = lambda folder: None) -> Run:
+        """A new run folder, into which `fill` may write more. It is made under another name and then renamed: a kill
+        leaves no name that is taken and holds no run."""
+        path = run_folder(config)
+        root = path.parent
         try:
             root.mkdir(parents=True, exist_ok=True)
-            path.mkdir()
-        except FileExistsError:
-            resume = command("mls pretrain --resume", path)
-            raise UserError(f"{path} exists already: choose another run.name, or go on with {resume}") from None
+            if not os.access(root, os.W_OK):
+                raise PermissionError(errno.EACCES, f"{root} cannot be written")
+            with _making(root) as making:
+                if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+                    raise _exists_already(path)
+                making.mkdir()
+                write_atomically(making / "config.yaml", to_yaml(config).encode())
+                fill(making)
+                making.rename(path)
+                sync_folder(root)
         except OSError as error:
             raise UserError(f"cannot make the run folder {path}: {error.strerror}; set run.root or $MLS_RUNS") from None
-        write_atomically(path / "config.yaml", to_yaml(config).encode())
         return cls(path)
+
+    def remove(self) -> None:
+        """Of a run in which nothing was trained."""
+        with _making(self.path.parent) as making:
+            self.path.rename(making)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -74,6 +121,32 @@ class Run:
         raise UserError(f"{tried} is not a run folder (it has no config.yaml): give the folder that a run printed")
 
 
+def run_folder(config: Config, fresh: str = "") -> Path:
+    """Where the run of a configuration lies, or will; without a name of its own under a `fresh` one."""
+    name = config.run.name if config.run.name is not None else fresh or _fresh_name(config)
+    return runs_root(config) / file_name(name, "run.name")
+
+
+@contextlib.contextmanager
+def _making(root: Path) -> Iterator[Path]:
+    """A name in this folder for a run that is not whole. One process at a time uses it: what is there was left by one
+    that is dead."""
+    making = root / ".making"
+    with locked(root / ".making.lock", f"a run is being made in {root}", wait=True):
+        shutil.rmtree(making, ignore_errors=True)
+        try:
+            yield making
+        finally:
+            shutil.rmtree(making, ignore_errors=True)
+
+
+def _exists_already(path: Path) -> UserError:
+    if (path / "config.yaml").is_file():
+        resume = command("mls pretrain --resume", path)
+        return UserError(f"{path} exists already: choose another run.name, or go on with {resume}")
+    return UserError(f"{path} exists already and is no run: choose another run.name, or remove it")
+
+
 def _fresh_name(config: Config) -> str:
     salt = f"{time.time_ns()}{os.getpid()}{to_yaml(config)}"
     return f"{config.run.recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{hashlib.sha256(salt.encode()).hexdigest()[:4]}"
@@ -83,17 +156,14 @@ def _fresh_name(config: Config) -> str:
 FREE = ("run.name", "run.root", "run.recipe", "data.root", "data.annotations", "data.workers", "data.max_unreadable")
 FREE += ("engine.device", "engine.threads", "engine.checkpoint_every", "engine.checkpoint_minutes")
 FREE += ("engine.keep_last", "engine.milestone_epochs", "engine.max_steps", "engine.max_bad_steps", "engine.compile")
-FREE += ("dictionary.sharded", "run.plugins")
+FREE += ("dictionary.sharded", "run.plugins", "engine.timeout_minutes", "engine.deterministic")
 
 
-def refuse_another_configuration(stored: Config, now: Config, where: Path) -> None:
-    changed = [
-        f"{key} ({before} there, {after} now)"
-        for key, before, after in differences(stored, now)
-        if key not in FREE and not key.startswith("monitor.")
-    ]
+def refuse_another_configuration(stored: Config, now: Config, run: Run, step: int) -> None:
+    changed = [row for row in differences(stored, now) if row[0] not in FREE and not row[0].startswith("monitor.")]
     if changed:
+        named = ", ".join(f"{key} ({before} there, {after} now)" for key, before, after in changed)
         raise CheckpointError(
-            f"the checkpoint in {where} belongs to another configuration: {', '.join(changed)}; "
-            "set these back, or start a new run"
+            f"the checkpoint in {run.checkpoints} belongs to another configuration: {named}; set these back, or let a "
+            f"new run go on from there: {run.branch_command(step, [(key, now) for key, _, now in changed])}"
         )

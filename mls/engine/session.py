@@ -40,6 +40,7 @@ class Saving:
     events: Path
     minutes: float = 10.0
     steps: int | None = None  # None: by time alone
+    check: Callable[[dict[str, Any]], None] | None = None  # raises where a snapshot must not be written
     export: Callable[[dict[str, Any]], None] | None = None  # writes more from the snapshot that was saved
 
     @classmethod
@@ -75,13 +76,13 @@ class Session:
         self.writer = BackgroundWriter()
         self.events = EventLog(saving.events if saving is not None and self.main else None)
         self.stop = StopFlag()
+        self.doubtful = False  # is it in doubt whether this state is a good one?
         self.ended = "finished"  # the reason in events.jsonl; a loop that ends early may give another
         self._agreement: tuple[int, bool] | None = None
 
     def restore(self) -> dict[str, Any] | None:
         """The state in the newest whole checkpoint, if there is one."""
-        warn = lambda text: print(text, file=sys.stderr, flush=True) if self.main else None
-        return None if self.saving is None else self.saving.checkpoints.newest(warn)
+        return None if self.saving is None else self.saving.checkpoints.newest(self.say)
 
     @contextlib.contextmanager
     def running(self, title: str = "", quiet: bool = False) -> Iterator[None]:
@@ -120,15 +121,17 @@ class Session:
         """Have the processes agreed to stop?"""
         return self._agreement is not None and self._agreement[0] != 0
 
-    def end_step(self, milestone: bool = False) -> None:
-        """Save if it is time to. After a signal, which may have reached another rank, save and raise `Stopped`."""
+    def end_step(self, milestone: bool = False, doubtful: bool = False) -> None:
+        """Save if it is time to. After a signal, which may have reached another rank, save and raise `Stopped`. A state
+        in doubt is saved only where there is no other time to, and then beside all good ones."""
+        self.doubtful = doubtful
         if self._agreement is None:
             self.agree()
         assert self._agreement is not None
         (code, due), self._agreement = self._agreement, None
         step, every = self.training.step, self.saving and self.saving.steps
         self.progress.step(step)
-        if code or due or milestone or (every and step % every == 0):
+        if code or milestone or (not doubtful and (due or (every and step % every == 0))):
             self.save(milestone)
         if code:
             self._settle()
@@ -139,7 +142,15 @@ class Session:
         return f"{why}: stopped after step {self.training.step} of {self.total}, {saved}; {self.how_to_resume}"
 
     def say(self, text: str) -> None:
-        self.progress.say(text)
+        if hasattr(self, "progress"):
+            self.progress.say(text)
+        elif self.main:  # before the training runs
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        """Of what is amiss, also where nobody watches."""
+        self.events.write("warning", step=self.training.step, text=text)
+        self.say(text)
 
     # ------------------------------------------------------------------------------------------------ saving
 
@@ -155,7 +166,7 @@ class Session:
         if self.main and self.writer.error is None:
             state = snapshot(state)
             facts = {"step": step, "copy_seconds": round(time.monotonic() - copying, 3)}
-            self.writer.start(partial(self._write, self.saving, state, facts, milestone))
+            self.writer.start(partial(self._write, self.saving, state, facts, milestone, not self.doubtful))
 
     def finish(self) -> None:
         """Returns when everything up to this step is on the disk, on all ranks."""
@@ -163,9 +174,13 @@ class Session:
             self.save()
         self._settle()
 
-    def _write(self, saving: Saving, state: dict[str, Any], facts: dict[str, Any], milestone: bool) -> None:
+    def _write(
+        self, saving: Saving, state: dict[str, Any], facts: dict[str, Any], milestone: bool, prune: bool
+    ) -> None:
         began = time.monotonic()
-        saving.checkpoints.save(facts["step"], state, milestone)
+        if saving.check is not None:
+            saving.check(state)
+        saving.checkpoints.save(facts["step"], state, milestone, prune)
         if saving.export is not None:
             saving.export(state)
         self.events.write("save", **facts, write_seconds=round(time.monotonic() - began, 3))

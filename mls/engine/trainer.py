@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import time
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mls import distributed
-from mls.config import Config, to_dict
+from mls.config import Config, EngineConfig, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch, Source
@@ -22,13 +23,14 @@ from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
 from mls.distributed import Process
 from mls.engine import optim
-from mls.engine.checkpoint import Checkpoints, Copied
+from mls.engine.checkpoint import Checkpoints, Copied, non_finite
 from mls.engine.events import versions
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
 from mls.engine.session import Saving, Session
 from mls.errors import CheckpointError, DataError, DivergedError, Stopped, command
-from mls.files import write_atomically
+from mls.files import CHECKPOINTS_FULL, write_atomically
+from mls.locks import Lock
 from mls.models import Encoder, save_backbone
 from mls.models.momentum import HALF, precision_on
 from mls.monitor.labels import label_quality
@@ -43,12 +45,13 @@ MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitor
 
 
 class Trainer:
-    def __init__(self, config: Config, run: Run, process: Process, quiet: bool = False) -> None:
-        if config.engine.threads:
-            torch.set_num_threads(config.engine.threads)
+    def __init__(
+        self, config: Config, run: Run, process: Process, quiet: bool = False, lock: Lock | None = None
+    ) -> None:
+        _compute_as(config.engine)
         precision = precision_on(process.device, config.engine.precision)
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
-        self.precision = precision
+        self.precision, self.lock = precision, lock
         self.source = build_source(config.data)
         self.steps_per_epoch = steps_per_epoch(self.source, config)
         self.total = config.optim.epochs * self.steps_per_epoch
@@ -94,7 +97,7 @@ class Trainer:
         engine = self.config.engine
         store = Checkpoints(self.run.checkpoints, engine.keep_last)
         events, export = self.run.path / "events.jsonl", self.export_backbone
-        saving = Saving(store, events, engine.checkpoint_minutes, engine.checkpoint_every, export)
+        saving = Saving(store, events, engine.checkpoint_minutes, engine.checkpoint_every, self.refuse_to_save, export)
         how_to_resume = f"{command('mls pretrain --resume', self.run.path)} goes on"
         return Session(self, self.total, saving, self.process.device, how_to_resume)
 
@@ -174,17 +177,19 @@ class Trainer:
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
                 self.session.say(f"{share}: {remedy(self.source, self.config)}")
             if values:
+                self.refuse_if_another_trains()
                 self.log.write(step, epoch, values)
                 self.session.progress.update(step, epoch, for_people(values))
         every = self.config.engine.milestone_epochs
-        self.session.end_step(milestone=bool(every) and epoch_ends and epoch % every == 0)
+        # Skipped steps may mean that what was learnt before them is worth nothing: no good checkpoint goes for them.
+        self.session.end_step(bool(every) and epoch_ends and epoch % every == 0, doubtful=self.bad_in_a_row > 0)
 
     def finish(self, last: int) -> None:
         self.session.finish()
         if last < self.total:
             raise Stopped(self.session.farewell(f"engine.max_steps={last} is reached"), 0)
         if self.process.main:
-            write_atomically(self.run.path / "DONE", f"{self.step} steps\n".encode())
+            write_atomically(self.run.path / "DONE", f"{self.step} steps\n".encode(), CHECKPOINTS_FULL)
         distributed.barrier()
 
     # ------------------------------------------------------------------------------------------------ one step's parts
@@ -244,8 +249,31 @@ class Trainer:
         self.session.say(f"step {self.step} gave a non-finite loss or gradient: skipped, image ids in skipped.*.jsonl")
         if self.bad_in_a_row >= self.config.engine.max_bad_steps:
             raise DivergedError(
-                f"{self.bad_in_a_row} non-finite steps in a row up to step {self.step}: lower optim.lr, add "
-                "optim.warmup_epochs or use engine.precision=fp32, then resume from the last checkpoint"
+                f"{self.bad_in_a_row} non-finite steps in a row up to step {self.step}: {self.remedy_for_divergence()}"
+            )
+
+    def remedy_for_divergence(self) -> str:
+        steps, lower = Checkpoints(self.run.checkpoints, 1).steps(), self.config.optim.lr / 10
+        words = (self.run.path / "config.yaml", "--name", f"{self.run.name}-again", f"optim.lr={lower:g}")
+        again = f"from the start: {command('mls pretrain', *words)}"
+        if steps:
+            branch = self.run.branch_command(steps[-1], [("optim.lr", float(f"{lower:g}"))])
+            again = f"from the last step that was saved (kept: {', '.join(map(str, steps))}): {branch}, or {again}"
+        return f"lower optim.lr, add optim.warmup_epochs or use engine.precision=fp32, in a new run {again}"
+
+    def refuse_if_another_trains(self) -> None:
+        """It may have taken this process for dead, while it was suspended or cut off."""
+        if self.lock is not None:
+            self.lock.check()
+
+    def refuse_to_save(self, state: dict[str, Any]) -> None:
+        """No good checkpoint is replaced by one that holds no numbers."""
+        self.refuse_if_another_trains()
+        broken = list(non_finite({key: state[key] for key in ("method", "optimizer")}))
+        if broken:
+            raise DivergedError(
+                f"after step {state['step']} {len(broken)} tensors hold NaN or infinity, such as {broken[0]}, so "
+                f"it was not saved: {self.remedy_for_divergence()}"
             )
 
     def note_unreadable(self, batch: Batch) -> None:
@@ -320,6 +348,7 @@ class Trainer:
             "log_offset": self.log_offset,
             "unreadable": self.unreadable,
             "bad_steps": self.bad_steps,
+            "bad_in_a_row": self.bad_in_a_row,
             "decided": self.decided,
             "images": len(self.source),
             "versions": versions(),
@@ -328,12 +357,17 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.method.load_state_dict(method_state(state))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        # What a group is trained with is the configuration's, of which a branch may have another one.
+        groups, saved = self.optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved]:
+            raise ValueError("its optimizer holds other parameters")
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
         self.log_offset = state["log_offset"]
         self.unreadable = [(image, reason) for image, reason in state["unreadable"]]
-        self.bad_steps = state["bad_steps"]
+        self.bad_steps, self.bad_in_a_row = state["bad_steps"], state.get("bad_in_a_row", 0)
 
     def export_backbone(self, state: dict[str, Any]) -> None:
         """From the copy of a state, while training goes on."""
@@ -350,26 +384,36 @@ class Trainer:
     def restore(self) -> None:
         state = self.session.restore()
         if state is not None:
-            refuse_another_configuration(from_dict(state["config"]), self.config, self.run.checkpoints)
+            refuse_another_configuration(from_dict(state["config"]), self.config, self.run, state["step"])
             if (images := state.get("images", len(self.source))) != len(self.source):
                 raise CheckpointError(
                     f"the checkpoint in {self.run.checkpoints} learnt from {images:,} images and data.root has "
                     f"{len(self.source):,}: give the same images, or start a new run"
                 )
-            self.load_state_dict(state)
+            try:
+                self.load_state_dict(state)
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:  # torch's own sentence comes second
+                reason = (str(error).splitlines()[1:2] or [str(error)])[0].strip()
+                raise CheckpointError(
+                    f"the checkpoint of step {state['step']} in {self.run.checkpoints} does not fit the "
+                    f"configuration ({reason}): leave networks, memories and groups of parameters as they were"
+                ) from error
+            if self.process.main and self.run.last_saved > self.step:
+                self.session.warn(f"step {self.run.last_saved} was saved and is not there: going on from {self.step}")
         self.decided = self.method.decide((state or {}).get("decided", {}), self.process.device)
 
     @staticmethod
     def check_resume(config: Config, run: Run) -> None:
         """Refuse a changed configuration before it replaces the stored one."""
-        state = Checkpoints(run.checkpoints, 1).newest()
+        state = Checkpoints(run.checkpoints, 1).newest(warn=lambda text: None)  # the resume warns
         if state is not None:
-            refuse_another_configuration(from_dict(state["config"]), config, run.checkpoints)
+            refuse_another_configuration(from_dict(state["config"]), config, run, state["step"])
 
     def open_log(self, stack: contextlib.ExitStack) -> None:
         if not self.process.main:
             return
-        self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, to_dict(self.config))
+        settings = to_dict(self.config)
+        self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, settings, self.session.warn)
         stack.callback(self.log.close)
         self.log.rewind(self.log_offset)
 
@@ -386,3 +430,12 @@ def method_state(state: dict[str, Any]) -> dict[str, Any]:
     if "dictionary" in state:
         return {**state["method"], "_extra_state": {"dictionary": state["dictionary"]}}
     return state["method"]
+
+
+def _compute_as(config: EngineConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False

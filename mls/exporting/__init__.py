@@ -5,6 +5,7 @@ would hide the function.)"""
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from mls.exporting import to_detectron2, to_mmseg, to_safetensors, to_timm, to_t
 from mls.exporting.certify import Loaded, certificate, certify
 from mls.exporting.source import DISK_FULL, NoCounterpart, Source
 from mls.files import read_json, sha256, sync_folder, telling_disk_errors
+from mls.locks import locked
 from mls.models import weights_file
 from mls.plugins import Registry, load_installed
 
@@ -125,11 +127,15 @@ def _all_or_nothing(final: Path) -> Iterator[Path]:
     try:
         with telling_disk_errors(final, DISK_FULL):
             final.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".export-", dir=final) as folder:
-                yield Path(folder)
-                for written in sorted(Path(folder).iterdir()):
-                    os.replace(written, final / written.name)
-            sync_folder(final)
+            with locked(final / ".lock", f"{final} is being exported to") as lock:
+                for rest in final.glob(".export-*"):  # of a process that was killed
+                    shutil.rmtree(rest)
+                with tempfile.TemporaryDirectory(prefix=".export-", dir=final) as folder:
+                    yield Path(folder)
+                    lock.check()
+                    for written in sorted(Path(folder).iterdir()):
+                        os.replace(written, final / written.name)
+                sync_folder(final)
     except BaseException:
         if not existed:
             with suppress(OSError):

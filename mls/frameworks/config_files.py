@@ -7,21 +7,23 @@ import ast
 from pathlib import Path
 from typing import Any
 
-import yaml
+from mls import yaml_files
+from mls.errors import ConfigError
 
-from mls.errors import ConfigError, reason
+MOST_BASES = 16
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, above: int = 0) -> dict[str, Any]:
     """A detectron2 configuration, merged over the one that its `_BASE_` names."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {reason(error)}") from None
+    content, _ = yaml_files.read(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} is no detectron2 configuration: it holds no sections")
     base = content.pop("_BASE_", None)
-    return content if base is None else merged(read_yaml(path.parent / base), content)
+    if base is None:
+        return content
+    if not isinstance(base, str) or above == MOST_BASES:
+        raise ConfigError(f"{path}: _BASE_ is {base}, and must name another file, at most {MOST_BASES} in a row")
+    return merged(read_yaml(path.parent / base, above + 1), content)
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, centre, decode
 from mls.data.loader import in_workers
 from mls.errors import DataError, Stopped, UserError, reason
-from mls.files import alone, cache_folder, telling_disk_errors, write_atomically
+from mls.files import cache_folder, telling_disk_errors, write_atomically
+from mls.locks import locked
+from mls.models.finite import finite
 from mls.progress import counting
 from mls.signals import StopFlag
 
@@ -67,7 +69,7 @@ def embed_batches(
     backbone.eval().to(device)
     try:
         for images in in_workers(WholeImages(source, ids, config.size, batch), workers):
-            yield backbone(normalise(images, config, device)).float().cpu()
+            yield finite(backbone(normalise(images, config, device)).float().cpu(), f"the features of {source.name}")
     finally:
         backbone.train(training)
 
@@ -124,7 +126,7 @@ def cached_features(
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder("features") / key
     folder.mkdir(exist_ok=True)
-    with alone(folder / "lock"):
+    with locked(folder / ".lock", f"features in {folder} are being computed", wait=True):
         dim, blocks = _whole_blocks(folder, count)
         if len(blocks) * BLOCK < count:
             start = len(blocks) * BLOCK
@@ -165,8 +167,10 @@ def _whole_blocks(folder: Path, count: int) -> tuple[int, list[str]]:
             if file.read(len(header)) == header:
                 for wanted in index["blocks"]:
                     rows = min(BLOCK, count - len(whole) * BLOCK)
-                    if hashlib.sha256(file.read(4 * rows * dim)).hexdigest() != wanted:
+                    block = file.read(4 * rows * dim)
+                    if hashlib.sha256(block).hexdigest() != wanted:
                         break
+                    finite(torch.frombuffer(bytearray(block), dtype=torch.float32))  # version 0.1 stored any
                     whole.append(wanted)
     except (OSError, ValueError, KeyError, TypeError):
         return 0, []
@@ -177,7 +181,7 @@ def _in_blocks(batches: Iterator[Tensor]) -> Iterator[Float[np.ndarray, "rows di
     """The same rows, BLOCK at a time; the last block may be smaller."""
     waiting: list[Tensor] = []
     for batch in batches:
-        waiting.append(batch.detach().float().cpu())
+        waiting.append(finite(batch.detach().float().cpu()))
         if sum(map(len, waiting)) >= BLOCK:
             *blocks, rest = torch.cat(waiting).split(BLOCK)
             if len(rest) == BLOCK:

@@ -17,6 +17,7 @@ from mls.chunks import chunks
 from mls.core import matching
 from mls.core.matching import Matcher, Matches
 from mls.errors import ConfigError
+from mls.models.finite import finite
 
 EXACT_UP_TO = 1 << 18  # rows; with fewer, exact searches take less time than building an index
 ROWS = 1 << 14  # of a memory-mapped file that are in memory together
@@ -60,9 +61,9 @@ def exact_search(
     """The k rows of largest cosine to each query. Rows are read once, a chunk at a time: they may be memory-mapped."""
     best: dict[int, Matches] = {}
     for chunk in chunks(len(rows), ROWS):
-        some = F.normalize(rows[chunk].float(), dim=1)
+        some = F.normalize(finite(rows[chunk].float()), dim=1)
         for number, part in enumerate(queries.split(QUERIES)):
-            found = matcher.topk(F.normalize(part.float(), dim=1), some, min(k, len(some)))
+            found = matcher.topk(F.normalize(finite(part.float()), dim=1), some, min(k, len(some)))
             found = Matches(found.indices + chunk.start, found.scores)
             best[number] = matching.merge(best[number], found, k) if number in best else found
     return _concatenated(list(best.values()))
@@ -92,7 +93,7 @@ class Approximate:
     def search(self, queries: Float[Tensor, "batch dim"], k: int) -> Matches:
         matching.check_k(k, len(self.features))
         candidates, found = min(CANDIDATES * k, len(self.features)), []
-        for part in F.normalize(queries.float(), dim=1).split(QUERIES // 16):
+        for part in F.normalize(finite(queries.float()), dim=1).split(QUERIES // 16):
             _, ids = self.index.search(part.numpy(), candidates)
             ids = torch.from_numpy(ids)
             rows = F.normalize(self.features[ids.clamp(min=0)].float(), dim=2)  # [part, candidates, dim]
@@ -117,7 +118,7 @@ def _trained(faiss: Any, features: Tensor) -> Any:
 
 
 def _unit(features: Tensor) -> Any:
-    return F.normalize(features.float(), dim=1).numpy()
+    return F.normalize(finite(features.float()), dim=1).numpy()
 
 
 def _concatenated(parts: list[Matches]) -> Matches:

@@ -14,6 +14,7 @@ from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError, unknown_name
 from mls.models import backbones, foreign, pretrained
 from mls.models.backbones import Backbone
+from mls.models.finite import refuse_non_finite
 from mls.models.heads import projection_head
 from mls.models.momentum import Encoder, EncoderPair, Precision
 from mls.recipes import load_config
@@ -110,7 +111,9 @@ def load_backbone(weights: str | Path, architecture: str | None = None, prefix: 
     128
     """
     path = weights_file(weights)
-    return (_by_name(str(weights)) if path is None else _from_file(path, architecture, prefix)).eval()
+    backbone = (_by_name(str(weights)) if path is None else _from_file(path, architecture, prefix)).eval()
+    refuse_non_finite(backbone, str(weights))
+    return backbone
 
 
 def _by_name(name: str) -> Backbone:

@@ -2,46 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mls.config import MonitorConfig
-from mls.errors import ConfigError, UserError
+from mls.errors import ConfigError
+from mls.files import telling_disk_errors, write_atomically
+
+DISK_FULL = "free some, and `mls pretrain --resume` goes on"
+LARGEST_STEP, LARGEST = 1 << 53, 1e300  # what is read: beyond them sums and differences overflow
 
 
 class MetricsLog:
-    """One JSON object a line: {"step": …, "epoch": …, name: number, …}."""
+    """One JSON object a line: {"step": …, "epoch": …, name: number, …}. `say` tells what is amiss with the file."""
 
-    def __init__(self, folder: Path, config: MonitorConfig, run_name: str, settings: Mapping[str, Any]) -> None:
-        self.path = folder / "metrics.jsonl"
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+    def __init__(
+        self,
+        folder: Path,
+        config: MonitorConfig,
+        run_name: str,
+        settings: Mapping[str, Any],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.path, self.say = folder / "metrics.jsonl", say
+        with telling_disk_errors(self.path, DISK_FULL):
+            self.file = open(self.path, "a+b")  # noqa: SIM115 (closed by close())
         self.others = _other_loggers(folder, config, run_name, settings)
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
         # JSON knows no NaN: a value that is not finite is written as null.
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        try:
-            self.file.write(json.dumps({"step": step, "epoch": epoch, **row}) + "\n")
+        with telling_disk_errors(self.path, DISK_FULL):
+            self._put_back()
+            self.file.write(json.dumps({"step": step, "epoch": epoch, **row}).encode() + b"\n")
             self.file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}; free some disk space and resume") from error
         for other in self.others:
             other(step, values)
 
     def offset(self) -> int:
         """How long the file is now, safely on disk: a resume truncates to it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+        with telling_disk_errors(self.path, DISK_FULL):
+            self._put_back()
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            return self.file.tell()
 
     def rewind(self, offset: int) -> None:
-        """Forget what was written after a checkpoint."""
-        self.file.truncate(offset)
+        """Forget what was written after a checkpoint. Where less is there, or other lines, say so, and go on with a new
+        line after those that are."""
+        self.file.seek(0)
+        whole = self.file.read(offset).rpartition(b"\n")
+        kept = len(whole[0]) + len(whole[1])
+        if kept < offset:
+            self.say(f"{self.path} has lost lines: {kept} of the {offset} bytes that the checkpoint knows of are there")
+        self.file.truncate(kept)
         self.file.seek(0, os.SEEK_END)
+
+    def _put_back(self) -> None:
+        """Where somebody has deleted or replaced the file while it is open, write it anew from what is open."""
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno())):
+                return
+        self.say(f"{self.path} was deleted or replaced while it was being written: it is put back")
+        self.file.seek(0)
+        write_atomically(self.path, self.file.read())
+        self.file.close()
+        self.file = open(self.path, "a+b")  # noqa: SIM115
 
     def close(self) -> None:
         self.file.close()
@@ -50,16 +81,27 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines; a last line torn by a power cut is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    """All rows; a last line torn by a power cut is left out."""
+    return rows_and_odd_lines(path)[0]
+
+
+def rows_and_odd_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """All rows, and the numbers of the lines that hold none. What is no number is None, as the log writes it."""
+    rows: list[dict[str, Any]] = []
+    odd: list[int] = []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+            row = json.loads(line)
+            if not all(type(row[name]) is int and 0 <= row[name] < LARGEST_STEP for name in ("step", "epoch")):
+                raise ValueError
+            rows.append({name: value if _is_number(value) else None for name, value in row.items()})
+        except (ValueError, RecursionError, TypeError, KeyError):
+            odd.append(number)
+    return rows, odd
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < LARGEST  # NaN is not smaller
 
 
 def _other_loggers(folder: Path, config: MonitorConfig, run_name: str, settings: Mapping[str, Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from mls.data import Source
 from mls.frozen.features import embed
 from mls.frozen.metrics import mean_average_precision, top1
 from mls.frozen.probe import knn_scores, linear_probe
+from mls.models.finite import NonFiniteError
 from mls.streams import generator
 
 
@@ -51,8 +52,11 @@ class OnlineProbes:
         if not due:
             return {}
         assert self.bank.labels is not None and self.asked.labels is not None
-        bank = embed(backbone, self.bank, self.bank_ids.tolist(), self.augment, device)
-        asked = embed(backbone, self.asked, self.asked_ids.tolist(), self.augment, device)
+        try:
+            bank = embed(backbone, self.bank, self.bank_ids.tolist(), self.augment, device)
+            asked = embed(backbone, self.asked, self.asked_ids.tolist(), self.augment, device)
+        except NonFiniteError:  # the training itself judges whether it goes on
+            return {}
         labels, truth = self.bank.labels[self.bank_ids], self.asked.labels[self.asked_ids]
         one_each = bool((truth.sum(1) == 1).all()) and bool((labels.sum(1) == 1).all())
         metric, measure = ("top1", top1) if one_each else ("map", mean_average_precision)

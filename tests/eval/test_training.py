@@ -1,6 +1,5 @@
 """The supervised loop: labels that change while it learns, what resumes, when it stops. On a few embedded scenes."""
 
-import os
 import signal
 import subprocess
 import time
@@ -16,6 +15,7 @@ from mls.eval.optimizer import build_linear_init, weight_penalty
 from mls.eval.protocol import Supervised, fingerprint
 from mls.eval.supervised import metrics, prepare, prepare_training, run
 from mls.eval.training import Training
+from mls.tools.bench.faults.commands import Command
 
 SMALL = ["data.scenes.count=80", "data.scenes.test_count=32", "training.epochs=4", "training.batch_size=16"]
 
@@ -161,10 +161,9 @@ def test_training_stopped_at_the_last_step_of_an_epoch_still_ends_that_epoch(
 def test_a_run_killed_by_a_signal_ends_in_the_same_result(
     tmp_path: Path,
     mls_command: Callable[..., subprocess.CompletedProcess[str]],
-    mls_command_line: Callable[..., list[str]],
+    mls_started: Callable[..., list[Command]],
 ) -> None:
     arguments = ["eval", "run", "spml_scenes", *SMALL, "data.scenes.count=400", "training.epochs=6", "--out"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def whole(out: Path) -> str:
         done = mls_command(*arguments, str(out))
@@ -172,18 +171,13 @@ def test_a_run_killed_by_a_signal_ends_in_the_same_result(
         return done.stdout.replace(str(out), "OUT")
 
     expected = whole(tmp_path / "whole")
-    killed = subprocess.Popen(
-        mls_command_line(*arguments, str(tmp_path / "killed")),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment,
-    )
+    (killed,) = mls_started(*arguments, str(tmp_path / "killed"))
     deadline = time.monotonic() + 300
     while not list((tmp_path / "killed").glob("eval/*/state/*.json")):
-        assert time.monotonic() < deadline and killed.poll() is None
+        assert time.monotonic() < deadline and killed.running
         time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.send(signal.SIGKILL)
+    assert killed.code() == -signal.SIGKILL
     assert not (tmp_path / "killed" / "results.jsonl").exists()
     assert whole(tmp_path / "killed") == expected
 

@@ -1,13 +1,14 @@
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from mls.engine.checkpoint import Checkpoints, read
+from mls.engine.checkpoint import Checkpoints, non_finite, read
 from mls.errors import CheckpointError, UserError
-from mls.files import atomic_file, write_atomically
+from mls.files import atomic_file, sha256, write_atomically
 
 
 def state(step: int) -> dict:
@@ -19,7 +20,7 @@ def test_keeps_the_last_n_and_all_milestones(tmp_path: Path) -> None:
     for step in range(1, 7):
         store.save(step, state(step), milestone=step == 2)
     assert store.steps() == [2, 5, 6]
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_loads_with_weights_only(tmp_path: Path) -> None:
@@ -50,6 +51,31 @@ def test_all_broken_is_an_error_and_none_at_all_is_not(tmp_path: Path) -> None:
     store.save(1, state(1)).write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
         store.newest(warn=lambda text: None)
+
+
+def test_a_checkpoint_of_version_0_1_is_checked_by_what_lies_beside_it_or_by_its_archive(tmp_path: Path) -> None:
+    path, said = tmp_path / "step-00000003.pt", list[str]()
+    torch.save(state(3), path)
+    path.with_suffix(".json").write_text(json.dumps({"sha256": sha256(path), "milestone": True}))
+    assert read(path, said.append)["step"] == 3 and said == []
+    store = Checkpoints(tmp_path, keep_last=1)
+    store.save(4, state(4))
+    store.save(5, state(5))
+    assert store.steps() == [3, 5]  # it is still a milestone
+    path.with_suffix(".json").unlink()
+    assert read(path, said.append)["step"] == 3 and "only the archive's own checksums were checked" in said.pop()
+    content = path.read_bytes()
+    path.write_bytes(content.replace(torch.arange(4).numpy().tobytes(), torch.arange(1, 5).numpy().tobytes()))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read(path, said.append)
+
+
+def test_where_a_state_is_not_finite_is_named_and_unknown_boxes_are_no_fault() -> None:
+    good = {"half": torch.ones(3, dtype=torch.bfloat16), "ids": torch.arange(3), "none": torch.empty(0), "step": 3}
+    good["dictionary"] = {"boxes": torch.full((2, 4), torch.nan), "rows": torch.ones(2, 3)}
+    assert list(non_finite(good)) == []
+    bad = {**good, "norm": {"variance": torch.tensor([1.0, torch.inf])}, "half": good["half"] * torch.nan}
+    assert list(non_finite(bad)) == ["half", "norm.variance"]
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_defaults_are_the_papers() -> None:
         ("objective.normalise=maen", "expected one of ['mean', 'positives', 'balanced']"),
         ("augment.scale=[1,2,3]", "augment.scale=[1,2,3]: "),
         ("objective=3", "'objective' in the command line is a section"),
-        ("objective.k=[", "'objective.k=[' cannot be read as key=value"),
+        ("objective.k=[", "'objective.k=[' is not valid YAML"),
         ("k", "'k' is not an override: write key=value"),
         ("dictionary.size=64", "dictionary.size 64 is smaller than the batch 128: raise dictionary.size"),
         ("objective.k=5000", "objective.k 5000 is larger than dictionary.size 2048: lower objective.k"),

@@ -24,6 +24,7 @@ from mls.data.pack import Packing, pack
 from mls.data.sources import build_source
 from mls.data.tar import TarSource
 from mls.errors import DataError
+from mls.tools.bench.faults.commands import Command
 
 PHOTO = Image.fromarray(load_sample_image("china.jpg"))
 
@@ -113,7 +114,7 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path: Path) -> None:
 
 
 def test_a_killed_pack_goes_on_and_ends_as_one_that_never_stopped(
-    tmp_path: Path, mls_command_line: Callable[..., list[str]], mls_command: Callable[..., subprocess.CompletedProcess]
+    tmp_path: Path, mls_started: Callable[..., list[Command]], mls_command: Callable[..., subprocess.CompletedProcess]
 ) -> None:
     for i in range(160):
         put(tmp_path / f"images/{i:03}.jpg", encoded(PHOTO.crop((i, 0, 500 + i, 400))))
@@ -121,11 +122,11 @@ def test_a_killed_pack_goes_on_and_ends_as_one_that_never_stopped(
     pack(source, tmp_path / "whole", Packing(short_side=64, per_shard=2))
     arguments = ["data", "pack", str(tmp_path / "images"), str(tmp_path / "killed"), "--short-side", "64"]
     arguments += ["--per-shard", "2", "--workers", "1"]
-    running = subprocess.Popen(mls_command_line(*arguments), start_new_session=True, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "killed/shard-000003.tar").exists() and running.poll() is None:
+    (running,) = mls_started(*arguments)
+    while not (tmp_path / "killed/shard-000003.tar").exists() and running.running:
         time.sleep(0.005)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
+    running.send(signal.SIGKILL)
+    assert running.code() == -signal.SIGKILL
     done = [name for name in contents(tmp_path / "killed") if name.endswith(".tar")]
     assert 0 < len(done) < 80
     times = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in done}

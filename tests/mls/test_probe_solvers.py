@@ -13,7 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier, KNeighborsRegressor
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
-from mls.errors import ConfigError, DataError
+from mls.errors import CheckpointError, ConfigError, DataError
 from mls.frozen.metrics import mean_average_precision
 from mls.frozen.probe import (
     ProbeOptions,
@@ -236,7 +236,7 @@ def test_gap_says_how_far_the_loss_is_above_its_minimum() -> None:
 def test_features_that_are_not_finite_are_a_users_error(dim: int) -> None:
     features, numbers = drawn(50, dim=dim)
     features[3, 2] = torch.nan
-    with pytest.raises(DataError, match="hold NaN"):
+    with pytest.raises(CheckpointError, match="hold NaN"):
         linear_probe(features, numbers, features)
 
 

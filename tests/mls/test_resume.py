@@ -1,10 +1,8 @@
 """Exact resume: a run killed mid-epoch and resumed equals a run that was never stopped, bit for bit."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
 from mls.errors import CheckpointError, Stopped
 from mls.models import load_backbone
+from mls.tools.bench.faults.commands import Command
 
 TIMES = {"images_per_second", "data_wait"}
 GOLDEN = """data.scenes.count=320 data.scenes.test_count=64 data.batch_size=32 dictionary.size=80 objective.k=5
@@ -55,14 +54,6 @@ def metrics(run: Run) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in run.metrics()]
 
 
-def kill_all(pid: int) -> None:
-    """kill -9 a process and everything it started, in whatever session (torchrun gives its workers their own)."""
-    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
-    os.kill(pid, signal.SIGKILL)
-    for child in children:
-        kill_all(int(child))
-
-
 @pytest.mark.parametrize(
     ("workers", "processes", "more"),
     [
@@ -78,7 +69,7 @@ def test_killed_mid_epoch_and_resumed_equals_uninterrupted_run(
     more: list[str],
     tmp_path: Path,
     mls_command: Callable[..., subprocess.CompletedProcess[str]],
-    mls_command_line: Callable[..., list[str]],
+    mls_started: Callable[..., list[Command]],
 ) -> None:
     overrides = ["mls_scenes_tiny", *GOLDEN, f"data.workers={workers}", f"run.root={tmp_path}", *more]
     done = mls_command("pretrain", *overrides, "--name", "whole", processes=processes)
@@ -87,14 +78,13 @@ def test_killed_mid_epoch_and_resumed_equals_uninterrupted_run(
     assert whole.done
 
     killed = Run(tmp_path / "killed")
-    command = mls_command_line("pretrain", *overrides, "--name", "killed", processes=processes)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env=environment)
-    while not (killed.checkpoints / "step-00000017.json").exists():
-        assert process.poll() is None, "the run ended before its first checkpoint"
+    ranks = mls_started("pretrain", *overrides, "--name", "killed", processes=processes)
+    while not (killed.checkpoints / "step-00000017.pt").exists():
+        assert ranks[0].running, "the run ended before its first checkpoint"
         time.sleep(0.005)
-    kill_all(process.pid)
-    assert process.wait() == -signal.SIGKILL
+    for rank in ranks:
+        rank.send(signal.SIGKILL)
+    assert [rank.code() for rank in ranks] == [-signal.SIGKILL] * processes
     assert not killed.done
     assert max(Checkpoints(killed.checkpoints, 1).steps()) < 40
 
@@ -108,7 +98,9 @@ def test_killed_mid_epoch_and_resumed_equals_uninterrupted_run(
 
 
 def test_killed_while_a_checkpoint_is_written_beside_the_steps_and_resumed_equals_uninterrupted_run(
-    tmp_path: Path, mls_command: Callable[..., subprocess.CompletedProcess[str]]
+    tmp_path: Path,
+    mls_command: Callable[..., subprocess.CompletedProcess[str]],
+    mls_started: Callable[..., list[Command]],
 ) -> None:
     overrides = [*GOLDEN, "optim.epochs=2", "engine.checkpoint_every=6", f"run.root={tmp_path}"]
     assert mls_command("pretrain", "mls_scenes_tiny", *overrides, "--name", "whole").returncode == 0
@@ -129,13 +121,13 @@ def slow(file, data):
 HashingFile.write = slow
 mls.pretrain(mls.load_config("mls_scenes_tiny", {overrides!r} + ["run.name=killed"]), quiet=True)
 """)
-    process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (process,) = mls_started(script=script)
     # Until the writer is in the middle of step 12, and training is beyond it: the last step is 20, and waits for it.
     while not (unfinished(killed) and any(row["step"] > 12 for row in killed.metrics())):
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert process.running, "the run ended before it could be killed"
         time.sleep(0.01)
-    process.kill()
-    process.wait()
+    process.send(signal.SIGKILL)
+    process.code()
     assert unfinished(killed) and Checkpoints(killed.checkpoints, 1).steps() == [6]
 
     resumed = mls_command("pretrain", "--resume", str(killed.path))
@@ -157,18 +149,17 @@ def unfinished(run: Run) -> list[Path]:
     ("number", "code", "workers"), [(signal.SIGTERM, 75, 2), (signal.SIGUSR2, 75, 0), (signal.SIGINT, 130, 2)]
 )
 def test_a_signal_saves_at_a_step_boundary_and_says_how_to_go_on(
-    number: signal.Signals, code: int, workers: int, tmp_path: Path, mls_command_line: Callable[..., list[str]]
+    number: signal.Signals, code: int, workers: int, tmp_path: Path, mls_started: Callable[..., list[Command]]
 ) -> None:
     run = Run(tmp_path / "run")
     overrides = [*GOLDEN, "engine.checkpoint_every=1000", "optim.epochs=400", f"data.workers={workers}"]
-    command = mls_command_line("pretrain", "mls_scenes_tiny", *overrides, f"run.root={tmp_path}", "--name", "run")
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    (process,) = mls_started("pretrain", "mls_scenes_tiny", *overrides, f"run.root={tmp_path}", "--name", "run")
     while not (run.path / "metrics.jsonl").exists() or len(run.metrics()) < 3:
-        assert process.poll() is None
+        assert process.running
         time.sleep(0.01)
-    os.killpg(process.pid, number)  # the whole group, workers included, as a terminal or a scheduler does
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == code, said
+    process.send(number)  # the whole group, workers included, as a terminal or a scheduler does
+    assert process.code(60) == code, process.words
+    said = process.words
     assert "everything is saved" in said
     assert "mls pretrain --resume" in said
     assert "Traceback" not in said
@@ -178,22 +169,16 @@ def test_a_signal_saves_at_a_step_boundary_and_says_how_to_go_on(
 
 
 def test_two_processes_stop_at_the_same_step_when_one_gets_the_signal(
-    tmp_path: Path, mls_command_line: Callable[..., list[str]]
+    tmp_path: Path, mls_started: Callable[..., list[Command]]
 ) -> None:
     run = Run(tmp_path / "run")
     overrides = [*GOLDEN, "engine.checkpoint_every=1000", "optim.epochs=400", f"run.root={tmp_path}", "--name", "run"]
-    process = subprocess.Popen(
-        mls_command_line("pretrain", "mls_scenes_tiny", *overrides, processes=2),
-        start_new_session=True,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    ranks = mls_started("pretrain", "mls_scenes_tiny", *overrides, processes=2)
     while not (run.path / "metrics.jsonl").exists() or len(run.metrics()) < 3:
-        assert process.poll() is None
+        assert ranks[0].running
         time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
-    os.kill(int(children.split()[-1]), signal.SIGUSR2)
-    process.wait(timeout=60)
+    ranks[1].send(signal.SIGUSR2)
+    assert [rank.code(60) for rank in ranks] == [75, 75]
     assert len(Checkpoints(run.checkpoints, 1).steps()) == 1
 
 

@@ -16,7 +16,7 @@ from mls.slurm.box import Box
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LIMIT = 300  # seconds until a condition must hold on a busy machine
 
-# 160 steps, two seconds of training on an idle core: time enough to be interrupted.
+# 160 steps, two seconds of training on an idle core: time enough to be interrupted once.
 SMALL = """data.scenes.count=256 data.scenes.test_count=64 data.batch_size=16 dictionary.size=64 objective.k=5
 optim.epochs=10 engine.checkpoint_every=1000 monitor.log_every=2 monitor.health_every=16 monitor.knn_every_epochs=0
 model.projection=16 objective.warmup_epochs=0 engine.threads=1""".split()

@@ -18,26 +18,34 @@ def numbers(run: Run) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in run.metrics()]
 
 
-@pytest.fixture(scope="module")
-def alone(cluster: Any) -> Run:
-    return cluster.alone("alone")
+def test_a_run_that_is_requeued_cancelled_and_submitted_again_equals_one_without_slurm(cluster: Any) -> None:
+    longer = "optim.epochs=20"
+    alone, run = cluster.alone("alone", longer), cluster.pretrain("interrupted", longer)
+    cluster.wait_until_it_trains(run)
+    cluster.signal(run, "--signal=USR2")  # saves and is requeued, with no checkpoint but this one
+    (stopped,) = cluster.wait_for(lambda: cluster.history(run.path, "stopped"), "it stops")
+    assert 20 <= stopped["saved"] < 320
 
+    cluster.wait_until_it_trains(run, stopped["saved"] + 10)
+    cluster.box.run_command("scontrol", "requeue", str(job_spec.read(run.path).job))
+    cluster.wait_for(lambda: len(cluster.history(run.path, "started")) == 3, "it starts again")
+    saves = [start["saved"] for start in cluster.history(run.path, "started")]
+    assert saves[:2] == [0, stopped["saved"]] and saves[2] >= saves[1]  # at worst the steps since a save are lost
 
-@pytest.fixture(scope="module")
-def alone_with_two(cluster: Any) -> Run:
-    return cluster.alone("alone-with-two", processes=2)
-
-
-def test_a_submitted_run_equals_one_without_slurm(cluster: Any, alone: Run) -> None:
-    run = cluster.pretrain("plain")
+    cluster.wait_until_it_trains(run, saves[2] + 10)
+    cluster.mls("cancel", "interrupted")
+    cluster.wait_for(lambda: cluster.state(run.path) == "CANCELLED", "the job ends")
+    assert "cancelled" in cluster.jobs("interrupted")
+    assert saves[2] < job_spec.last_save(run.path) < 320
+    cluster.mls("submit", "pretrain", "--resume", "interrupted", "--profile", "box")
     cluster.wait_until_done(run.path)
     assert numbers(run) == numbers(alone)
-    assert "| done " in cluster.jobs("plain")
-    assert "160/160" in cluster.jobs("plain")
+    assert "| done " in cluster.jobs("interrupted") and "320/320" in cluster.jobs("interrupted")
 
 
 def test_two_nodes_of_two_processes_train_together(cluster: Any) -> None:
-    run = cluster.pretrain("four", "--slurm", "nodes=2", "--slurm", "tasks_per_node=2", "--slurm", "gpus_per_node=2")
+    nodes = ["--slurm", "nodes=2", "--slurm", "tasks_per_node=2", "--slurm", "gpus_per_node=2"]
+    run = cluster.pretrain("four", "optim.epochs=1", *nodes)
     cluster.wait_until_done(run.path)
     starts = cluster.history(run.path, "started")
     assert sorted(start["rank"] for start in starts) == [0, 1, 2, 3]
@@ -45,18 +53,8 @@ def test_two_nodes_of_two_processes_train_together(cluster: Any) -> None:
     assert "on 4 × cpu" in cluster.logs(run.path)
 
 
-def test_usr2_saves_requeues_and_changes_no_bit(cluster: Any, alone: Run) -> None:
-    run = cluster.pretrain("usr2")
-    cluster.wait_until_it_trains(run)
-    cluster.signal(run, "--signal=USR2")
-    cluster.wait_until_done(run.path)
-    (stopped,) = cluster.history(run.path, "stopped")
-    first, second = cluster.history(run.path, "started")
-    assert first["saved"] == 0 and 20 <= second["saved"] == stopped["saved"] < 160
-    assert numbers(run) == numbers(alone)
-
-
-def test_a_preempted_run_goes_on_with_all_ranks_at_the_same_step(cluster: Any, alone_with_two: Run) -> None:
+def test_a_preempted_run_goes_on_with_all_ranks_at_the_same_step(cluster: Any) -> None:
+    alone = cluster.alone("alone-with-two", processes=2)
     run = cluster.pretrain("preempted", "--slurm", "nodes=2", "--slurm", "cpus_per_task=4")
     cluster.wait_until_it_trains(run)
     cluster.box.run_command("srun", "--partition=high", "--nodes=2", "--cpus-per-task=4", "true")
@@ -66,28 +64,6 @@ def test_a_preempted_run_goes_on_with_all_ranks_at_the_same_step(cluster: Any, a
     assert sorted(start["rank"] for start in again) == [0, 1]
     assert {start["saved"] for start in again} == {stopped["saved"]}
     assert stopped["saved"] >= 20
-    assert numbers(run) == numbers(alone_with_two)
-
-
-def test_a_bare_requeue_loses_nothing_but_steps_since_the_last_save(cluster: Any, alone: Run) -> None:
-    run = cluster.pretrain("requeued", "engine.checkpoint_every=10")
-    cluster.wait_until_it_trains(run)
-    saved = job_spec.last_save(run.path)
-    cluster.box.run_command("scontrol", "requeue", str(job_spec.read(run.path).job))
-    cluster.wait_until_done(run.path)
-    assert cluster.history(run.path, "started")[-1]["saved"] >= saved > 0
-    assert numbers(run) == numbers(alone)
-
-
-def test_a_cancelled_run_saves_and_stays_cancelled_until_it_is_submitted_again(cluster: Any, alone: Run) -> None:
-    run = cluster.pretrain("cancelled")
-    cluster.wait_until_it_trains(run)
-    cluster.mls("cancel", "cancelled")
-    cluster.wait_for(lambda: cluster.state(run.path) == "CANCELLED", "the job ends")
-    assert "cancelled" in cluster.jobs("cancelled")
-    assert job_spec.last_save(run.path) >= 20
-    cluster.mls("submit", "pretrain", "--resume", "cancelled", "--profile", "box")
-    cluster.wait_until_done(run.path)
     assert numbers(run) == numbers(alone)
 
 

@@ -1,4 +1,4 @@
-"""The demo as a user runs it, once, in its quick form."""
+"""The demo on few scenes, and the ablations."""
 
 import subprocess
 from collections.abc import Callable
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import mls.tools.demo as module
 from mls.eval import load_protocol
 from mls.eval.protocol import fingerprint
 from mls.eval.weights import read
@@ -20,9 +21,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo")
 
 
-def test_quick_demo_trains_probes_prints_a_table_and_is_not_done_twice(folder: Path, mls_command: Command) -> None:
-    first = mls_command("demo", "--quick", "--out", str(folder))
-    assert first.returncode == 0, first.stderr
+def test_demo_trains_probes_prints_a_table_and_is_not_done_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["data.scenes.count=1024", "data.scenes.test_count=200", "optim.epochs=3", "dictionary.size=512"]
+    monkeypatch.setattr(module, "QUICK", [*few, "objective.warmup_epochs=1", "engine.threads=1"])
+    module.demo(quick=True, out=folder)
+    first = capsys.readouterr()
     cells = {cell.row["weights"]: cell for cell in stored_cells(Results(folder / "results.jsonl").rows())}
     rows = {name: cell.values for name, cell in cells.items()}
     assert set(rows) == {"random", "MoCo-v2", "MLS"}
@@ -30,17 +35,17 @@ def test_quick_demo_trains_probes_prints_a_table_and_is_not_done_twice(folder: P
     for learnt in ("MoCo-v2", "MLS"):
         assert rows[learnt]["scenes/linear"] > rows["random"]["scenes/linear"] + 0.03
     assert 0 < rows["MLS"]["scenes/chance"] < 1
-    assert "| MLS " in first.stdout
-    assert (folder / "table.md").read_text() in first.stdout
+    assert "| MLS " in first.out
+    assert (folder / "table.md").read_text() in first.out
     assert (folder / cells["MLS"].row["run"] / "DONE").is_file()
     picture = Image.open(folder / "pseudo_positives.png").convert("RGB")
     colours = {colour for _, colour in picture.getcolors(maxcolors=1 << 20) or []}
     assert {(0xD6, 0x27, 0x28), (0xF2, 0xB7, 0x01)} <= colours
 
-    again = mls_command("demo", "--quick", "--out", str(folder))
-    assert again.returncode == 0, again.stderr
-    assert "— MLS" not in again.stderr
-    assert (folder / "table.md").read_text() in again.stdout
+    module.demo(quick=True, out=folder)
+    again = capsys.readouterr()
+    assert "— MLS" not in again.err
+    assert (folder / "table.md").read_text() in again.out
 
 
 def test_ablations_print_ours_beside_the_papers_and_go_on_where_they_stopped(

@@ -268,7 +268,7 @@ def test_a_torn_line_is_left_out_and_counted(store: Results, show: Show) -> None
     add_cell(store, {"voc07/map": 0.7}, 1)
     done = show()
     assert lines_of(done.stdout)[0]["voc07/map"] == "60.00 ± 14.14"
-    assert re.fullmatch(r".*results\.jsonl: left out 1 torn line, .*\n", done.stderr)
+    assert re.fullmatch(r".*results\.jsonl: left out line 2 \(no row: its writer was killed, .*\)\n", done.stderr)
 
 
 def test_nothing_is_lost_where_two_write_at_once(store: Results, show: Show) -> None:

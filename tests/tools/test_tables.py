@@ -17,6 +17,7 @@ from mls.eval.comparison import as_text, difference
 from mls.eval.suite import Part, chosen_rows, paper_row_of
 from mls.models import load_backbone, save_backbone
 from mls.results import Results
+from mls.tools.bench.faults.commands import Command
 
 FEW = ["data.scenes.count=120", "data.scenes.test_count=40"]
 SUITE = """
@@ -112,19 +113,23 @@ def test_weights_that_are_a_recipe_are_pretrained_once_for_every_seed(tmp_path: 
 
 
 def test_a_killed_suite_goes_on_and_repeats_no_finished_cell(
-    suite_file: Path, tmp_path: Path, mls_command_line: Callable[..., list[str]]
+    suite_file: Path,
+    tmp_path: Path,
+    mls_started: Callable[..., list[Command]],
+    mls_command: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     weights = saved(tmp_path / "a", "mls")
     arguments = ["eval", "suite", str(suite_file), "--only", "random", "--weights", f"MLS={weights}", *FEW]
-    command = mls_command_line(*arguments, "--seeds", "2", "--out", str(tmp_path / "out"))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [*arguments, "--seeds", "2", "--out", str(tmp_path / "out")]
+    (process,) = mls_started(*command)
     store = Results(tmp_path / "out" / "results.jsonl")
-    while len(store.rows(metric="scenes/map")) < 3 and process.poll() is None:
+    while len(store.rows(metric="scenes/map")) < 3 and process.running:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send(signal.SIGKILL)
+    process.code()
     before = [row["time"] for row in store.rows(metric="scenes/map")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = mls_command(*command)
+    assert done.returncode == 0, done.stderr
     rows = store.rows(metric="scenes/map")
     assert [row["time"] for row in rows[: len(before)]] == before
     assert len({row["cell"] for row in rows}) == len(rows) == 8  # two rows, two columns, two seeds

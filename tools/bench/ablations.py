@@ -84,6 +84,7 @@ def ablations(
     """
     from mls.config import runs_root
     from mls.eval.pretraining import Pretraining
+    from mls.files import file_name
     from mls.recipes import load_config
     from mls.tables import show
 
@@ -99,7 +100,7 @@ def ablations(
     if short:
         overrides += [change for change in SHORT if not change.startswith("data.scenes") or "scenes" in recipe]
     base = load_config(recipe, overrides)
-    folder = out or runs_root(base) / f"ablations-{base.run.recipe}{'-short' * short}"
+    folder = out or runs_root(base) / file_name(f"ablations-{base.run.recipe}{'-short' * short}", "the folder's name")
     note = f"{base.run.recipe}, {base.optim.epochs} epochs, {seeds} seed{'s' * (seeds > 1)}"
     note += "; the paper's column: ResNet-50 on COCO, 400 epochs, then Mask R-CNN with a feature pyramid"
     for name in chosen:

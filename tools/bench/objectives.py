@@ -62,6 +62,7 @@ def objectives(
     """
     from mls.config import runs_root
     from mls.eval.pretraining import MEASURED, Pretraining, compare, table_of
+    from mls.files import file_name
     from mls.recipes import applicable, load_config
     from mls.tables import Column, show
     from mls.tools.bench.ablations import SHORT
@@ -78,7 +79,7 @@ def objectives(
     base = load_config(recipe, overrides)
     times = relative_times({name: load_config(recipe, changes) for name, changes in losses.items()})
 
-    folder = out or runs_root(base) / f"objectives-{base.run.recipe}{'-short' * short}"
+    folder = out or runs_root(base) / file_name(f"objectives-{base.run.recipe}{'-short' * short}", "the folder's name")
     cells = {name: Pretraining(name, recipe, changes) for name, changes in losses.items()}
     note = f"{base.run.recipe}, {base.optim.epochs} epochs, {seeds} seed{'s' * (seeds > 1)}; time: forward, backward "
     note += f"and optimizer over {PAPER}'s, in turns on one batch, median of {ROUNDS}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +36,10 @@ def pretrain(
     ] = None,
     suite: Annotated[str | None, typer.Option("--eval", help="Evaluate each run with this suite afterwards.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Submit this run again instead.")] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="With --resume: submit a new run from this step of RUN, with other KEY=VALUE."),
+    ] = None,
     rehearse: Annotated[
         str | None,
         typer.Option(metavar="WHAT", help="preempt, timeout, kill-node or requeue, in a SLURM on this machine."),
@@ -55,7 +60,7 @@ def pretrain(
 
         mls submit pretrain --resume runs/mls_scenes_tiny-20260101-120000-1a2b
     """
-    from mls.config import runs_root
+    from mls.engine.run import run_folder
     from mls.recipes import load_config, recipes
     from mls.slurm import job_spec
     from mls.slurm import submit as launch
@@ -66,8 +71,10 @@ def pretrain(
     launch.check_cluster(cluster, several=bool(sweep or suite))
     wanted = load_profile(profile, slurm or [])
     if resume is not None:
-        if positional or sweep or name:
-            raise ConfigError("--resume takes its configuration from the run: leave the rest out")
+        if sweep or (from_step is None and (positional or name)):
+            raise ConfigError("--resume takes its configuration from the run: leave the rest out, or give --from-step")
+        if from_step is not None and not dry_run:
+            resume = _branch(resume, from_step, positional, name)
         return _again(resume, wanted, cluster, dry_run)
     if not positional or "=" in positional[0]:
         known = ", ".join(recipes())
@@ -75,7 +82,7 @@ def pretrain(
     if rehearse is not None:
         return _rehearse(rehearse, positional, wanted)
     cells = combinations(sweep or [])
-    named = [f"run.name={name}"] if name else []
+    named = [] if name is None else [f"run.name={json.dumps(name)}"]
     config = load_config(positional[0], [*positional[1:], *named])
     for cell in cells:
         load_config(positional[0], [*positional[1:], *cell])  # a mistake is told before anything is made
@@ -84,7 +91,7 @@ def pretrain(
 
         load_suite(suite)
     if dry_run:
-        folder = runs_root(config).absolute() / (config.run.name or f"{config.run.recipe}-DATE-HASH")
+        folder = run_folder(config, fresh=f"{config.run.recipe}-DATE-HASH").absolute()
         made = job_spec.create_pretraining(folder, folder / "submission", cluster)
         print(launch.sbatch_script(made, wanted, folder.name, len(cells)), end="")
         return
@@ -129,6 +136,15 @@ def _evaluate_behind(runs: Sequence[JobSpec], suite: str, root: Path, profile: P
         submitted = launch.submit(made, alone, f"{Path(run.folder).name}-{Path(suite).stem}", after=run.job)
         jobs = command("mls jobs", folder)
         say(f"behind job {run.job}: {len(made)} evaluations from job {submitted[0].job} on; {jobs}")
+
+
+def _branch(run: str, step: int, overrides: Sequence[str], name: str | None) -> str:
+    """The folder of a new run, to be submitted, that goes on from a step of another one."""
+    from mls.engine import Run
+    from mls.engine.branch import create_branch
+
+    named = [] if name is None else [f"run.name={json.dumps(name)}"]
+    return str(create_branch(Run.open(run), step, [*overrides, *named]).path)
 
 
 def _again(name: str, profile: Profile, cluster: str, dry_run: bool) -> None:

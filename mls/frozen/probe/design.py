@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from mls.chunks import chunks
-from mls.errors import DataError
+from mls.models.finite import finite
 
 ROWS = 2048  # images at a time
 BLOCK = 512  # columns of the matrix of second moments that are computed together
@@ -51,6 +51,7 @@ def centred(features: Float[Tensor, "images dim"]) -> Design:
     design = unscaled(features)
     for x, _ in design.parts(ROWS):
         design.mean += x.sum(dim=0, dtype=torch.float64) / len(features)
+    finite(design.mean)
     return design
 
 
@@ -81,7 +82,7 @@ def principal_axes(design: Design) -> Axes:
     scale, mean = design.scale, design.mean.to(design.dtype)
     if count < dim:
         x = torch.cat([x.double() - design.mean for x, _ in design.parts(ROWS)]) * scale
-        squares, within = torch.linalg.eigh(_finite(x @ x.T / count))
+        squares, within = torch.linalg.eigh(finite(x @ x.T / count))
         spanned = squares > 1e-10 * squares[-1]
         squares, within = squares[spanned], within[:, spanned]
         vectors = (x.T @ within) / (squares * count).sqrt()
@@ -91,11 +92,5 @@ def principal_axes(design: Design) -> Axes:
             x = x - mean
             for at in range(0, dim, BLOCK):  # the lower triangle is all that eigh reads
                 moments[at:, at : at + BLOCK].addmm_(x[:, at:].T, x[:, at : at + BLOCK])
-        squares, vectors = torch.linalg.eigh(_finite(moments * (scale * scale[:, None] / count).to(design.dtype)))
+        squares, vectors = torch.linalg.eigh(finite(moments * (scale * scale[:, None] / count).to(design.dtype)))
     return Axes((vectors * scale[:, None]).to(design.dtype), squares.clamp(min=0).to(design.dtype))
-
-
-def _finite(moments: Tensor) -> Tensor:
-    if not bool(torch.isfinite(moments).all()):
-        raise DataError("the training features hold NaN or infinity: look for the image or the weights behind them")
-    return moments

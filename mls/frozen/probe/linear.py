@@ -16,6 +16,7 @@ from mls.frozen.probe.design import Axes, Design, centred, principal_axes, stand
 from mls.frozen.probe.labels import Labels, Metric, held_out_split, read_labels
 from mls.frozen.probe.objectives import Logistic, Softmax
 from mls.frozen.probe.solve import TOLERANCE, minimise
+from mls.models.finite import finite
 
 HELD_OUT = 0.2  # share of the training images on which settings are chosen
 SCORED = 8192  # images that are scored together
@@ -188,5 +189,5 @@ def _scores(
     features: Tensor, weight: Tensor, bias: Tensor, rows: Tensor | None = None
 ) -> Float[Tensor, "images classes"]:
     count = len(features) if rows is None else len(rows)
-    parts = (features[chunk if rows is None else rows[chunk]] for chunk in chunks(count, SCORED))
+    parts = (finite(features[chunk if rows is None else rows[chunk]]) for chunk in chunks(count, SCORED))
     return torch.cat([part.detach().to(weight) @ weight + bias for part in parts])

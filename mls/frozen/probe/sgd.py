@@ -17,6 +17,7 @@ from mls.errors import ConfigError
 from mls.frozen.probe.design import Design, unscaled
 from mls.frozen.probe.labels import Labels, read_labels
 from mls.frozen.probe.linear import Candidate, Probe, ProbeOptions, Selection, build_probe, nan_lowest, objective
+from mls.models.finite import finite
 from mls.streams import generator
 
 MOMENTUM = 0.9
@@ -100,7 +101,7 @@ def _train(
         lr = rate * (sgd.batch_size / 256 * _share(sgd.schedule, epoch, sgd.epochs))
         order = images[torch.randperm(len(images), generator=generator(options.seed, "probe order", epoch))].to(device)
         for batch in order.split(sgd.batch_size):
-            x = design.features[batch].to(design.dtype)
+            x = finite(design.features[batch].to(design.dtype))
             logits = torch.addmm(bias.flatten(0, 1), weight.flatten(0, 1), x.T)
             _, slopes = loss.losses(logits.view(groups, -1, len(batch)), batch)
             slopes = slopes.reshape(-1, len(batch)) / len(batch)

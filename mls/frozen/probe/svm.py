@@ -22,6 +22,7 @@ from mls.frozen.probe.labels import Labels, read_labels
 from mls.frozen.probe.linear import SCORED, Progress, quiet
 from mls.frozen.probe.objectives import SquaredHinge
 from mls.frozen.probe.solve import minimise
+from mls.models.finite import finite
 
 COSTS = (*(10.0**power for power in range(-7, 3)), *(2.0**-power for power in range(4, 20)))  # the paper's
 POSITIVE_WEIGHT = 2.0
@@ -145,5 +146,5 @@ def _folds(signs: np.ndarray, folds: int) -> np.ndarray:
 
 
 def _prepared(features: Tensor) -> Float[Tensor, "images dim_and_one"]:
-    x = features.detach() if features.dtype == torch.float64 else features.detach().float()
+    x = finite(features.detach() if features.dtype == torch.float64 else features.detach().float())
     return F.pad(F.normalize(x, dim=1), (0, 1), value=1.0)

@@ -74,13 +74,13 @@ def test_the_command_stores_its_numbers_and_does_not_run_twice(
     call = lambda: mls_command("eval", "run", "detection_scenes", *SMALL_BOXES, "--out", str(tmp_path))
     done = call()
     assert done.returncode == 0, done.stderr
-    stored, _ = Results(tmp_path / "results.jsonl").read()
+    stored = Results(tmp_path / "results.jsonl").read()
     assert {"scenes_objects/box_ap", "scenes_objects/mask_ap75"} <= {row["metric"] for row in stored}
     (picture,) = tmp_path.glob("eval/*/found.png")
     assert str(picture) in done.stdout
     says = "not run again; --again runs it"
     assert [line for line in call().stdout.splitlines() if says not in line] == done.stdout.splitlines()
-    assert len(Results(tmp_path / "results.jsonl").read()[0]) == len(stored)
+    assert len(Results(tmp_path / "results.jsonl").read()) == len(stored)
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,37 @@
-"""`mls` commands in processes that can be killed: forked from one that has imported what commands import, so that a
-start costs a tenth of a second and not five."""
+"""`mls` commands, scripts and functions in processes that can be killed: forked from one that has imported what nearly
+every command imports, so that a start costs a tenth of a second and not five. After the fork all is as in a process
+that a user starts: standard streams, environment, folder and arguments; only the interpreter is not torn down at the
+end."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
+import shutil
 import signal
+import socket
+import subprocess
 import sys
-import time
+import tempfile
 import traceback
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from mls.tools.bench.faults.points import Points
+
+PRELOADED = ["mls.engine", "mls.eval.cells", "mls.tools.cli", "mls.data.sources", "mls.core.methods.mls"]
+Environment = Mapping[str, "str | None"]  # added to ours; what is None is taken away
 # Of Linux' unshare and mount.
 NEW_MOUNTS, NEW_USERS, READ_ONLY, REMOUNT, BIND = 0x20000, 0x10000000, 1, 32, 4096
 RECURSIVE, PRIVATE = 16384, 1 << 18
-PRELOADED = ["mls.engine", "mls.eval.cells", "mls.tools.cli", "mls.data.sources", "mls.core.methods.mls"]
 
 
 @dataclass(frozen=True)
@@ -46,19 +57,32 @@ class Mount:
 
 
 class Command:
-    """A started command; what it prints goes to `log`. `environment` is added to ours."""
+    """A started command, or a function called with these arguments, in a folder. What it prints goes to files; `words`
+    is all of it. With `dies_at`=n it kills itself after its n-th change of the file system, with 0 it counts them."""
 
     def __init__(
-        self, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, mount: Mount | None = None
+        self,
+        folder: Path,
+        *arguments: Any,
+        call: Callable[..., object] | None = None,
+        environment: Environment | None = None,
+        mount: Mount | None = None,
+        dies_at: int | None = None,
     ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        self.log = folder / f"command-{time.monotonic_ns()}.log"
-        variables = {"OMP_NUM_THREADS": "1", "MLS_RUNS": str(folder / "runs"), **(environment or {})}
-        self.process: BaseProcess = context.Process(target=_run, args=(folder, self.log, arguments, variables, mount))
+        place = tempfile.mkdtemp(prefix="mls-command-")
+        weakref.finalize(self, shutil.rmtree, place, ignore_errors=True)
+        self.out, self.err = Path(place, "out"), Path(place, "err")
+        for file in (self.out, self.err):
+            file.touch()
+        wanted = {**os.environ, "OMP_NUM_THREADS": "1", "MLS_RUNS": str(folder / "runs"), **(environment or {})}
+        variables = {name: value for name, value in wanted.items() if value is not None}
+        start = _Start(str(folder), (self.out, self.err), variables, mount, dies_at)
+        self.process = context.Process(target=_run, args=(start, call or _command, arguments))
         self.process.start()
 
-    def send(self, number: signal.Signals = signal.SIGKILL) -> None:
+    def send(self, number: int = signal.SIGKILL) -> None:
         """To the command and all that it has started."""
         pid = self.process.pid
         assert pid is not None
@@ -76,34 +100,99 @@ class Command:
         return self.process.exitcode
 
     @property
+    def running(self) -> bool:
+        return self.process.is_alive()
+
+    @property
     def words(self) -> str:
-        return self.log.read_text(errors="replace") if self.log.exists() else ""
+        return self.out.read_text(errors="replace") + self.err.read_text(errors="replace")
+
+    @property
+    def changes(self) -> int:
+        """Of the file system, where they were counted."""
+        return int(self.out.read_text().rpartition("changes: ")[2])
 
 
-def run(
-    folder: Path, *arguments: str, environment: Mapping[str, str] | None = None, mount: Mount | None = None
-) -> tuple[int | None, str]:
+def run(folder: Path, *arguments: Any, **how: Any) -> tuple[int | None, str]:
     """How a command ended and what it printed."""
-    command = Command(folder, *arguments, environment=environment, mount=mount)
+    command = Command(folder, *arguments, **how)
     return command.code(), command.words
 
 
-def _run(folder: Path, log: Path, arguments: tuple[str, ...], variables: dict[str, str], mount: Mount | None) -> None:
+def start(folder: Path, *arguments: Any, processes: int = 1, **how: Any) -> list[Command]:
+    """Several processes get the environment that torchrun gives, without its supervision."""
+    if processes == 1:
+        return [Command(folder, *arguments, **how)]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "WORLD_SIZE": str(processes)}
+    shared = {**(how.pop("environment", None) or {}), **shared}
+    places = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return [Command(folder, *arguments, environment=place, **how) for place in places]
+
+
+def completed(commands: Sequence[Command]) -> subprocess.CompletedProcess[str]:
+    """What they printed and the first exit code that is not 0; the others do not outlive a process that fails."""
+    while running := [command for command in commands if command.running]:
+        if any(command.process.exitcode for command in commands):
+            for command in running:
+                command.send(signal.SIGTERM)
+            break
+        multiprocessing.connection.wait([command.process.sentinel for command in running])
+    codes = [command.code() for command in commands]
+    out, err = ("".join(getattr(one, name).read_text() for one in commands) for name in ("out", "err"))
+    return subprocess.CompletedProcess([], next((code for code in codes if code), 0), out, err)
+
+
+def call_script(path: str, *arguments: str) -> None:
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
+
+
+@dataclass(frozen=True)
+class _Start:
+    folder: str
+    files: tuple[Path, Path]
+    variables: dict[str, str]
+    mount: Mount | None
+    dies_at: int | None
+
+
+def _command(*arguments: str) -> None:
     from mls.tools import cli
 
-    os.setsid()
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.chdir(folder)
-    os.environ.update(variables)
     sys.argv = ["mls", *arguments]
+    cli.main()
+
+
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def _run(start: _Start, call: Callable[..., object], arguments: Sequence[Any]) -> None:
+    os.setsid()
+    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type] (its own processes as everywhere)
+    for number, file in enumerate(start.files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(start.folder)
+    os.environ.clear()
+    os.environ.update(start.variables)
+    if start.mount is not None:
+        start.mount()
+    points = None if start.dies_at is None else Points(start.dies_at)
+    code = _called(call, arguments)
+    atexit._run_exitfuncs()  # here no exception holds what a command had opened
+    if points is not None:
+        print(f"changes: {points.passed}", flush=True)
+    sys.exit(code)
+
+
+def _called(call: Callable[..., object], arguments: Sequence[Any]) -> str | int | None:
     try:
-        if mount is not None:
-            mount()
-        cli.main()
-    except SystemExit:
-        raise
+        call(*arguments)
+    except SystemExit as end:
+        return end.code
     except BaseException:
         traceback.print_exc()
-        sys.exit(1)
+        return 1
+    return 0

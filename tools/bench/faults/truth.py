@@ -245,7 +245,7 @@ def _with(labels: np.ndarray, value: int) -> np.ndarray:
     return labels
 
 
-REGIONS: list[Callable[[Path], Any]] = [
+REGIONS: list[Callable[[Path], object]] = [
     *(labels_as(lambda labels, value=value: _with(labels, value)) for value in (19, 100, 254)),
     labels_as(lambda labels: np.stack([labels] * 3, 2)),
     labels_as(lambda labels: labels.astype(np.uint16)),
@@ -254,9 +254,9 @@ REGIONS: list[Callable[[Path], Any]] = [
     labels_as(lambda labels: labels[:-1]),
     labels_as(lambda labels: np.pad(labels, 3)),
     labels_as(lambda labels: labels[:1, :1]),
-    lambda file: file.write_bytes(b""),
-    lambda file: file.write_bytes(file.read_bytes()[:60]),
-    lambda file: file.write_bytes(b"no image"),
+    lambda file: file.write_bytes(b"") and None,
+    lambda file: file.write_bytes(file.read_bytes()[:60]) and None,
+    lambda file: file.write_bytes(b"no image") and None,
     lambda file: file.unlink(),
 ]
 
