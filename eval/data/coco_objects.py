@@ -85,7 +85,7 @@ def _run_lengths(shape: dict[str, Any] | list[Any], height: int, width: int) -> 
         # A polygon of two points has no area: detectron2 leaves it out as well.
         polygons = [polygon for polygon in shape if len(polygon) >= 6]
         return mask.merge(cast(list[Any], mask.frPyObjects(polygons, height, width)))
-    return mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
+    return cast(RunLengths, mask.frPyObjects(shape, height, width)) if isinstance(shape["counts"], list) else shape
 
 
 register(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mls.errors import CheckpointError, refusal
+from mls.models.foreign import load_plain
 
 # The same functions have different module names in numpy 1 and numpy 2.
 MODULES = ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -33,7 +34,7 @@ def read(filename: str, map_location: Any = None) -> Any:
         raise FileNotFoundError(f"{path} does not exist")
     try:
         with torch.serialization.safe_globals(_safe_globals()):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            return load_plain(path, map_location)
     except Exception as error:  # zip, pickle and OS errors all mean an unreadable file
         raise CheckpointError(refusal(path, error)) from None
 

@@ -9,10 +9,11 @@ import io
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -65,15 +66,25 @@ def read(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
         if path.suffix == ".pkl":
             content = _Arrays(io.BytesIO(path.read_bytes() if data is None else data)).load()
         else:
-            with warnings.catch_warnings():  # torch's, of files that are refused or read all the same
-                warnings.simplefilter("ignore")
-                content = torch.load(path if data is None else io.BytesIO(data), map_location="cpu", weights_only=True)
+            content = load_plain(path if data is None else io.BytesIO(data))
     except Exception as error:  # each reader has its own kinds for a damaged file
         raise CheckpointError(refusal(path, error)) from None
     for key in INSIDE:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     return _tensors(path, content)
+
+
+def load_plain(file: Path | BinaryIO, map_location: Any = "cpu") -> Any:
+    """What torch.save wrote, if it is tensors and plain values. torch does not look at the checksums in its archives,
+    and its warnings are of files that it refuses or reads all the same."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if (wrong := archive.testzip()) is not None:
+                raise ValueError(f"{wrong} in it is damaged: copy it again")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(file, map_location=map_location, weights_only=True)
 
 
 def _tensors(path: Path, content: Any) -> dict[str, Tensor]:

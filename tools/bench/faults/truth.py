@@ -254,9 +254,9 @@ REGIONS: list[Callable[[Path], object]] = [
     labels_as(lambda labels: labels[:-1]),
     labels_as(lambda labels: np.pad(labels, 3)),
     labels_as(lambda labels: labels[:1, :1]),
-    lambda file: file.write_bytes(b"") and None,
-    lambda file: file.write_bytes(file.read_bytes()[:60]) and None,
-    lambda file: file.write_bytes(b"no image") and None,
+    lambda file: file.write_bytes(b""),
+    lambda file: file.write_bytes(file.read_bytes()[:60]),
+    lambda file: file.write_bytes(b"no image"),
     lambda file: file.unlink(),
 ]
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from mls.config import AugmentConfig
 from mls.engine import checkpoint
 from mls.errors import UserError
 from mls.eval import weights
+from mls.exporting import export
 from mls.exporting.source import Source
 from mls.models import foreign, load_backbone, save_backbone
 from mls.tools.bench.faults import fault
@@ -43,8 +45,6 @@ def saved(folder: Path, seed: int = 0) -> Path:
 
 @cache
 def _pair(seed: int) -> dict[str, bytes]:
-    from tempfile import TemporaryDirectory
-
     with TemporaryDirectory() as name:
         torch.manual_seed(seed)
         facts = {"architecture": "resnet_tiny", "method": "mls", "step": 100 + seed, "epochs": 1.0}
@@ -98,6 +98,17 @@ def flipped(folder: Path, number: int) -> str:
     data[place] ^= 1 << draws.randrange(8)
     file.write_bytes(data)
     return refused(file)
+
+
+@fault("a bit flipped in a tensor of a checkpoint of torch that is loaded, evaluated or exported", tries=100, quick=3)
+def flipped_checkpoint(folder: Path, number: int) -> str:
+    buffer, draws = io.BytesIO(), random.Random(number)
+    torch.save({"state_dict": load_backbone(saved(folder)).state_dict()}, buffer)
+    data = bytearray(buffer.getvalue())
+    tensor = max(zipfile.ZipFile(buffer).infolist(), key=lambda one: one.file_size)
+    data[tensor.header_offset + 200 + draws.randrange(tensor.file_size - 200)] ^= 1 << draws.randrange(8)
+    (folder / "file.pth").write_bytes(data)
+    return refused(folder / "file.pth")
 
 
 @fault("the weights cut short, with zeros to the end or with more behind", tries=60, quick=3)
@@ -321,17 +332,27 @@ def odd(folder: Path, number: int) -> str:
     return refused(folder / name, {**READERS, **({"checkpoint": checkpoint.read} if name == "file.pt" else {})})
 
 
-FULL = [("random:resnet18", target, size) for size in ("256k", "44m") for target in ("torchvision", "timm", "mmseg")]
-FULL += [("random:resnet18", "detectron2", size) for size in ("256k", "44m")]
-FULL += [("random:resnet_tiny", "safetensors", size) for size in ("64k", "1212k")]
+TARGETS = ("safetensors", "torchvision", "timm", "mmseg", "detectron2")
 
 
-@fault("the disk full in mls export, at the weights or behind them", tries=len(FULL), quick=1)
+@cache
+def _needed(target: str) -> int:
+    """KiB on a disk that the files of an export take."""
+    with TemporaryDirectory() as folder:
+        export(_network(target), [target], folder)
+        return sum(4 * -(-file.stat().st_size // 4096) for file in Path(folder).iterdir())
+
+
+def _network(target: str) -> str:
+    return "random:resnet_tiny" if target == "safetensors" else "random:resnet18"
+
+
+@fault("the disk full in mls export: at the weights, or at the last of its files", tries=2 * len(TARGETS), quick=1)
 def full_disk(folder: Path, number: int) -> str:
-    out = folder / "out"
+    out, target = folder / "out", TARGETS[number // 2]
     out.mkdir()
-    name, target, size = FULL[number]
-    code, words = run(folder, "export", name, "--to", target, "--out", str(out), mount=Mount(out, size))
+    mount = Mount(out, f"{_needed(target) - 4 if number % 2 else 64}k")
+    code, words = run(folder, "export", _network(target), "--to", target, "--out", str(out), mount=mount)
     return unless_told(code, words, "no disk space left for", "choose another --out")
 
 
