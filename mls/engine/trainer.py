@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mls import distributed
-from mls.config import Config, to_dict
+from mls.config import Config, EngineConfig, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch, Source
@@ -48,12 +48,7 @@ class Trainer:
     def __init__(
         self, config: Config, run: Run, process: Process, quiet: bool = False, lock: Lock | None = None
     ) -> None:
-        if config.engine.threads:
-            torch.set_num_threads(config.engine.threads)
-        if config.engine.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.benchmark = False
+        set_up_torch(config.engine)
         precision = precision_on(process.device, config.engine.precision)
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
         self.precision, self.lock = precision, lock
@@ -419,6 +414,15 @@ class Trainer:
         self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, settings, self.session.warn)
         stack.callback(self.log.close)
         self.log.rewind(self.log_offset)
+
+
+def set_up_torch(engine: EngineConfig) -> None:
+    if engine.threads:
+        torch.set_num_threads(engine.threads)
+    if engine.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
 
 
 def watched_labels(source: Source) -> Tensor | None:
