@@ -236,8 +236,8 @@ def fingerprint(protocol: AnyProtocol) -> str:
     from mls.eval import prior_scores
 
     values = _plain(asdict(protocol))
-    for key in ("root", "workers", "check_sizes"):
-        values["data"].pop(key)
+    for key in ("root", "workers", "check_sizes", "odd"):
+        values["data"].pop(key, None)
     # Options of other losses, and what only suites use, change nothing in a run.
     if isinstance(protocol, Supervised):
         values["options_of"] = protocol.loss_options()

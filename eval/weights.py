@@ -4,20 +4,17 @@ was hashed is what is evaluated. Random weights are called random, however they 
 from __future__ import annotations
 
 import hashlib
-import json
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mls import card
 from mls.errors import CheckpointError, ConfigError
 from mls.files import write_atomically
 from mls.models import backbones, check_name, extracted, published_name, untrained, weights_file
 from mls.recipes import find_recipe
-
-WRITING = 5.0  # seconds that a run may take between writing its tensors and its card
 
 
 @dataclass(frozen=True)
@@ -27,15 +24,7 @@ class Weights:
     load_name: str  # for `mls.load_backbone`, or "random": the protocol's backbone
     file: Path | None = None
     tensors: bytes = b""  # the file
-    card: bytes = b""  # the .json beside it
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        try:
-            found = json.loads(self.card or b"{}")
-        except json.JSONDecodeError:
-            raise CheckpointError(f"{self.file} has a card beside it that cannot be read: remove the .json") from None
-        return found if isinstance(found, dict) else {}
+    facts: dict[str, Any] = field(default_factory=dict)  # its card
 
     def placed(self, folder: Path) -> str:
         """The weights as tasks take them: a copy of what was read, so that nothing changes while they are evaluated."""
@@ -44,9 +33,7 @@ class Weights:
         copy = folder / "weights" / self.file.name
         if self.tensors:  # of several processes the first one read them
             copy.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(copy, self.tensors)
-            if self.card:
-                write_atomically(copy.with_suffix(".json"), self.card)
+            card.write(copy, self.tensors, self.facts)
             config = self.file.parent / "config.yaml"
             if config.is_file():  # names the plug-ins that a backbone may need
                 write_atomically(copy.parent / "config.yaml", config.read_bytes())
@@ -63,27 +50,19 @@ def read(weights: str, backbone: str, architecture: str | None = None, prefix: s
         check_name(untrained(backbone) if weights == "random" else weights)
         name = public_name(weights, backbone)
         return Weights(name, hashlib.sha256(name.encode()).hexdigest()[:16], weights)
-    deadline = time.monotonic() + WRITING
-    while True:
-        before = _written(file)
-        found = _read(weights, file, before, architecture, prefix)
-        # A run writes its tensors first: a card that is older than they are is about to be replaced.
-        whole = before == _written(file) and (before[0] <= before[1] or not found.card)
-        if whole or time.monotonic() > deadline:
-            return found
-        time.sleep(0.1)
+    return _read(weights, file, _written(file), architecture, prefix)
 
 
 @lru_cache(maxsize=1)  # the cells of a suite share it
 def _read(weights: str, file: Path, written: tuple[int, int], architecture: str | None, prefix: str | None) -> Weights:
-    tensors, beside = file.read_bytes(), file.with_suffix(".json")
-    card, digest = beside.read_bytes() if beside.is_file() else b"", hashlib.sha256(tensors)
+    tensors, facts = (None if architecture or prefix else card.read(file)) or (file.read_bytes(), None)
+    digest = hashlib.sha256(tensors)
     if architecture or prefix:
         digest.update(f"{architecture}/{prefix}".encode())
-    if architecture or prefix or not card:  # of somebody else: one network of those that the file may hold
-        tensors, card = extracted(file, architecture, prefix)
+    if facts is None:  # of somebody else: one network of those that the file may hold
+        tensors, facts = extracted(file, tensors, architecture, prefix)
         file = file.with_suffix(".safetensors")
-    found = Weights(weights, digest.hexdigest()[:16], weights, file, tensors, card)
+    found = Weights(weights, digest.hexdigest()[:16], weights, file, tensors, facts)
     origin = str(found.facts.get("origin", ""))  # random weights stay random in a file that was exported
     note = prefix or (origin if origin.startswith("random:") else "")
     return replace(found, name=f"{weights} ({note})") if note else found
@@ -91,7 +70,7 @@ def _read(weights: str, file: Path, written: tuple[int, int], architecture: str 
 
 def _written(file: Path) -> tuple[int, int]:
     """When the tensors and their card were written."""
-    beside = file.with_suffix(".json")
+    beside = card.path_of(file)
     return file.stat().st_mtime_ns, beside.stat().st_mtime_ns if beside.is_file() else 0
 
 

@@ -1,5 +1,7 @@
 """The errors a user can cause. Each message is one sentence that says what was wrong and what to do about it."""
 
+import errno
+import os
 import re
 import shlex
 from collections.abc import Iterable
@@ -19,6 +21,9 @@ EXHAUSTED = (
     "Storage size calculation overflowed",
     "Invalid buffer size",
 )
+REFUSED = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, and start the same command again")
+REFUSED |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or name another folder")
+REFUSED |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN), "see whether its disk is whole and mounted")
 
 
 class UserError(Exception):
@@ -81,7 +86,7 @@ def reason(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error)
     lines = (line.strip() for line in text.rpartition("WeightsUnpickler error:")[2].splitlines())
     said = [line for line in lines if line and "weights_only" not in line and "Weights only" not in line]
-    return said[0] if said else type(error).__name__
+    return said[0] if said else "it holds more than tensors" if text else type(error).__name__
 
 
 GO_ON = "what was saved is whole, and the same command, or `--resume`, goes on"
@@ -92,9 +97,18 @@ def lost_worker(error: Exception) -> UserError:
     return UserError(f"{words} ({reason(error)[:150]}); {GO_ON}")
 
 
+def os_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind an error: torch.save and safetensors hide a full disk behind one of their own."""
+    while error is not None and not isinstance(error, OSError):
+        if of_rust := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(of_rust[1]), os.strerror(int(of_rust[1])))
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def of_the_machine(error: BaseException) -> UserError | None:
     """The sentence for what a machine does to a process: memory that ran out, a data worker that was ended, another
-    rank that is gone. None for anything else, which is a fault of the program."""
+    rank that is gone, a disk that is full or lost. None for anything else, which is a fault of the program."""
     text = str(error)
     if isinstance(error, MemoryError) or any(words in text for words in EXHAUSTED):
         wanted = re.search(r"tried to allocate [\d.]+ \w+", text, re.IGNORECASE)
@@ -106,7 +120,11 @@ def of_the_machine(error: BaseException) -> UserError | None:
         return lost_worker(error)
     if isinstance(error, RuntimeError) and ("gloo" in text or type(error).__name__.startswith("Dist")):
         return UserError(f"another process is gone or does not answer (its own last words say why); {GO_ON}")
-    return None
+    of_system = os_error(error) if isinstance(error, OSError | RuntimeError) else None
+    advice = None if of_system is None else REFUSED.get(of_system.errno or 0)
+    if of_system is None or advice is None:
+        return None
+    return UserError(f"{of_system.filename or 'a file'} cannot be written or read ({of_system.strerror}): {advice}")
 
 
 def refusal(path: Path, error: BaseException) -> str:

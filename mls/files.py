@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mls.errors import ConfigError, UserError
+from mls.errors import REFUSED, ConfigError, DataError, UserError, os_error, reason
 
 # What to do about a full disk.
 AGAIN = "free some, and run the same command again"
 CHECKPOINTS_FULL = "free some, or lower engine.keep_last; what was saved before is whole, and "
 CHECKPOINTS_FULL += "`mls pretrain --resume` goes on from there"
+
+
+# What to do about errors of the system that a user can cause.
 
 
 @contextmanager
@@ -46,7 +49,7 @@ def telling_disk_errors(path: Path, disk_full: str = AGAIN) -> Iterator[None]:
     except UserError:  # says already what went wrong, and may have met an error of the system on the way
         raise
     except BaseException as error:
-        reason = _os_error(error)
+        reason = os_error(error)
         if reason is not None:
             raise UserError(_sentence(path, reason, disk_full)) from error
         raise
@@ -92,6 +95,17 @@ def changed(record: Mapping[str, Any]) -> bool:
     return CHECK in record and record[CHECK] != checked(record)[CHECK]
 
 
+def read_json(path: Path, advice: str, error: type[UserError] = DataError, most: int = 1 << 40) -> Any:
+    """What stands in a file that anybody may have written; `advice` says what to do where it cannot be read. A file of
+    more than `most` bytes is none that was meant."""
+    try:
+        if path.stat().st_size > most:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError, MemoryError) as wrong:
+        raise error(f"{path} cannot be read as JSON ({reason(wrong)}): {advice}") from None
+
+
 def runs_folder() -> Path:
     """Where runs and results go: $MLS_RUNS, else ./runs."""
     return Path(os.environ.get("MLS_RUNS") or "runs").expanduser()
@@ -133,16 +147,8 @@ def file_name(name: str, what: str) -> str:
     return name
 
 
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind an error: torch.save and safetensors hide a full disk behind one of their own."""
-    while error is not None and not isinstance(error, OSError):
-        if of_rust := re.search(r"\(os error (\d+)\)", str(error)):
-            return OSError(int(of_rust[1]), os.strerror(int(of_rust[1])))
-        error = error.__cause__ or error.__context__
-    return error
-
-
 def _sentence(path: Path, error: OSError, disk_full: str) -> str:
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return f"cannot write {path}: {error.strerror or error}"
+        advice = f"; {REFUSED[error.errno]}" if error.errno in REFUSED else ""
+        return f"cannot write {path}: {error.strerror or error}{advice}"
     return f"no disk space left for {path}: {disk_full}"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mls import card
 from mls.config import Config
-from mls.errors import ConfigError, LaunchError
+from mls.errors import CheckpointError, ConfigError, LaunchError
 from mls.monitor.log import read_metrics
 from mls.progress import duration
 from mls.recipes import load_config
@@ -92,10 +92,10 @@ def progress(spec: JobSpec) -> tuple[str, str, float | None]:
     step, loss = rows[-1]["step"], rows[-1]["loss"]
     config, total = _config(folder), None
     try:
-        card = json.loads((folder / "backbone.json").read_text())
-        total = round(config.optim.epochs * card["step"] / card["epochs"]) if config else None
-    except (OSError, ValueError, ZeroDivisionError):
-        pass  # there is no checkpoint yet
+        facts = card.facts_of(folder / "backbone.safetensors")
+        total = round(config.optim.epochs * facts["step"] / facts["epochs"]) if config and facts else None
+    except (CheckpointError, KeyError, ZeroDivisionError):
+        pass  # a broken card ends no list of jobs
     if config is None or total is None:
         return str(step), "", loss
     speed = rows[-1].get("images_per_second")

@@ -131,6 +131,9 @@ def _call() -> None:
             app()  # exits by itself, Ctrl-C included, unless one of our errors ends it
         finally:
             sys.stdout.flush()  # a reader that is gone is met here, not while Python shuts down
+    except BrokenPipeError:  # `mls config FILE | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        sys.exit(1)  # as typer does where it meets the broken pipe first
     except Stopped as stopped:
         if int(os.environ.get("RANK", 0)) == 0 and str(stopped):
             print(stopped, file=sys.stderr)
@@ -140,9 +143,6 @@ def _call() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:  # `mls config FILE | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        sys.exit(1)  # as typer does where it meets the broken pipe first
     except Exception as error:
         if (mistake := of_the_machine(error)) is None:
             raise

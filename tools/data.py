@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,10 @@ app = typer.Typer(help="Check a set of images, or pack it so that it loads faste
 
 Kind = Annotated[str, typer.Option("--source", help="folder, list, coco, voc or tar; auto finds out.")]
 Annotations = Annotated[str | None, typer.Option(help="COCO json, VOC split or list, as data.annotations.")]
+DataSetName = Annotated[
+    str | None,
+    typer.Option("--dataset", help="SRC is a data set with objects or regions: coco2017, voc0712, cityscapes, …"),
+]
 Workers = Annotated[int | None, typer.Option(help="Processes; default: the cores that may be used.")]
 
 
@@ -28,35 +32,42 @@ def check(
     workers: Workers = None,
     source: Kind = "auto",
     annotations: Annotations = None,
+    dataset: DataSetName = None,
     as_json: Annotated[bool, typer.Option("--json", help="Every finding, for programs.")] = False,
 ) -> None:
-    """Decode every image once and say what is odd, and what the loader does with it. Nothing is changed.
+    """Decode every image once and say what is odd, in its annotations too, and what the loader does with it. Nothing is
+    changed.
 
-    Exit code 0 if every image can be read and every shard is what was written, else 2.
+    Exit code 0 if every image can be read, every shard is what was written and no annotation is wrong, else 2.
 
     Examples:
 
         mls data check /data/images
 
         mls data check /data/coco --source coco --json > findings.json
+
+        mls data check /data/coco2017 --dataset coco2017
     """
-    from mls.data.check import check
+    from mls.data.check import Report, check
     from mls.errors import DataError
     from mls.progress import counting
 
-    images = _source(src, source, annotations)
-    with counting("checking", len(images)) as advance:
-        report = check(images, _workers(workers), advance)
+    name, parts = _parts(dataset, src) if dataset else (src, [(_source(src, source, annotations), {})])
+    report = Report(0)
+    for images, annotated in parts:
+        with counting("checking", len(images)) as advance:
+            report.add(check(images, _workers(workers), advance, **annotated))
     if as_json:
         print(json.dumps({"images": report.images, "unreadable": report.unreadable, "found": report.found}, indent=1))
     else:
-        _show(images.name, report)
-    broken = [f"{report.unreadable} of {report.images} images cannot be read: repair or remove them"] * (
-        report.unreadable > 0
-    )
-    broken += [f"damaged or changed shards: {report.shards}: pack or download them again"] * (report.shards > 0)
-    if broken:
-        raise DataError("; ".join(broken))
+        _show(name if dataset else parts[0][0].name, report)
+    counts = {
+        f"{report.unreadable} of {report.images} images cannot be read: repair or remove them": report.unreadable,
+        f"damaged or changed shards: {report.shards}: pack or download them again": report.shards,
+        f"{report.odd_truth} entries of the annotations are odd: repair or remove them": report.odd_truth,
+    }
+    if any(counts.values()):
+        raise DataError("; ".join(words for words, count in counts.items() if count))
 
 
 @app.command()
@@ -98,6 +109,18 @@ def pack(
         print(f"{len(left_out)} images cannot be read: left out, listed in {dst / 'manifest.json'}", file=sys.stderr)
 
 
+def _parts(name: str, src: str) -> tuple[str, list[tuple[Source, dict[str, Any]]]]:
+    """The images of each part of a data set with objects or regions, and how its annotations are looked at."""
+    from mls.errors import DataError
+    from mls.eval import data
+
+    found = data.build(name, src, check_sizes=False)
+    parts = [part for part in (found.train, found.val, found.test) if part is not None]
+    if not hasattr(parts[0], "odd_at"):
+        raise DataError(f"{name} has neither objects nor regions: leave out --dataset, and SRC is checked as images")
+    return f"{name} in {src}", [(part.images, {"annotated": part.odd_at}) for part in parts]
+
+
 def _source(src: str, kind: str, annotations: str | None) -> Source:
     from mls.config import DataConfig
     from mls.data.sources import build_source
@@ -116,14 +139,14 @@ def _show(name: str, report: Report) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from mls.data.check import KINDS
+    from mls.data.check import KINDS, TRUTH
 
     console = Console(highlight=False)
     if not report.found:
         console.print(f"{report.images} images of {name}: nothing odd", markup=False, soft_wrap=True)
         return
-    table = Table("kind", "images", "what the loader does", "for example", title=escape(name))
-    for kind, meaning in KINDS.items():
+    table = Table("kind", "found", "what the loader does", "for example", title=escape(name))
+    for kind, meaning in {**KINDS, **TRUTH}.items():
         if found := report.found.get(kind):
             examples = "\n".join(f"{Path(image).name} ({detail})" for image, detail in found[:SHOWN])
             table.add_row(kind, str(len(found)), meaning, escape(examples))

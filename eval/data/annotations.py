@@ -13,13 +13,15 @@ from jaxtyping import Int64
 from mls.data.listing import show
 from mls.errors import DataError
 
+WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, csv.Error)
+
 
 @contextmanager
 def parsing(file: Path, what: str) -> Iterator[None]:
     """Whatever goes wrong with the content of `file` becomes one sentence. A missing file is for the caller."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, csv.Error) as error:
+    except WRONG as error:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{show(file)} is not a whole {what} ({reason}): download it again") from None
 

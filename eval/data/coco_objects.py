@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mls.data.listing import show
+from mls.data.truth import CocoTruth, coco_truth, entry_name, odd_outline, size_of
 from mls.errors import DataError
 from mls.eval.data import DataSet, Layout, register
 from mls.eval.data.annotations import parsing
@@ -31,47 +32,60 @@ def read(folder: Path) -> DataSet[ObjectImages]:
 def _split(folder: Path, phase: str) -> ObjectImages:
     file = folder / "annotations" / f"instances_{phase}.json"
     with parsing(file, "COCO instances file"):
-        content = json.loads(file.read_bytes())
-        names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-        images = sorted(content["images"], key=lambda image: image["id"])
+        truth = coco_truth(json.loads(file.read_bytes()), file)
+        images = sorted(truth.images.values(), key=lambda image: image["id"])
         row = {image["id"]: i for i, image in enumerate(images)}
-        column = {category: j for j, category in enumerate(sorted(names))}
-        # A box without area teaches nothing: detectron2 leaves it out as well.
-        found = [a for a in content["annotations"] if a["image_id"] in row and min(a["bbox"][2:]) > 0]
-        found.sort(key=lambda one: row[one["image_id"]])
+        column = {category: j for j, category in enumerate(sorted(truth.names))}
+        sizes = torch.tensor([[int(image["height"]), int(image["width"])] for image in images]).view(-1, 2)
+        found, outlines = _with_outlines(sorted(truth.objects, key=lambda one: row[one["image_id"]]), truth)
         rows = np.array([row[one["image_id"]] for one in found], np.int64)
-        sizes = torch.tensor([[image["height"], image["width"]] for image in images])
         boxes = torch.tensor([one["bbox"] for one in found], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         everything = Objects(
             boxes,
             torch.tensor([column[one["category_id"]] for one in found], dtype=torch.int64),
-            torch.tensor([float(one["area"]) for one in found]),
-            torch.tensor([bool(one.get("iscrowd", 0)) for one in found]),
+            torch.tensor([float(one["area"]) for one in found], dtype=torch.float32),
+            torch.tensor([bool(one.get("iscrowd", 0)) for one in found], dtype=torch.bool),
             torch.zeros(len(found), dtype=torch.bool),
-            _outlines(found, [tuple(sizes[i].tolist()) for i in rows], file),
+            outlines,
         )
         paths = [os.fsencode(f"{phase}/{image['file_name']}") for image in images]
     starts = torch.from_numpy(np.searchsorted(rows, np.arange(len(images) + 1)))
     source = every_image(f"coco2017 {phase}", folder, paths, file)
-    return ObjectImages(source, sizes, everything, starts, [names[category] for category in sorted(names)])
+    names = [truth.names[category] for category in sorted(truth.names)]
+    source.odd = truth.odd
+    return ObjectImages(source, sizes, everything, starts, names)
 
 
-def _outlines(found: list[dict[str, Any]], sizes: list[tuple[int, int]], file: Path) -> list[RunLengths]:
-    """As run lengths: a hundred bytes each, where the polygons as Python numbers would take a gigabyte."""
+def _with_outlines(
+    found: list[dict[str, Any]], truth: CocoTruth
+) -> tuple[list[dict[str, Any]], list[RunLengths] | None]:
+    """The objects whose masks can be read, and the masks as run lengths: a hundred bytes each, where the polygons as
+    Python numbers would take a gigabyte. None where the file has boxes alone."""
+    if not any("segmentation" in one for one in found):
+        return found, None
+    whole, outlines, file = [], [], truth.odd.file
+    with counting(f"masks of {file.name}", len(found)) as progress:
+        for number, one in enumerate(found, start=1):
+            width, height = size_of(truth.images[one["image_id"]]) or (0, 0)
+            if wrong := odd_outline(one.get("segmentation"), height, width):
+                truth.odd.note("broken mask", entry_name(one, truth.images), wrong)
+            else:
+                whole.append(one)
+                outlines.append(_run_lengths(one["segmentation"], height, width))
+            progress(number)
+    truth.odd.refuse_most()
+    return whole, outlines
+
+
+def _run_lengths(shape: dict[str, Any] | list[Any], height: int, width: int) -> RunLengths:
     from faster_coco_eval import mask
 
-    outlines = []
-    with counting(f"masks of {file.name}", len(found)) as progress:
-        for one, (height, width) in zip(found, sizes, strict=True):
-            shape = one["segmentation"]
-            if isinstance(shape, dict) and isinstance(shape["counts"], list):
-                shape = mask.frPyObjects(shape, height, width)
-            elif isinstance(shape, list):
-                shape = mask.merge(cast(list[Any], mask.frPyObjects(shape, height, width)))
-            outlines.append(shape)
-            progress(len(outlines))
-    return outlines
+    if isinstance(shape, list):
+        # A polygon of two points has no area: detectron2 leaves it out as well.
+        polygons = [polygon for polygon in shape if len(polygon) >= 6]
+        return mask.merge(cast(list[Any], mask.frPyObjects(polygons, height, width)))
+    return mask.frPyObjects(shape, height, width) if isinstance(shape["counts"], list) else shape
 
 
 register(

@@ -3,6 +3,7 @@ voc_objects.py), and the embedded scenes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -15,6 +16,8 @@ from mls.config import ScenesConfig
 from mls.data import Source
 from mls.data.crops import decode
 from mls.data.scenes import ScenesSource
+from mls.data.truth import Odd
+from mls.errors import DataError
 from mls.eval.data import DataSet, Layout, register
 
 RunLengths = dict[str, Any]  # a mask as COCO's programs compress it: {"size": [height, width], "counts": bytes}
@@ -66,15 +69,35 @@ class ObjectImages:
         return self.everything.some(slice(int(self.starts[row]), int(self.starts[row + 1])))
 
     def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
-        return decode(self.images.read(row))
+        pixels = decode(self.images.read(row))
+        if pixels.shape[1:] != (size := tuple(self.sizes[row].tolist())):
+            raise another_size(self.describe(row), pixels.shape[1:], size)
+        return pixels
 
     def describe(self, row: int) -> str:
         return self.images.describe(row)
+
+    @property
+    def odd(self) -> Odd | None:
+        """What of the annotations was left out."""
+        return getattr(self.images, "odd", None)
+
+    def odd_at(self, row: int, size: tuple[int, int]) -> list[tuple[str, str]]:
+        """For `mls data check`: what an image of this height and width has that its annotations have not."""
+        height, width = self.sizes[row].tolist()
+        return [] if size == (height, width) else [("another size", f"{size[1]} × {size[0]}, not {width} × {height}")]
 
     def with_objects(self) -> Int64[Tensor, "rows"]:
         """The images that can be learnt from."""
         rows = torch.repeat_interleave(torch.arange(len(self)), self.starts.diff())
         return rows[~self.everything.crowd].unique()
+
+
+def another_size(image: str, size: Sequence[int], annotated: Sequence[int]) -> DataError:
+    return DataError(
+        f"{image} has {size[1]} × {size[0]} pixels and its annotations are of {annotated[1]} × {annotated[0]}: "
+        "download both again (`mls data check --dataset` finds all of them)"
+    )
 
 
 def gather(many: list[Objects]) -> tuple[Objects, Int64[Tensor, "images_and_one"]]:

@@ -4,7 +4,7 @@ scenes."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from mls.data.annotated import VOC_CLASSES
 from mls.data.crops import decode
 from mls.data.listing import show
 from mls.data.scenes import CLASS_NAMES, ScenesSource
-from mls.errors import DataError
+from mls.errors import DataError, reason
 from mls.eval.data import DataSet, Layout, register
+from mls.eval.data.objects import another_size
 from mls.eval.data.one_class import every_image
 
 VOID = 255  # neither learnt from nor counted
@@ -41,6 +42,21 @@ class RegionImages:
     def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
         return decode(self.images.read(row))
 
+    def labels_for(self, row: int, size: Sequence[int]) -> UInt8[Tensor, "height width"]:
+        """Of an image of this height and width."""
+        labels = self.labels(row)
+        if tuple(labels.shape) != tuple(size):
+            raise another_size(self.describe(row), size, labels.shape)
+        return labels
+
+    def odd_at(self, row: int, size: tuple[int, int]) -> list[tuple[str, str]]:
+        """For `mls data check`: what is wrong with the labels of an image of this height and width."""
+        try:
+            labels = self.labels(row)
+        except DataError as error:
+            return [("unknown labels", str(error))]
+        return [] if size == labels.shape else [("another size", f"labels of {labels.shape[1]} × {labels.shape[0]}")]
+
     def describe(self, row: int) -> str:
         return self.images.describe(row)
 
@@ -51,12 +67,28 @@ class IndexedFiles:
     void, and those above move down."""
 
     paths: list[Path]
+    classes: int
     first: int = 0
 
     def __call__(self, row: int) -> UInt8[Tensor, "height width"]:
-        with Image.open(self.paths[row]) as image:
-            numbers = torch.from_numpy(np.array(image, dtype=np.uint8))
-        return torch.where(numbers < self.first, VOID, numbers - self.first) if self.first else numbers
+        file = show(self.paths[row])
+        try:
+            with Image.open(self.paths[row]) as image:
+                numbers = torch.from_numpy(np.array(image, np.uint8 if image.mode == "1" else None))
+        except Exception as error:  # Pillow has its own kinds for a damaged file
+            raise DataError(f"{file} cannot be read ({reason(error)}): unpack the annotations again") from None
+        if numbers.dtype != torch.uint8 or numbers.ndim != 2:
+            kind = f"{list(numbers.shape)} of {str(numbers.dtype).removeprefix('torch.')}"
+            raise DataError(f"{file} holds no class numbers ({kind}): unpack the annotations again")
+        labels = torch.where(numbers < self.first, VOID, numbers - self.first) if self.first else numbers
+        unknown = labels[(labels >= self.classes) & (labels != VOID)]
+        if len(unknown):
+            example, last = int(unknown[0]) + self.first, self.first + self.classes - 1
+            raise DataError(
+                f"{file} has {len(unknown)} pixels of unknown classes, such as {example}; they go from {self.first} to "
+                f"{last}: convert or unpack the annotations again"
+            )
+        return labels
 
 
 def _listed(
@@ -66,7 +98,7 @@ def _listed(
     missing = next((path for path in labels if not path.is_file()), None)
     if missing is not None:
         raise DataError(f"{show(missing)} is missing: unpack the annotations again")
-    return RegionImages(source, IndexedFiles(labels, first), classes)
+    return RegionImages(source, IndexedFiles(labels, len(classes), first), classes)
 
 
 def read_cityscapes(folder: Path) -> DataSet[RegionImages]:

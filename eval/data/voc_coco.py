@@ -13,6 +13,7 @@ import torch
 
 from mls.data.annotated import VOC_CLASSES, CocoSource
 from mls.data.listing import FileSource, show
+from mls.data.truth import Odd, by_id
 from mls.errors import DataError
 from mls.eval.data import DataSet, LabelledImages, Layout, Located, presence, register
 from mls.eval.data.annotations import parsing
@@ -79,8 +80,8 @@ def _coco_split(folder: Path, phase: str) -> LabelledImages:
     file = folder / "annotations" / f"instances_{phase}2014.json"
     with parsing(file, "COCO instances file"):
         content = json.loads(file.read_bytes())
-        names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-        files = {entry["id"]: entry["file_name"] for entry in content["images"]}
+        names = {key: str(entry["name"]) for key, entry in by_id(content["categories"], file).items()}
+        files = {key: entry["file_name"] for key, entry in by_id(content["images"], file).items()}
         pairs = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]
         ids = sorted({image for image, _ in pairs}, key=str)
         row = {image: i for i, image in enumerate(ids)}
@@ -103,7 +104,11 @@ def _voc_boxes(_: Path, images: LabelledImages) -> list[Located]:
     """From `Annotations`, beside JPEGImages; difficult objects too."""
     found = []
     for path in _paths(images):
-        objects, (height, width) = annotation(path.parents[1] / "Annotations" / f"{path.stem}.xml")
+        odd = Odd(path.parents[1] / "Annotations" / f"{path.stem}.xml")
+        objects, size = annotation(odd.file, odd)
+        if len(odd) or size is None:
+            raise DataError(f"{odd}: {AGAIN}")
+        height, width = size
         found.append((objects.boxes / torch.tensor([width, height, width, height]), objects.classes))
     return found
 

@@ -37,7 +37,7 @@ class LoadRegionLabels(BaseTransform):
     """Like LoadAnnotations. In the test it follows Resize, which would scale labels, too."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        labels = results["images"].labels(results["row"]).numpy()
+        labels = results["images"].labels_for(results["row"], results["ori_shape"]).numpy()
         return {**results, "gt_seg_map": labels, "seg_fields": ["gt_seg_map"]}
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from mls import distributed
 from mls.config import AugmentConfig, ScenesConfig
-from mls.errors import DataError
+from mls.data.truth import AS_DETECTRON2
+from mls.errors import DataError, command
 from mls.eval import data as data_sets
 from mls.eval.data import DataSet, objects, regions
 from mls.eval.data.content import content_hash
@@ -33,7 +36,28 @@ def load_images(protocol: Dense) -> DataSet[Any]:
         raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
     if isinstance(protocol, Detection) and protocol.model.masks and found.train.everything.outlines is None:
         raise DataError(f"{protocol.data.name} has boxes and no masks: set model.masks=false")
+    if isinstance(protocol, Detection):
+        _settle(protocol, found)
     return found
+
+
+def _settle(protocol: Detection, data: DataSet[ObjectImages]) -> None:
+    """Odd entries of the annotations are left out, and that is said once; or they are refused."""
+    lists = [part.odd for part in (data.train, data.test) if part.odd is not None and len(part.odd)]
+    wrong = set().union(*(odd.found for odd in lists)) - {*AS_DETECTRON2}
+    words = "; ".join(map(str, lists))
+    check = command("mls data check --dataset", protocol.data.name, *filter(None, [protocol.data.root]))
+    if protocol.backend == "detectron2" and wrong:
+        raise DataError(f"{words}; detectron2 would learn from them: repair them ({check} lists all)")
+    if protocol.data.odd == "refuse" and wrong:
+        raise DataError(f"{words}: repair them ({check} lists all), or set data.odd=drop")
+    if lists and distributed.rank() == 0:
+        _say(f"{words}; they are left out ({check} lists all)")
+
+
+@lru_cache  # once
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def without_workers(data: DenseData) -> tuple[str, str | None, bool, ScenesConfig]:

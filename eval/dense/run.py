@@ -69,7 +69,7 @@ def tested(protocol: Dense, network: Any, images: Any, quiet: bool) -> dict[str,
         classes = len(images.class_names)
         counts = torch.zeros(classes, classes, dtype=torch.int64)
         for row, found in predictions(network, images, quiet):
-            counts += confusion(found, images.labels(row), classes)
+            counts += confusion(found, images.labels_for(row, found.shape), classes)
         return segmentation_metrics(distributed.total(counts))
     mine = dict(predictions(network, images, quiet))
     everything: dict[int, Detections] = {}

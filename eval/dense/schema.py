@@ -43,6 +43,7 @@ class DetectionData(DenseData):
     min_sizes: list[int] = positive([640, 672, 704, 736, 768, 800])  # one is drawn per image
     test_size: int = positive(800)  # of the short side in the test
     max_size: int = positive(1333)  # of the long side: longer images are scaled down
+    odd: Literal["drop", "refuse"] = "drop"  # entries of the annotations such as boxes outside (mls/data/truth.py)
 
 
 @dataclass(frozen=True)

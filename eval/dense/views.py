@@ -55,7 +55,8 @@ def region_view(
     """mmsegmentation's order: scaled by a random factor, cropped, flipped, colour-jittered. Smaller than the crop size
     if the scaled image is."""
     draws = np.random.default_rng(seed)
-    pixels, labels = images.pixels(row), images.labels(row)
+    pixels = images.pixels(row)
+    labels = images.labels_for(row, pixels.shape[1:])
     size = fitting(pixels, data.resize, draws.uniform(*data.ratio))
     pixels = tv.resize(pixels, list(size), antialias=False)
     labels = F.interpolate(labels[None, None], size)[0, 0]

@@ -3,11 +3,9 @@ pretraining does not use them. Writing these layouts is in layouts.py."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,7 +15,9 @@ from torch import Tensor
 
 from mls.config import DataConfig
 from mls.data.listing import LOOKED_FOR, FileSource, directory, list_images, locate, printable, show
+from mls.data.truth import coco_truth, size_of
 from mls.errors import DataError
+from mls.files import read_json
 
 VOC_CLASSES: list[str] = [
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),
@@ -30,19 +30,19 @@ class CocoSource(FileSource):
     """COCO instances. Images are numbered by file name, classes by category id."""
 
     def __init__(self, folders: Sequence[Path], annotations: Path, limit: int | None = None) -> None:
-        content = _read_json(annotations)
+        content = read_json(annotations, "name an instances file")
         try:
-            images = sorted(content["images"], key=lambda image: image["file_name"])
-            categories = sorted(content["categories"], key=lambda category: category["id"])
+            truth = coco_truth(content, annotations, for_classes=True)
+            images = sorted(truth.images.values(), key=lambda image: image["file_name"])
             row = {image["id"]: i for i, image in enumerate(images)}
-            column = {category["id"]: j for j, category in enumerate(categories)}
-            objects = [a for a in content["annotations"] if a["image_id"] in row]
+            column = {category: j for j, category in enumerate(sorted(truth.names))}
+            objects = truth.objects
             pairs = np.array([(row[a["image_id"]], column[a["category_id"]]) for a in objects], np.int64).reshape(-1, 2)
             boxes = np.array([a["bbox"] for a in objects], np.float64).reshape(-1, 4)
-            sizes = np.array([(image.get("width", 0), image.get("height", 0)) for image in images], np.float64)
+            sizes = np.array([size_of(image) or (0, 0) for image in images], np.float64).reshape(-1, 2)
             paths = [os.fsencode(image["file_name"]) for image in images]
-            names = [str(category["name"]) for category in categories]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            names = [truth.names[category] for category in column]
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise DataError(
                 f"{show(annotations)} is not a COCO instances file ({type(error).__name__}: {error}): it needs images, "
                 "annotations with image_id, category_id and bbox, and categories"
@@ -52,6 +52,7 @@ class CocoSource(FileSource):
         folder = folder_with(folders, paths, annotations)
         super().__init__(f"coco:{show(annotations.stem)}", folder, paths, names, pairs, limit)
         by_image = np.argsort(pairs[:, 0], kind="stable")
+        self.odd = truth.odd
         self._sizes, self._annotations, self._boxes = sizes, annotations, boxes[by_image]
         self._classes = pairs[by_image, 1]
         self._starts = np.searchsorted(pairs[by_image, 0], np.arange(len(paths) + 1))
@@ -87,13 +88,6 @@ def from_coco(config: DataConfig) -> CocoSource:
 
 def _coco_folder(annotations: Path) -> str:
     return annotations.stem.removeprefix("instances_")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
-        raise DataError(f"{show(path)} cannot be read as JSON ({error}): name an instances file") from None
 
 
 def from_voc(config: DataConfig) -> FileSource:

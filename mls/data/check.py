@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mls.data import Source
+from mls.data import Source, truth
 from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.loader import in_workers
 from mls.data.tar import TarSource
@@ -36,6 +36,7 @@ KINDS = {  # kind of file: what the loader does with it
     "changed shard": f"of an image that is not as it was packed: {REPLACED}",
 }
 SHARDS = ("damaged shard", "changed shard")
+TRUTH = {**truth.KINDS, "another size": "training ends there", "unknown labels": "training ends there"}
 UNREADABLE = ("empty", "no image", "truncated", "too large", "unreadable")
 LARGE = 50_000_000  # pixels: 150 MB in memory, in every worker
 CHUNK = 64  # images that a worker inspects before it reports
@@ -59,12 +60,30 @@ class Report:
     def shards(self) -> int:
         return sum(len(self.found.get(kind, ())) for kind in SHARDS)
 
+    @property
+    def odd_truth(self) -> int:
+        return sum(len(self.found.get(kind, ())) for kind in TRUTH if kind not in truth.AS_DETECTRON2)
 
-def check(source: Source, workers: int = 0, progress: Progress = lambda done: None) -> Report:
-    """Decode every image once, and read every shard."""
+    def add(self, other: Report) -> None:
+        """Of another part of the data set."""
+        self.images += other.images
+        for kind, entries in other.found.items():
+            self.found.setdefault(kind, []).extend(entries)
+
+
+def check(
+    source: Source,
+    workers: int = 0,
+    progress: Progress = lambda done: None,
+    annotated: Callable[[int, tuple[int, int]], list[tuple[str, str]]] = lambda row, size: [],
+) -> Report:
+    """Decode every image once, and read every shard. `annotated` gives the kinds of TRUTH that an image of this height
+    and width is of."""
     report = Report(len(source))
     done = 0
-    for findings in in_workers(_Chunks(source), workers):
+    for kind, entries in (odd.found if (odd := getattr(source, "odd", None)) else {}).items():
+        report.found.setdefault(kind, []).extend(entries)
+    for findings in in_workers(_Chunks(source, annotated), workers):
         for kind, image, detail in findings:
             report.found.setdefault(kind, []).append((image, detail))
         done = min(done + CHUNK, len(source))
@@ -77,8 +96,8 @@ def check(source: Source, workers: int = 0, progress: Progress = lambda done: No
 class _Chunks(Dataset[list[tuple[str, str, str]]]):
     """An item is the list of (kind, image, detail) found in CHUNK images."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, annotated: Callable[[int, tuple[int, int]], list[tuple[str, str]]]) -> None:
+        self.source, self.annotated = source, annotated
 
     def __len__(self) -> int:
         return -(-len(self.source) // CHUNK)
@@ -88,7 +107,11 @@ class _Chunks(Dataset[list[tuple[str, str, str]]]):
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(self.source))):
             name = self.source.describe(i)
             try:
-                findings = inspect(self.source.read(i), name)
+                data = self.source.read(i)
+                findings = inspect(data, name)
+                if isinstance(data, bytes) and not any(kind in UNREADABLE for kind, _ in findings):
+                    image = Encoded(data)
+                    findings += self.annotated(i, (image.height, image.width))
             except OSError as error:
                 findings = [("unreadable", reason(error))]
             found += [(kind, name, detail) for kind, detail in findings]

@@ -23,6 +23,8 @@ from mls.errors import DataError
 from mls.streams import generator
 
 if TYPE_CHECKING:
+    from mls.data.truth import Odd
+
     cached_property = property  # pyright takes no cached_property for the property of a protocol, here of Source
 else:
     from functools import cached_property
@@ -84,9 +86,12 @@ class FileSource:
         limit: int | None = None,
     ) -> None:
         self.name, self.class_names = name, class_names
+        if wrong := next((path for path in paths if b"\0" in path), None):
+            raise DataError(f"{name} names an image {printable(wrong)}, which no file is called: correct its list")
         self._root = os.fsencode(root)
         self._paths = Names.of(paths[:limit])
         self.pairs = pairs
+        self.odd: Odd | None = None  # what of its annotations was left out
 
     def __len__(self) -> int:
         return len(self._paths)

@@ -48,7 +48,7 @@ class Trainer:
     def __init__(
         self, config: Config, run: Run, process: Process, quiet: bool = False, lock: Lock | None = None
     ) -> None:
-        set_up_torch(config.engine)
+        _compute_as(config.engine)
         precision = precision_on(process.device, config.engine.precision)
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
         self.precision, self.lock = precision, lock
@@ -318,6 +318,8 @@ class Trainer:
             f"{self.total} steps, on {self.process.world} × {self.process.device.type} in {self.precision}",
             f"learning rate {scaled:g} ({config.optim.lr:g} per 256 images, batch {config.data.batch_size})",
         ]
+        if odd := getattr(self.source, "odd", None):
+            words.append(f"{odd}; they are left out")
         first = self.step + 1
         self.method.set_progress(first, epoch_of(first, self.steps_per_epoch), self.steps_per_epoch)
         words += self.method.introduction()
@@ -416,15 +418,6 @@ class Trainer:
         self.log.rewind(self.log_offset)
 
 
-def set_up_torch(engine: EngineConfig) -> None:
-    if engine.threads:
-        torch.set_num_threads(engine.threads)
-    if engine.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-
-
 def watched_labels(source: Source) -> Tensor | None:
     """The source's labels, for monitors and controls; None where there are none or too many to hold."""
     if source.class_names is None or len(source) * len(source.class_names) > MOST_LABELS:
@@ -437,3 +430,12 @@ def method_state(state: dict[str, Any]) -> dict[str, Any]:
     if "dictionary" in state:
         return {**state["method"], "_extra_state": {"dictionary": state["dictionary"]}}
     return state["method"]
+
+
+def _compute_as(config: EngineConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False

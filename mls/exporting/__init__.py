@@ -4,7 +4,6 @@ would hide the function.)"""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from mls.config import AugmentConfig
 from mls.errors import CheckpointError, UserError
 from mls.exporting import to_detectron2, to_mmseg, to_safetensors, to_timm, to_torchvision
 from mls.exporting.certify import Loaded, certificate, certify
-from mls.exporting.source import NoCounterpart, Source
-from mls.files import sha256, sync_folder, telling_disk_errors
+from mls.exporting.source import DISK_FULL, NoCounterpart, Source
+from mls.files import read_json, sha256, sync_folder, telling_disk_errors
 from mls.locks import locked
 from mls.models import weights_file
 from mls.plugins import Registry, load_installed
@@ -104,7 +104,9 @@ def export(
         )
     source = Source.open(weights, architecture, prefix)
     if "origin" in source.card and source.path.is_file():
-        say(f"{source.path} holds {source.card['origin']}; mean and std are taken to be ImageNet's")
+        usual = source.card["mean"] == list(AugmentConfig().mean)
+        statistics = "; mean and std are taken to be ImageNet's" if usual else ""
+        say(f"{source.path} holds {source.card['origin']}{statistics}")
     final = Path(out).expanduser() if out else source.path.parent / "export"
     checked = []
     with _all_or_nothing(final) as folder:
@@ -123,7 +125,7 @@ def _all_or_nothing(final: Path) -> Iterator[Path]:
     """A folder whose files are moved to `final` when the block ends without an error."""
     existed = final.is_dir()
     try:
-        with telling_disk_errors(final, "free some, or choose another --out"):
+        with telling_disk_errors(final, DISK_FULL):
             final.mkdir(parents=True, exist_ok=True)
             with locked(final / ".lock", f"{final} is being exported to") as lock:
                 for rest in final.glob(".export-*"):  # of a process that was killed
@@ -170,9 +172,9 @@ def verify_export(
     file = Path(file).expanduser()
     if not file.is_file():
         raise CheckpointError(f"{file} is not a file: give a backbone.pkl, a .pth or a .safetensors file")
+    certified = _certified(file) if against is None else {}
     source = Source.open(file if against is None else against)
-    if against is None:
-        source.card.update(_certified(file))
+    source.card.update(certified)
     pairs = [(Path(recipe).expanduser(), _target_of(Path(recipe)))] if recipe else _beside(file)
     checked = []
     for path, name in pairs:
@@ -204,9 +206,12 @@ def _beside(file: Path) -> list[tuple[Path | None, str]]:
 def _certified(file: Path) -> dict[str, Any]:
     """The mean and std of the certificate beside a file, if it belongs to this file."""
     for path in sorted(file.parent.glob("*.certificate.json")):
-        facts = json.loads(path.read_text())
-        if facts.get("file") == file.name:
-            if facts["sha256"] != sha256(file):
-                raise CheckpointError(f"{path} was made for another {file.name}: export again, or delete it")
-            return {key: facts["source"][key] for key in ("mean", "std")}
+        facts = read_json(path, "export again, or delete it", CheckpointError)
+        try:
+            if facts["file"] == file.name:
+                if facts["sha256"] != sha256(file):
+                    raise CheckpointError(f"{path} was made for another {file.name}: export again, or delete it")
+                return {key: [float(value) for value in facts["source"][key]] for key in ("mean", "std")}
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{path} is no certificate of an export: export again, or delete it") from None
     return {}

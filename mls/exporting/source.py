@@ -23,6 +23,7 @@ Pixels = UInt8[Tensor, "batch 3 height width"]  # RGB
 Images = Float[Tensor, "batch 3 height width"]  # as a network takes them
 Stages = dict[str, Float[Tensor, "batch ..."]]  # layer1, layer2, ... and `features`, the pooled output
 STAGES = ("layer1", "layer2", "layer3", "layer4")
+DISK_FULL = "free some, or choose another --out"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ class Source:
         return [round(255 * value, 3) for value in self.card["std"]]
 
     def facts(self) -> dict[str, Any]:
-        digest = sha256(self.path) if self.path.is_file() else hash_of_weights(self.backbone)
+        # Of the bytes that were read: a run that goes on training may have replaced them.
+        digest = self.card.get("sha256")
+        digest = digest or (sha256(self.path) if self.path.is_file() else hash_of_weights(self.backbone))
         wanted = {"path": str(self.path), "sha256": digest, "architecture": self.architecture}
         return {**wanted, "mean": self.card["mean"], "std": self.card["std"], "origin": self.card.get("origin", "mls")}
 
@@ -92,6 +95,12 @@ class Source:
     def stages(self, pixels: Pixels) -> Stages:
         images = normalised(pixels, [255 * m for m in self.card["mean"]], [255 * s for s in self.card["std"]])
         return stages_of(self.backbone, images)
+
+
+def save_tensors(source: Source, file: Path) -> None:
+    """Through a file of Python's: of a full disk torch's own says nothing."""
+    with open(file, "wb") as opened:
+        torch.save(dict(source.backbone.state_dict()), opened)
 
 
 def in_colours(pixels: Pixels, rgb: bool) -> Pixels:

@@ -11,7 +11,7 @@ import torch
 from mls.errors import ConfigError
 from mls.exporting.certify import Loaded, blank
 from mls.exporting.restated import BLOCKS, RestatedResNet
-from mls.exporting.source import Images, Pixels, Source, Stages, in_colours, normalised, stages_of
+from mls.exporting.source import Images, Pixels, Source, Stages, in_colours, normalised, save_tensors, stages_of
 from mls.exporting.to_torchvision import FILE
 from mls.frameworks import installed as frameworks
 from mls.frameworks import mmseg_network
@@ -45,7 +45,7 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
     plan = source.plan_for("mmseg")
     if plan.name.startswith("wide_"):
         raise NoCounterpart(f"mmseg has no network with the layers of {plan.name}: leave mmseg out of --to")
-    torch.save(dict(source.backbone.state_dict()), folder / FILE)
+    save_tensors(source, folder / FILE)
     text = CONFIG.format(
         architecture=source.architecture,
         path=source.path,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from mls import card
 from mls.exporting.certify import Loaded
-from mls.exporting.source import NoCounterpart, Source
+from mls.exporting.source import DISK_FULL, NoCounterpart, Source
 from mls.models import backbones
 
 FILE = "backbone.safetensors"
@@ -14,16 +14,14 @@ RECIPE = "backbone.json"
 
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     if not source.architecture.startswith("timm:") and source.architecture not in backbones.names():
         raise NoCounterpart(
             f"mls itself does not build {source.architecture} from a file: give timm's network of that kind"
         )
     state = {name: tensor.contiguous() for name, tensor in source.backbone.state_dict().items()}
-    save_file(state, folder / FILE)
-    facts = {**source.card, "feature_dim": source.backbone.feature_dim}
-    (folder / RECIPE).write_text(json.dumps(facts, indent=2) + "\n")
+    card.write(folder / FILE, save(state), {**source.card, "feature_dim": source.backbone.feature_dim}, DISK_FULL)
     return [RECIPE]
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from mls.exporting.certify import Loaded
 from mls.exporting.restated import RestatedResNet
-from mls.exporting.source import Source
+from mls.exporting.source import Source, save_tensors
 from mls.exporting.to_torchvision import FILE, filled, filled_network, prepared, read_snippet
 from mls.frameworks import installed as frameworks
 from mls.models import foreign
@@ -43,7 +41,7 @@ def _network(source: Source) -> str:
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
     name = _network(source)
-    torch.save(dict(source.backbone.state_dict()), folder / FILE)
+    save_tensors(source, folder / FILE)
     (folder / RECIPE).write_text(filled(SNIPPET, source, name, f"The backbone of {final.parent} in timm."))
     return [RECIPE]
 

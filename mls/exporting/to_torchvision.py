@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 import torchvision
 from torch import nn
 
 from mls.errors import ConfigError
 from mls.exporting.certify import Loaded, fill
-from mls.exporting.source import Images, Pixels, Source, normalised, stages_of
+from mls.exporting.source import Images, Pixels, Source, normalised, save_tensors, stages_of
 from mls.frameworks.config_files import read_python
 from mls.models import foreign
 
@@ -49,7 +48,7 @@ def load() -> torch.nn.Module:
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
     plan = source.plan_for("torchvision")
-    torch.save(dict(source.backbone.state_dict()), folder / FILE)
+    save_tensors(source, folder / FILE)
     (folder / RECIPE).write_text(filled(SNIPPET, source, plan.name, f"The backbone of {final.parent} in torchvision."))
     return [RECIPE]
 

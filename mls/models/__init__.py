@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mls import card as cards
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError, unknown_name
-from mls.files import CHECKPOINTS_FULL, write_atomically
 from mls.models import backbones, foreign, pretrained
 from mls.models.backbones import Backbone
 from mls.models.finite import refuse_non_finite
@@ -63,7 +62,7 @@ def build_pair(config: ModelConfig, seed: int, precision: Precision = "fp32") ->
 def start_from(backbone: nn.Module, weights: str, name: str) -> None:
     """`name` is the backbone's: what a file without a card holds, where its shapes do not tell (a transformer's)."""
     file = weights_file(weights)
-    architecture = name if file is not None and _card_beside(file) is None else None
+    architecture = name if file is not None and cards.facts_of(file) is None else None
     try:
         loaded = load_backbone(weights, architecture)
         backbone.load_state_dict(loaded.state_dict())
@@ -92,8 +91,7 @@ def save_backbone(
         "mean": list(augment.mean),
         "std": list(augment.std),
     }
-    write_atomically(folder / "backbone.safetensors", save(state), CHECKPOINTS_FULL)
-    write_atomically(folder / "backbone.json", json.dumps(facts, indent=2).encode(), CHECKPOINTS_FULL)
+    cards.write(folder / "backbone.safetensors", save(state), facts)
 
 
 def load_backbone(weights: str | Path, architecture: str | None = None, prefix: str | None = None) -> Backbone:
@@ -134,13 +132,13 @@ def _by_name(name: str) -> Backbone:
 
 
 def _from_file(path: Path, architecture: str | None, prefix: str | None) -> Backbone:
-    facts = _card_beside(path)
+    data, facts = cards.read(path) or (None, None)
     architecture = architecture or (facts or {}).get("architecture")
     _know(architecture, path.parent)
-    found = foreign.find(foreign.read(path), path, architecture, prefix)
+    found = foreign.find(foreign.read(path, data), path, architecture, prefix)
     backbone = backbones.build(found.architecture)
     backbone.load_state_dict(found.state)
-    backbone.card = facts or _card_of(found)
+    backbone.card = facts or _card_of(found, path)
     return backbone
 
 
@@ -165,7 +163,7 @@ def weights_file(weights: str | Path) -> Path | None:
 def card(file: Path) -> dict[str, Any]:
     """What is known of the weights: architecture, input size, mean, std and where they come from. `save_backbone` wrote
     it beside them; of a checkpoint from elsewhere it is what the file shows, and the field's usual input."""
-    return _card_beside(file) or _card_of(foreign.find(foreign.read(file), file))
+    return cards.facts_of(file) or _card_of(foreign.find(foreign.read(file), file), file)
 
 
 def card_of(weights: str | Path) -> dict[str, Any] | None:
@@ -186,13 +184,13 @@ def card_of_name(name: str) -> dict[str, Any]:
     return facts | (card_of(full) or {}) | {"architecture": network, "origin": full}
 
 
-def extracted(file: Path, architecture: str | None, prefix: str | None) -> tuple[bytes, bytes]:
+def extracted(file: Path, data: bytes, architecture: str | None, prefix: str | None) -> tuple[bytes, dict[str, Any]]:
     """One network of a checkpoint from elsewhere, as a file that holds nothing else, and its card."""
     from safetensors.torch import save
 
-    found = foreign.find(foreign.read(file), file, architecture, prefix)
-    facts = (_card_beside(file) or {}) | _card_of(found)
-    return save({name: tensor.contiguous() for name, tensor in found.state.items()}), json.dumps(facts).encode()
+    found = foreign.find(foreign.read(file, data), file, architecture, prefix)
+    facts = (cards.facts_of(file) or {}) | _card_of(found, file)
+    return save({name: tensor.contiguous() for name, tensor in found.state.items()}), facts
 
 
 def published_name(weights: str) -> str:
@@ -237,18 +235,10 @@ def untrained(backbone: str) -> str:
     return {"timm": f"random:{backbone}", "torchvision": f"random:{rest.partition('@')[0]}"}.get(prefix, backbone)
 
 
-def _card_beside(file: Path) -> dict[str, Any] | None:
-    path = file.with_suffix(".json")
-    if not path.is_file():
-        return None
-    try:
-        facts = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    return facts if isinstance(facts, dict) and "architecture" in facts else None  # another program's
-
-
-def _card_of(found: foreign.Found) -> dict[str, Any]:
-    usual = AugmentConfig()
+def _card_of(found: foreign.Found, file: Path) -> dict[str, Any]:
+    """The field's usual input; of a checkpoint of ours that of its run."""
+    folder = file.absolute().parent
+    ours = folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file()
+    augment = load_config(folder.parent / "config.yaml").augment if ours else AugmentConfig()
     facts = {"architecture": found.architecture, "origin": str(found), "prefix": found.prefix}
-    return {**facts, "input_size": usual.size, "mean": list(usual.mean), "std": list(usual.std)}
+    return {**facts, "input_size": augment.size, "mean": list(augment.mean), "std": list(augment.std)}

@@ -8,6 +8,7 @@ import functools
 import io
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from mls.errors import CheckpointError, refusal
 from mls.models import backbones
 from mls.models.resnet_names import from_detectron2, from_sequential
 
-INSIDE = ("state_dict", "model", "model_state_dict")  # where training programs keep the network in a checkpoint
+INSIDE = ("state_dict", "model", "model_state_dict", "method")  # where programs keep the network (ours the last)
 # The slow average of another network in the same file: the network itself is the one that is wanted.
 AVERAGE = re.compile(r"momentum|teacher|target|encoder_k|(^|\.)(key|ema)\.", re.IGNORECASE)
 NAMES: dict[str, tuple[str, Callable[[str], str]]] = {  # a first convolution's name, and how to rename to ours
@@ -64,7 +65,9 @@ def read(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
         if path.suffix == ".pkl":
             content = _Arrays(io.BytesIO(path.read_bytes() if data is None else data)).load()
         else:
-            content = torch.load(path if data is None else io.BytesIO(data), map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():  # torch's, of files that are refused or read all the same
+                warnings.simplefilter("ignore")
+                content = torch.load(path if data is None else io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # each reader has its own kinds for a damaged file
         raise CheckpointError(refusal(path, error)) from None
     for key in INSIDE:

@@ -144,6 +144,15 @@ def test_another_programs_json_beside_a_checkpoint_is_no_card(tmp_path: Path) ->
     assert load_backbone(tmp_path / "net.pth").card["architecture"] == "resnet18"
 
 
+def test_a_checkpoint_of_ours_gives_the_backbone_with_its_runs_mean_and_std(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("augment: {mean: [0.1, 0.2, 0.3], size: 64}\n")
+    content = {f"pair.{kind}.backbone.{name}": t for kind in ("query", "key") for name, t in NET.items()}
+    torch.save({"step": 3, "method": {**content, "_extra_state": {}}}, tmp_path / "checkpoints" / "step-00000003.pt")
+    facts = load_backbone(tmp_path / "checkpoints" / "step-00000003.pt").card
+    assert (facts["prefix"], facts["mean"], facts["input_size"]) == ("pair.query.backbone.", [0.1, 0.2, 0.3], 64)
+
+
 def test_safetensors_without_a_card_are_read(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

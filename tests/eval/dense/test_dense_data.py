@@ -16,6 +16,8 @@ from mls.errors import DataError
 from mls.eval import data
 from mls.eval.data import DataSet, objects, regions
 from mls.eval.data.objects import ObjectImages
+from mls.eval.dense.prepare import load_images
+from mls.eval.protocol import load_protocol
 
 COUNT = {"train": 12, "test": 8}
 
@@ -57,6 +59,25 @@ def test_cocos_crowds_are_read_and_its_empty_boxes_are_not(written: Path, tmp_pa
     assert found.objects(0).crowd.tolist() == [True]
     assert int(found.objects(0).masks().sum()) == 48
     assert len(found.with_objects()) == 0
+
+
+def test_what_is_odd_is_said_once_or_refused(written: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(written / "coco", tmp_path / "my coco")
+    file = tmp_path / "my coco" / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"] = [1, 2, -3, 4]
+    file.write_text(json.dumps(content))
+    protocol = lambda *changes: load_protocol(
+        "coco_fpn_1x", [f"data.root={tmp_path / 'my coco'}", "data.check_sizes=false", *changes]
+    )
+    for _ in range(2):
+        assert len(load_images(protocol()).train.everything) == len(content["annotations"]) - 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "1 negative size (annotation 1 of " in said[0] and "bbox 1, 2, -3, 4" in said[0]
+    assert f"`mls data check --dataset coco2017 '{tmp_path}/my coco'` lists all" in said[0]
+    for change in ("data.odd=refuse", "backend=detectron2"):
+        with pytest.raises(DataError, match="1 odd entry of .*: repair them"):
+            load_images(protocol(change))
 
 
 def test_voc_gives_the_scenes_boxes_back_over_both_years(written: Path, truth: DataSet[ObjectImages]) -> None:

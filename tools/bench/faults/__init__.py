@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-CHAPTERS = ("kills", "checkpoints", "shards", "stores", "evaluations", "configs", "ranks")
+CHAPTERS = ("kills", "checkpoints", "weights", "shards", "truth", "stores", "evaluations", "configs", "ranks")
 
 
 @dataclass(frozen=True)

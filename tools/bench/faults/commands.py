@@ -124,7 +124,7 @@ def start(folder: Path, *arguments: Any, processes: int = 1, **how: Any) -> list
     if processes == 1:
         return [Command(folder, *arguments, **how)]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port(), "WORLD_SIZE": str(processes)}
-    shared = {**how.pop("environment", {}), **shared}
+    shared = {**(how.pop("environment", None) or {}), **shared}
     places = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
     return [Command(folder, *arguments, environment=place, **how) for place in places]
 
