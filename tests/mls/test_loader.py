@@ -154,6 +154,6 @@ def test_the_remedy_for_waiting_is_workers_first_and_packing_then(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert "set data.workers=2 (now 1;" in remedy(source, Config(data=replace(data, workers=1)))
     busy = Config(data=replace(data, workers=2))
-    assert remedy(source, busy).startswith(f"pack the images, `mls data pack {tmp_path} NEW_FOLDER")
+    assert remedy(source, busy).startswith(f"pack the images, `mls data pack --short-side 320 {tmp_path} NEW_FOLDER`")
     scenes = build_source(DataConfig(source="scenes", limit=4))
     assert "mls bench input" in remedy(scenes, busy)

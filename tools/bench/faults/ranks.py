@@ -118,7 +118,7 @@ def first_rank_stopped(folder: Path, number: int) -> str:
     return disturbed(folder, 2, some_step(number), stop, "rank 0, which all others need, does not answer")
 
 
-@fault("a rank that may take no more memory (RLIMIT_AS), then --resume", 12, quick=0)
+@fault("a rank that may take no more memory (RLIMIT_AS), unless it needs none; then --resume", 12, quick=0)
 def rank_without_memory(folder: Path, number: int) -> str:
     def limit(ranks: list[Command]) -> None:
         pid = ranks[-1].process.pid
