@@ -20,6 +20,7 @@ from typing import Any
 
 from mls.tools.bench.faults import fault
 from mls.tools.bench.faults.commands import Command, run
+from mls.tools.bench.faults.readers import cached, readers_of_features
 
 CELLS, METRICS = 6, ("voc07/map", "voc07/top1", "voc07/f1")
 FOREIGN = [b"5", b"null", b"[" * 100_000, b"[]", b'{"cell": []}', b'{"metric": 3, "value": 1}', b"\x00" * 40, b"\xff{"]
@@ -306,10 +307,7 @@ def computed() -> Any:
     """Features of 700 images, in three blocks."""
     import torch
 
-    from mls.frozen.features import cached_features
-
-    rows = torch.arange(700 * 8, dtype=torch.float32).view(700, 8)
-    return cached_features({"of": "a fault"}, 700, lambda first: (part for part in rows[first:].split(100)), quiet=True)
+    return cached({"of": "a fault"}, torch.arange(700 * 8, dtype=torch.float32).view(700, 8))
 
 
 def unless_same_features(folder: Path) -> str:
@@ -329,78 +327,3 @@ def undisturbed() -> tuple[bytes, int]:
     assert command.code() == 0, command.words
     (file,) = folder.rglob("features.npy")
     return file.read_bytes(), command.changes
-
-
-def readers_of_features() -> dict[str, Callable[[Path, Callable[[Any], object]], object]]:
-    """Each is given a folder, and how to spoil a tensor."""
-    import numpy as np
-    import torch
-
-    from mls.config import AugmentConfig, RegionsConfig, ScenesConfig
-    from mls.core.regions import RegionEncoder
-    from mls.data.scenes import ScenesSource
-    from mls.frozen import index, probe
-    from mls.frozen.features import cached_features, embed
-    from mls.models import load_backbone, save_backbone
-
-    draw = torch.Generator().manual_seed(0)
-    features, labels = torch.randn(60, 8, generator=draw), torch.arange(60) % 3
-    few, augment = ScenesSource(ScenesConfig(count=8, test_count=8)), AugmentConfig(size=32)
-
-    def spoilt(spoil: Callable[[Any], object], which: Any = features) -> Any:
-        spoil(copied := which.clone())
-        return copied
-
-    def network(spoil: Callable[[Any], object]) -> Any:
-        backbone = load_backbone("resnet_tiny")
-        spoil(next(module for name, module in backbone.named_modules() if name.endswith("bn1")).running_var)
-        return backbone
-
-    def from_file(folder: Path, spoil: Callable[[Any], object]) -> object:
-        save_backbone(folder, network(spoil), {"architecture": "resnet_tiny"}, augment)
-        return load_backbone(folder)
-
-    def old_cache(folder: Path, spoil: Callable[[Any], object]) -> object:
-        import hashlib
-
-        found = computed()
-        rows = np.load(found.folder / "features.npy", mmap_mode="r+")
-        spoil(torch.from_numpy(rows))
-        rows.flush()
-        stored = json.loads((found.folder / "features.json").read_text())
-        parts = [rows[start : start + 256] for start in range(0, len(rows), 256)]
-        stored["blocks"] = [hashlib.sha256(np.ascontiguousarray(part).tobytes()).hexdigest() for part in parts]
-        (found.folder / "features.json").write_text(json.dumps(stored))
-        return computed()
-
-    cpu = torch.device("cpu")
-    return {
-        "kNN": lambda folder, spoil: probe.knn(spoilt(spoil), labels),
-        "kNN's queries": lambda folder, spoil: probe.knn(features, labels, spoilt(spoil), labels),
-        "kNN's scores": lambda folder, spoil: probe.knn_scores(spoilt(spoil), labels, features),
-        "linear": lambda folder, spoil: probe.linear_probe(spoilt(spoil), labels, features),
-        "linear's test": lambda folder, spoil: probe.linear_probe(features, labels, spoilt(spoil)),
-        "SGD": lambda folder, spoil: probe.sgd_probe(spoilt(spoil), labels, features),
-        "SVM": lambda folder, spoil: probe.svm_probe(spoilt(spoil), labels, features, folds=2),
-        "SVM's test": lambda folder, spoil: probe.svm_probe(features, labels, spoilt(spoil), folds=2),
-        "the index": lambda folder, spoil: index.build(spoilt(spoil)).search(features, 2),
-        "images": lambda folder, spoil: embed(network(lambda one: one.fill_(torch.nan)), few, range(8), augment),
-        "regions": lambda folder, spoil: RegionEncoder(
-            _network_of_windows(spoil), augment, RegionsConfig(grid=2, size=16), cpu, 0, torch.zeros(4)
-        )(few, range(8)),
-        "a cache": lambda folder, spoil: cached_features(
-            {}, 60, lambda first: (one for one in [spoilt(spoil)]), quiet=True
-        ),
-        "an old cache": old_cache,
-        "a file of weights": from_file,
-    }
-
-
-def _network_of_windows(spoil: Callable[[Any], object]) -> Any:
-    """A network with a projection, for windows of regions."""
-
-    def network(windows: Any) -> tuple[Any, None]:
-        spoil(made := windows.mean((2, 3)).repeat(1, 2)[:, :4].contiguous())
-        return made, None
-
-    return network
