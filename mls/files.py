@@ -60,6 +60,13 @@ def write_atomically(path: Path, data: bytes, disk_full: str = AGAIN) -> None:
         file.write(data)
 
 
+def remove_unfinished(folder: Path, *names: str) -> None:
+    """Delete what processes that were killed while they wrote files of these names (`*` is any text) have left. Only
+    for who alone writes there."""
+    for rest in (rest for name in names for rest in folder.glob(f".{name}.*.tmp")):
+        rest.unlink(missing_ok=True)
+
+
 def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -40,10 +40,16 @@ class StopFlag:
 
 def end_data_workers() -> None:
     """Those of this process, which waits for them when it ends: one that hangs, or waits for a lock that another held
-    when it was killed, heeds no other signal."""
+    when it was killed, heeds no other signal. Torch raises an error for it in the main thread."""
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
+
+
+def end_with_data_workers() -> None:
+    """The same where this process ends too: without torch's error."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    end_data_workers()
 
 
 def leave_signals_to_the_parent(worker: int) -> None:

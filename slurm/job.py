@@ -19,7 +19,7 @@ from submitit.core.utils import UncompletedJobError
 from mls import plugins
 from mls.errors import EXIT_MISTAKE, EXIT_SAVED, Stopped, UserError, command, of_the_machine
 from mls.files import write_atomically
-from mls.signals import end_data_workers
+from mls.signals import end_with_data_workers
 from mls.slurm import job_spec, rendezvous, scheduler
 
 
@@ -55,7 +55,7 @@ class Job:
             if mistake := error if isinstance(error, UserError) else of_the_machine(error):
                 spec.record("failed", rank=task.rank, error=str(mistake))
                 print(f"error: {mistake}", file=sys.stderr, flush=True)
-                end_data_workers()
+                end_with_data_workers()
                 sys.exit(EXIT_MISTAKE)
             # Not raised further: submitit would print it once more, as a failure of its own.
             spec.record("failed", rank=task.rank, error=f"{type(error).__name__}: {error}")

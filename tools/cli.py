@@ -14,7 +14,7 @@ import typer
 import mls
 from mls import plugins
 from mls.errors import EXIT_INTERRUPTED, EXIT_MISTAKE, Stopped, UserError, of_the_machine
-from mls.signals import end_data_workers
+from mls.signals import end_with_data_workers
 from mls.tools import (
     bench,
     box,
@@ -152,7 +152,7 @@ def _call() -> None:
 def _tell(mistake: UserError) -> None:
     rank = int(os.environ.get("RANK", 0))  # several processes may make the same mistake: say whose it is
     print(f"{f'[rank {rank}] ' if rank else ''}error: {mistake}", file=sys.stderr)
-    end_data_workers()
+    end_with_data_workers()
     sys.exit(EXIT_MISTAKE)
 
 

@@ -28,7 +28,7 @@ from mls.data.loader import in_workers
 from mls.data.tar import MANIFEST, read_manifest
 from mls.data.tarindex import scan, stamp_of
 from mls.errors import DataError, UserError, reason
-from mls.files import atomic_file, checked, sha256, telling_disk_errors, write_atomically
+from mls.files import atomic_file, checked, remove_unfinished, sha256, telling_disk_errors, write_atomically
 from mls.locks import Lock, locked
 
 VERSION = 1
@@ -85,8 +85,7 @@ def _pack(
             continue
         done += len(_ids(number, packing, len(source)))
         progress(done)
-    for leftover in (*out.glob(".shard-*.tmp"), *out.glob(f".{MANIFEST}.*.tmp")):  # of a process that was killed
-        leftover.unlink(missing_ok=True)
+    remove_unfinished(out, "shard-*", MANIFEST)
     missing = [number for number, name in enumerate(names) if name not in manifest["shards"]]
     for number, record in zip(missing, in_workers(_Shards(source, out, packing, names, missing), workers), strict=True):
         manifest["shards"] = dict(sorted([*manifest["shards"].items(), (names[number], record)]))

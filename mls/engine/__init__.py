@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mls.config import Config, to_yaml
 from mls.engine.run import Run, run_folder
 from mls.errors import UserError
-from mls.files import write_atomically
+from mls.files import remove_unfinished, write_atomically
 from mls.locks import Lock, locked
 from mls.recipes import load_config
 
@@ -99,8 +99,7 @@ def _alone(run: Run) -> Iterator[Lock | None]:
 
         def enter() -> None:
             held.append(stack.enter_context(locked(run.path / ".lock", f"{run.path} is being trained")))
-            for rest in (path for name in WRITTEN for path in run.path.glob(f".{name}.*.tmp")):
-                rest.unlink(missing_ok=True)
+            remove_unfinished(run.path, *WRITTEN)
 
         distributed.on_main(enter)
         yield held[0] if held else None

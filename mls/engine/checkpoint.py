@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 
 from mls.errors import CheckpointError, refusal
-from mls.files import CHECKPOINTS_FULL, atomic_file, telling_disk_errors
+from mls.files import CHECKPOINTS_FULL, atomic_file, remove_unfinished, telling_disk_errors
 from mls.signals import SIGNALS
 
 PATTERN = re.compile(r"step-(\d{8})\.pt$")
@@ -53,8 +53,7 @@ class Checkpoints:
 
     def remove_unfinished(self) -> None:
         """Delete what a process that was killed while it wrote has left. Only the one process that saves may do so."""
-        for path in self.folder.glob(".step-*.tmp"):
-            path.unlink(missing_ok=True)
+        remove_unfinished(self.folder, "step-*")
 
     def steps(self) -> list[int]:
         found = (PATTERN.search(path.name) for path in self.folder.glob("step-*.pt"))

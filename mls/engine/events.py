@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import platform
+import re
 import socket
 from datetime import datetime, timezone
 from pathlib import Path
@@ -23,6 +24,13 @@ class EventLog:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+
+    @property
+    def last_saved(self) -> int:
+        """The step whose checkpoint and export were last written; 0: none."""
+        content = self.path.read_bytes() if self.path is not None and self.path.is_file() else b""
+        written = re.findall(rb'"event": "save".*?"step": (\d+)', content)
+        return int(written[-1]) if written else 0
 
     def write(self, event: str, **facts: Any) -> None:
         if self.path is None:

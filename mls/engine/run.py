@@ -7,7 +7,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mls.config import Config, differences, runs_root, to_yaml
+from mls.engine.events import EventLog
 from mls.errors import CheckpointError, UserError, command
 from mls.files import file_name, runs_folder, sync_folder, write_atomically
 from mls.locks import locked
@@ -61,9 +61,7 @@ class Run:
     @property
     def last_saved(self) -> int:
         """The step of the last checkpoint that was written, by the events; 0: none."""
-        file = self.path / "events.jsonl"
-        written = re.findall(rb'"event": "save".*?"step": (\d+)', file.read_bytes() if file.is_file() else b"")
-        return int(written[-1]) if written else 0
+        return EventLog(self.path / "events.jsonl").last_saved
 
     def refuse_lost_checkpoints(self) -> None:
         """Refuse to train from the first step what was saved before: its files would be written over."""

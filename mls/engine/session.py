@@ -91,7 +91,9 @@ class Session:
             self.events.write("resume" if step else "start", step=step, total=self.total, versions=versions())
             if self.saving is not None and self.main:
                 self.saving.checkpoints.remove_unfinished()
-            self.saved_step, self.saved_at = step, time.monotonic()
+            # A process that died between its checkpoint and the export of it noted no save: then step is saved again.
+            (half,) = distributed.largest([float(self.main and self.events.last_saved != step)], self.device)
+            self.saved_step, self.saved_at = -1 if half else step, time.monotonic()
             if step:
                 self.say(f"{title} resumed after step {step} of {self.total}")
             try:

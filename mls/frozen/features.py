@@ -25,7 +25,7 @@ from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, centre, decode
 from mls.data.loader import in_workers
 from mls.errors import DataError, Stopped, UserError, reason
-from mls.files import cache_folder, telling_disk_errors, write_atomically
+from mls.files import cache_folder, remove_unfinished, telling_disk_errors, write_atomically
 from mls.locks import locked
 from mls.models.finite import finite
 from mls.progress import counting
@@ -127,6 +127,7 @@ def cached_features(
     folder = cache_folder("features") / key
     folder.mkdir(exist_ok=True)
     with locked(folder / ".lock", f"features in {folder} are being computed", wait=True):
+        remove_unfinished(folder, "features.json")
         dim, blocks = _whole_blocks(folder, count)
         if len(blocks) * BLOCK < count:
             start = len(blocks) * BLOCK

@@ -110,7 +110,7 @@ def caches(folder: Path) -> dict[str, str]:
     return {"MLS_CACHE": str(folder)}
 
 
-def rows_of(folder: Path) -> list[tuple[Any, Any]]:
+def rows_of(folder: Path) -> list[tuple[Any, ...]]:
     """The numbers that are stored, each once and with the cell that they belong to."""
     lines = (folder / "runs" / "results.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
@@ -123,7 +123,7 @@ def left_behind(*folders: Path) -> str:
 
 
 @cache
-def evaluated(arguments: tuple[str, ...]) -> tuple[list[tuple[Any, Any]], int]:
+def evaluated(arguments: tuple[str, ...]) -> tuple[list[tuple[Any, ...]], int]:
     folder = Path(mkdtemp(prefix="mls-fault-"))
     command = Command(folder, "eval", "run", *arguments, environment=caches(folder), dies_at=0)
     assert command.code() == 0, command.words
@@ -137,8 +137,8 @@ def measure(folder: Path) -> None:
     @dataclass(frozen=True)
     class Slow(Cell):
         seed = 0
-        key = name = "slow"
-        dataset = "none"
+        key = name = "slow"  # type: ignore[assignment]
+        dataset = "none"  # type: ignore[assignment]
 
         def facts(self) -> dict[str, Any]:
             return {}
