@@ -3,6 +3,7 @@ export with its certificate, a pack of four images, a store of results. Its netw
 
 import json
 import shutil
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import mls
 from mls.config import DataConfig
 from mls.data.sources import build_source
 from mls.engine import Run
-from mls.models import backbones, load_backbone
+from mls.models import backbones, foreign, load_backbone
 from mls.results import Results, stored_cells
 from mls.tools.report import report
 
@@ -22,10 +23,12 @@ FILES = Path(__file__).with_name("files_of_0_1")
 
 
 @pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    foreign._shapes.cache_clear()
     monkeypatch.setitem(backbones.BACKBONES, "resnet_tiny", partial(backbones.TinyResNet, width=2))
     monkeypatch.chdir(shutil.copytree(FILES, tmp_path / "files"))  # its paths are relative
-    return Path.cwd()
+    yield Path.cwd()
+    foreign._shapes.cache_clear()
 
 
 def test_a_run_goes_on_and_ends_as_it_would_have(written: Path) -> None:

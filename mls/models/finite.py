@@ -32,4 +32,5 @@ def refuse_non_finite(network: nn.Module, name: str) -> None:
     """Its parameters and the statistics of its normalisation layers; other buffers may well hold an infinity."""
     norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
     for tensor in (*network.parameters(), *(buffer for norm in norms for buffer in norm.buffers())):
-        finite(tensor, f"the weights of {name}")
+        if not tensor.is_meta:  # of a network of which only the shapes are wanted
+            finite(tensor, f"the weights of {name}")

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -75,13 +75,15 @@ def read(path: Path, data: bytes | None = None) -> dict[str, Tensor]:
     return _tensors(path, content)
 
 
-def load_plain(file: Path | BinaryIO, map_location: Any = "cpu") -> Any:
+def load_plain(file: Path | io.BytesIO, map_location: Any = "cpu") -> Any:
     """What torch.save wrote, if it is tensors and plain values. torch does not look at the checksums in its archives,
     and its warnings are of files that it refuses or reads all the same."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if (wrong := archive.testzip()) is not None:
                 raise ValueError(f"{wrong} in it is damaged: copy it again")
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(file, map_location=map_location, weights_only=True)

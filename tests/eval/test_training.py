@@ -173,7 +173,7 @@ def test_a_run_killed_by_a_signal_ends_in_the_same_result(
     expected = whole(tmp_path / "whole")
     (killed,) = mls_started(*arguments, str(tmp_path / "killed"))
     deadline = time.monotonic() + 300
-    while not list((tmp_path / "killed").glob("eval/*/state/*.json")):
+    while not list((tmp_path / "killed").glob("eval/*/state/*.pt")):
         assert time.monotonic() < deadline and killed.running
         time.sleep(0.02)
     killed.send(signal.SIGKILL)
