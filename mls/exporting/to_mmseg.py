@@ -85,7 +85,9 @@ def load(source: Source, file: Path, recipe: Path | None) -> Loaded:
 
 def _real(file: Path, recipe: Path | None, backbone: dict[str, Any], colours: dict[str, Any]) -> Loaded:
     frameworks.load("mmseg")
-    with frameworks.quiet():
+    from mmengine.registry import DefaultScope
+
+    with frameworks.quiet(), DefaultScope.overwrite_default_scope("mmseg"):  # a program may have set another one
         from mmseg.registry import MODELS
 
         init = mmseg_network.pretrained(str(file), backbone.get("init_cfg", {}).get("prefix"))

@@ -96,6 +96,15 @@ def test_every_target_has_the_same_features_at_all_stages(
     assert ("restatement" in loaded.by) == (which == "restated" and can_be_missing)
 
 
+def test_mmseg_is_found_in_a_program_with_another_default_scope(source: Source, exported: Path) -> None:
+    need("mmseg")
+    from mmengine.registry import DefaultScope
+
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        loaded = TARGETS["mmseg"].load(source, exported / "backbone.pth", exported / "mmseg_config.py")
+    assert certify(source, loaded)
+
+
 def test_the_recipes_beside_a_file_are_found(exported: Path) -> None:
     checked = verify_export(exported / "backbone.pkl")
     assert [one.facts["recipe"] for one in checked] == ["detectron2_c4.yaml", "detectron2_fpn.yaml"]
