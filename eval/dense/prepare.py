@@ -7,8 +7,6 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from mls import distributed
 from mls.config import AugmentConfig, ScenesConfig
 from mls.data.truth import AS_DETECTRON2
@@ -22,7 +20,7 @@ from mls.eval.dense.schema import Dense, DenseData, Detection, Segmentation
 from mls.exporting.source import Source
 from mls.models import card_of, load_backbone, untrained
 from mls.models.backbones import Backbone
-from mls.streams import derive
+from mls.streams import initialisation
 
 SCENES = {"scenes_objects": objects.scenes, "scenes_regions": regions.scenes}
 IMAGES = {Detection: ObjectImages, Segmentation: RegionImages}
@@ -82,8 +80,7 @@ def build_backbone(protocol: Dense, weights: str, seed: int) -> tuple[Backbone, 
     """The backbone, with the mean and std (of pixels from 0 to 1) of its pretraining."""
     wanted = backbone_name(protocol, weights)
     facts = {"mean": AugmentConfig().mean, "std": AugmentConfig().std} | (card_of(wanted) or {})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with initialisation(seed):
         return load_backbone(wanted), list(facts["mean"]), list(facts["std"])
 
 
@@ -93,6 +90,5 @@ def backbone_name(protocol: Dense, weights: str) -> str:
 
 def backbone_source(protocol: Dense, weights: str, seed: int) -> Source:
     """The same backbone for the exporters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with initialisation(seed):
         return Source.open(backbone_name(protocol, weights))

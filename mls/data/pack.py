@@ -112,7 +112,9 @@ def _begin(source: Source, out: Path, packing: Packing) -> dict[str, Any]:
     if not found:
         if any(not path.name.startswith(".") for path in out.iterdir()):
             raise DataError(f"{show(out)} is not empty and holds no pack: choose a new folder to pack into")
-        return {**wanted, "shards": {}, "complete": False}
+        found = {**wanted, "shards": {}, "complete": False}
+        _save(out, found)  # before the first shard: a folder with shards alone would be taken for somebody else's
+        return found
     for key, value in wanted.items():
         if found.get(key) != value:
             what = "other images" if key in ("names", "images", "source", "classes") else f"another {key}"
