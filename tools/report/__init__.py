@@ -1,6 +1,6 @@
-"""`mls report`: one offline page about one or more runs, and what a person's judgement of its pairs comes to. Numbers and
-words are in facts.py, curves.py and labels.py, pictures in gallery.py, the verdict in mls/monitor/verdict.py; page.html,
-page.css and page.js are put together here."""
+"""`mls report`: one offline page about one or more runs, and what a person's judgement of its pairs comes to. Numbers
+and words are in facts.py, curves.py and labels.py, pictures in gallery.py, the verdict in mls/monitor/verdict.py;
+page.html, page.css and page.js are put together here."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ CHARTS = {
     "Pseudo-labels and representation": [
         Chart("Pseudo-label overlap", "Mean cosine of the true labels of a query and its matches. Chance: all rows.",
               {"overlap": "labels/overlap", "chance": "labels/overlap_chance"}, "cosine", span=0.1),
-        Chart("Pseudo-label precision", "Share of matches with a true label in common with the query. Chance: all rows.",
+        Chart("Pseudo-label precision", "Share of matches that share a true label with the query. Chance: all rows.",
               {"precision": "labels/precision", "chance": "labels/precision_chance"}, "share", span=0.1),
         Chart("Online probes", "How well features predict true labels, on images held out; never used to train.",
               {"kNN mAP": "knn/map", "linear mAP": "linear/map", "kNN top-1": "knn/top1",

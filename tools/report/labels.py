@@ -45,7 +45,7 @@ def statistics(moment: Moment) -> list[Statistic]:
         Statistic("Score of the top 5 % of all rows", {n: f"{moment.scores[n][19]:.3f}" for n in matches}, ""),
         Statistic("Percentile of a match", {n: f"{median(m.percentile for m in f):.1f}" for n, f in matches.items()},
                   "median; chance 50"),
-        Statistic("Age of a match", {n: f"{median(m.age for m in f):,.0f}" for n, f in matches.items()}, "median, steps"),
+        Statistic("Age of a match", {n: f"{median(m.age for m in f):g}" for n, f in matches.items()}, "median, steps"),
     ]  # fmt: skip
     agreement = {name: f"{s.share:.3f} (chance {s.chance:.3f})" for name, s in moment.agreement.items()}
     found.append(Statistic("Two views choose the same rows", agreement, "two different images: chance"))
