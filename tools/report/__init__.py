@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 MOST_RUNS = 8
 PICTURES, PICTURES_MORE = 1_500_000, 600_000  # bytes, of one run and of each further one: the page stays below 3 MB
-MARKS = ("resume", "stop", "skip", "joins", "warning")  # events that are drawn into the curves
+MARKS = ("resume", "stop", "skip", "term", "warning")  # events that are drawn into the curves
 MOST_MARKS = 100
 
 
@@ -247,7 +247,7 @@ def _marks(card: Card) -> list[dict[str, Any]]:
     found = []
     for row in card.events:
         if row["event"] in MARKS and type(row.get("step")) is int and row["step"] > 0:
-            text = " ".join(str(row[name]) for name in ("reason", "text", "term") if row.get(name))
+            text = " ".join(str(row[name]) for name in ("reason", "text", "name") if row.get(name))
             found.append({"step": row["step"], "kind": row["event"], "text": facts.clip(text)})
     return found[-MOST_MARKS:]
 

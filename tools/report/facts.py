@@ -314,8 +314,8 @@ def surroundings(card: Card) -> list[tuple[str, str]]:
     told = [("Versions", ", ".join(f"{name} {version}" for name, version in dict(last.get("versions") or {}).items()))]
     device = f", {last['device']}" if last.get("device") else ""
     told.append(("Machine", f"{last.get('host', 'unknown')}, {last.get('world', 1)} processes{device}"))
-    if last.get("commit"):
-        told.append(("Commit", f"{last['commit']}{' with changes' if last.get('dirty') else ''}"))
+    if isinstance(code := last.get("code"), dict):
+        told.append(("Commit", f"{code.get('commit')}{' with changes' if code.get('dirty') else ''}"))
     stops = [f"step {row.get('step')}: {row.get('reason')}" for row in card.events if row["event"] == "stop"]
     told.append(("Restarts", f"{len(starts) - 1}" + (f" (stops: {'; '.join(stops[-8:])})" if stops else "")))
     return [(name, clip(words)) for name, words in told if words]

@@ -1,6 +1,5 @@
 """The pictures of `mls report`: what each query matched at each moment, and one small picture of every image that is
-shown, of which the page cuts its crops. Pictures come from the data set; matches from the run's moments, or from its
-last checkpoint where an earlier version trained it."""
+shown, of which the page cuts its crops. Pictures come from the data set, matches from the run's moments."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ class Matched:
 
     id: int
     box: Box
-    age: int | None = None
+    age: int | None = None  # steps
     score: float | None = None
     percentile: float | None = None
     shared: bool | None = None  # has it a true label in common with the query? None: not known
@@ -85,18 +84,17 @@ class Gallery:
 
 
 def of_run(card: Card, source: Source | None, why: str) -> Gallery:
-    from mls.engine.gallery import meaning
+    from mls.engine.gallery import last_moment, meaning
     from mls.monitor import moments
 
-    found = Gallery(meaning=meaning(card.config), missing=why)
-    found.moments = moments.read(card.run.path, card.odd.append)
-    labels = _labels(source)
-    found.shown = [_of_moment(moment, labels) for moment in found.moments]
-    if not found.shown and not why:
-        try:
-            found.shown = [_of_checkpoint(card)]
+    found = Gallery(meaning=meaning(card.config), missing=why, moments=moments.read(card.run.path, card.odd.append))
+    if not found.moments and not why:
+        try:  # of an older run
+            found.moments = [last_moment(card.run, card.odd.append)]
         except UserError as error:  # the page is made all the same
             found.missing = str(error)
+    labels = _labels(source)
+    found.shown = [_of_moment(moment, labels) for moment in found.moments]
     return found
 
 
@@ -117,23 +115,6 @@ def _of_moment(moment: Moment, labels: Any) -> Shown:
         for q in moment.queries
     ]
     return Shown(moment.step, moment.epoch, queries)
-
-
-def _of_checkpoint(card: Card) -> Shown:
-    from mls.engine.gallery import gallery
-
-    queries = []
-    for row in gallery(card.run, queries=SHOWN, matches=2 * MATCHES, warn=card.odd.append):
-        shared = row.shared or [None] * len(row.match_ids)
-        facts = zip(row.match_ids, row.match_boxes or (), row.scores, shared, strict=True)
-        matches = [Matched(i, _box(box), None, score, None, s) for i, box, score, s in facts]
-        queries.append(Asked(row.query_id, _box(row.query_box or WHOLE), {"features": matches}))
-    return Shown(card.reached, card.log.epoch, queries)
-
-
-def _box(box: Sequence[float]) -> Box:
-    x0, y0, x1, y1 = map(float, box)
-    return x0, y0, x1, y1
 
 
 # ------------------------------------------------------------------------------------------------------- the pictures
