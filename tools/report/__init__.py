@@ -160,7 +160,12 @@ def _words(sections: Sequence[Section], atlas: Atlas) -> dict[str, Any]:
 
     cards = [section.card for section in sections]
     charts = curves.drawn([card.log for card in cards], [card.axis for card in cards], [card.label for card in cards])
-    data = {"charts": charts, "runs": [_for_script(section) for section in sections], "shown": SHOWN}
+    data = {
+        "charts": charts,
+        "runs": [_for_script(section) for section in sections],
+        "shown": SHOWN,
+        "tiny": atlas.tiny,
+    }
     data |= {"places": {f"{s}:{i}": place for (s, i), place in atlas.places.items()}, "names": _names(atlas)}
     words: dict[str, Any] = {"sections": sections, "cards": cards, "charts": charts, "atlas": atlas, "facts": facts}
     words |= {"labels": labels, "crop": _Crop(atlas), "shown": SHOWN, "sheets": atlas.sheets, "data": _json(data)}

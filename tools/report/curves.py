@@ -3,9 +3,9 @@ them in the page."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic_core import from_json
 
 from mls.monitor.log import LARGEST, LARGEST_STEP
 
@@ -109,7 +110,7 @@ def read_log(path: Path) -> Log:
 def _parsed(lines: list[bytes]) -> Iterable[Any]:
     """All lines at once, which is quicker, unless one of them is odd."""
     try:
-        rows = json.loads(b"[" + b",".join(lines) + b"]")
+        rows = from_json(b"[" + b",".join(lines) + b"]")
         if len(rows) == len(lines):
             return rows
     except (ValueError, RecursionError):
@@ -119,35 +120,39 @@ def _parsed(lines: list[bytes]) -> Iterable[Any]:
 
 def _parsed_line(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return from_json(line)
     except (ValueError, RecursionError):
         return None
 
 
 def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and all(
-        type(row.get(name)) is int and 0 <= row[name] < LARGEST_STEP for name in ("step", "epoch")
-    )
+    if type(row) is not dict:
+        return False
+    step, epoch = row.get("step"), row.get("epoch")
+    return type(step) is type(epoch) is int and 0 <= step < LARGEST_STEP and 0 <= epoch < LARGEST_STEP
 
 
 def _add(log: Log, rows: list[dict[str, Any]]) -> None:
+    """Rows that hold the same metrics, as most do, are taken together."""
     if not rows:
         return
-    values: dict[str, list[Any]] = {}
-    of: dict[str, list[int]] = {}
+    alike: dict[tuple[str, ...], list[int]] = {}
     for number, row in enumerate(rows):
-        for name, value in row.items():
-            if name in values:
-                values[name].append(value)
-                of[name].append(number)
-            else:
-                values[name], of[name] = [value], [number]
+        alike.setdefault(tuple(row), []).append(number)
+    columns: dict[str, list[tuple[list[int], NDArray[np.float64]]]] = {}
+    for names, numbers in alike.items():
+        table = _numbers([list(rows[number].values()) for number in numbers])
+        for name, column in zip(names, table.T, strict=True):
+            columns.setdefault(name, []).append((numbers, column))
     places = np.full((len(rows), len(PLACES)), np.nan)
     for column, name in enumerate(PLACES):
-        if name in values:
-            places[of[name], column] = _numbers(values[name])
-    for name in values.keys() - set(PLACES):
-        log.series.setdefault(name, Series()).add(_numbers(values[name]), places[of[name]])
+        for numbers, values in columns.pop(name, ()):
+            places[numbers, column] = values
+    for name, parts in columns.items():
+        numbers = np.concatenate([np.asarray(numbers) for numbers, _ in parts])
+        order = numbers.argsort()
+        values = np.concatenate([values for _, values in parts])
+        log.series.setdefault(name, Series()).add(values[order], places[numbers[order]])
     log.rows += len(rows)
     log.step, log.epoch = max(log.step, int(places[:, 0].max())), int(places[-1, 1])
     times = places[np.isfinite(places[:, 2]), 2]
@@ -155,10 +160,14 @@ def _add(log: Log, rows: list[dict[str, Any]]) -> None:
         log.first_time, log.last_time = log.first_time or float(times[0]), float(times[-1])
 
 
-def _numbers(values: list[Any]) -> NDArray[np.float64]:
+def _numbers(table: list[list[Any]]) -> NDArray[np.float64]:
     """What is no number is NaN."""
-    plain = [value if type(value) in (int, float) and abs(value) < LARGEST else np.nan for value in values]
-    return np.asarray(plain, dtype=np.float64)
+    if {kind for row in table for kind in set(map(type, row))} <= {int, float, type(None)}:
+        with suppress(OverflowError):
+            values = np.array(table, dtype=np.float64)
+            return np.where(np.abs(values) < LARGEST, values, np.nan)
+    plain = [[v if type(v) in (int, float) and abs(v) < LARGEST else np.nan for v in row] for row in table]
+    return np.array(plain, dtype=np.float64)
 
 
 # ------------------------------------------------------------------------------------------------------ what is drawn
@@ -249,9 +258,12 @@ class Axis:
             epoch = step / self.steps_per_epoch
         found = {"step": step, "epoch": epoch, "images": step * self.batch}
         if start is not None and np.isfinite(time).all():
-            away = sum((np.clip(time, begin, end) - begin for begin, end in self.pauses), np.zeros_like(time))
-            found["hours"] = (time - start - away) / 3600
+            found["hours"] = (self._trained(time) - self._trained(np.asarray(start))) / 3600
         return {name: rounded(column.tolist()) for name, column in found.items()}
+
+    def _trained(self, time: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Seconds without those that lie in pauses."""
+        return time - sum((np.clip(time, begin, end) - begin for begin, end in self.pauses), np.zeros_like(time))
 
 
 def rounded(values: Iterable[float | None]) -> list[float | None]:
@@ -304,4 +316,5 @@ def _described(chart: Chart, logs: Sequence[Log], labels: Sequence[str]) -> dict
             (first, start), (last, end) = known[0], known[-1]
             name = f"{run}: {label}" if len(logs) > 1 else label
             words.append(f"{name} {start:.4g} at step {first:,}" + (f", {end:.4g} at step {last:,}" * (last > first)))
-    return {**vars(chart), "curves": dict(chart.curves), "id": chart.id, "averaged": most, "words": "; ".join(words)}
+    known = {label: metric for label, metric in chart.curves.items() if any(metric in log.series for log in logs)}
+    return {**vars(chart), "curves": known, "id": chart.id, "averaged": most, "words": "; ".join(words)}

@@ -218,10 +218,12 @@ def _results(card: Card) -> list[Tile]:
     """What came out beside what the recipe expects, where this run is the recipe's."""
     names = {"linear/map": "linear mAP", "linear/top1": "linear top-1", "knn/map": "kNN mAP", "knn/top1": "kNN top-1"}
     last = {words: card.log.series[key].last for key, words in names.items() if key in card.log.series}
-    got = ", ".join(f"{words} {100 * value[0]:.1f} (step {value[1]:,})" for words, value in last.items() if value)
+    known = {words: value for words, value in last.items() if value is not None}
+    got = ", ".join(f"{words} {100 * value:.1f}" for words, (value, _) in known.items())
+    at = f"step {max((step for _, step in known.values()), default=0):,}"
     notes = notes_of_recipe(card.config.run.recipe)
     other = not_the_recipes(card, notes) if notes else ""
-    found = [Tile("Result", got, "online probes, on images held out")] if got else []
+    found = [Tile("Result", got, f"online probes at {at}, on images held out")] if got else []
     for name, words in notes.items():
         found.append(Tile(name, "–" if other else "", f"the recipe’s is not for this run: {other}" if other else words))
     return found

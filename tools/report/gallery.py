@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from mls.monitor.moments import Moment
 
 CELL = 96  # pixels of the longer side of a picture
-TINY = 64  # pictures up to this size are kept exactly
+TINY = 64  # pictures up to this size, whose pixels are seen, are kept well
 ACROSS, DOWN = 16, 20  # pictures in a sheet
-QUALITY = 45  # of WebP
+QUALITY, QUALITY_OF_TINY = 45, 85  # of WebP
 SHOWN = 12  # queries, until more are wanted
 MATCHES = 5  # of each query
 PIXELS = "pixels"  # the list of the rows that look most alike, beside what a network matched
@@ -141,6 +141,10 @@ class Atlas:
     unreadable: list[str] = field(default_factory=list)
     left_out: int = 0
 
+    @property
+    def tiny(self) -> bool:
+        return self.cell <= TINY
+
     def fill(self, wanted: Iterable[tuple[int, int]]) -> None:
         """`wanted`: images as (source, id)."""
         keys = list(dict.fromkeys(wanted))
@@ -180,7 +184,8 @@ class Atlas:
             sheet.paste(picture, (x, y))
             places[key] = (x, y, *picture.size)
         file = BytesIO()
-        sheet.save(file, "webp", quality=QUALITY, lossless=self.cell <= TINY, method=4)
+        quality = QUALITY_OF_TINY if self.tiny else QUALITY
+        sheet.save(file, "webp", quality=quality, method=4, use_sharp_yuv=self.tiny)
         return file.getvalue(), places
 
     def _pictures(self, keys: Iterable[tuple[int, int]], most: int) -> Iterator[tuple[tuple[int, int], Image.Image]]:

@@ -138,7 +138,7 @@ function crop(source, id, box, css = "") {
     none.textContent = "not shown";
     return none;
   }
-  const [sheet, x, y, w, h] = place, tiny = document.querySelector("svg.crop.pixels") ? " pixels" : "";
+  const [sheet, x, y, w, h] = place, tiny = data.tiny ? " tiny" : "";
   const part = [x + box[0] * w, y + box[1] * h, Math.max(1e-3, box[2] - box[0]) * w, Math.max(1e-3, box[3] - box[1]) * h];
   const made = svg("svg", {class: "crop " + css + tiny, viewBox: part.join(" "), preserveAspectRatio: "none", "aria-hidden": "true"});
   made.append(svg("use", {href: "#sheet" + sheet}));
@@ -182,7 +182,7 @@ function matchItem(source, query, match) {
 }
 
 function list(title, source, query, matches) {
-  const made = document.createElement("div"), heading = document.createElement("h4"), items = document.createElement("ol");
+  const made = document.createElement("div"), heading = document.createElement("p"), items = document.createElement("ol");
   made.className = "list"; items.className = "matches"; heading.textContent = title;
   items.append(...matches.map(match => matchItem(source, query, match)));
   made.append(heading, items);
