@@ -225,7 +225,7 @@ def labels_against_truth(seen: Seen) -> Finding | None:
         return Finding("cannot be told without labels", "open", sentence, "the images have no labels", "", "judge")
     measured, threshold = f"precision {precision:.3f}, chance {chance:.3f}", f"chance + {GAIN:g}"
     if precision < chance + GAIN:
-        sentence = "Matches share a true label with their query no more often than random rows do."
+        sentence = "Matches share a true label with their query hardly more often than random rows do."
         return Finding("labels at chance", "bad", sentence, measured, threshold, "labels")
     sentence = f"{precision:.0%} of the matches share a true label with their query, where {chance:.0%} is chance."
     return Finding("labels beat chance", "good", sentence, measured, threshold, "labels")
