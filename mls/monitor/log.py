@@ -16,6 +16,7 @@ from mls.errors import ConfigError
 from mls.files import telling_disk_errors, write_atomically
 
 DISK_FULL = "free some, and `mls pretrain --resume` goes on"
+TIMES = {"time", "images_per_second", "data_wait", "monitoring", "gpu_memory_gib"}  # what no two runs have in common
 LARGEST_STEP, LARGEST = 1 << 53, 1e300  # what is read: beyond them sums and differences overflow
 
 
