@@ -3,6 +3,7 @@ store itself is mls/results.py; a paper's table with the paper's numbers beside 
 
 from __future__ import annotations
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,6 +68,7 @@ def results(
     if by is not None and by not in FIELDS:
         raise unknown_name("field for --by", by, FIELDS)
     path = store_file(store)
+    gc.disable()  # looking for cycles among many thousand rows, which have none, takes a quarter of the time
     rows = newest(map(corrected, Results(path).read()))
     if not rows:
         say(f"{path} holds no numbers of a protocol: `mls eval run` and `mls eval suite` store them")
@@ -147,9 +149,11 @@ def fields_of(rows: Sequence[Row]) -> list[str]:
 
 
 def text_of(row: Row, key: str) -> str:
-    outer, _, inner = key.partition(".")
-    value = row[outer].get(inner) if isinstance(row.get(outer), dict) else row.get(key)
-    return "" if value is None else str(value)
+    value = row.get(key)
+    if value is None and "." in key:
+        outer, _, inner = key.partition(".")
+        value = row[outer].get(inner) if isinstance(row.get(outer), dict) else None
+    return "" if value is None or isinstance(value, dict) else str(value)
 
 
 def parse(filters: Sequence[str], rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -184,8 +188,9 @@ def nothing(rows: Sequence[Row], wanted: Mapping[str, Sequence[str]]) -> str:
 def averaged(rows: Sequence[Row], long: bool) -> list[Series]:
     """The runs of each mean. One stands alone where that is wanted, or where a mean would mix what is not alike."""
     alike: dict[tuple[str, ...], list[StoredCell]] = {}
-    of_data, of_weights = data_names(rows), weights_names(rows)
-    for cell in stored_cells(rows):
+    cells = stored_cells(rows)
+    of_data, of_weights = (names([cell.row for cell in cells]) for names in (data_names, weights_names))
+    for cell in cells:
         text = lambda *keys, row=cell.row: tuple(text_of(row, key) for key in keys)
         fields = dict(zip(FIELDS, text(*FIELDS), strict=True))
         fields["data"] = of_data[text("dataset", "root", "content")]
