@@ -181,7 +181,7 @@ def _plain_members(file: BinaryIO) -> Generator[Member, None, int]:
 
 def _header(block: bytes) -> tuple[bytes, bytes, int] | None:
     """Name, type and size, where they are written in the plain way and the checksum is right."""
-    size, checksum, kind = block[124:136].strip(b" \0"), block[148:156].strip(b" \0"), block[156:157]
+    size, checksum = (field.partition(b"\0")[0].strip() for field in (block[124:136], block[148:156]))
     if len(block) < BLOCK or not (size.isdigit() and checksum.isdigit()):  # the other way is binary
         return None
     try:
@@ -190,7 +190,7 @@ def _header(block: bytes) -> tuple[bytes, bytes, int] | None:
         return None
     if zlib.adler32(block) & 0xFFFF != (total + 1) % 65521:  # the sum of the bytes in a twentieth of sum()'s time
         return None
-    name, prefix = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0]
+    name, prefix, kind = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0], block[156:157]
     if kind == b"\0" and name.endswith(b"/"):  # a folder, in the oldest format
         return None
     return (prefix + b"/" + name if prefix else name), kind, length
