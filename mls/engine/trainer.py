@@ -92,7 +92,7 @@ class Trainer:
         self.step = 0  # steps taken
         self.window = Window(process.device)
         self.terms: set[str] | None = set()  # parts of the loss that have acted; None: not known of an older checkpoint
-        self.unreadable: list[tuple[int, str]] = []
+        self.unreadable: dict[int, str] = {}  # why, by image
         self.bad_in_a_row = 0
         self.bad_steps = 0
         self.log_offset = 0
@@ -294,9 +294,9 @@ class Trainer:
 
     def note_unreadable(self, batch: Batch) -> None:
         for image, reason in batch.unreadable:
-            if image in (known for known, _ in self.unreadable):
+            if image in self.unreadable:
                 continue
-            self.unreadable.append((image, reason))
+            self.unreadable[image] = reason
             with open(self.run.path / "unreadable.txt", "a", errors="surrogateescape") as file:
                 file.write(reason + "\n")
             self.session.say(f"skipped an image that cannot be read: {reason}")
@@ -379,7 +379,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),
             "log_offset": self.log_offset,
-            "unreadable": self.unreadable,
+            "unreadable": list(self.unreadable.items()),
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
             "decided": self.decided,
@@ -400,7 +400,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
         self.log_offset = state["log_offset"]
-        self.unreadable = [(image, reason) for image, reason in state["unreadable"]]
+        self.unreadable = dict(state["unreadable"])
         self.bad_steps, self.bad_in_a_row = state["bad_steps"], state.get("bad_in_a_row", 0)
         self.terms = set(state["terms"]) if "terms" in state else None
 
