@@ -61,7 +61,8 @@ def in_worker(engine: EngineConfig, device: torch.device) -> bool:
 class Augment:
     """Finishes the views of a batch. `draw` with the same arguments tells afterwards what was done, flips too.
 
-    All is computed in float32; `dtype` is what the views are handed over in.
+    All is computed in float32; `dtype` is what the views are handed over in. With `reuse` views on a CPU are written
+    over those of the last batch: fresh memory costs a quarter of a millisecond an image.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class Augment:
         channels_last: bool = True,
         dtype: torch.dtype = torch.float32,
         positions: bool = False,  # also hand over which samples were flipped
+        reuse: bool = False,
     ) -> None:
+        self.kept: dict[int, Tensor] | None = {} if reuse and torch.device(device).type == "cpu" else None  # by view
         self.config, self.seed, self.device, self.dtype = config, seed, torch.device(device), dtype
         self.positions = positions
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -82,23 +85,49 @@ class Augment:
         images, flips = [], []
         for view, crops in enumerate(batch.crops):
             parameters = draw(self.config, self.seed, batch.epoch, batch.ids.numpy(), view)
-            left = parameters.noise_alone() if batch.augmented else parameters
-            images.append(self._finish(crops.to(self.device, non_blocking=True), left, batch.augmented))
+            crops = crops.to(self.device, non_blocking=True)
+            out = self._room(view, crops)
+            if not batch.augmented:
+                self._finish(out, crops, parameters)
+            elif self.config.noise or self.device.type != "cpu":
+                self._finish(out, crops, parameters.noise_alone())
+            else:
+                self._normalise(out, crops)
+            images.append(out)
             if self.positions:
                 flips.append(parameters.flip.to(self.device, non_blocking=True))
         boxes = [boxes.to(self.device, non_blocking=True) for boxes in batch.boxes]
         return Views(images, boxes, batch.ids.to(self.device, non_blocking=True), flips)
 
+    def _room(self, view: int, crops: Tensor) -> Float[Tensor, "batch 3 size size"]:
+        if self.kept is not None and view in self.kept and self.kept[view].shape == crops.shape:
+            return self.kept[view]
+        room = torch.empty(crops.shape, dtype=self.dtype, device=self.device, memory_format=self.layout)
+        if self.kept is not None:
+            self.kept[view] = room
+        return room
+
+    def _normalise(self, views: Float[Tensor, "batch 3 size size"], crops: UInt8[Tensor, "batch 3 size size"]) -> None:
+        """What `normalise` gives, to rounding, in a seventh of the time: whole rows of pixels, one multiply-add."""
+        mean, std = (torch.tensor(values).repeat(crops.shape[3]) for values in (self.config.mean, self.config.std))
+        scale, shift = 1 / (255 * std), -mean / std
+        direct = self.dtype == torch.float32 and self.layout == torch.channels_last
+        for view, crop in zip(views, crops.permute(0, 2, 3, 1), strict=True):
+            pixels = view.permute(1, 2, 0).copy_(crop) if direct else crop.float().contiguous()
+            rows = pixels.flatten(1)
+            torch.addcmul(shift, rows, scale, out=rows)
+            if not direct:
+                view.copy_(pixels.permute(2, 0, 1))
+
     def _finish(
-        self, crops: UInt8[Tensor, "batch 3 size size"], parameters: Parameters, augmented: bool
-    ) -> Float[Tensor, "batch 3 size size"]:
-        layout = torch.preserve_format if augmented else torch.contiguous_format  # `apply` works on whole channels
-        views = torch.empty(crops.shape, dtype=self.dtype, device=self.device, memory_format=self.layout)
+        self,
+        views: Float[Tensor, "batch 3 size size"],
+        crops: UInt8[Tensor, "batch 3 size size"],
+        parameters: Parameters,
+    ) -> None:
         size = rows_within(CACHE, crops[0].numel()) if self.device.type == "cpu" else len(crops)
         for rows in chunks(len(crops), size):
-            images = apply(_float(crops[rows], layout), parameters[rows], self.config)
-            views[rows] = _standardise(images, self.config)
-        return views
+            views[rows] = _standardise(apply(_float(crops[rows]), parameters[rows], self.config), self.config)
 
 
 def normalise(
@@ -290,18 +319,11 @@ def _signed(bits: int) -> int:
     return bits - (1 << 64) if bits >> 63 else bits
 
 
-def _float(
-    images: UInt8[Tensor, "batch 3 height width"], layout: torch.memory_format = torch.contiguous_format
-) -> Float[Tensor, "batch 3 height width"]:
-    return images.to(torch.float32, memory_format=layout).div_(255)
+def _float(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _standardise(images: Float[Tensor, "batch 3 height width"], config: AugmentConfig) -> Tensor:
-    if images.device.type == "cpu" and images.is_contiguous(memory_format=torch.channels_last):
-        rows = images.permute(0, 2, 3, 1).flatten(2)  # a view; whole rows at once take a fifth of the time, same bits
-        mean, std = (torch.tensor(values).repeat(images.shape[3]) for values in (config.mean, config.std))
-        rows.sub_(mean).div_(std)
-        return images
     for channel, (mean, std) in enumerate(zip(config.mean, config.std, strict=True)):
         images[:, channel].sub_(mean).div_(std)  # numbers, not tensors: nothing to copy to a GPU
     return images

@@ -1,5 +1,5 @@
-"""In the worker, for a training on CPUs: what augment.py does to a batch on the device, done to one uint8 crop after the
-other with OpenCV, by the same parameters. Each operation rounds to 1/255, as it does in MoCo's own pipeline."""
+"""In the worker, for a training on CPUs: what augment.py does to a batch on the device, done to one uint8 crop after
+the other with OpenCV, by the same parameters. Each operation rounds to 1/255, as it does in MoCo's own pipeline."""
 
 from __future__ import annotations
 

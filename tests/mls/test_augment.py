@@ -168,8 +168,19 @@ def test_a_batch_that_a_worker_augmented_is_finished_on_the_device() -> None:
         assert (ours - theirs).abs().mean() < 0.5 / 255 / min(CONFIG.std) and torch.equal(flips, same)
     plain = replace(CONFIG, noise=0.0)
     whole = Augment(plain, 5, "cpu")(replace(done, augmented=True))
-    for ours, uint8 in zip(whole.images, done.crops, strict=True):
-        assert torch.equal(ours, normalise(uint8, plain, "cpu")), "normalised bit for bit as in evaluation"
+    half = Augment(plain, 5, "cpu", channels_last=False, dtype=torch.bfloat16)(replace(done, augmented=True))
+    for ours, rounded, uint8 in zip(whole.images, half.images, done.crops, strict=True):
+        assert (ours - normalise(uint8, plain, "cpu")).abs().max() < TOLERANCE
+        assert torch.equal(rounded, ours.to(torch.bfloat16)) and rounded.is_contiguous()
+
+
+def test_views_may_be_written_over_those_of_the_last_batch() -> None:
+    augment, ids = Augment(CONFIG, 0, "cpu", reuse=True), list(range(64))
+    first = augment(batch(ids)).images[0]
+    expected = first.clone()
+    second = augment(batch(ids, epoch=2)).images[0]
+    assert not torch.equal(second, expected) and first.data_ptr() == second.data_ptr()
+    assert torch.equal(augment(batch(ids)).images[0], expected)
 
 
 @settings(deadline=None, max_examples=25)
