@@ -416,6 +416,8 @@ def config_hash(config: Config) -> str:
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
     for key in FREE_AND_YOUNGER:
         del values["engine"][key]
+    if values["engine"]["augment"] == "device":  # as all were that do not know the key
+        del values["engine"]["augment"]
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:

@@ -69,7 +69,13 @@ class Trainer:
         # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
         half = HALF.get(precision, torch.float32)
         self.augment = Augment(
-            config.augment, config.run.seed, process.device, config.engine.channels_last, half, self.plan.positions
+            config.augment,
+            config.run.seed,
+            process.device,
+            config.engine.channels_last,
+            half,
+            self.plan.positions,
+            reuse=config.engine.accumulate == 1,  # then a step is over before the next one's views are made
         )
         if config.engine.compile:
             for module in self.method.modules():
