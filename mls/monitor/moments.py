@@ -34,8 +34,8 @@ class Match(NamedTuple):
     id: Count
     box: Box
     age: Count  # steps since the row came
-    score: float  # cosine
-    percentile: float  # of the scores of all rows with all queries, how many in a hundred are lower
+    score: float  # cosine; of "regions" the lists' own, which has no percentile
+    percentile: float | None  # of the scores of all rows with all queries, how many in a hundred are lower
 
 
 class Hub(NamedTuple):
