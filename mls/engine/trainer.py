@@ -25,6 +25,7 @@ from mls.distributed import Process
 from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints, Copied, non_finite
 from mls.engine.events import versions
+from mls.engine.findings import Plan, Sizes, at_start
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
 from mls.engine.session import Saving, Session
@@ -362,10 +363,12 @@ class Trainer:
         first = self.step + 1
         self.method.set_progress(first, epoch_of(first, self.steps_per_epoch), self.steps_per_epoch)
         words += self.method.introduction()
-        if config.optim.warmup_epochs >= config.optim.epochs:
-            words.append("the learning rate only warms up and never reaches its peak: lower optim.warmup_epochs")
         for sentence in words:
             self.session.say(sentence)
+        if self.step == 0:
+            plan = Plan(config, len(self.source), self.process.world)
+            for sentence in at_start(plan, Sizes.of(self.method, config)):
+                self.session.warn(sentence)
 
     # ------------------------------------------------------------------------------------------------ state
 
