@@ -36,7 +36,7 @@ from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
 from mls.eval.weights import Weights, read
-from mls.files import file_name, runs_folder, write_atomically
+from mls.files import file_name, remove_unfinished, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
 from mls.locks import Lock, locked
 from mls.recipes import load_config
@@ -123,8 +123,11 @@ class Cell(ABC):
         """Whether the folder holds what was trained, for those who want more than numbers."""
         return True
 
-    def tidy(self, folder: Path, outcome: Outcome, keep: bool) -> None:  # noqa: B027 (there may be nothing to do)
-        """Once the numbers are stored: write what is to be kept, delete the rest."""
+    def save(self, folder: Path, outcome: Outcome) -> None:  # noqa: B027 (there may be nothing to do)
+        """Write what is to be kept beside the numbers, before these are stored and the cell counts as measured."""
+
+    def tidy(self, folder: Path, keep: bool) -> None:  # noqa: B027 (there may be nothing to do)
+        """Once the numbers are stored: delete what is not to be kept."""
 
     def finish(self, root: Path, keep: bool = False, quiet: bool = False, again: bool = False) -> Measured:
         """Its numbers, from the store where they are there already, unless they shall be measured `again`."""
@@ -164,10 +167,12 @@ class Cell(ABC):
         if distributed.rank() == 0:  # all processes have the same numbers
             if lock is not None:
                 lock.check()
+            if keep:
+                self.save(folder, outcome)
             Results(root / "results.jsonl").add_all(
                 [{"metric": f"{self.dataset}/{name}", "value": value, **row} for name, value in outcome.values.items()]
             )
-            self.tidy(folder, outcome, keep)
+            self.tidy(folder, keep)
         distributed.barrier()
         return Measured(outcome.values, row)
 
@@ -322,15 +327,19 @@ class Evaluation(Cell):
     def keeps(self, folder: Path) -> bool:
         return self.protocol.task == "knn" or (folder / "classifier.safetensors").is_file()
 
-    def tidy(self, folder: Path, outcome: Outcome, keep: bool) -> None:
-        if keep and outcome.weights:
+    def save(self, folder: Path, outcome: Outcome) -> None:
+        if outcome.weights:
             save_classifier(outcome.weights, folder)
+
+    def tidy(self, folder: Path, keep: bool) -> None:
         for rest in (folder / "state", folder / "weights") if keep else (folder,):
             shutil.rmtree(rest, ignore_errors=True)
 
     def measure(self, folder: Path, quiet: bool) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "protocol.yaml", to_yaml(self.protocol).encode())
+        if distributed.rank() == 0:
+            remove_unfinished(folder, "*")
+            write_atomically(folder / "protocol.yaml", to_yaml(self.protocol).encode())
         run = RUNNERS[self.protocol.task]
         weights = self.source.placed(folder)
         distributed.barrier()
