@@ -36,7 +36,7 @@ from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
 from mls.eval.weights import Weights, read
-from mls.files import file_name, runs_folder, write_atomically
+from mls.files import file_name, remove_unfinished, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
 from mls.locks import Lock, locked
 from mls.recipes import load_config
@@ -100,6 +100,11 @@ class Cell(ABC):
         """The same cell once what it measures is there."""
         return self
 
+    def with_weights(self) -> Cell:
+        """The same cell, or that of newer weights, once what is to be measured is in memory: a run may go on training
+        while this process waits or measures."""
+        return self
+
     def stored(self, root: Path) -> Measured | None:
         return self.found_as(self.key, root)
 
@@ -118,8 +123,11 @@ class Cell(ABC):
         """Whether the folder holds what was trained, for those who want more than numbers."""
         return True
 
-    def tidy(self, folder: Path, outcome: Outcome, keep: bool) -> None:  # noqa: B027 (there may be nothing to do)
-        """Once the numbers are stored: write what is to be kept, delete the rest."""
+    def save(self, folder: Path, outcome: Outcome) -> None:  # noqa: B027 (there may be nothing to do)
+        """Write what is to be kept beside the numbers, before these are stored and the cell counts as measured."""
+
+    def tidy(self, folder: Path, keep: bool) -> None:  # noqa: B027 (there may be nothing to do)
+        """Once the numbers are stored: delete what is not to be kept."""
 
     def finish(self, root: Path, keep: bool = False, quiet: bool = False, again: bool = False) -> Measured:
         """Its numbers, from the store where they are there already, unless they shall be measured `again`."""
@@ -127,6 +135,7 @@ class Cell(ABC):
         known = None if again else cell.known(root, keep)
         if known is not None:
             return known
+        cell = cell.with_weights()
         with _alone(root, cell.name) as lock:
             known = None if again else cell.known(root, keep)  # another process may have measured it meanwhile
             return known or cell.measured(root, keep, quiet, lock)
@@ -158,10 +167,12 @@ class Cell(ABC):
         if distributed.rank() == 0:  # all processes have the same numbers
             if lock is not None:
                 lock.check()
+            if keep:
+                self.save(folder, outcome)
             Results(root / "results.jsonl").add_all(
                 [{"metric": f"{self.dataset}/{name}", "value": value, **row} for name, value in outcome.values.items()]
             )
-            self.tidy(folder, outcome, keep)
+            self.tidy(folder, keep)
         distributed.barrier()
         return Measured(outcome.values, row)
 
@@ -209,13 +220,16 @@ class Evaluation(Cell):
     weights: str  # a run, a file or a name
     seed: int = 0
     recipe: str = ""  # pretrain:RECIPE KEY=VALUE ..., where the weights are the run of a recipe
-    of_main: Weights | None = None  # what the first of several processes read
+    loaded: Weights | None = None  # what was read of them to be measured, or by the first of several processes
     architecture: str | None = None  # of weights in a file that does not show it
     prefix: str | None = None  # of the network in a file that holds several
 
     @cached_property
     def source(self) -> Weights:
-        return self.of_main or read(self.weights, self.protocol.model.backbone, self.architecture, self.prefix)
+        return self.loaded or self._read(tensors=False)
+
+    def _read(self, tensors: bool) -> Weights:
+        return read(self.weights, self.protocol.model.backbone, self.architecture, self.prefix, tensors)
 
     @cached_property
     def content(self) -> str:
@@ -262,9 +276,18 @@ class Evaluation(Cell):
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or isinstance(self.protocol, Frozen):
             _ = cell.source  # an error of the weights comes before the data are read
             return cell
-        process = distributed.start(self.protocol.training.device)
-        shared = distributed.on_main(lambda: replace(cell.source, tensors=b""))
-        return cell if process.main else replace(cell, of_main=shared)
+        distributed.start(self.protocol.training.device)
+        return replace(cell, loaded=distributed.on_main(lambda: cell.source))
+
+    def with_weights(self) -> Evaluation:
+        found: list[Weights] = []
+
+        def of_main() -> Weights:
+            found.append(self._read(tensors=True))
+            return replace(found[0], tensors=b"")
+
+        shared = distributed.on_main(of_main)
+        return replace(self, loaded=found[0] if found else shared)
 
     def stored(self, root: Path) -> Measured | None:
         found = super().stored(root)
@@ -304,15 +327,19 @@ class Evaluation(Cell):
     def keeps(self, folder: Path) -> bool:
         return self.protocol.task == "knn" or (folder / "classifier.safetensors").is_file()
 
-    def tidy(self, folder: Path, outcome: Outcome, keep: bool) -> None:
-        if keep and outcome.weights:
+    def save(self, folder: Path, outcome: Outcome) -> None:
+        if outcome.weights:
             save_classifier(outcome.weights, folder)
+
+    def tidy(self, folder: Path, keep: bool) -> None:
         for rest in (folder / "state", folder / "weights") if keep else (folder,):
             shutil.rmtree(rest, ignore_errors=True)
 
     def measure(self, folder: Path, quiet: bool) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "protocol.yaml", to_yaml(self.protocol).encode())
+        if distributed.rank() == 0:
+            remove_unfinished(folder, "*")
+            write_atomically(folder / "protocol.yaml", to_yaml(self.protocol).encode())
         run = RUNNERS[self.protocol.task]
         weights = self.source.placed(folder)
         distributed.barrier()
@@ -398,6 +425,8 @@ def config_hash(config: Config) -> str:
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
     for key in FREE_AND_YOUNGER:
         del values["engine"][key]
+    if values["engine"]["augment"] == "device":  # as all were that do not know the key
+        del values["engine"]["augment"]
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:

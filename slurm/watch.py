@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mls import card
-from mls.config import Config
-from mls.errors import CheckpointError, ConfigError, LaunchError
-from mls.monitor.log import read_metrics
+from mls import yaml_files
+from mls.errors import ConfigError, LaunchError
+from mls.monitor.log import newest_rows
 from mls.progress import duration
-from mls.recipes import load_config
 from mls.results import Results, newest
 from mls.slurm import job_spec, local, scheduler
 from mls.slurm.job_spec import JobSpec
@@ -53,8 +53,10 @@ def status_of(specs: list[JobSpec], root: Path) -> list[JobStatus]:
     """The status of each job. SLURM is queried once for all of them."""
     active = [spec.job for spec in specs if spec.cluster == "slurm" and spec.job and not spec.done]
     known = scheduler.states(active) if active else {}
-    results = Results(root / "results.jsonl").rows()
-    return [_status(spec, known.get(spec.job or ""), root, results) for spec in specs]
+    results: dict[Any, dict[str, float]] = {}  # of each run
+    for row in newest(Results(root / "results.jsonl").read()):
+        results.setdefault(row.get("weights"), {})[row["metric"]] = row["value"]
+    return [_status(spec, known.get(spec.job or ""), root, results.get(spec.folder, {})) for spec in specs]
 
 
 def state_and_reason(spec: JobSpec, slurm_state: str | None) -> tuple[str, str]:
@@ -83,24 +85,18 @@ def state_and_reason(spec: JobSpec, slurm_state: str | None) -> tuple[str, str]:
     return "lost", f"its end was not recorded, {in_slurm}; it resumes from step {job_spec.last_save(spec.folder)}"
 
 
-def progress(spec: JobSpec) -> tuple[str, str, float | None]:
-    """(step/steps, time left, last loss) of a pretraining run, from its metrics and its last checkpoint."""
+def progress(spec: JobSpec, running: bool) -> tuple[str, str, float | None]:
+    """(step/steps, time left if it is running, last loss) of a pretraining run, from the end of its metrics and the
+    start of its events: however long it trains, a few kilobytes are read."""
     folder = Path(spec.folder)
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("loss") is not None]
-    if not rows:
+    row = next((row for row in newest_rows(folder / "metrics.jsonl") if row.get("loss") is not None), None)
+    if row is None:
         return "", "", None
-    step, loss = rows[-1]["step"], rows[-1]["loss"]
-    config, total = _config(folder), None
-    try:
-        facts = card.facts_of(folder / "backbone.safetensors")
-        total = round(config.optim.epochs * facts["step"] / facts["epochs"]) if config and facts else None
-    except (CheckpointError, KeyError, ZeroDivisionError):
-        pass  # a broken card ends no list of jobs
-    if config is None or total is None:
-        return str(step), "", loss
-    speed = rows[-1].get("images_per_second")
-    left = duration((total - step) * config.data.batch_size / speed) if speed and step < total else ""
-    return f"{step}/{total}", left, loss
+    step, total, speed = row["step"], _total(folder), row.get("images_per_second")
+    if total is None:
+        return str(step), "", row["loss"]
+    left = (total - step) * _batch_size(folder) / speed if running and speed else 0
+    return f"{step}/{total}", duration(left) if left > 0 else "", row["loss"]
 
 
 def log_tail(spec: JobSpec, lines: int = 10) -> list[str]:
@@ -112,19 +108,24 @@ def log_tail(spec: JobSpec, lines: int = 10) -> list[str]:
     return []
 
 
-def _status(spec: JobSpec, slurm_state: str | None, root: Path, results: list[dict[str, Any]]) -> JobStatus:
+def _status(spec: JobSpec, slurm_state: str | None, root: Path, results: dict[str, float]) -> JobStatus:
     state, reason = state_and_reason(spec, slurm_state)
-    step, eta, loss = progress(spec)
+    step, eta, loss = progress(spec, state == "running")
     folder = Path(spec.folder)
     name = os.path.relpath(folder, root) if folder.is_relative_to(root.resolve()) else str(folder)
     starts = spec.history.rows(event="started", rank=0)
-    mine = {row["metric"]: row["value"] for row in newest(results) if row.get("weights") == spec.folder}
-    eta = eta if state == "running" else ""
-    return JobStatus(name, spec, state, reason, step, eta, max(0, len(starts) - 1), loss, mine)
+    return JobStatus(name, spec, state, reason, step, eta, max(0, len(starts) - 1), loss, results)
 
 
-def _config(folder: Path) -> Config | None:
-    try:
-        return load_config(folder / "config.yaml")
-    except ConfigError:
-        return None
+def _total(folder: Path) -> int | None:
+    """All steps of a run, as the first of its events says; None of version 0.1, which kept none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(folder / "events.jsonl", "rb") as events:
+        return int(json.loads(events.readline())["total"])
+    return None
+
+
+def _batch_size(folder: Path) -> int:
+    """0 where the run's configuration is broken, which ends no list of jobs."""
+    with contextlib.suppress(ConfigError, KeyError, TypeError):
+        return int(yaml_files.read(folder / "config.yaml")[0]["data"]["batch_size"])
+    return 0

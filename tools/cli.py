@@ -70,7 +70,7 @@ app.add_typer(submit.app, name="submit")
 app.add_typer(box.app, name="slurm")
 app.add_typer(bench.app, name="bench")
 
-WITHOUT_PLUGINS = ("doctor", "jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
+WITHOUT_PLUGINS = ("jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
 PLUGINS = "A file or module of losses, methods, data sets, backbones or export targets. May be repeated."
 
 

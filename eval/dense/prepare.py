@@ -73,7 +73,13 @@ def content(protocol: Dense) -> str:
     """What tells the data apart from others of the same name; an error where they are not there."""
     if protocol.data.name in SCENES:  # made, not read
         return hashlib.sha256(repr(protocol.data.scenes).encode()).hexdigest()[:16]
-    return content_hash(load_images(protocol))
+    load_images(protocol)  # says what is odd
+    return _content(without_workers(protocol.data))
+
+
+@lru_cache(maxsize=8)
+def _content(facts: tuple[str, str | None, bool, ScenesConfig]) -> str:
+    return content_hash(_load(facts))
 
 
 def build_backbone(protocol: Dense, weights: str, seed: int) -> tuple[Backbone, list[float], list[float]]:

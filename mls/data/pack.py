@@ -26,7 +26,7 @@ from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.listing import FileSource, show
 from mls.data.loader import in_workers
 from mls.data.tar import MANIFEST, read_manifest
-from mls.data.tarindex import scan, stamp_of
+from mls.data.tarindex import load_index, scan, stamp_of
 from mls.errors import DataError, UserError, reason
 from mls.files import atomic_file, checked, remove_unfinished, sha256, telling_disk_errors, write_atomically
 from mls.locks import Lock, locked
@@ -98,6 +98,7 @@ def _pack(
         raise DataError(f"none of the {len(source)} images of {source.name} can be read (first: {first})")
     manifest["complete"] = True
     _save(out, manifest)
+    load_index([out / name for name in names])  # written beside the shards, so that the first training need not
     return manifest
 
 
