@@ -173,7 +173,7 @@ def test_what_a_row_is_run_on_is_what_its_stored_name_says(
         for row in [row for row in rows if row.ours]:
             if (column.protocol, row.weights or "") in seen:
                 continue
-            cell = plan(suite, row, column, 1, FEW)[0].ready(tmp_path, quiet=True)
+            cell = plan(suite, row, column, 1, FEW)[0].ready(tmp_path, quiet=True).with_weights()
             stored = cell.facts()["weights"]
             torch.manual_seed(derive(cell.seed, "init"))
             named = load_backbone(runs.get(stored, stored))

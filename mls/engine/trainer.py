@@ -82,13 +82,7 @@ class Trainer:
             for module in self.method.modules():
                 if isinstance(module, Encoder):
                     module.compile()
-        # Parameters are equal by construction and buffers are each process' own: DDP only has to average gradients.
-        self.forward: torch.nn.Module = self.method
-        if process.world > 1:
-            # No static_graph: its first step is another one, and a resumed run would differ from a whole one.
-            self.forward = DistributedDataParallel(
-                self.method, gradient_as_bucket_view=True, **distributed.exchanging_buffers(False)
-            )
+        self.forward: torch.nn.Module = averaging_gradients(self.method) if process.world > 1 else self.method
 
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
@@ -483,3 +477,9 @@ def _compute_as(config: EngineConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses products on a GPU
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
+
+
+def averaging_gradients(method: torch.nn.Module) -> torch.nn.Module:
+    """Parameters are equal by construction and buffers are each process' own: DDP only has to average gradients. No
+    static_graph: its first step is another one, and a resumed run would differ from a whole one."""
+    return DistributedDataParallel(method, gradient_as_bucket_view=True, **distributed.exchanging_buffers(False))
