@@ -32,6 +32,7 @@ from mls.tools import (
     regions,
     report,
     results,
+    runs,
     scenes,
     submit,
     verify_resume,
@@ -51,6 +52,7 @@ COMMANDS = {
     "demo": demo.demo,
     "pretrain": pretrain.pretrain,
     "config": config.show,
+    "runs": runs.runs,
     "report": report.report,
     "results": results.results,
     "neighbours": neighbours.neighbours,
@@ -72,7 +74,7 @@ app.add_typer(submit.app, name="submit")
 app.add_typer(box.app, name="slurm")
 app.add_typer(bench.app, name="bench")
 
-WITHOUT_PLUGINS = ("doctor", "jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
+WITHOUT_PLUGINS = ("doctor", "runs", "jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
 PLUGINS = "A file or module of losses, methods, data sets, backbones or export targets. May be repeated."
 
 
