@@ -50,8 +50,10 @@ def status_of(specs: list[JobSpec], root: Path) -> list[JobStatus]:
     """The status of each job. SLURM is queried once for all of them."""
     active = [spec.job for spec in specs if spec.cluster == "slurm" and spec.job and not spec.done]
     known = scheduler.states(active) if active else {}
-    results = Results(root / "results.jsonl").rows()
-    return [_status(spec, known.get(spec.job or ""), root, results) for spec in specs]
+    results: dict[Any, dict[str, float]] = {}  # of each run
+    for row in newest(Results(root / "results.jsonl").read()):
+        results.setdefault(row.get("weights"), {})[row["metric"]] = row["value"]
+    return [_status(spec, known.get(spec.job or ""), root, results.get(spec.folder, {})) for spec in specs]
 
 
 def state_and_reason(spec: JobSpec, slurm_state: str | None) -> tuple[str, str]:
@@ -81,7 +83,7 @@ def state_and_reason(spec: JobSpec, slurm_state: str | None) -> tuple[str, str]:
 
 
 def progress(spec: JobSpec) -> tuple[str, str, float | None]:
-    """(step/steps, time left, last loss) of a pretraining run, from its files."""
+    """(step/steps, time left while it trains, last loss) of a pretraining run, from the ends of its files."""
     seen = status.status_of(Run(Path(spec.folder)))
     loss = seen.last(["loss"])
     if loss is None:
@@ -99,12 +101,10 @@ def log_tail(spec: JobSpec, lines: int = 10) -> list[str]:
     return []
 
 
-def _status(spec: JobSpec, slurm_state: str | None, root: Path, results: list[dict[str, Any]]) -> JobStatus:
+def _status(spec: JobSpec, slurm_state: str | None, root: Path, results: dict[str, float]) -> JobStatus:
     state, reason = state_and_reason(spec, slurm_state)
     step, eta, loss = progress(spec)
     folder = Path(spec.folder)
     name = os.path.relpath(folder, root) if folder.is_relative_to(root.resolve()) else str(folder)
     starts = spec.history.rows(event="started", rank=0)
-    mine = {row["metric"]: row["value"] for row in newest(results) if row.get("weights") == spec.folder}
-    eta = eta if state == "running" else ""
-    return JobStatus(name, spec, state, reason, step, eta, max(0, len(starts) - 1), loss, mine)
+    return JobStatus(name, spec, state, reason, step, eta, max(0, len(starts) - 1), loss, results)

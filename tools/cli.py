@@ -74,7 +74,7 @@ app.add_typer(submit.app, name="submit")
 app.add_typer(box.app, name="slurm")
 app.add_typer(bench.app, name="bench")
 
-WITHOUT_PLUGINS = ("doctor", "runs", "jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
+WITHOUT_PLUGINS = ("runs", "jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
 PLUGINS = "A file or module of losses, methods, data sets, backbones or export targets. May be repeated."
 
 

@@ -107,13 +107,14 @@ def _view(status: Status) -> Any:
     from mls.tables import markdown_table
 
     progress = TrainingProgress(status.total or status.step, 0, status.run.name, show=False)
-    for row in status.rows:
+    rows = status.run.metrics()
+    for row in rows:
         progress.update(row["step"], row["epoch"], for_people({k: v for k, v in row.items() if v is not None}))
     progress.step(status.step)
     progress.left = status.left
     heard = "" if status.heard is None else f", last heard {duration(max(0.0, time.time() - status.heard))} ago"
     words = f"{status.state}{heard}{f': {status.why}' if status.why else ''}"
-    table = markdown_table(["", "first", "last", "by chance"], summary(status.rows)) if status.rows else ""
+    table = markdown_table(["", "first", "last", "by chance"], summary(rows)) if rows else ""
     return Group(progress, Text(words), Text(f"\n{table}"))
 
 

@@ -88,6 +88,11 @@ class Dictionary:
         return self._filled
 
     @property
+    def nbytes(self) -> int:
+        """Of all slots that this process holds."""
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    @property
     def ids(self) -> Int64[Tensor, "slots"]:
         """The images of all filled slots, of all processes."""
         return self._tensors["ids"][: self._filled]

@@ -49,10 +49,16 @@ class EventLog:
                 file.write(json.dumps({**row, **facts}).encode() + b"\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All events; lines that hold none are left out."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
+def read(path: Path, most: int = 1 << 40) -> list[dict[str, Any]]:
+    """The events in the last `most` bytes and the first of all; lines that hold none are left out."""
+    found: list[dict[str, Any]] = []
+    if not path.is_file():
+        return found
+    with open(path, "rb") as file:
+        lines = [file.readline()]
+        file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - most))
+        lines += file.read().splitlines()
+    for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("event"), str) and type(row.get("step", 0)) is int:

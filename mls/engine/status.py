@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +10,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from mls import card, locks
-from mls.config import Config
+from mls import locks, yaml_files
 from mls.engine import events
 from mls.engine.run import Run
-from mls.errors import CheckpointError, ConfigError
+from mls.errors import ConfigError
+from mls.monitor.log import TAIL, newest_rows
 
 LATEST = 5  # lines of the log whose median is the present speed
 
@@ -24,36 +25,35 @@ class Status:
     state: str  # done, running, stopped, failed, killed or new
     why: str
     step: int
-    total: int | None  # None: nothing has told it yet
+    total: int | None  # None: nothing has told it, as in a run of version 0.1
     left: float | None  # seconds to go at the present speed, while it runs
     heard: float | None  # Unix seconds of the last line of its log or its events
-    rows: Sequence[dict[str, Any]]  # of its log
 
     def last(self, names: Sequence[str]) -> tuple[str, float, int] | None:
         """The newest value that has one of these names: its name, the value and its step."""
-        for row in reversed(self.rows):
-            for name in names:
-                if row.get(name) is not None:
-                    return name, row[name], row["step"]
+        log = self.run.path / "metrics.jsonl"
+        for rows in (newest_rows(log), reversed(self.run.metrics())):  # the end of the log has it, as a rule
+            for row in rows:
+                for name in names:
+                    if row.get(name) is not None:
+                        return name, row[name], row["step"]
         return None
 
 
 def status_of(run: Run) -> Status:
-    happened, rows = events.read(run.path / "events.jsonl"), run.metrics()
+    """From the ends of its files: however long it trains, a few kilobytes are read."""
+    happened, rows = events.read(run.path / "events.jsonl", TAIL), list(newest_rows(run.path / "metrics.jsonl"))
     state, why = _state(run, happened)
     total = next((event["total"] for event in reversed(happened) if type(event.get("total")) is int), None)
-    config = _config(run)
-    total = _total_of_card(run, config) if total is None else total
-    steps = [row["step"] for row in rows] + [event["step"] for event in happened if event["event"] == "save"]
-    step = max([*steps, 0]) if state != "done" or total is None else total
-    times = [row["time"] for row in rows[-1:] if row.get("time") is not None]
+    saved = [event.get("step", 0) for event in happened if event["event"] in ("save", "stop")]
+    step = max([*(row["step"] for row in rows[:1]), *saved[-1:], 0])
+    times = [row["time"] for row in rows[:1] if row.get("time") is not None]
     heard = max([*times, *(events.seconds(event) for event in happened[-1:])], default=None)
-    speeds = [row["images_per_second"] for row in rows if (row.get("images_per_second") or 0) > 0][-LATEST:]
+    speeds = [row["images_per_second"] for row in rows if (row.get("images_per_second") or 0) > 0][:LATEST]
     left = None
-    if state == "running" and total is not None and config is not None and speeds:
-        left = (total - step) * config.data.batch_size / median(speeds)
-        left -= time.time() - heard if heard is not None else 0.0
-    return Status(run, state, why, step, total, None if left is None else max(0.0, left), heard, rows)
+    if state == "running" and total is not None and heard is not None and speeds:
+        left = max(0.0, (total - step) * _batch_size(run) / median(speeds) - (time.time() - heard))
+    return Status(run, state, why, step, total, left, heard)
 
 
 def find(root: Path) -> list[Run]:
@@ -77,17 +77,8 @@ def _state(run: Run, happened: Sequence[dict[str, Any]]) -> tuple[str, str]:
     return ("failed" if "Error" in reason.partition(":")[0] else "stopped"), reason
 
 
-def _config(run: Run) -> Config | None:
-    try:
-        return run.config
-    except ConfigError:
-        return None
-
-
-def _total_of_card(run: Run, config: Config | None) -> int | None:
-    """Of a run of version 0.1, whose events do not tell."""
-    try:
-        facts = card.facts_of(run.path / "backbone.safetensors")
-        return round(config.optim.epochs * facts["step"] / facts["epochs"]) if config and facts else None
-    except (CheckpointError, KeyError, ZeroDivisionError):
-        return None
+def _batch_size(run: Run) -> int:
+    """0 where the run's configuration is broken, which ends no list of runs."""
+    with contextlib.suppress(ConfigError, KeyError, TypeError):
+        return int(yaml_files.read(run.path / "config.yaml")[0]["data"]["batch_size"])
+    return 0

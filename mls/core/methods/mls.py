@@ -157,10 +157,8 @@ class MLS(MoCo):
             return sentences
         filled = math.ceil(self.options.k / self.config.data.batch_size)  # steps until the dictionary holds k rows
         first = 1 + max(filled, int(self.options.warmup_epochs * self.steps_per_epoch))
-        never = first > self.config.optim.epochs * self.steps_per_epoch
-        end = ", which never comes: lower objective.warmup_epochs" if never else ""
         alone = "InfoNCE alone" if self.info_nce_weight else "nothing is learnt"
-        return [*sentences, f"{alone} until the multi-label term joins at step {first}{end}"]
+        return [*sentences, f"{alone} until the multi-label term joins at step {first}"]
 
     @torch.no_grad()
     def matches(self, views: Views, most: int) -> MatchedRows | None:
