@@ -71,16 +71,9 @@ class Trainer:
         self.optimizer = optim.build(config, self.method, self.method.own_rates())
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
         # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
-        half = HALF.get(precision, torch.float32)
-        self.augment = Augment(
-            config.augment,
-            config.run.seed,
-            process.device,
-            config.engine.channels_last,
-            half,
-            self.plan.positions,
-            reuse=config.engine.accumulate == 1,  # then a step is over before the next one's views are made
-        )
+        form = config.engine.channels_last, HALF.get(precision, torch.float32), self.plan.positions
+        reuse = config.engine.accumulate == 1  # then a step is over before the next one's views are made
+        self.augment = Augment(config.augment, config.run.seed, process.device, *form, reuse=reuse)
         if config.engine.compile:
             for module in self.method.modules():
                 if isinstance(module, Encoder):
