@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -112,7 +114,24 @@ def version(
         print(f"mls {mls.__version__}")
 
 
+# What tables and sentences hold beside ASCII, for terminals that do not know it.
+PLAIN = {"…": ".", "–": "-", "—": "-", "×": "x", "±": "+-", "·": "*", "→": "->", "²": "2", "λ": "lambda"}
+
+
+def plainer(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(PLAIN.get(one, "?") for one in error.object[error.start : error.end]), error.end
+
+
+def print_in_any_encoding() -> None:
+    codecs.register_error("plainer", plainer)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
+            stream.reconfigure(errors="plainer")
+
+
 def main() -> None:
+    print_in_any_encoding()
     try:
         _call()
     except SystemExit as end:
