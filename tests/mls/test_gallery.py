@@ -24,7 +24,7 @@ from mls.engine.checkpoint import Checkpoints
 from mls.engine.gallery import gallery, in_whole_images, last_moment, meaning, row_crop
 from mls.engine.replay import replay
 from mls.errors import CheckpointError, DataError, UserError
-from mls.frozen.match_picture import CELL, FRAME, MARGIN, RED, WHOLE, GalleryRow, boxed, draw
+from mls.frozen.match_picture import CELL, FRAME, HEADER, MARGIN, RED, WHOLE, GalleryRow, boxed, draw
 from mls.models import build_pair
 from mls.monitor.matches import EPOCH, SEED
 
@@ -217,12 +217,12 @@ def yellowish(colour: tuple[int, int, int]) -> bool:
 def test_the_query_stands_in_red_and_its_matches_in_yellow(rows: list[GalleryRow]) -> None:
     picture = draw(rows[:3])
     assert rgb(picture, 1, 1) == (255, 255, 255)
-    assert reddish(rgb(picture, MARGIN + 1, MARGIN + CELL // 2))
-    assert reddish(rgb(picture, MARGIN + FRAME + CELL // 2, MARGIN + 1))
-    across = [rgb(picture, x, MARGIN + 1) for x in range(picture.width)]
+    assert reddish(rgb(picture, MARGIN + 1, HEADER + CELL // 2))
+    assert reddish(rgb(picture, MARGIN + FRAME + CELL // 2, HEADER + 1))
+    across = [rgb(picture, x, HEADER + 1) for x in range(picture.width)]
     assert sum(map(reddish, across)) == CELL + 2 * FRAME
     assert sum(map(yellowish, across)) == 10 * (CELL + 2 * FRAME)
-    inside = np.asarray(picture)[MARGIN + FRAME :, MARGIN + FRAME :][:CELL, :CELL]
+    inside = np.asarray(picture)[HEADER + FRAME :, MARGIN + FRAME :][:CELL, :CELL]
     assert np.array_equal(inside, rows[0].query.repeat(3, 0).repeat(3, 1))  # tiny crops are enlarged pixel by pixel
 
 
@@ -231,7 +231,7 @@ def test_a_tick_is_drawn_where_a_label_is_shared(rows: list[GalleryRow]) -> None
     greens = []
     for shared in ([False] * 10, [True] + [False] * 9, [True] * 10, None):
         pixels = np.asarray(draw([replace(row, shared=shared)])).astype(int)
-        below = pixels[MARGIN + CELL + 2 * FRAME :]  # crops may be green themselves
+        below = pixels[HEADER + CELL + 2 * FRAME :]  # crops may be green themselves
         greens.append(int(((below[..., 1] > below[..., 0] + 40) & (below[..., 1] > below[..., 2] + 30)).sum()))
     assert greens[0] == greens[3] == 0
     assert greens[1] > 5
@@ -244,7 +244,7 @@ def test_crops_of_any_size_and_number_can_be_drawn(shapes: list[tuple[int, int]]
     crop = lambda size: np.full((size, size, 3), 128, dtype=np.uint8)
     rows = [GalleryRow(crop(s), [crop(s)] * n, [0.5] * n, None, 0, [1] * n) for s, n in shapes]
     picture = draw(rows)
-    across = [yellowish(rgb(picture, x, MARGIN + 1)) for x in range(picture.width)] if rows else []
+    across = [yellowish(rgb(picture, x, HEADER + 1)) for x in range(picture.width)] if rows else []
     assert sum(across) == (shapes[0][1] if shapes else 0) * (CELL + 2 * FRAME)
 
 
