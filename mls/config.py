@@ -332,6 +332,9 @@ class MonitorConfig:
     health_every: int = positive(200)  # steps: collapse measures of the dictionary
     knn_every_epochs: int = zero_or_more(1)  # when the source has labels; 0: never
     linear_every_epochs: int = zero_or_more(10)  # the linear probe, the same
+    moments: int = zero_or_more(
+        12
+    )  # times at which what 60 fixed queries match is kept (mls/monitor/moments.py); 0: never
     knn_images: int = positive(2000)  # images embedded for both, train and held out together
     tensorboard: bool = False
     wandb: str | None = None  # project name

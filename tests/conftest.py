@@ -1,11 +1,15 @@
 """Shared by all tests: shape annotations are checked at run time in the tensor code, and runs are small."""
 
+import json
 import os
+import random
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -117,3 +121,87 @@ def command_line(*arguments: str, processes: int = 1) -> list[str]:
 @pytest.fixture
 def mls_command_line() -> Callable[..., list[str]]:
     return command_line
+
+
+@pytest.fixture
+def synthetic_run(tmp_path: Path) -> Callable[..., Any]:
+    """Makes folders of runs that nobody trained, on the embedded scenes, with what a real one writes beside weights:
+    configuration, metrics, events and moments. `near` gives the ids that a query's id matches, `row` changes the values
+    of a step's line, `changes` fields of every moment."""
+
+    def make(
+        name: str = "run",
+        *overrides: str,
+        near: Callable[[int], Sequence[int]] | None = None,
+        row: Callable[[int], Mapping[str, float]] = lambda step: {},
+        labels: bool = True,
+        **changes: Any,
+    ) -> Any:
+        from mls.engine.events import EventLog
+        from mls.engine.run import Run
+        from mls.monitor import moments
+        from mls.recipes import load_config
+
+        small = ["data.scenes.count=256", "optim.epochs=4", "objective.k=5", f"run.name={name}"]
+        run = Run.create(load_config("mls_scenes_tiny", [*small, f"run.root={tmp_path / 'runs'}", *overrides]))
+        log = EventLog(run.path / "events.jsonl")
+        log.write("start", step=0, total=8)
+        for step in range(1, 9):
+            values = {"time": 1.8e9 + 10 * step, "loss": 8 - step / 10, "loss/info_nce": 7 - step / 10, "lr": 0.1}
+            values |= {"chance/info_nce": 7.62, "chance/multi_label": 0.69, "loss/multi_label_random_rows": 0.65}
+            values |= {"loss/multi_label": 0.6, "images_per_second": 900.0, "data_wait": 0.01}
+            values |= {"health/backbone_cosine": 0.3, "health/backbone_std": 0.8, "dictionary/fill": min(1, step / 4)}
+            line = {"step": step, "epoch": (step + 1) // 2, **values, **row(step)}
+            with open(run.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        for step in (2, 4, 8):
+            moments.write(run.path, synthetic_moment(step, near, labels, **changes))
+            log.write("moment", step=step, seconds=0.1)
+        log.write("save", step=8, copy_seconds=0.01, write_seconds=0.1)
+        log.write("stop", reason="finished", step=8)
+        (run.path / "DONE").write_text("8 steps\n")
+        return run
+
+    return make
+
+
+def synthetic_moment(
+    step: int, near: Callable[[int], Sequence[int]] | None = None, labels: bool = True, **changes: Any
+) -> Any:
+    """60 queries of 256 images, each with five matches in both memories: by default random ones."""
+    from mls.monitor.moments import LEVELS, Crop, Hub, Labels, Match, Moment, Query, Share
+
+    draw = random.Random(step)
+
+    def box() -> tuple[float, float, float, float]:
+        x, y, side = draw.uniform(0, 0.3), draw.uniform(0, 0.3), draw.uniform(0.5, 0.7)
+        return round(x, 4), round(y, 4), round(x + side, 4), round(y + side, 4)
+
+    def matches(query: int) -> list[Match]:
+        ids = near(query) if near is not None else draw.sample([i for i in range(256) if i != query], 5)
+        return [Match(i, box(), draw.randrange(step), 0.9 - 0.02 * rank, 99.9 - rank) for rank, i in enumerate(ids)]
+
+    both = ("features", "projections")
+    queries = [
+        Query(i, box(), {memory: matches(i) for memory in both}) for i in random.Random(0).sample(range(256), 60)
+    ]
+    found = {memory: [match for query in queries for match in query.matches[memory]] for memory in both}
+    hubs = {memory: Counter((match.id, match.box) for match in found[memory]).most_common(12) for memory in both}
+    rising = [0.1, 0.2, 0.3, 0.4, 0.5]
+    precision = Labels({memory: [0.4] * 5 for memory in both}, {memory: rising for memory in both}, 0.35)
+    fields = {
+        "step": step,
+        "epoch": step // 2,
+        "k": 5,
+        "rows": 256,
+        "seconds": 0.1,
+        "queries": queries,
+        "random": [Crop(draw.randrange(256), box()) for _ in range(200)],
+        "scores": {memory: [2 * level - 1 for level in LEVELS] for memory in both},
+        "hubs": {memory: [Hub(*row, count) for row, count in hubs[memory]] for memory in both},
+        "agreement": {memory: Share(0.5, 0.02) for memory in both},
+        "agreement_of_memories": Share(0.4, 0.02),
+        "own": {memory: 0.1 for memory in both},
+        "labels": precision if labels else None,
+    }
+    return Moment(**{**fields, **changes})

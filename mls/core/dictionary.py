@@ -97,6 +97,11 @@ class Dictionary:
         """The crops of all filled slots, of all processes."""
         return self._tensors["boxes"][: self._filled]
 
+    @property
+    def ages(self) -> Int64[Tensor, "slots"]:
+        """How many enqueues came since that of each filled slot, of all processes."""
+        return self.count - self._tensors["ages"][: self._filled]
+
     def rows(self) -> Rows:
         """The filled part that this process holds, in slot order (not in order of age)."""
         held = self.sharding.held(self._filled)

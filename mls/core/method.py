@@ -31,15 +31,27 @@ class StepOutput:
     matched_ids: Int64[Tensor, "batch k"] | None = None  # images taken as positives (-1: none), for label monitors
     query_ids: Int64[Tensor, batch] | None = None  # for whom
     candidate_ids: Int64[Tensor, rows] | None = None  # out of which images they were chosen: the level of chance
+    measure: Callable[[], dict[str, Tensor]] = dict  # more for the log, worked out only where a line of it is due
 
 
 @dataclass(frozen=True)
-class MatchedCrops:
-    """The crops that a method holds nearest to each query, nearest first, for people to look at."""
+class Nearest:
+    """The rows nearest to each query in one memory, nearest first, without those of the query's own image."""
 
-    ids: Int64[Tensor, "batch count"]  # their images
-    boxes: Float[Tensor, "batch count 4"]  # x0 y0 x1 y1 as shares of width and height; NaN: unknown
-    scores: Float[Tensor, "batch count"]  # cosines
+    slots: Int64[Tensor, "batch count"]
+    scores: Float[Tensor, "batch count"]  # -inf: no row was left
+    all_scores: Float[Tensor, "some"]  # of all rows with all queries, sorted; of very many an even sample
+    own: float = 0.0  # share of the query's own image among as many nearest rows, where training lets these match
+
+
+@dataclass(frozen=True)
+class MatchedRows:
+    """What a method holds that can match, and what does. Each row is a crop of an image."""
+
+    ids: Int64[Tensor, "rows"]
+    boxes: Float[Tensor, "rows 4"]  # x0 y0 x1 y1 as shares of width and height; NaN: unknown
+    ages: Int64[Tensor, "rows"]  # steps since the row came
+    nearest: dict[str, Nearest]  # by "features" (g), "projections" (z) or "regions"; what gives labels comes first
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,6 @@ class Method(nn.Module):
     >>> names()
     ['byol', 'densecl', 'knn_moco', 'mls', 'moco_v2', 'simsiam', 'supervised']
     """
-
-    measuring = True  # also work out what only the log wants; the trainer sets it before each step
 
     def __init__(
         self,
@@ -129,8 +139,9 @@ class Method(nn.Module):
         """Measures of collapse and the like, every `monitor.health_every` steps."""
         return {}
 
-    def matches(self, views: Views, count: int) -> MatchedCrops | None:
-        """Up to `count` crops nearest to the first view of each image, without its own; None: it has no such thing."""
+    def matches(self, views: Views, most: int) -> MatchedRows | None:
+        """The rows nearest to the first view of each image, as many as are positives, up to `most`. Asked in evaluation
+        mode, now and then; None: it has no such thing."""
         return None
 
     # ------------------------------------------------------------------------------------------ state beside modules
@@ -142,7 +153,7 @@ class Method(nn.Module):
 
     @property
     def saves_together(self) -> bool:
-        """Does `state_dict` exchange data, so that all processes must call it at once?"""
+        """Do `state_dict` and `matches` exchange data, so that all processes must call them at once?"""
         return False
 
     def get_extra_state(self) -> dict[str, Any]:

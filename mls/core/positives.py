@@ -40,6 +40,24 @@ class Positives:
         shares = (matches.scores / soft).softmax(dim=1).nan_to_num(0.0)  # NaN where a query has no positive
         return cls(matches.indices, present, shares * present.sum(dim=1, keepdim=True))
 
+    @classmethod
+    def random(
+        cls,
+        counts: Int64[Tensor, "queries"],
+        rows: Int64[Tensor, "rows"],
+        own: Int64[Tensor, "queries"] | None,
+        stream: torch.Generator,
+    ) -> Positives:
+        """As many of the `rows`, which are named by their images, for each query as counted; none of the images `own`.
+        All queries share an order, from a random place on: a draw for each query and row would cost more than the loss.
+        """
+        total, most = len(rows), min(len(rows), int(counts.max()))
+        order = torch.randperm(total, generator=stream)[:most]
+        starts = torch.randint(total, (len(counts), 1), generator=stream)
+        slots = ((order + starts) % total).to(rows.device)
+        present = torch.arange(most, device=rows.device) < counts[:, None]
+        return cls(slots, present if own is None else present & (rows[slots] != own[:, None]))
+
     def __and__(self, other: Positives) -> Positives:
         return Positives(self.slots, self.present & self._are_in(other))
 

@@ -63,6 +63,18 @@ class QueriedRows:
         found = self.sharding.topk(matcher, self._of_all(query).detach(), rows, k, self.exclude)
         return Matches(found.indices[self.own], found.scores[self.own])
 
+    def scores(self, name: str, query: Float[Tensor, "batch dim"], most: int) -> Float[Tensor, "some"]:
+        """The inner products of all queries with all rows that they do not leave out, sorted; of more than `most` those
+        of every n-th row. No gradient."""
+        step = -(-len(query) * len(self) // most)
+        part = slice(0, len(self) // self.sharding.world, step)
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            found = self._of_all(query).float() @ getattr(self.held, name)[part].float().T
+            found = self.without_own(found, torch.nan, part)
+            if self.sharding.world > 1:
+                found = gather([found])[0].unflatten(0, (self.sharding.world, -1))[:, self.own]
+        return found[~found.isnan()].sort().values
+
     def logsumexp(self, name: str, query: Float[Tensor, "batch dim"], temperature: float) -> Float[Tensor, "batch"]:
         """log sum_n exp(query . row_n / temperature)."""
         rows = getattr(self.held, name)

@@ -100,6 +100,7 @@ def _alone(run: Run) -> Iterator[Lock | None]:
         def enter() -> None:
             held.append(stack.enter_context(locked(run.path / ".lock", f"{run.path} is being trained")))
             remove_unfinished(run.path, *WRITTEN)
+            remove_unfinished(run.path / "moments", "step-*.json")
 
         distributed.on_main(enter)
         yield held[0] if held else None

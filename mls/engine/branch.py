@@ -12,12 +12,13 @@ from mls.engine.events import EventLog
 from mls.engine.run import Run
 from mls.errors import CheckpointError
 from mls.files import write_atomically
+from mls.monitor import moments
 from mls.recipes import load_config
 
 
 def create_branch(parent: Run, step: int, overrides: Sequence[str] = ()) -> Run:
     """The new run, not trained yet: beside its parent and named after it, unless the overrides say else. It begins with
-    the parent's state and metrics up to this step; `parent.yaml` is the parent's configuration."""
+    the parent's state, metrics and moments up to this step; `parent.yaml` is the parent's configuration."""
     config = load_config(parent.path / "config.yaml", overrides)
     set_here = {override.partition("=")[0] for override in overrides}
     own = {"name": f"{parent.name}-from-{step}", "root": str(parent.path.parent)}
@@ -41,6 +42,9 @@ def _fill(folder: Path, parent: Run, step: int, config: Config) -> None:
     if (parent.path / "metrics.jsonl").is_file():
         with open(parent.path / "metrics.jsonl", "rb") as file:
             write_atomically(folder / "metrics.jsonl", file.read(state["log_offset"]))
+    for moment in moments.read(parent.path):
+        if moment.step <= step:
+            moments.write(folder, moment)
     origin = f"# The configuration of {parent.path.resolve()}, of whose step {step} this run goes on\n"
     write_atomically(folder / "parent.yaml", origin.encode() + (parent.path / "config.yaml").read_bytes())
     changes = {key: [before, after] for key, before, after in differences(parent.config, config)}

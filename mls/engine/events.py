@@ -1,5 +1,6 @@
-"""`events.jsonl`: what happened to a run besides its numbers (start, resume, stop, save, skip), each with the time and
-the process. Lines are only ever appended: a resume, which takes metrics back to its checkpoint, leaves them alone."""
+"""`events.jsonl`: what happened to a run besides its numbers (start, resume, stop, save, skip, a term that joins, a
+moment), each with the time and the process; starts also tell the device, the versions and the commit. Lines are only
+ever appended: a resume, which takes metrics back to its checkpoint, leaves them alone."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import os
 import platform
 import re
 import socket
+import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -46,3 +48,27 @@ class EventLog:
 
 def versions() -> dict[str, str]:
     return {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def commit() -> dict[str, Any] | None:
+    """The commit of the checkout that runs, and whether its files have changed since; None: it is no checkout. An
+    installation inside somebody's repository is not a part of that."""
+    folder = Path(mls.__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError, KeyError):
+        if (folder.parent / "origin.json").is_file():  # the snapshot that a job runs (slurm/snapshot.py)
+            origin = json.loads((folder.parent / "origin.json").read_bytes())
+            changed = (folder.parent / "code.diff").stat().st_size > 0
+            return {"commit": origin["commit"], "dirty": changed} if origin["commit"] else None
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    return None

@@ -16,7 +16,7 @@ import torch
 
 from mls import distributed
 from mls.engine.checkpoint import BackgroundWriter, Checkpoints, snapshot
-from mls.engine.events import EventLog, versions
+from mls.engine.events import EventLog, commit, device_name, versions
 from mls.errors import EXIT_LOST, Stopped
 from mls.progress import TrainingProgress
 from mls.signals import StopFlag
@@ -88,7 +88,8 @@ class Session:
     def running(self, title: str = "", quiet: bool = False) -> Iterator[None]:
         step, show = self.training.step, self.main and not quiet
         with self.stop, TrainingProgress(self.total, step, title, show) as self.progress:
-            self.events.write("resume" if step else "start", step=step, total=self.total, versions=versions())
+            on = {"device": device_name(self.device), "versions": versions(), "code": commit()}
+            self.events.write("resume" if step else "start", step=step, total=self.total, **on)
             if self.saving is not None and self.main:
                 self.saving.checkpoints.remove_unfinished()
             # A process that died between its checkpoint and the export of it noted no save: then step is saved again.

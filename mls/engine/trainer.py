@@ -33,8 +33,10 @@ from mls.files import CHECKPOINTS_FULL, write_atomically
 from mls.locks import Lock
 from mls.models import Encoder, save_backbone
 from mls.models.momentum import HALF, precision_on
+from mls.monitor import moments
 from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
+from mls.monitor.matches import MomentTaker, moment_epochs
 from mls.monitor.online import OnlineProbes
 from mls.monitor.window import Window
 from mls.progress import duration, for_people
@@ -84,9 +86,12 @@ class Trainer:
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        self.moment_epochs = moment_epochs(config.optim.epochs, config.monitor.moments)
+        self.take_moment = MomentTaker(config, self.source, self.plan, process.device, half, self.labels)
         self.session = self.build_session()
         self.step = 0  # steps taken
-        self.window = Window()
+        self.window = Window(process.device)
+        self.terms: set[str] | None = set()  # parts of the loss that have acted; None: not known of an older checkpoint
         self.unreadable: dict[int, str] = {}  # why, by image
         self.bad_in_a_row = 0
         self.bad_steps = 0
@@ -107,7 +112,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             self.open_log(stack)
             stack.enter_context(self.session.running(self.run.name, self.quiet))
-            self.probes = OnlineProbes.build(self.config, self.source) if self.process.main else None
+            self.probes = OnlineProbes.build(self.config, self.source)
             self.introduce()
             last = min(self.total, self.config.engine.max_steps or self.total)
             loader = Loader(self.source, self.config, self.process, self.step + 1, last, plan=self.plan)
@@ -131,8 +136,7 @@ class Trainer:
         self.refresh(epoch)
         self.optimizer.zero_grad(set_to_none=True)
         torch._foreach_copy_(self.buffers_before, self.buffers)
-        logging = self.step % self.config.monitor.log_every == 0
-        self.method.measuring = logging
+        logging = self.logs()
 
         outputs: list[StepOutput] = []
         for number, batch in enumerate(micro_batches):
@@ -140,8 +144,10 @@ class Trainer:
             views = self.augment(batch)
             with self.no_sync_until_last(number, len(micro_batches)):
                 out = self.forward(views)
-                if logging and number == 0:
-                    self.window.pulls = gradient_norms(out)
+                if logging:
+                    with self.window.monitoring():
+                        out.scalars |= out.measure()
+                        self.window.pulls = self.window.pulls if number else gradient_norms(out)
                 self.scaler.scale(out.loss / len(micro_batches)).backward()
             outputs.append(out)
 
@@ -156,7 +162,9 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if logging and self.process.main:
-                self.window.labels = self.label_quality(outputs[0])
+                with self.window.monitoring():
+                    self.window.labels = self.label_quality(outputs[0])
+            self.note_terms(outputs[0])
             self.method.after_step(outputs)
             self.window.add(outputs)
 
@@ -165,24 +173,32 @@ class Trainer:
         epoch = epoch_of(step, self.steps_per_epoch)
         epoch_ends = step % self.steps_per_epoch == 0
         values: dict[str, float] = {}
-        if step % monitor.log_every == 0:
+        if self.logs():
             values |= self.measurements()
+        if epoch_ends and epoch in self.moment_epochs:
+            self.keep_moment(epoch)
+        if epoch_ends and self.probes is not None:
+            values |= self.probes(self.method.backbone, epoch, self.process.device)
         if self.process.main:
-            if step % monitor.health_every == 0:
-                values |= self.method.health()
-            if epoch_ends and self.probes is not None:
-                values |= self.probes(self.method.backbone, epoch, self.process.device)
+            if step % monitor.health_every == 0 or step == self.total:
+                with self.window.monitoring():
+                    values |= self.method.health()
             if values.get("data_wait", 0.0) > MUCH_WAITING and step >= self.hint_from:
                 self.hint_from = math.inf
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
                 self.session.say(f"{share}: {remedy(self.source, self.config)}")
             if values:
                 self.refuse_if_another_trains()
-                self.log.write(step, epoch, values)
+                with self.window.monitoring():
+                    self.log.write(step, epoch, values)
                 self.session.progress.update(step, epoch, for_people(values))
         every = self.config.engine.milestone_epochs
         # Skipped steps may mean that what was learnt before them is worth nothing: no good checkpoint goes for them.
         self.session.end_step(bool(every) and epoch_ends and epoch % every == 0, doubtful=self.bad_in_a_row > 0)
+
+    def logs(self) -> bool:
+        """Is a line of the log due at this step? At the last one always, so that a run's end is in its log."""
+        return self.step % self.config.monitor.log_every == 0 or self.step == self.total
 
     def finish(self, last: int) -> None:
         self.session.finish()
@@ -298,6 +314,23 @@ class Trainer:
             return {}
         return label_quality(self.labels, out.query_ids, out.matched_ids, out.candidate_ids)
 
+    def keep_moment(self, epoch: int) -> None:
+        if not (self.process.main or self.method.saves_together):
+            return
+        with self.window.monitoring():
+            moment = self.take_moment(self.method, self.step, epoch)
+            if moment is not None and self.process.main:
+                self.refuse_if_another_trains()
+                moments.write(self.run.path, moment)
+                self.session.events.write("moment", step=self.step, epoch=epoch, seconds=moment.seconds)
+
+    def note_terms(self, out: StepOutput) -> None:
+        """When a part of the loss acts for the first time: the multi-label term joins after a while."""
+        acting = {name for name in out.parts if f"loss/{name}" in out.scalars}
+        for name in sorted(acting - self.terms) if self.terms is not None else ():
+            self.session.events.write("term", name=name, step=self.step)
+        self.terms = acting | (self.terms or set())
+
     def measurements(self) -> dict[str, float]:
         values = self.window.read()
         values["lr"] = self.lr(self.step)
@@ -350,6 +383,7 @@ class Trainer:
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
             "decided": self.decided,
+            "terms": sorted(self.terms or ()),
             "images": len(self.source),
             "versions": versions(),
         }
@@ -368,6 +402,7 @@ class Trainer:
         self.log_offset = state["log_offset"]
         self.unreadable = dict(state["unreadable"])
         self.bad_steps, self.bad_in_a_row = state["bad_steps"], state.get("bad_in_a_row", 0)
+        self.terms = set(state["terms"]) if "terms" in state else None
 
     def export_backbone(self, state: dict[str, Any]) -> None:
         """From the copy of a state, while training goes on."""

@@ -23,8 +23,7 @@ from mls.config import Config
 from mls.engine.run import Run
 from mls.errors import EXIT_SAVED, Stopped, UserError
 from mls.files import write_atomically
-
-VARYING = {"images_per_second", "data_wait", "gpu_memory_gib"}  # of the log: what no two runs have in common
+from mls.monitor.log import TIMES
 
 
 @dataclass
@@ -111,7 +110,7 @@ def compare(first: Run, second: Run) -> list[Part]:
     methods = [dict(state.pop("method", {})) for state in states]
     memories = [method.pop("_extra_state", {}) for method in methods]
     optimizers = [state.pop("optimizer", {}) for state in states]
-    logs = [[{k: v for k, v in row.items() if k not in VARYING} for row in run.metrics()] for run in (first, second)]
+    logs = [[{k: v for k, v in row.items() if k not in TIMES} for row in run.metrics()] for run in (first, second)]
     for state in states:
         state.pop("log_offset", None)  # images per second take more or fewer digits
         state.get("config", {}).pop("run", None)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from mls.files import telling_disk_errors, write_atomically
 
 DISK_FULL = "free some, and `mls pretrain --resume` goes on"
 TAIL = 1 << 16  # bytes: a hundred rows
+TIMES = {"time", "images_per_second", "data_wait", "monitoring", "gpu_memory_gib"}  # what no two runs have in common
 LARGEST_STEP, LARGEST = 1 << 53, 1e300  # what is read: beyond them sums and differences overflow
 
 
 class MetricsLog:
-    """One JSON object a line: {"step": …, "epoch": …, name: number, …}. `say` tells what is amiss with the file."""
+    """One JSON object a line: {"step": …, "epoch": …, "time": Unix seconds, name: number, …}. `say` tells what is amiss
+    with the file."""
 
     def __init__(
         self,
@@ -40,7 +43,8 @@ class MetricsLog:
         row = {name: value if math.isfinite(value) else None for name, value in values.items()}
         with telling_disk_errors(self.path, DISK_FULL):
             self._put_back()
-            self.file.write(json.dumps({"step": step, "epoch": epoch, **row}).encode() + b"\n")
+            facts = {"step": step, "epoch": epoch, "time": round(time.time(), 3)}
+            self.file.write(json.dumps({**facts, **row}).encode() + b"\n")
             self.file.flush()
         for other in self.others:
             other(step, values)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,8 @@ from mls.core.method import StepOutput
 class Window:
     """Means since the last log line, kept on the device; reading them is what makes the CPU wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.pulls: dict[str, float] = {}
@@ -23,7 +26,19 @@ class Window:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
+        self.began, self.steps, self.waited, self.monitored = time.perf_counter(), 0, 0.0, 0.0
+
+    @contextmanager
+    def monitoring(self) -> Iterator[None]:
+        """What is done here is done for the log alone, so the log says what it costs."""
+        began = self._now()
+        yield
+        self.monitored += self._now() - began
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # what was asked of the device before belongs to the training
+        return time.perf_counter()
 
     def add(self, outputs: list[StepOutput]) -> None:
         self.steps += 1
@@ -40,6 +55,7 @@ class Window:
         spent = time.perf_counter() - self.began
         values["steps_per_second"] = self.steps / spent
         values["data_wait"] = self.waited / spent
+        values["monitoring"] = self.monitored / spent
         self.sums, self.counts, self.pulls, self.labels = {}, {}, {}, {}
         self.restart_clock()
         return values

@@ -48,6 +48,7 @@ def test_a_method_of_another_kind_trains_and_resumes_exactly(tiny: list[str], me
     assert any("knn/map" in row for row in whole.metrics())
     with pytest.raises(CheckpointError, match="keeps no crops that could match"):
         gallery(whole)
+    assert not (whole.path / "moments").exists()
 
 
 def test_a_method_without_a_memory_says_nothing_of_one(tiny: list[str]) -> None:

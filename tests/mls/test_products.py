@@ -142,7 +142,6 @@ def test_autocast_does_not_reach_the_products() -> None:
 def test_in_parts_a_step_needs_less_than_a_tenth_of_the_memory(own_rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, batch = 8192, 64
     method = method_of(rows, f"dictionary.own_rows={own_rows}")
-    method.measuring = False
     monkeypatch.setattr(products, "ENTRIES", batch * 256)
     method.matcher.chunk = 256  # type: ignore[attr-defined]
     parts = peak_bytes(lambda: value_and_gradients(method, batch))

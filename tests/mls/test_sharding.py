@@ -194,6 +194,7 @@ def views_of(rank: int, crops: int) -> Views:
 
 def step(method: MoCo, views: Views) -> tuple[Any, list[torch.Tensor]]:
     out = method(views)
+    out.scalars |= out.measure()
     out.loss.backward()
     method.after_step([out])
     return out, [parameter.grad for parameter in method.pair.query.parameters()]
@@ -207,6 +208,12 @@ def compare(case: str) -> dict[str, Any]:
         [torch.as_tensor(value).nan_to_num(-1.0) for value in method.dictionary.state_dict().values()]
         for method in (plain, sharded)
     )
+    near = [method.eval().matches(views, 4) for method in (plain, sharded)]
+    assert near[0] is not None and near[1] is not None
+    for one, other in zip(near[0].nearest.values(), near[1].nearest.values(), strict=True):
+        torch.testing.assert_close(other.scores, one.scores)
+        torch.testing.assert_close(other.all_scores, one.all_scores)
+        assert (one.own > 0) == (other.own == one.own > 0)
     matches = "none"
     if first.matched_ids is not None:
         matches = "the same" if torch.equal(first.matched_ids, second.matched_ids) else "others"

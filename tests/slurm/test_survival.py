@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from mls.engine import Run
+from mls.monitor.log import TIMES
 from mls.slurm import job_spec, submit
 from mls.slurm.profile import load_profile
-
-TIMES = ("images_per_second", "data_wait")
 
 
 def numbers(run: Run) -> list[dict[str, Any]]:

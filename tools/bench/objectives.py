@@ -140,7 +140,7 @@ def relative_times(configs: Mapping[str, Config]) -> dict[str, float]:
     views = _random_batch(base, trained[PAPER], device)
     optimizers = {}
     for name, method in trained.items():
-        method.pair, method.dictionary, method.measuring = shared.pair, shared.dictionary, False
+        method.pair, method.dictionary = shared.pair, shared.dictionary
         method.set_progress(step=base.optim.epochs, epoch=base.optim.epochs, steps_per_epoch=1)  # schedules at work
         optimizers[name] = optim.build(configs[name], method, method.own_rates())
         optim.set_lr(optimizers[name], 0.0)  # the random batch teaches nothing

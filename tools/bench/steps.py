@@ -55,7 +55,6 @@ def fused_memory(device: str, rows: int, batch: int) -> dict[str, float]:
     """Bytes beyond the dictionary's that both losses and their gradients take, in parts and in one piece."""
     method = _method("mls", device, batch, rows, 20, 32, backbone="resnet_tiny")
     assert isinstance(method, MLS)
-    method.measuring = False
     at_once = products.ENTRIES
     found = {"rows": float(rows), "batch": float(batch), "in parts": _peak(method, batch, device)}
     products.ENTRIES = batch * rows

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor
 from mls.config import Config, KnnMoCoOptions, MLSOptions
 from mls.core import losses, matching
 from mls.core.dictionary import STORAGE
-from mls.core.matching import Matches
-from mls.core.method import MatchedCrops, Memory, OwnRate, StepOutput
+from mls.core.method import MatchedRows, Memory, Nearest, OwnRate, StepOutput
 from mls.core.methods import register
 from mls.core.methods.controls import control
 from mls.core.methods.moco import MoCo, Query
@@ -25,9 +25,10 @@ from mls.core.positives import Positives
 from mls.core.queried_rows import QueriedRows
 from mls.core.region_labels import RegionLabels
 from mls.data import Source, Views
-from mls.distributed import world
+from mls.distributed import rank, world
 from mls.errors import ConfigError
 from mls.models import Precision
+from mls.streams import generator
 
 
 @register("mls", MLSOptions)
@@ -55,12 +56,25 @@ class MLS(MoCo):
         if out is not None:
             out.matched_ids = positives.images(rows.ids)[:, : self.options.k]
             out.scalars["loss/multi_label"] = loss.detach()
-            if self.measuring:
-                out.scalars["chance/multi_label"] = self.multi_label(torch.zeros_like(z1), rows, positives)[0].detach()
+            out.measure = lambda: self.levels_of_chance(z1.detach(), rows, positives, views)
             for name, parameter in self.loss.named_parameters():  # hml's scale and margin
                 out.scalars[f"loss/{name}"] = parameter.detach().clone()
             out.scalars |= cosines
         return self.options.weight * loss
+
+    @torch.no_grad()
+    def levels_of_chance(
+        self, z1: Float[Tensor, "batch dim"], rows: QueriedRows, positives: Positives, views: Views
+    ) -> dict[str, Float[Tensor, ""]]:
+        """The multi-label loss of a network that tells nothing apart, and of this one were as many random rows its
+        positives."""
+        own = rows.exclude is not None
+        drawn = generator(self.config.run.seed, "random rows", self.dictionary.count, rank())
+        random = Positives.random(positives.counts(), rows.ids, views.ids if own else None, drawn)
+        return {
+            "chance/multi_label": self.multi_label(torch.zeros_like(z1), rows, positives)[0],
+            "loss/multi_label_random_rows": self.multi_label(z1, rows, random)[0],
+        }
 
     @torch.no_grad()
     def pseudo_labels(self, query: Query, rows: QueriedRows, views: Views) -> Positives:
@@ -149,14 +163,21 @@ class MLS(MoCo):
         return [*sentences, f"{alone} until the multi-label term joins at step {first}{end}"]
 
     @torch.no_grad()
-    def matches(self, views: Views, count: int) -> MatchedCrops | None:
-        """By the memory that labels, and no more than are positives."""
-        if self.regions is not None:
-            found = self.regions.among(views.ids, self.dictionary.ids)
-            count = min(count, int(Positives.of(found).counts().min()))
-            return self.matched_crops(Matches(found.indices[:, :count], found.scores[:, :count]))
-        memory = "projection" if self.options.labels_from == "projection" else "backbone"
-        return self.nearest_crops(memory, views, min(count, self.options.k))
+    def matches(self, views: Views, most: int) -> MatchedRows | None:
+        """First by the memory that labels."""
+        if len(self.dictionary) == 0:
+            return None
+        most = min(most, self.options.k)
+        matched = self.matched_rows(views, most)
+        if self.options.labels_from == "projection":
+            nearest = dict(reversed(matched.nearest.items()))
+        elif self.regions is None or self.regions.lists is None:
+            return matched
+        else:
+            found = self.regions.among(views.ids, matched.ids)
+            listed = Nearest(found.indices[:, :most], found.scores[:, :most], found.scores.new_empty(0))
+            nearest = {"regions": listed, **matched.nearest}
+        return replace(matched, nearest=nearest)
 
 
 @register("knn_moco", KnnMoCoOptions)

@@ -16,7 +16,7 @@ from mls.core import matching
 from mls.core.dictionary import Dictionary
 from mls.core.health import collapse_measures
 from mls.core.losses.contrastive import info_nce_of_logits
-from mls.core.method import MatchedCrops, Memory, Method, StepOutput
+from mls.core.method import MatchedRows, Memory, Method, Nearest, StepOutput
 from mls.core.methods import register
 from mls.core.products import OwnRows, log_sum_exp
 from mls.core.queried_rows import QueriedRows
@@ -24,10 +24,13 @@ from mls.core.sharding import Sharding
 from mls.core.windows import WindowTerm
 from mls.data import ViewPlan, Views
 from mls.distributed import gather, rank
-from mls.errors import CheckpointError
 from mls.models import Backbone, Precision, build_pair
 from mls.models.norm import KeyNorm, share_statistics
 from mls.streams import generator
+
+MEMORIES = {"features": "backbone", "projections": "projection"}  # as people call what is nearest -> the memory
+MATCHES = 10  # rows that are looked at where a method takes no positives
+ALL_SCORES = 1 << 22  # scores of queries with rows that are compared with those of the matches
 
 
 class Query(NamedTuple):
@@ -174,16 +177,22 @@ class MoCo(Method):
         return collapse_measures("backbone", rows.backbone) | collapse_measures("projection", rows.projection)
 
     @torch.no_grad()
-    def matches(self, views: Views, count: int) -> MatchedCrops | None:
-        return self.nearest_crops("backbone", views, count)
+    def matches(self, views: Views, most: int) -> MatchedRows | None:
+        return None if len(self.dictionary) == 0 else self.matched_rows(views, min(most, MATCHES))
 
-    def nearest_crops(self, memory: str, views: Views, count: int) -> MatchedCrops:
+    def matched_rows(self, views: Views, count: int) -> MatchedRows:
+        """By both memories."""
+        dictionary = self.dictionary
         query = Query(*(F.normalize(output, dim=1) for output in self.pair.query(views.images[0])))
-        rows = QueriedRows(self.dictionary, views.ids, exclude_own=True)
-        count = min(count, int(rows.counts.min()))
-        if count == 0:
-            raise CheckpointError("the dictionary holds crops of the query's own image only: train on for a few steps")
-        return self.matched_crops(rows.topk(memory, getattr(query, memory), count, matching.build("torch")))
+        nearest = {name: self.nearest(memory, query, views, count) for name, memory in MEMORIES.items()}
+        ages = dictionary.ages // self.config.engine.accumulate  # each micro-batch is an enqueue
+        return MatchedRows(dictionary.ids, dictionary.boxes, ages, nearest)
 
-    def matched_crops(self, found: matching.Matches) -> MatchedCrops:
-        return MatchedCrops(self.dictionary.ids[found.indices], self.dictionary.boxes[found.indices], found.scores)
+    def nearest(self, memory: str, query: Query, views: Views, count: int) -> Nearest:
+        matcher, asking, count = matching.build("torch"), getattr(query, memory), min(count, len(self.dictionary))
+        others, every = (QueriedRows(self.dictionary, views.ids, exclude_own) for exclude_own in (True, False))
+        found, own = others.topk(memory, asking, count, matcher), 0.0
+        if self.config.dictionary.own_rows != "exclude":
+            slots = every.topk(memory, asking, count, matcher).indices
+            own = float((every.ids[slots] == views.ids[:, None]).float().mean())
+        return Nearest(found.indices, found.scores, others.scores(memory, asking, ALL_SCORES), own)

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from mls.monitor.log import TIMES
 from mls.tools.bench.faults import fault
 from mls.tools.bench.faults.commands import Command, run
 
@@ -67,8 +68,7 @@ def unless_equal(folder: Path, resume: bool = True) -> str:
 def content(run_folder: Path) -> tuple[bytes, list[Any]]:
     """The weights, and the log without what depends on the clock."""
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("images_per_second", "data_wait")
-    kept = [{name: value for name, value in row.items() if name not in timed} for row in rows]
+    kept = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
     return (run_folder / "backbone.safetensors").read_bytes(), kept
 
 
