@@ -86,7 +86,7 @@ class OnlineProbes:
             return {}
         with _statistics_of_main(backbone):
             bank, asked = (self._features(backbone, sample, device) for sample in (self.bank, self.asked))
-        if bank is None or asked is None or distributed.rank() != 0:
+        if bank is None or asked is None:
             return {}
         labels, truth = self.bank.labels, self.asked.labels
         one_each = bool((truth.sum(1) == 1).all()) and bool((labels.sum(1) == 1).all())
@@ -96,17 +96,16 @@ class OnlineProbes:
     def _features(
         self, backbone: nn.Module, sample: Sample, device: torch.device
     ) -> Float[Tensor, "images dim"] | None:
-        """None where they are not finite: the training itself judges whether it goes on."""
+        """None where they are not finite (the training itself judges whether it goes on), and for all but rank 0."""
         if not sample.own:
             sample.read(self.augment.size, self.workers)
         own: list[Tensor] | None = None
         with contextlib.suppress(NonFiniteError):
             own = list(embed_pixels(backbone, sample.own, self.augment, device, sample.source.name))
         of_all = distributed.objects(own)
-        if any(one is None for one in of_all):
+        if distributed.rank() != 0 or any(one is None for one in of_all):
             return None
-        world = len(of_all)
-        count = sum(map(len, of_all))
+        world, count = len(of_all), sum(map(len, of_all))
         return torch.cat([of_all[number % world][number // world] for number in range(count)])
 
 
