@@ -8,14 +8,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer.main
 
 import mls
+from mls import plugins
+from mls.core import losses
 from mls.engine import Run
 from mls.errors import UserError
+from mls.eval import data
 from mls.recipes import recipes
+from mls.results import Results
 from mls.tools.cli import app
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -50,6 +55,20 @@ def test_help_lists_every_command_with_a_line_about_it(mls_command: Call) -> Non
     for name in {words[0] for words in commands()}:
         assert re.search(rf"^\W*{name} +[A-Z]", done.stdout, re.MULTILINE), f"{name} is not listed"
     assert mls_command().stdout.split() == done.stdout.split()
+
+
+def test_what_only_lists_loads_no_torch(tmp_path: Path) -> None:
+    Results(tmp_path / "results.jsonl").add(metric="scenes/map", value=0.5, cell="a")
+    words = [["eval", "list"], ["eval", "list", "spml_scenes"], ["results"], ["jobs"], ["config", "mls_scenes_tiny"]]
+    code = "import sys; from mls.tools.cli import app\n"
+    code += f"for words in {words}: app(words, standalone_mode=False); assert 'torch' not in sys.modules, words"
+    environment = {**os.environ, "MLS_RUNS": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+
+
+@pytest.mark.parametrize("package", [losses, data])
+def test_names_that_are_read_from_the_sources_are_those_that_are_registered(package: ModuleType) -> None:
+    assert plugins.registered_in(package.__name__) == package.names()
 
 
 def test_the_front_door_imports_nothing_heavy() -> None:
