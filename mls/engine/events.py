@@ -11,14 +11,15 @@ import platform
 import re
 import socket
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import mls
-from mls import distributed
+
+if TYPE_CHECKING:
+    import torch
 
 
 class EventLog:
@@ -37,6 +38,8 @@ class EventLog:
     def write(self, event: str, **facts: Any) -> None:
         if self.path is None:
             return
+        from mls import distributed
+
         row = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
         row |= {"host": socket.gethostname(), "pid": os.getpid(), "world": distributed.world()}
         # A full disk must not end the training here: the next checkpoint fails on it, with its sentence.
@@ -46,11 +49,34 @@ class EventLog:
                 file.write(json.dumps({**row, **facts}).encode() + b"\n")
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """All events; lines that hold none are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("event"), str) and type(row.get("step", 0)) is int:
+                found.append(row)
+    return found
+
+
+def seconds(event: Mapping[str, Any]) -> float:
+    """When it happened, in Unix seconds; 0 where it does not say."""
+    try:
+        return datetime.fromisoformat(event["time"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return 0.0
+
+
 def versions() -> dict[str, str]:
+    import torch
+
     return {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def device_name(device: torch.device) -> str:
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 

@@ -29,7 +29,12 @@ def machine() -> dict[str, Any]:
     from mls.data.loader import cores
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    facts = {"processor": _processor(), "cores": cores(), "gpu": gpu, "load": [round(one, 1) for one in os.getloadavg()]}
+    facts = {
+        "processor": _processor(),
+        "cores": cores(),
+        "gpu": gpu,
+        "load": [round(one, 1) for one in os.getloadavg()],
+    }
     return facts | {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 

@@ -16,6 +16,7 @@ def saving(
     backbone: Annotated[str, typer.Option(help="Its width gives the width of the rows.")] = "resnet50",
     saves: Annotated[int, typer.Option(help="How many times to save.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where to write; a checkpoint's size must be free.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also keep the numbers, as JSON.")] = None,
 ) -> None:
     """Save the state of a pretraining while small steps are taken, and say what the steps notice of it.
 
@@ -32,6 +33,7 @@ def saving(
 
     from mls.engine.checkpoint import Checkpoints, snapshot
     from mls.engine.session import Saving, Session
+    from mls.tools.bench.results import write_results
 
     class Training:
         step = 0
@@ -61,6 +63,9 @@ def saving(
     if beside:
         slower, longest = statistics.median(beside) / usual, 1000 * max(beside)
         print(f"steps beside the writer / alone {slower:.2f} at the median, the longest {longest:.0f} ms")
+    if out is not None:
+        facts = {"gigabytes": gigabytes, "copy": copies, "stall": stalls, "write": writes}
+        write_results(out, facts | {"step alone": alone, "step beside the writer": beside})
 
 
 def pretraining_state(size: int, backbone: str) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""`mls bench scale`: what grows with a project: stores of results, lists of jobs, shards, folders, the images of the
-online probes. Every row is made of synthetic files of a stated size, and names the target that it is measured against."""
+"""`mls bench scale`: what grows with a project: stores of results, lists of jobs, shards, folders, the online probes.
+Every row is made of synthetic files of a stated size, and names the target that it is measured against."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def scale(
 ) -> None:
     """Measure the commands that list and read, on synthetic files of full size.
 
-    tables: `mls results` of 100,000 rows, and a finished suite of 1,000 cells that asks the same store. jobs: `mls jobs`
-    of 1,000 runs. listings: commands that only list. shards: the index of 1,000,000 images in tar shards. folders:
+    tables: `mls results` of 100,000 rows, and 1,000 cells of a finished suite in the same store. jobs: `mls jobs` of
+    1,000 runs. listings: commands that only list. shards: the index of 1,000,000 images in tar shards. folders:
     1,000,000 image files. probes: the online probes of 2,000 photographs, in the first epoch and in later ones.
 
     Examples:
@@ -63,9 +63,7 @@ def scale(
                 rows.append(row)
     header = ["what", "n", "seconds", "CPU seconds", "at most", "note"]
     limit = lambda row: "" if row.target is None or quick else f"{row.target:g}"
-    print_table(
-        header, [[r.what, f"{r.n:,}", f"{r.seconds:.2f}", f"{r.cpu:.2f}", limit(r), r.note] for r in rows]
-    )
+    print_table(header, [[r.what, f"{r.n:,}", f"{r.seconds:.2f}", f"{r.cpu:.2f}", limit(r), r.note] for r in rows])
     if out is not None:
         write_results(out, [asdict(row) for row in rows])
 
@@ -104,7 +102,12 @@ def write_store(path: Path, cells: int) -> list[str]:
             series, seed = divmod(cell, SEEDS)
             row = {"protocol": f"linear_{series % 20}", "task": "linear", "dataset": f"set{series % 20}", "seed": seed}
             row |= {"weights": f"pretrain:recipe{series // 20}", "weights_hash": f"{cell:016x}", "step": 1000}
-            row |= {"content": f"{series % 20:016x}", "settings": f"{series % 20:012x}", "root": None, "cell": str(cell)}
+            row |= {
+                "content": f"{series % 20:016x}",
+                "settings": f"{series % 20:012x}",
+                "root": None,
+                "cell": str(cell),
+            }
             row |= {"run": f"run-{cell}", "selection": "l2 = 0.001, best on held-out images", "validation": 0.5}
             row |= {"duration": 12.5, "versions": versions, "metrics": METRICS, "time": "2026-01-01T00:00:00"}
             for metric in range(METRICS):
@@ -181,6 +184,7 @@ def folders(place: Path, smaller: int) -> Iterator[Row]:
 def probes(place: Path, smaller: int) -> Iterator[Row]:
     """Beside what an epoch of COCO costs: 118,287 images, each with a ResNet-50's step, and its two crops."""
     import torch
+
     from mls.config import DataConfig
     from mls.data.sources import build_source
     from mls.models import load_backbone
