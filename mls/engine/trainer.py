@@ -444,13 +444,6 @@ class Trainer:
                 self.session.warn(f"step {self.run.last_saved} was saved and is not there: going on from {self.step}")
         self.decided = self.method.decide((state or {}).get("decided", {}), self.process.device)
 
-    @staticmethod
-    def check_resume(config: Config, run: Run) -> None:
-        """Refuse a changed configuration before it replaces the stored one."""
-        state = Checkpoints(run.checkpoints, 1).newest(warn=lambda text: None)  # the resume warns
-        if state is not None:
-            refuse_another_configuration(from_dict(state["config"]), config, run, state["step"])
-
     def open_log(self, stack: contextlib.ExitStack) -> None:
         if not self.process.main:
             return

@@ -57,15 +57,19 @@ def saving(
                     beside.append(seconds(step))
                 session.writer.wait()
                 writes.append(session.writer.seconds)
-    copy, stall, usual = (statistics.median(values) for values in (copies, stalls, alone))
-    print(f"state {gigabytes:.2f} GB: copy {copy:.2f} s, stall {stall:.2f} s, write {statistics.median(writes):.2f} s")
+    found = {"copy": copies, "stall": stalls, "write": writes, "step alone": alone, "step beside the writer": beside}
+    _show(gigabytes, found)
+    if out is not None:
+        write_results(out, {"gigabytes": gigabytes, **found})
+
+
+def _show(gigabytes: float, found: dict[str, list[float]]) -> None:
+    copy, stall, write, usual = (statistics.median(values) for values in list(found.values())[:4])
+    print(f"state {gigabytes:.2f} GB: copy {copy:.2f} s, stall {stall:.2f} s, write {write:.2f} s")
     print(f"stall / copy {stall / copy:.2f}")
-    if beside:
+    if beside := found["step beside the writer"]:
         slower, longest = statistics.median(beside) / usual, 1000 * max(beside)
         print(f"steps beside the writer / alone {slower:.2f} at the median, the longest {longest:.0f} ms")
-    if out is not None:
-        facts = {"gigabytes": gigabytes, "copy": copies, "stall": stalls, "write": writes}
-        write_results(out, facts | {"step alone": alone, "step beside the writer": beside})
 
 
 def pretraining_state(size: int, backbone: str) -> dict[str, Any]:
