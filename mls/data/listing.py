@@ -102,6 +102,11 @@ class FileSource:
             return None
         return multi_hot(self.pairs, len(self), len(self.class_names))
 
+    def labels_of(self, ids: Int64[Tensor, " some"]) -> Float[Tensor, "some classes"]:
+        """Of these images alone, without the matrix of all."""
+        assert self.class_names is not None and self.pairs is not None
+        return multi_hot_of(ids, self.pairs, len(self), len(self.class_names))
+
     @property
     def relative_paths(self) -> Names:
         return self._paths
@@ -136,6 +141,21 @@ def multi_hot(pairs: Int64[np.ndarray, "pairs 2"], images: int, classes: int) ->
     rows, columns = torch.from_numpy(pairs[pairs[:, 0] < images]).T
     labels[rows, columns] = 1
     return labels
+
+
+def multi_hot_of(
+    ids: Int64[Tensor, " some"], pairs: Int64[np.ndarray, "pairs 2"], images: int, classes: int
+) -> Float[Tensor, "some classes"]:
+    """Some rows of `multi_hot`.
+
+    >>> multi_hot_of(torch.tensor([2, 0]), np.array([[0, 1], [1, 0], [2, 0]]), 3, 2).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    rows = np.full(images, -1)
+    rows[ids.numpy()] = np.arange(len(ids))
+    pairs = pairs[pairs[:, 0] < images]
+    chosen = pairs[rows[pairs[:, 0]] >= 0]
+    return multi_hot(np.stack([rows[chosen[:, 0]], chosen[:, 1]], axis=1), len(ids), classes)
 
 
 def from_folder(config: DataConfig) -> FileSource:

@@ -10,14 +10,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mls.chunks import spaced
 from mls.config import DataConfig
 from mls.data import Source
 from mls.data.annotated import from_coco, from_voc, voc_years
-from mls.data.listing import from_folder, from_list, list_images, locate, root_text
+from mls.data.listing import FileSource, from_folder, from_list, list_images, locate, root_text
 from mls.errors import DataError
 from mls.plugins import Registry
 
@@ -73,6 +73,17 @@ def detect(config: DataConfig) -> str:
     if root.is_dir() and any(root.glob("*.tar")) and not list_images(root):
         return "tar"
     return "folder"
+
+
+def labels_of(source: Source, ids: Int64[Tensor, " images"]) -> Float[Tensor, "images classes"] | None:
+    """The labels of some images; None where there are none. The matrix of all, which may be larger than the memory, is
+    made only by sources that know no other way."""
+    if source.class_names is None or (isinstance(source, FileSource) and source.pairs is None):
+        return None
+    some = getattr(source, "labels_of", None)
+    if some is not None:
+        return some(ids)
+    return None if source.labels is None else source.labels[ids]
 
 
 @register("tar")

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mls.data.listing import LOOKED_FOR, Names, multi_hot, printable, show
+from mls.data.listing import LOOKED_FOR, Names, multi_hot, multi_hot_of, printable, show
 from mls.data.tarindex import IndexingBar, Part, Progress, index_files, load_index, read_at, scan, stamp_of
 from mls.errors import DataError
 from mls.files import changed, sha256
@@ -80,11 +80,15 @@ class TarSource:
 
     @cached_property
     def labels(self) -> Float[Tensor, "images classes"] | None:
-        if self.class_names is None:
-            return None
-        images = np.repeat(np.arange(len(self)), self._table[:, 2])
-        pairs = np.stack([images, self._classes], axis=1)
-        return multi_hot(pairs, len(self), len(self.class_names))
+        return None if self.class_names is None else multi_hot(self._pairs(), len(self), len(self.class_names))
+
+    def labels_of(self, ids: Int64[Tensor, " some"]) -> Float[Tensor, "some classes"]:
+        """Of these images alone, without the matrix of all."""
+        assert self.class_names is not None
+        return multi_hot_of(ids, self._pairs(), len(self), len(self.class_names))
+
+    def _pairs(self) -> Int64[np.ndarray, "pairs 2"]:
+        return np.stack([np.repeat(np.arange(len(self)), self._table[:, 2]), self._classes], axis=1)
 
     def read(self, index: int) -> bytes:
         offset, size, _, crc = self._table[index].tolist()

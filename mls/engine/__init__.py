@@ -70,13 +70,14 @@ def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool 
 
         def prepare() -> bool:
             opened.refuse_lost_checkpoints()
-            if overrides:
-                Trainer.check_resume(config, opened)
-                write_atomically(opened.path / "config.yaml", to_yaml(config).encode())
             return opened.done
 
-        if not distributed.on_main(prepare):
-            Trainer(config, opened, process, quiet, lock).train()
+        done = distributed.on_main(prepare)
+        trainer = Trainer(config, opened, process, quiet, lock)  # refuses a configuration that changes the result
+        if overrides and process.main:
+            write_atomically(opened.path / "config.yaml", to_yaml(config).encode())
+        if not done:
+            trainer.train()
     return opened
 
 

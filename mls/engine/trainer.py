@@ -108,7 +108,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             self.open_log(stack)
             stack.enter_context(self.session.running(self.run.name, self.quiet))
-            self.probes = OnlineProbes.build(self.config, self.source) if self.process.main else None
+            self.probes = OnlineProbes.build(self.config, self.source)
             self.moment_epochs = moment_epochs(self.config.optim.epochs, self.config.monitor.moments)
             where = self.process.device, self.augment.dtype
             self.take_moment = MomentTaker(self.config, self.source, self.plan, *where, self.labels)
@@ -179,12 +179,12 @@ class Trainer:
             values |= self.measurements()
         if epoch_ends and epoch in self.moment_epochs:
             self.keep_moment(epoch)
+        if epoch_ends and self.probes is not None:
+            values |= self.probes(self.method.backbone, epoch, self.process.device)
         if self.process.main:
             if step % monitor.health_every == 0 or step == self.total:
                 with self.window.monitoring():
                     values |= self.method.health()
-            if epoch_ends and self.probes is not None:
-                values |= self.probes(self.method.backbone, epoch, self.process.device)
             if values.get("data_wait", 0.0) > MUCH_WAITING and step >= self.hint_from:
                 self.hint_from = math.inf
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
@@ -444,13 +444,6 @@ class Trainer:
             if self.process.main and self.run.last_saved > self.step:
                 self.session.warn(f"step {self.run.last_saved} was saved and is not there: going on from {self.step}")
         self.decided = self.method.decide((state or {}).get("decided", {}), self.process.device)
-
-    @staticmethod
-    def check_resume(config: Config, run: Run) -> None:
-        """Refuse a changed configuration before it replaces the stored one."""
-        state = Checkpoints(run.checkpoints, 1).newest(warn=lambda text: None)  # the resume warns
-        if state is not None:
-            refuse_another_configuration(from_dict(state["config"]), config, run, state["step"])
 
     def open_log(self, stack: contextlib.ExitStack) -> None:
         if not self.process.main:

@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,6 @@ def embed(
     return torch.cat(features)
 
 
-@torch.no_grad()
 def embed_batches(
     backbone: nn.Module,
     source: Source,
@@ -65,11 +64,24 @@ def embed_batches(
     workers: int = 0,
 ) -> Generator[Float[Tensor, "batch dim"], None, None]:
     """The features of `embed`, a batch at a time; `workers` processes read and decode."""
+    images = in_workers(WholeImages(source, ids, config.size, batch), workers)
+    yield from embed_pixels(backbone, images, config, device, source.name)
+
+
+@torch.no_grad()
+def embed_pixels(
+    backbone: nn.Module,
+    batches: Iterable[UInt8[Tensor, "batch 3 size size"]],
+    config: AugmentConfig,
+    device: torch.device | str,
+    name: str,
+) -> Generator[Float[Tensor, "batch dim"], None, None]:
+    """The same of images that are decoded."""
     device, training = torch.device(device), backbone.training
     backbone.eval().to(device)
     try:
-        for images in in_workers(WholeImages(source, ids, config.size, batch), workers):
-            yield finite(backbone(normalise(images, config, device)).float().cpu(), f"the features of {source.name}")
+        for images in batches:
+            yield finite(backbone(normalise(images, config, device)).float().cpu(), f"the features of {name}")
     finally:
         backbone.train(training)
 

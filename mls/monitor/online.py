@@ -3,64 +3,127 @@ classifier predict them from its features? The same probes as eval/ uses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from mls import distributed
 from mls.config import AugmentConfig, Config
 from mls.data import Source
-from mls.frozen.features import embed
+from mls.data.loader import in_workers, worker_count
+from mls.data.sources import labels_of
+from mls.frozen.features import WholeImages, embed_pixels
 from mls.frozen.metrics import mean_average_precision, top1
 from mls.frozen.probe import knn_scores, linear_probe
 from mls.models.finite import NonFiniteError
 from mls.streams import generator
+
+BATCH = 250  # images that a process embeds together
+DECODED = 25  # images that a worker decodes together
+
+
+@dataclass
+class Sample:
+    """Images of a source with their labels. The processes share the batches: number n is of rank n modulo their count.
+    The pixels of a process' own are kept, since the images are always the same."""
+
+    source: Source
+    ids: Tensor
+    labels: Tensor
+    own: list[UInt8[Tensor, "batch 3 size size"]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, source: Source, ids: Tensor) -> Sample | None:
+        labels = labels_of(source, ids)
+        return None if labels is None else cls(source, ids, labels)
+
+    def read(self, size: int, workers: int) -> None:
+        ids = [number for batch in self.ids.split(BATCH)[distributed.rank() :: distributed.world()] for number in batch]
+        parts = list(in_workers(WholeImages(self.source, ids, size, DECODED), workers if ids else 0))
+        self.own = list(torch.cat(parts).split(BATCH)) if parts else []
 
 
 @dataclass
 class OnlineProbes:
     """Two disjoint samples: what is learnt from `bank` images is asked of `asked` images."""
 
-    bank: Source
-    bank_ids: Tensor
-    asked: Source
-    asked_ids: Tensor
+    bank: Sample
+    asked: Sample
     augment: AugmentConfig
     knn_every: int  # epochs; 0: never
     linear_every: int
+    workers: int  # processes that decode, once
 
     @classmethod
     def build(cls, config: Config, source: Source) -> OnlineProbes | None:
         """None where the source has no labels, or nothing is to be measured."""
-        monitor = config.monitor
+        monitor, made = config.monitor, config.data.source == "scenes"
         every = (monitor.knn_every_epochs, monitor.linear_every_epochs)
-        if source.labels is None or not any(every):
+        if source.class_names is None or not any(every):
             return None
         order = torch.randperm(len(source), generator=generator(config.run.seed, "knn"))[: monitor.knn_images]
-        cut = int(0.8 * len(order))
-        if config.data.source == "scenes":  # they have a test split of their own
+        bank, asked = order.tensor_split([int(0.8 * len(order))])
+        where = source
+        if made:  # they have a test split of their own
             from mls.data.scenes import ScenesSource
 
-            test = ScenesSource(replace(config.data.scenes, test_count=len(order) - cut), split="test")
-            return cls(source, order[:cut], test, torch.arange(len(test)), config.augment, *every)
-        return cls(source, order[:cut], source, order[cut:], config.augment, *every)
+            where = ScenesSource(replace(config.data.scenes, test_count=len(asked)), split="test")
+            asked = torch.arange(len(where))
+        known, held = Sample.of(source, bank), Sample.of(where, asked)
+        if known is None or held is None:
+            return None
+        return cls(known, held, config.augment, *every, 0 if made else worker_count(config.data.workers))
 
     def __call__(self, backbone: nn.Module, epoch: int, device: torch.device) -> dict[str, float]:
-        """What is due at the end of this epoch."""
+        """What is due at the end of this epoch. All processes embed, and the first one measures."""
         probes = {"knn": (self.knn_every, knn_scores), "linear": (self.linear_every, _linear_scores)}
         due = {name: scores for name, (every, scores) in probes.items() if every and epoch % every == 0}
         if not due:
             return {}
-        assert self.bank.labels is not None and self.asked.labels is not None
-        try:
-            bank = embed(backbone, self.bank, self.bank_ids.tolist(), self.augment, device)
-            asked = embed(backbone, self.asked, self.asked_ids.tolist(), self.augment, device)
-        except NonFiniteError:  # the training itself judges whether it goes on
+        with _statistics_of_main(backbone):
+            bank, asked = (self._features(backbone, sample, device) for sample in (self.bank, self.asked))
+        if bank is None or asked is None:
             return {}
-        labels, truth = self.bank.labels[self.bank_ids], self.asked.labels[self.asked_ids]
+        labels, truth = self.bank.labels, self.asked.labels
         one_each = bool((truth.sum(1) == 1).all()) and bool((labels.sum(1) == 1).all())
         metric, measure = ("top1", top1) if one_each else ("map", mean_average_precision)
         return {f"{name}/{metric}": float(measure(scores(bank, labels, asked), truth)) for name, scores in due.items()}
+
+    def _features(
+        self, backbone: nn.Module, sample: Sample, device: torch.device
+    ) -> Float[Tensor, "images dim"] | None:
+        """None where they are not finite (the training itself judges whether it goes on), and for all but rank 0."""
+        if not sample.own:
+            sample.read(self.augment.size, self.workers)
+        own: list[Tensor] | None = None
+        with contextlib.suppress(NonFiniteError):
+            own = list(embed_pixels(backbone, sample.own, self.augment, device, sample.source.name))
+        of_all = distributed.objects(own)
+        if distributed.rank() != 0 or any(one is None for one in of_all):
+            return None
+        world, count = len(of_all), sum(map(len, of_all))
+        return torch.cat([of_all[number % world][number // world] for number in range(count)])
+
+
+@contextlib.contextmanager
+def _statistics_of_main(backbone: nn.Module) -> Iterator[None]:
+    """Each process has batch statistics of its own; what is probed has rank 0's, as what is exported."""
+    if distributed.world() == 1:
+        yield
+        return
+    buffers = list(backbone.buffers())
+    own = [buffer.cpu().clone() for buffer in buffers]
+    try:
+        for buffer, of_main in zip(buffers, distributed.from_main(own), strict=True):
+            buffer.copy_(of_main)
+        yield
+    finally:
+        for buffer, before in zip(buffers, own, strict=True):
+            buffer.copy_(before)
 
 
 def _linear_scores(bank: Tensor, labels: Tensor, asked: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Launching without SLURM: what would be submitted, the local executor, profiles, the state of a job that ended."""
 
+import json
 import os
 import subprocess
 import sys
@@ -249,6 +250,19 @@ def test_a_submission_of_version_0_1_is_read(tmp_path: Path) -> None:
     (spec.submission / "job_spec.json").rename(spec.submission / "order.json")
     assert job_spec.is_submitted(tmp_path / "run")
     assert watch.find(tmp_path) == watch.find(tmp_path, "run") == [spec]
+
+
+def test_a_long_run_is_watched_by_the_end_of_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = a_spec(tmp_path)
+    lines = [json.dumps({"step": step, "epoch": 1, "loss": 2.5}) + "\n" for step in range(1, 50_000)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    (tmp_path / "events.jsonl").write_text(json.dumps({"event": "start", "step": 0, "total": 69_999}) + "\n")
+    parsed = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    monkeypatch.setattr(Run, "config", property(lambda run: pytest.fail("a configuration was resolved")))
+    assert watch.progress(spec) == ("49999/69999", "", 2.5)
+    assert len(parsed) < 2000
 
 
 def test_a_folder_that_was_not_submitted_says_so(tmp_path: Path) -> None:

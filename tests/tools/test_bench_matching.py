@@ -23,7 +23,7 @@ def test_everything_is_measured_side_by_side_in_one_run(mls_command: Command, tm
     assert "time ~ rows^x: torch x = " in done.stdout
     if not torch.cuda.is_available():
         assert "on a GPU: not measured, there is none" in done.stdout
-    memory = json.loads(out.read_text())["cpu"]["memory"]
+    memory = json.loads(out.read_text())["rows"]["cpu"]["memory"]
     assert memory["in parts"] < memory["in one piece"] / 5
     assert memory["in one piece"] > 65_536 * 256 * 4
 

@@ -9,14 +9,19 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer.main
 
 import mls
+from mls import plugins
+from mls.core import losses
 from mls.engine import Run
 from mls.errors import UserError
+from mls.eval import data
 from mls.recipes import recipes
+from mls.results import Results
 from mls.tables import markdown_table
 from mls.tools.cli import app, print_in_any_encoding
 
@@ -67,6 +72,20 @@ def test_every_help_and_table_can_be_printed_in_any_encoding(encoding: str, monk
     print(markdown_table(["mean ± std", "a – b"], [["53.0 ± 0.8", "2 × 2 → λ…☃"]]))
     sys.stdout.flush()
     assert ("53.0 +- 0.8" if encoding == "ascii" else "53.0 ± 0.8").encode(encoding) in written.getvalue()
+
+
+def test_what_only_lists_loads_no_torch(tmp_path: Path) -> None:
+    Results(tmp_path / "results.jsonl").add(metric="scenes/map", value=0.5, cell="a")
+    words = [["eval", "list"], ["eval", "list", "spml_scenes"], ["results"], ["jobs"], ["config", "mls_scenes_tiny"]]
+    code = "import sys; from mls.tools.cli import app\n"
+    code += f"for words in {words}: app(words, standalone_mode=False); assert 'torch' not in sys.modules, words"
+    environment = {**os.environ, "MLS_RUNS": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+
+
+@pytest.mark.parametrize("package", [losses, data])
+def test_names_that_are_read_from_the_sources_are_those_that_are_registered(package: ModuleType) -> None:
+    assert plugins.registered_in(package.__name__) == package.names()
 
 
 def test_the_front_door_imports_nothing_heavy() -> None:

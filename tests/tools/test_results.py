@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from mls.results import Results
 from mls.tables import as_csv, escaped
+from mls.tools import results
 from mls.tools.cli import app
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -335,3 +336,49 @@ def test_a_look_at_the_results_needs_no_torch(store: Results) -> None:
     command = [sys.executable, "-c", code, "results", "--store", str(store.path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_a_store_is_read_once_and_then_only_what_was_appended(store: Results, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(50):
+        add_cell(store, {"voc07/map": seed / 100, "voc07/f1": 0.5}, seed, cell=f"cell{seed}")
+    parsed: list[bytes] = []
+    loads = json.loads
+    monkeypatch.setattr(json, "loads", lambda line: parsed.append(line) or loads(line))
+    for seed in range(50):
+        found = store.cell(f"cell{seed}")
+        assert found is not None and found.values == {"voc07/map": seed / 100, "voc07/f1": 0.5}
+    assert store.cell("of nobody") is None
+    assert len(parsed) == 100 + 2 * 50
+    add_cell(Results(store.path), {"voc07/map": 0.9}, cell="cell7")
+    found = store.cell("cell7")
+    assert found is not None and found.values == {"voc07/map": 0.9}
+    assert len(parsed) == 200 + 1 + 3
+
+
+def test_a_store_that_was_replaced_or_is_torn_is_not_answered_from_memory(store: Results, tmp_path: Path) -> None:
+    add_cell(store, {"voc07/map": 0.1, "voc07/f1": 0.2}, cell="a")
+    assert store.cell("a") is not None
+    whole = store.path.read_bytes()
+    store.path.write_bytes(whole[:-30])  # its writer was killed
+    assert store.cell("a") is None
+    store.path.write_bytes(whole.replace(b"0.1,", b"0.7,"))  # changed by hand: its check does not hold
+    assert store.cell("a") is None
+    add_cell(Results(tmp_path / "other.jsonl"), {"voc07/map": 0.3}, cell="b")
+    (tmp_path / "other.jsonl").replace(store.path)
+    assert store.cell("a") is None
+    assert (found := store.cell("b")) is not None and found.values == {"voc07/map": 0.3}
+
+
+def test_many_different_weights_take_time_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in looks at a field, not in seconds."""
+    looks = []
+    text_of = results.text_of
+    monkeypatch.setattr(results, "text_of", lambda row, key: looks.append(key) or text_of(row, key))
+    counts = []
+    for many in (100, 400):
+        looks.clear()
+        row = {"metric": "voc07/map", "value": 0.5, "dataset": "folder", "protocol": "linear", "step": 1, "seed": 0}
+        rows = [{**row, "cell": n, "weights": f"w{n}", "weights_hash": str(n), "root": f"/r{n}/d"} for n in range(many)]
+        assert len(results.averaged(rows, long=False)) == many
+        counts.append(len(looks))
+    assert counts[1] == 4 * counts[0]

@@ -2,7 +2,19 @@
 
 import typer
 
-from mls.tools.bench import ablations, analyse, downstream, faults, input, matching, objectives, probe, saving
+from mls.tools.bench import (
+    ablations,
+    analyse,
+    downstream,
+    faults,
+    input,
+    matching,
+    objectives,
+    probe,
+    saving,
+    scale,
+    together,
+)
 
 app = typer.Typer(help="Studies and measurements, each one command.", no_args_is_help=True)
 app.command("ablations")(ablations.ablations)
@@ -14,3 +26,5 @@ app.command("matching")(matching.bench)
 app.command("objectives")(objectives.objectives)
 app.command("probe")(probe.probe)
 app.command("saving")(saving.saving)
+app.command("scale")(scale.scale)
+app.command("all")(together.together)

@@ -3,7 +3,6 @@ ResNet-50 step of the same run; what MLS adds to MoCo-v2's step; and the memory 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +38,7 @@ def bench(
     """
     import torch
 
-    from mls.files import write_atomically
+    from mls.tools.bench.results import write_results
 
     found = {}
     for device in ("cpu", "cuda"):
@@ -49,8 +48,7 @@ def bench(
         images = batch or (4 if quick else 256 if device == "cuda" else 16)
         found[device] = _measure(device, images, min(max_rows, SIZES[1]) if quick else max_rows, k, rounds, quick)
     if out is not None:
-        write_atomically(out, json.dumps(found, indent=1).encode())
-        print(out)
+        write_results(out, found)
 
 
 def _measure(device: str, batch: int, max_rows: int, k: int, rounds: int, quick: bool) -> dict[str, Any]:

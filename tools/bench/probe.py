@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -57,6 +58,7 @@ def probe(
     classes: Annotated[int, typer.Option(min=SVM_CLASSES)] = 20,
     threads: Annotated[int | None, typer.Option(min=1, help="Of both libraries. Default: all cores.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="1,500 images of 64 features and 5 classes: seconds.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also keep the rows, as JSON.")] = None,
 ) -> None:
     """Fit a grid of penalties, single- and multi-label, and compare time, loss and metric with scikit-learn's.
 
@@ -75,6 +77,7 @@ def probe(
     from threadpoolctl import threadpool_limits
 
     from mls.tables import print_table
+    from mls.tools.bench.results import write_results
 
     if quick:
         images, dim, classes, penalties = 1500, 64, 5, 5
@@ -89,6 +92,8 @@ def probe(
     header = ["probe", "ours, s", "scikit-learn, s", "ratio", "in CPU", "ours", "scikit-learn's", "apart", "gap"]
     print_table(header, [row.cells() for row in rows])
     print(f"\n{images} × {dim} features, {classes} classes, {threads} threads. {NOTE}")
+    if out is not None:
+        write_results(out, [asdict(row) for row in rows])
 
 
 def drawn(images: int, dim: int, classes: int, several: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

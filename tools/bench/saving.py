@@ -16,6 +16,7 @@ def saving(
     backbone: Annotated[str, typer.Option(help="Its width gives the width of the rows.")] = "resnet50",
     saves: Annotated[int, typer.Option(help="How many times to save.")] = 3,
     folder: Annotated[Path | None, typer.Option(help="Where to write; a checkpoint's size must be free.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also keep the numbers, as JSON.")] = None,
 ) -> None:
     """Save the state of a pretraining while small steps are taken, and say what the steps notice of it.
 
@@ -32,6 +33,7 @@ def saving(
 
     from mls.engine.checkpoint import Checkpoints, snapshot
     from mls.engine.session import Saving, Session
+    from mls.tools.bench.results import write_results
 
     class Training:
         step = 0
@@ -55,10 +57,17 @@ def saving(
                     beside.append(seconds(step))
                 session.writer.wait()
                 writes.append(session.writer.seconds)
-    copy, stall, usual = (statistics.median(values) for values in (copies, stalls, alone))
-    print(f"state {gigabytes:.2f} GB: copy {copy:.2f} s, stall {stall:.2f} s, write {statistics.median(writes):.2f} s")
+    found = {"copy": copies, "stall": stalls, "write": writes, "step alone": alone, "step beside the writer": beside}
+    _show(gigabytes, found)
+    if out is not None:
+        write_results(out, {"gigabytes": gigabytes, **found})
+
+
+def _show(gigabytes: float, found: dict[str, list[float]]) -> None:
+    copy, stall, write, usual = (statistics.median(values) for values in list(found.values())[:4])
+    print(f"state {gigabytes:.2f} GB: copy {copy:.2f} s, stall {stall:.2f} s, write {write:.2f} s")
     print(f"stall / copy {stall / copy:.2f}")
-    if beside:
+    if beside := found["step beside the writer"]:
         slower, longest = statistics.median(beside) / usual, 1000 * max(beside)
         print(f"steps beside the writer / alone {slower:.2f} at the median, the longest {longest:.0f} ms")
 

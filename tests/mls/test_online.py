@@ -1,0 +1,107 @@
+"""The online probes read each of their images once, take no labels but theirs, and are shared by the processes."""
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mls import distributed
+from mls.config import Config, DataConfig
+from mls.data import pack, sources
+from mls.data.listing import FileSource
+from mls.monitor import online
+from mls.monitor.online import OnlineProbes
+from mls.recipes import load_config
+
+
+class Means(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3))
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    for number in range(60):
+        file = tmp_path / "images" / "abc"[number % 3] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
+    return tmp_path / "images"
+
+
+def config_of(root: Path) -> Config:
+    keys = ["data.source=auto", f"data.root={root}", "data.workers=0", "monitor.knn_images=50", "augment.size=16"]
+    return load_config("mls_scenes_tiny", [*keys, "monitor.knn_every_epochs=1", "monitor.linear_every_epochs=2"])
+
+
+def test_each_image_is_read_once_in_a_run(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(
+        FileSource, "read", lambda source, index, read_=FileSource.read: read.append(index) or read_(source, index)
+    )
+    monkeypatch.setattr(FileSource, "labels", property(lambda source: pytest.fail("the labels of all images")))
+    config = config_of(folders)
+    probes = OnlineProbes.build(config, sources.build_source(config.data))
+    assert probes is not None and not read
+    first, second, third = (probes(Means(), epoch, torch.device("cpu")) for epoch in (1, 2, 3))
+    assert sorted(read) == sorted(set(read)) and len(read) == 50
+    assert first == third and second.keys() == {"knn/top1", "linear/top1"}
+
+
+def test_processes_share_the_images_and_find_the_same(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online, "BATCH", 8)
+    config = config_of(folders)
+    source = sources.build_source(config.data)
+    device, found = torch.device("cpu"), []
+
+    def build() -> OnlineProbes:
+        probes = OnlineProbes.build(config, source)
+        assert probes is not None
+        return probes
+
+    alone = build()(Means(), 1, device)
+    parts: dict[tuple[int, int], Any] = {}
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    monkeypatch.setattr(distributed, "from_main", lambda value: value)
+    for rank in (2, 1, 0):  # one after another, the first last, which has then what the others have sent
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        calls = iter(range(2))
+
+        def objects(value: Any, rank: int = rank, calls: Any = calls) -> list[Any]:
+            call = next(calls)
+            parts[call, rank] = value
+            return [parts.get((call, other), value) for other in range(3)]
+
+        monkeypatch.setattr(distributed, "objects", objects)
+        probes = build()
+        found.append(probes(Means(), 1, device))
+        assert sum(map(len, probes.bank.own)) < len(probes.bank.ids)
+    assert found == [{}, {}, alone]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_some_labels_are_those_rows_of_all(packed: bool, folders: Path, tmp_path: Path) -> None:
+    source = sources.build_source(DataConfig(root=str(folders)))
+    if packed:
+        pack.pack(source, tmp_path / "packed", pack.Packing(per_shard=25))
+        source = sources.build_source(DataConfig(root=str(tmp_path / "packed")))
+    ids = torch.tensor([41, 3, 59, 0])
+    some = sources.labels_of(source, ids)
+    assert some is not None and source.labels is not None
+    assert torch.equal(some, source.labels[ids])
+
+
+def test_labels_of_few_images_take_little_memory() -> None:
+    images, classes = 100_000, 1000  # the matrix would take 400 MB
+    pairs = np.stack([np.arange(images), np.arange(images) % classes], axis=1)
+    source = FileSource("many", Path(), [b"x"] * images, [str(j) for j in range(classes)], pairs)
+    tracemalloc.start()
+    some = sources.labels_of(source, torch.arange(0, images, 100))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert some is not None and some.sum() == 1000 and peak < 10e6
