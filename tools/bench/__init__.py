@@ -2,7 +2,7 @@
 
 import typer
 
-from mls.tools.bench import ablations, analyse, downstream, faults, input, matching, objectives, probe, saving
+from mls.tools.bench import ablations, analyse, downstream, faults, input, matching, objectives, probe, saving, step
 
 app = typer.Typer(help="Studies and measurements, each one command.", no_args_is_help=True)
 app.command("ablations")(ablations.ablations)
@@ -14,3 +14,4 @@ app.command("matching")(matching.bench)
 app.command("objectives")(objectives.objectives)
 app.command("probe")(probe.probe)
 app.command("saving")(saving.saving)
+app.command("step")(step.bench)
