@@ -1,5 +1,5 @@
 """`mls bench step`: a whole training step, ours (eager and compiled) beside the encoders alone, the official MoCo's
-step restated and lightly's parts; its parts, dispatches, waits for the device, memory; the augmentation's dispatches."""
+step restated and lightly's parts; its parts, dispatches, waits, memory; what the augmentation dispatches."""
 
 from __future__ import annotations
 
