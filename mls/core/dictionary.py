@@ -4,8 +4,7 @@ asks its rows is in queried_rows.py, which process holds which rows in sharding.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int64
@@ -21,13 +20,21 @@ STORAGE = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAVED_AT_ONCE = 4096  # rows of each process that are together on one device while a sharded dictionary is saved
 
 
-class Rows(SimpleNamespace):
+class Rows:
     """Row i of every field belongs to the same key. Beside the fields below there is one for each memory of the
     dictionary, `rows.backbone` and `rows.projection` for example. All are views: the next enqueue writes into them."""
 
     ids: Int64[Tensor, "rows"]  # the images' numbers
     boxes: Float[Tensor, "rows 4"]  # the crops' places in their images; NaN where none was given
     ages: Int64[Tensor, "rows"]  # the enqueue that wrote the row, from 1; `count - ages` is how many came since
+
+    def __init__(self, **memories: Tensor) -> None:  # no SimpleNamespace: torch.compile cannot follow it
+        for name, tensor in memories.items():
+            setattr(self, name, tensor)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Tensor: ...
 
 
 class Dictionary:

@@ -37,14 +37,14 @@ class WindowTerm(nn.Module):
         return plan.with_window_pairs(wanted.count, wanted.size, wanted.scale, wanted.jitter)
 
     def forward(
-        self, pair: EncoderPair[Encoder], key_norm: KeyNorm, views: Views, stream: torch.Generator
+        self, pair: EncoderPair[Encoder], key_norm: KeyNorm, views: Views, order: Tensor
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "windows projection"], float]:
         """The loss, u1 and the loss of a network that cannot tell anything from anything."""
         count, options = self.options.count, self.options
         first, second = torch.cat(views.images[-2 * count : -count]), torch.cat(views.images[-count:])
         u1 = F.normalize(pair.query(first, self.heads.query)[1], dim=1)
         with torch.no_grad():
-            (u2,) = key_norm(lambda images: pair.key(images, self.heads.key)[1:], second, stream)
+            (u2,) = key_norm(lambda images: pair.key(images, self.heads.key)[1:], second, order)
             keys, owners = gather([F.normalize(u2, dim=1), views.ids.repeat(count)])  # of all processes
         own = torch.arange(len(u1), device=u1.device) + rank() * len(u1)
         logits = u1 @ keys.T / options.temperature  # [windows, all windows]

@@ -59,7 +59,7 @@ def _hue(image: Pixels, sample: SimpleNamespace) -> None:
     """In float: a uint8 hue has 256 steps."""
     pixels = image.astype(np.float32)
     cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV, dst=pixels)  # degrees, [0, 1], [0, 255]
-    cv2.add(pixels, (360 * (sample.hue % 1), 0, 0, 0), dst=pixels)
+    pixels[..., 0] += 360 * (sample.hue % 1)
     cv2.cvtColor(pixels, cv2.COLOR_HSV2RGB, dst=pixels)
     cv2.convertScaleAbs(pixels, dst=image)
 

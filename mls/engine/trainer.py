@@ -70,10 +70,7 @@ class Trainer:
         self.plan = self.method.views()
         self.optimizer = optim.build(config, self.method, self.method.own_rates())
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
-        # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
-        form = config.engine.channels_last, HALF.get(precision, torch.float32), self.plan.positions
-        reuse = config.engine.accumulate == 1  # then a step is over before the next one's views are made
-        self.augment = Augment(config.augment, config.run.seed, process.device, *form, reuse=reuse)
+        self.augment = self.build_augment()
         if config.engine.compile:
             for module in self.method.modules():
                 if isinstance(module, Encoder):
@@ -92,6 +89,13 @@ class Trainer:
         self.bad_steps = 0
         self.log_offset = 0
         self.restore()
+
+    def build_augment(self) -> Augment:
+        # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
+        half, engine = HALF.get(self.precision, torch.float32), self.config.engine
+        parts = (self.config.augment, self.config.run.seed, self.process.device, engine.channels_last, half)
+        # Without micro-batches a step is over before the next one's views are made.
+        return Augment(*parts, self.plan.positions, reuse=engine.accumulate == 1)
 
     def build_session(self) -> Session:
         engine = self.config.engine

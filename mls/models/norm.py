@@ -31,28 +31,33 @@ class KeyNorm:
         self.mode = mode
         self.group = group
 
-    def __call__(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, ...]:
-        """`stream` must be the same on all processes."""
+    def __call__(self, encode: Encode, images: Tensor, stream: torch.Generator | Tensor) -> tuple[Tensor, ...]:
+        """`stream` must be the same on all processes: random numbers, or an order of all images that is drawn already
+        (torch.compile follows no generator)."""
         if self.mode == "split":
             return self._split(encode, images, stream)
         if self.mode == "shuffle":
             return self._shuffle(encode, images, stream)
         return encode(images)
 
-    def _split(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, ...]:
-        order = torch.randperm(len(images), generator=stream).to(images.device, non_blocking=True)
+    def _split(self, encode: Encode, images: Tensor, stream: torch.Generator | Tensor) -> tuple[Tensor, ...]:
+        order = _order(len(images), stream).to(images.device, non_blocking=True)
         groups = images[order].tensor_split(max(1, len(images) // self.group))
         outputs = [encode(group.contiguous(memory_format=_format(images))) for group in groups]
         back = order.argsort()
         return tuple(torch.cat(parts)[back] for parts in zip(*outputs, strict=True))
 
-    def _shuffle(self, encode: Encode, images: Tensor, stream: torch.Generator) -> tuple[Tensor, ...]:
+    def _shuffle(self, encode: Encode, images: Tensor, stream: torch.Generator | Tensor) -> tuple[Tensor, ...]:
         own = slice(distributed.rank() * len(images), (distributed.rank() + 1) * len(images))
         (of_all,) = distributed.gather([images])
-        order = torch.randperm(len(of_all), generator=stream).to(images.device, non_blocking=True)
+        order = _order(len(of_all), stream).to(images.device, non_blocking=True)
         outputs = encode(of_all[order[own]].contiguous(memory_format=_format(images)))
         back = order.argsort()[own]
         return tuple(output[back] for output in distributed.gather(outputs))
+
+
+def _order(count: int, stream: torch.Generator | Tensor) -> Tensor:
+    return stream if isinstance(stream, Tensor) else torch.randperm(count, generator=stream)
 
 
 def _format(images: Tensor) -> torch.memory_format:

@@ -13,6 +13,7 @@ from mls.tools.bench import (
     probe,
     saving,
     scale,
+    step,
     together,
 )
 
@@ -28,3 +29,4 @@ app.command("probe")(probe.probe)
 app.command("saving")(saving.saving)
 app.command("scale")(scale.scale)
 app.command("all")(together.together)
+app.command("step")(step.bench)

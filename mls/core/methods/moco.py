@@ -23,7 +23,7 @@ from mls.core.queried_rows import QueriedRows
 from mls.core.sharding import Sharding
 from mls.core.windows import WindowTerm
 from mls.data import ViewPlan, Views
-from mls.distributed import gather, rank
+from mls.distributed import gather, rank, world
 from mls.models import Backbone, Precision, build_pair
 from mls.models.norm import KeyNorm, share_statistics
 from mls.streams import generator
@@ -71,6 +71,10 @@ class MoCo(Method):
             backbone=self.backbone.feature_dim,
             projection=config.model.projection,
         )
+        images = config.data.batch_size // config.engine.accumulate
+        self.orders: dict[tuple[str, int], Tensor] = {}
+        for purpose, count in (("key order", images), ("window order", images * windows.count)):
+            self.orders[purpose, count] = self.drawn(purpose, count)
 
     @property
     def backbone(self) -> Backbone:
@@ -110,8 +114,8 @@ class MoCo(Method):
         return out
 
     def add_windows(self, term: WindowTerm, views: Views, out: StepOutput) -> None:
-        stream = generator(self.config.run.seed, "window order", self.dictionary.count)
-        loss, u1, chance = term(self.pair, self.key_norm, views, stream)
+        order = self.order("window order", self.options.windows.count * len(views.ids))
+        loss, u1, chance = term(self.pair, self.key_norm, views, order)
         out.loss = out.loss + self.options.windows.weight * loss
         out.outputs.append(u1)
         out.parts["windows"] = self.options.windows.weight * loss
@@ -142,12 +146,28 @@ class MoCo(Method):
     @torch.no_grad()
     def encode_keys(self, views: Views) -> tuple[Keys, slice]:
         """The keys of all processes, and which of them are this process' own."""
-        # The same on every process, and a resume goes on where it was: both know how many enqueues there were.
-        stream = generator(self.config.run.seed, "key order", self.dictionary.count)
-        g2, z2 = self.key_norm(self.pair.key, views.images[1], stream)
+        g2, z2 = self.key_norm(self.pair.key, views.images[1], self.order("key order", len(views.ids)))
         g2, z2 = F.normalize(g2, dim=1), F.normalize(z2, dim=1)
         keys = Keys(*gather([g2, z2, views.ids, views.boxes[1]]))
         return keys, slice(rank() * len(z2), (rank() + 1) * len(z2))
+
+    def order(self, purpose: str, images: int) -> Int64[Tensor, "all"]:
+        """Of the images of all processes in this step. The same on every process, and a resume goes on where it was:
+        all know how many enqueues there were. Kept, since torch.compile can follow no generator."""
+        key = purpose, images * world()
+        if key not in self.orders:
+            self.orders[key] = self.drawn(*key)
+        return self.orders[key]
+
+    def drawn(self, purpose: str, count: int) -> Int64[Tensor, "all"]:
+        return torch.randperm(count, generator=generator(self.config.run.seed, purpose, self.dictionary.count))
+
+    def draw_orders(self) -> None:
+        self.orders = {key: self.drawn(*key) for key in self.orders}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        super().set_extra_state(state)
+        self.draw_orders()
 
     @torch.no_grad()
     def after_step(self, outputs: list[StepOutput]) -> None:
@@ -156,6 +176,7 @@ class MoCo(Method):
             self.windows.heads.update(self.config.model.momentum)
         for out in outputs:
             self.dictionary.enqueue(**vars(out.keys))
+        self.draw_orders()
 
     # ----------------------------------------------------------------------------------------------- logging and saving
 

@@ -1,0 +1,76 @@
+"""`mls bench step`: a whole training step, ours (eager and compiled) beside the encoders alone, the official MoCo's
+step restated and lightly's parts; its parts, dispatches, waits, memory; what the augmentation dispatches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mls.tools.bench.training_steps import Setting
+
+
+def bench(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backbone: Annotated[str, typer.Option(help="A ResNet of torchvision.")] = "resnet50",
+    batch: Annotated[int | None, typer.Option(min=2, help="Images a step; default 8, on a GPU 256.")] = None,
+    size: Annotated[int | None, typer.Option(min=32, help="Pixels a side; default 64, on a GPU 224.")] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(help="Of the dictionary, again for another; 4096 and 65536.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Every step once a round, in turns; medians are printed.")] = 7,
+    compiled: Annotated[bool, typer.Option(help="Also under torch.compile, which takes minutes to begin.")] = True,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Also keep all numbers, as JSON.")] = None,
+) -> None:
+    """Measure a training step beside others', all in turns in one process with one batch of random images.
+
+    Examples:
+
+        mls bench step --backbone resnet18 --batch 16 --rows 4096 --no-compiled
+
+        mls bench step --device cuda --out step.json
+    """
+    import torch
+
+    from mls.errors import ConfigError
+    from mls.files import write_atomically
+    from mls.tools.bench import training_steps
+    from mls.tools.bench.training_steps import Setting
+
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise ConfigError(f"--device {device} is not here: use cpu" + (" or cuda" * torch.cuda.is_available()))
+    on_gpu, found = device == "cuda", []
+    for count in rows or [4096, 65536]:
+        setting = Setting(device, backbone, batch or (256 if on_gpu else 8), size or (224 if on_gpu else 64), count)
+        found.append(training_steps.measure(setting, rounds, compiled))
+        _show(setting, found[-1])
+    augmentation = training_steps.augmentation(device)
+    print("dispatches of the augmentation of a batch: " + ", ".join(f"{k} {v}" for k, v in augmentation.items()))
+    if out is not None:
+        write_atomically(out, json.dumps({"steps": found, "augmentation": augmentation}, indent=1).encode())
+        print(out)
+
+
+def _show(setting: Setting, found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    what = f"{setting.backbone}, {setting.batch} × {setting.size} px, {setting.rows:,} rows, {setting.device}"
+    steps = Table("step", "ms", "images/s", "÷ encoders", "dispatches", "waits", "GiB", title=what)
+    for name, row in found["steps"].items():
+        cells = [f"{1e3 * row['seconds']:.1f}", f"{setting.batch / row['seconds']:.0f}", f"{row['ratio']:.3f}"]
+        cells += ["—" if row[key] is None else f"{row[key]:{form}}" for key, form in LAST]
+        steps.add_row(name, *cells)
+    parts = Table("part of ours, mls", "ms", title="not one after the other: each measured by itself")
+    for name, seconds in found["parts"].items():
+        parts.add_row(name, f"{1e3 * seconds:.1f}")
+    console.print(steps, parts)
+    flops, copied = found["bound"]["flops"] / 1e12, found["bound"]["bytes"] / 1e9
+    print(f"measured bounds: {flops:.2f} TFLOP/s in a matrix product, {copied:.0f} GB/s copied")
+
+
+LAST = (("dispatches", "d"), ("waits", "d"), ("memory", ".2f"))
