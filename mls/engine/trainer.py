@@ -32,6 +32,7 @@ from mls.errors import CheckpointError, DataError, DivergedError, Stopped, comma
 from mls.files import CHECKPOINTS_FULL, write_atomically
 from mls.locks import Lock
 from mls.models import Encoder, save_backbone
+from mls.models.any_size import refuse_size
 from mls.models.momentum import HALF, precision_on
 from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
@@ -62,6 +63,7 @@ class Trainer:
         if config.engine.channels_last:
             self.method.to(memory_format=torch.channels_last)
         self.plan = self.method.views()
+        self.refuse_sizes()
         self.optimizer = optim.build(config, self.method, self.method.own_rates())
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
         # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
@@ -92,6 +94,12 @@ class Trainer:
         self.bad_steps = 0
         self.log_offset = 0
         self.restore()
+
+    def refuse_sizes(self) -> None:
+        """Networks of timm may take images of one size alone."""
+        if self.config.model.backbone.startswith("timm:"):
+            for size in sorted({view.size for view in self.plan.views}):
+                refuse_size(self.method.backbone, size, "the size of the views (augment.size, augment.small_size)")
 
     def build_session(self) -> Session:
         engine = self.config.engine
