@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from mls.core import matching
 from mls.errors import ConfigError, DataError
@@ -22,7 +23,7 @@ from mls.eval.dense.maps import Extractor, Maps
 from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import FrozenDense
 from mls.eval.outcome import Outcome
-from mls.frozen import patches, probe
+from mls.frozen import discovery, patches, probe
 from mls.progress import counting
 from mls.streams import generator
 
@@ -88,10 +89,15 @@ def linear(task: Task) -> Found:
     values = segmentation_metrics(tested(task, task.maps("test"), lambda maps: {"": scores(maps)})[""])
     chosen = ", ".join(f"{name} = {value:g}" for name, value in found.chosen.items())
     best = max(candidate.value for candidate in found.tried if candidate.value == candidate.value)
-    return values, f"{chosen}, best on pixels of validation images", best, {
-        "weight": weight.T.contiguous(),
-        "bias": bias.contiguous(),
-    }
+    return (
+        values,
+        f"{chosen}, best on pixels of validation images",
+        best,
+        {
+            "weight": weight.T.contiguous(),
+            "bias": bias.contiguous(),
+        },
+    )
 
 
 def fit(task: Task, features: Tensor, labels: Tensor, options: probe.ProbeOptions) -> probe.Probe:
@@ -111,7 +117,9 @@ def pixels(
         draws = generator(task.seed, "dense pixels", row)
         found.append(patches.pixels_of(maps.of(slice(row, row + 1)), maps.labels(row)[None], each, draws))
     if not sum(len(labels) for _, labels in found):
-        raise DataError(f"no pixel of the {len(rows)} images of {maps.images.images.name} is annotated: check the labels")
+        raise DataError(
+            f"no pixel of the {len(rows)} images of {maps.images.images.name} is annotated: check the labels"
+        )
     return torch.cat([features for features, _ in found]), torch.cat([labels for _, labels in found])
 
 
@@ -153,7 +161,9 @@ def knn(task: Task) -> Found:
             marks += [f"_k{key[0]}_t{key[1]:g}" if number else ""]
             values |= {f"{name}{''.join(marks)}": value for name, value in segmentation_metrics(counts).items()}
         sizes.append(f"{len(memory)}")
-    chosen = f"k = {settings.k[0]}, temperature {settings.temperature[0]:g}, as set; patches in memory: {', '.join(sizes)}"
+    chosen = (
+        f"k = {settings.k[0]}, temperature {settings.temperature[0]:g}, as set; patches in memory: {', '.join(sizes)}"
+    )
     return values, chosen, None, {}
 
 
@@ -174,7 +184,9 @@ def labelled_memory(
             progress(number)
     memory, shares = (torch.cat([one[part] for one in kept]) for part in (0, 1))
     if not len(memory):
-        raise DataError(f"no pixel of the {len(rows)} images of {maps.images.images.name} is annotated: check the labels")
+        raise DataError(
+            f"no pixel of the {len(rows)} images of {maps.images.images.name} is annotated: check the labels"
+        )
     return memory, shares
 
 
@@ -220,4 +232,39 @@ def confusion_of_clusters(found: Tensor, truth: Tensor, shape: torch.Size) -> In
     return torch.bincount(pairs, minlength=shape[0] * shape[1]).view(shape)
 
 
-TASKS: dict[str, Callable[[Task], Found]] = {"dense_linear": linear, "dense_knn": knn, "dense_cluster": cluster}
+# ------------------------------------------------------------------------------------------------------- objects
+
+
+def objects(task: Task) -> Found:
+    """CorLoc: the share of the images with an object in which the one box that is found overlaps an object's by half.
+    Beside it, as `corloc_centre`, that of a box on the middle half of the image's area, which looks at nothing."""
+    test, hits, trivial, ious = task.maps("test"), 0, 0, list[float]()
+    settings, middle = task.protocol.probe, torch.tensor([[0.15, 0.15, 0.85, 0.85]])
+    with task.counting("test images", len(test)) as progress:
+        for row in range(len(test)):
+            truth = test.images.objects(row)
+            boxes = truth.boxes[~truth.crowd & ~truth.difficult]
+            progress(row + 1)
+            if not len(boxes):
+                continue
+            height, width = test.images.sizes[row].tolist()
+            boxes = boxes / torch.tensor([width, height, width, height])
+            one = test.of(slice(row, row + 1))[0]
+            lost = settings.discovery == "lost"
+            mask = discovery.lost(one, settings.seeds) if lost else discovery.tokencut(one, settings.threshold)
+            ious.append(box_iou(discovery.box_of(mask)[None], boxes).max().item())
+            hits += ious[-1] >= 0.5
+            trivial += box_iou(middle, boxes).max().item() >= 0.5
+    if not ious:
+        raise DataError(f"no image of {task.data.name} has an object: choose another data.name")
+    count = len(ious)
+    values = {"corloc": hits / count, "best_iou": sum(ious) / count, "corloc_centre": trivial / count}
+    return values, f"{settings.discovery}, no label is used", None, {}
+
+
+TASKS: dict[str, Callable[[Task], Found]] = {
+    "dense_linear": linear,
+    "dense_knn": knn,
+    "dense_cluster": cluster,
+    "objects": objects,
+}

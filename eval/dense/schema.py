@@ -206,7 +206,6 @@ class FrozenDense:
     probe: DenseProbeConfig = field(default_factory=DenseProbeConfig)
 
 
-
 def check(protocol: Dense) -> None:
     """Refuse combinations that cannot work, before anything is loaded."""
     training = protocol.training
