@@ -1,5 +1,5 @@
-"""`task: dense_linear`, `dense_knn` and `dense_cluster`: what frozen maps know of the class of each pixel, and `objects`.
-The maps come from maps.py, what is computed on patches from mls/frozen/patches.py and mls/frozen/discovery.py."""
+"""`task: dense_linear`, `dense_knn`, `dense_cluster`: what frozen maps know of the class of each pixel; and `objects`.
+Maps come from maps.py, what is computed on patches from mls/frozen/patches.py and mls/frozen/discovery.py."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def knn(task: Task) -> Found:
         k = [min(few, len(memory)) for few in settings.k]
 
         def scores(maps: Scores) -> dict[tuple[int, float], Scores]:
-            queries = F.normalize(maps.flatten(2).transpose(1, 2).flatten(0, 1), dim=1)  # noqa: B023
+            queries = F.normalize(maps.flatten(2).transpose(1, 2).flatten(0, 1), dim=1)
             found = patches.in_context(queries, memory, shares, k, settings.temperature, matcher)  # noqa: B023
             as_map = lambda votes: votes.view(len(maps), -1, task.classes).transpose(1, 2).unflatten(2, maps.shape[2:])
             return {key: as_map(votes) for key, votes in found.items()}

@@ -13,8 +13,8 @@ EPSILON = 1e-5  # TokenCut: the weight of two patches that are not alike
 
 
 def lost(maps: Float[Tensor, "dim rows columns"], seeds: int = 100) -> Bool[Tensor, "rows columns"]:
-    """The patch that is alike to the fewest others is a part of an object; the alike among the `seeds` patches of lowest
-    degree are others; and so is what is alike to them on the whole. Of that the piece that holds the seed.
+    """The patch that is alike to the fewest others is a part of an object; those that are alike to it among the `seeds`
+    patches of lowest degree are others, and so is what is alike to them on the whole. Of that the seed's piece.
 
     >>> image = torch.zeros(2, 4, 4)
     >>> image[0], image[:, 1:3, 1:3] = 1, torch.tensor([-1.0, 0.5]).view(2, 1, 1)
@@ -33,8 +33,8 @@ def lost(maps: Float[Tensor, "dim rows columns"], seeds: int = 100) -> Bool[Tens
 
 
 def tokencut(maps: Float[Tensor, "dim rows columns"], threshold: float = 0.2) -> Bool[Tensor, "rows columns"]:
-    """A normalised cut of the graph of alike patches in two; the object is the side with the largest entry of the second
-    eigenvector, of that the piece that holds this entry."""
+    """A normalised cut of the graph of alike patches in two; the object is the side with the largest entry of the
+    second eigenvector, of that the piece that holds this entry."""
     from scipy.linalg import eigh
 
     features = F.normalize(maps.flatten(1).T, dim=1)

@@ -122,8 +122,8 @@ def cached_features(
     read from $MLS_CACHE/features, or computed and stored there. `compute(start)` yields the rows from `start` on, in
     order, in batches of any size.
 
-    Rows are appended in blocks of so many, each with its hash: a killed process loses at most one block, and blocks that
-    were damaged later are found and computed again. A second process that needs the same features waits for the first.
+    Rows are appended in blocks of so many, each with its hash: a killed process loses at most one block, and blocks
+    that were damaged later are found and computed again. Another process that needs the same features waits for it.
     `half` stores fp16. `block` and `half` must follow from `facts`.
     """
     kind = "<f2" if half else "<f4"

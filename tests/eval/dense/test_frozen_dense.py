@@ -96,7 +96,7 @@ def test_the_linear_probe_is_scikit_learns_logistic_regression_on_pixels() -> No
         distance, place = torch.cdist(features[part], plain[image], compute_mode=EXACT).min(dim=1)
         assert distance.max() < 1e-5
         assert torch.equal(truth[image][place].long(), numbers[part])
-    ours = linear_probe(features, numbers, features[:1], l2=[1e-3], validation=(features, numbers))
+    ours = linear_probe(features, numbers, features[:1], l2=[1e-3], tolerance=1e-9, validation=(features, numbers))
     mean, std = features.mean(0), features.std(0, correction=0)
     theirs = LogisticRegression(C=1 / (2 * 1e-3 * len(features)), tol=1e-8, max_iter=1000)
     theirs.fit(((features - mean) / std).numpy(), numbers.numpy())
