@@ -29,12 +29,13 @@ from mls.eval.dense.schema import FrozenDense
 from mls.eval.dense.views import in_memory
 from mls.eval.images import unreadable
 from mls.frozen.features import cached_features, hash_of_weights
-from mls.frozen.untrained import STATISTICS_IMAGES, with_batch_statistics
+from mls.frozen.untrained import with_batch_statistics
 from mls.models import weights_file
 from mls.models.momentum import HALF, precision_on
 from mls.models.spatial import DenseFeatures
 
 BLOCK = 16  # images whose patches are written together
+STATISTICS_IMAGES = 64  # on which an untrained network's batch statistics are measured: thousands of places each
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,9 @@ class Extractor:
         self.network = DenseFeatures(backbone.to(self.device), settings.layer or None, settings.output_stride).eval()
         with torch.no_grad():
             self.grid = tuple(self.network(torch.zeros(1, 3, *self.size, device=self.device)).shape[2:])
-        if weights == "random" or (weights_file(weights) is None and weights.startswith(("random:", "scratch:"))):
+        if weights_file(weights) is None and not weights.startswith(("torchvision:", "timm:")):  # untrained
             first = SquashedImages(train, self.size, settings.batch_size)
-            count = min(len(first), -(-min(STATISTICS_IMAGES, 256) // settings.batch_size))
+            count = min(len(first), -(-STATISTICS_IMAGES // settings.batch_size))
             with_batch_statistics(self.network, (self._images(first[number]) for number in range(count)))
 
     def _images(self, pixels: UInt8[Tensor, "batch 3 height width"] | UserError) -> Tensor:
