@@ -29,9 +29,10 @@ from mls.data.sources import build_source, hash_of_images
 from mls.errors import ConfigError
 from mls.eval import frozen, splits, supervised
 from mls.eval.data import folder_of
+from mls.eval.dense import frozen as frozen_dense
 from mls.eval.dense import run as dense
 from mls.eval.dense.prepare import content as dense_content
-from mls.eval.dense.schema import Dense
+from mls.eval.dense.schema import Dense, FrozenDense
 from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
 from mls.eval.training import Training
@@ -53,7 +54,12 @@ RUNNERS: dict[str, Callable[..., Outcome]] = {
     "svm": frozen.run,
     "detection": dense.run,
     "segmentation": dense.run,
+    "dense_linear": frozen_dense.run,
+    "dense_knn": frozen_dense.run,
+    "dense_cluster": frozen_dense.run,
+    "objects": frozen_dense.run,
 }
+WITHOUT_WEIGHTS = ("knn", "dense_knn", "dense_cluster", "objects")  # tasks that train none
 
 
 @dataclass(frozen=True)
@@ -234,7 +240,8 @@ class Evaluation(Cell):
     @cached_property
     def content(self) -> str:
         """Of the data, which are there: another folder of the same name is another cell."""
-        return dense_content(self.protocol) if isinstance(self.protocol, Dense) else splits.content(self.protocol.data)
+        protocol = self.protocol
+        return dense_content(protocol) if isinstance(protocol, Dense | FrozenDense) else splits.content(protocol.data)
 
     @property
     def key(self) -> str:
@@ -273,7 +280,7 @@ class Evaluation(Cell):
         cell = self
         if self.weights.startswith("pretrain:"):
             cell = replace(self, weights=pretrained(self.weights, self.seed, root, quiet), recipe=self.weights)
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or isinstance(self.protocol, Frozen):
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or isinstance(self.protocol, Frozen | FrozenDense):
             _ = cell.source  # an error of the weights comes before the data are read
             return cell
         distributed.start(self.protocol.training.device)
@@ -325,7 +332,7 @@ class Evaluation(Cell):
         }
 
     def keeps(self, folder: Path) -> bool:
-        return self.protocol.task == "knn" or (folder / "classifier.safetensors").is_file()
+        return self.protocol.task in WITHOUT_WEIGHTS or (folder / "classifier.safetensors").is_file()
 
     def save(self, folder: Path, outcome: Outcome) -> None:
         if outcome.weights:

@@ -15,7 +15,7 @@ from mls import yaml_files
 from mls.config import AugmentConfig, limited, positive, share, zero_or_more
 from mls.errors import ConfigError, unknown_name
 from mls.eval.dense import schema as dense
-from mls.eval.dense.schema import Detection, Segmentation
+from mls.eval.dense.schema import Detection, FrozenDense, Segmentation
 from mls.eval.schema import DataSetConfig
 from mls.recipes import Kind, build, find, read_yaml, shipped, with_bases
 
@@ -158,7 +158,7 @@ class Frozen:
 
 
 Classification = Supervised | Frozen
-AnyProtocol = Classification | Detection | Segmentation
+AnyProtocol = Classification | Detection | Segmentation | FrozenDense
 
 
 def check(protocol: Classification) -> None:
@@ -197,6 +197,10 @@ TASKS: dict[str, Kind[Any]] = {
     "svm": _kind(Frozen),
     "detection": _kind(Detection, dense.check),
     "segmentation": _kind(Segmentation, dense.check),
+    "dense_linear": _kind(FrozenDense),
+    "dense_knn": _kind(FrozenDense),
+    "dense_cluster": _kind(FrozenDense),
+    "objects": _kind(FrozenDense),
 }
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what an editor and a type checker see; at run time __getatt
     from mls.engine import Run, pretrain, resume
     from mls.exporting import export, verify_export
     from mls.models import load_backbone
+    from mls.models.spatial import dense_features
     from mls.recipes import load_config
 
 __version__ = "0.2.0"
@@ -21,11 +22,22 @@ _HOME = {
     "resume": "mls.engine",
     "Run": "mls.engine",
     "load_backbone": "mls.models",
+    "dense_features": "mls.models.spatial",
     "export": "mls.exporting",
     "verify_export": "mls.exporting",
 }
 _PARTS = ("eval", "losses", "matching", "methods", "plugins")  # modules that people reach through `mls.`
-__all__ = ["Run", "__version__", "export", "load_backbone", "load_config", "pretrain", "resume", "verify_export"]
+__all__ = [
+    "Run",
+    "__version__",
+    "dense_features",
+    "export",
+    "load_backbone",
+    "load_config",
+    "pretrain",
+    "resume",
+    "verify_export",
+]
 __all__ += ["eval", "losses", "matching", "methods", "plugins"]
 
 

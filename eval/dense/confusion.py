@@ -23,15 +23,15 @@ def confusion(
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
-def segmentation_metrics(counts: Int64[Tensor, "classes classes"]) -> dict[str, float]:
+def segmentation_metrics(counts: Int64[Tensor, "classes found"]) -> dict[str, float]:
     """As shares. miou, macc: means over the classes that occur (mIoU: in the labels or the predictions); aacc: over
-    all pixels.
+    all pixels. Columns behind those of the classes are pixels in which no class was found.
 
     >>> segmentation_metrics(torch.tensor([[1, 1], [0, 2]]))
     {'miou': 0.5833333333333333, 'macc': 0.75, 'aacc': 0.75}
     """
     counts = counts.double()
-    right, true, found = counts.diagonal(), counts.sum(1), counts.sum(0)
+    right, true, found = counts.diagonal(), counts.sum(1), counts.sum(0)[: len(counts)]
     return {
         "miou": (right / (true + found - right)).nanmean().item(),
         "macc": (right / true).nanmean().item(),

@@ -16,19 +16,20 @@ from mls.eval.data import DataSet, objects, regions
 from mls.eval.data.content import content_hash
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
-from mls.eval.dense.schema import Dense, DenseData, Detection, Segmentation
+from mls.eval.dense.schema import Dense, Detection, FrozenDense
+from mls.eval.schema import DataSetConfig
 from mls.exporting.source import Source
 from mls.models import card_of, load_backbone, untrained
 from mls.models.backbones import Backbone
 from mls.streams import initialisation
 
 SCENES = {"scenes_objects": objects.scenes, "scenes_regions": regions.scenes}
-IMAGES = {Detection: ObjectImages, Segmentation: RegionImages}
+OF_OBJECTS = ("detection", "objects")  # tasks
 
 
-def load_images(protocol: Dense) -> DataSet[Any]:
+def load_images(protocol: Dense | FrozenDense) -> DataSet[Any]:
     found = _load(without_workers(protocol.data))
-    wanted = IMAGES[type(protocol)]
+    wanted = ObjectImages if protocol.task in OF_OBJECTS else RegionImages
     if not isinstance(found.train, wanted):
         fitting = "coco2017, voc0712, scenes_objects" if wanted is ObjectImages else "cityscapes, scenes_regions"
         raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
@@ -58,7 +59,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def without_workers(data: DenseData) -> tuple[str, str | None, bool, ScenesConfig]:
+def without_workers(data: DataSetConfig) -> tuple[str, str | None, bool, ScenesConfig]:
     folder = None if data.name in SCENES else str(data_sets.folder_of(data.name, data.root).absolute())
     return data.name, folder, data.check_sizes, data.scenes
 
@@ -69,7 +70,7 @@ def _load(facts: tuple[str, str | None, bool, ScenesConfig]) -> DataSet[Any]:
     return SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
 
 
-def content(protocol: Dense) -> str:
+def content(protocol: Dense | FrozenDense) -> str:
     """What tells the data apart from others of the same name; an error where they are not there."""
     if protocol.data.name in SCENES:  # made, not read
         return hashlib.sha256(repr(protocol.data.scenes).encode()).hexdigest()[:16]
@@ -82,7 +83,7 @@ def _content(facts: tuple[str, str | None, bool, ScenesConfig]) -> str:
     return content_hash(_load(facts))
 
 
-def build_backbone(protocol: Dense, weights: str, seed: int) -> tuple[Backbone, list[float], list[float]]:
+def build_backbone(protocol: Dense | FrozenDense, weights: str, seed: int) -> tuple[Backbone, list[float], list[float]]:
     """The backbone, with the mean and std (of pixels from 0 to 1) of its pretraining."""
     wanted = backbone_name(protocol, weights)
     facts = {"mean": AugmentConfig().mean, "std": AugmentConfig().std} | (card_of(wanted) or {})
@@ -90,7 +91,7 @@ def build_backbone(protocol: Dense, weights: str, seed: int) -> tuple[Backbone, 
         return load_backbone(wanted), list(facts["mean"]), list(facts["std"])
 
 
-def backbone_name(protocol: Dense, weights: str) -> str:
+def backbone_name(protocol: Dense | FrozenDense, weights: str) -> str:
     return untrained(protocol.model.backbone) if weights == "random" else weights
 
 

@@ -1,5 +1,5 @@
-"""The protocols of `task: detection` and `task: segmentation`, their defaults and their checks. Defaults are those of
-the published Mask R-CNN and FCN schedules."""
+"""The protocols of `task: detection`, `segmentation` and of frozen maps, their defaults and their checks. Defaults are
+those of the published Mask R-CNN and FCN schedules, and of open-hummingbird-eval."""
 
 from __future__ import annotations
 
@@ -138,6 +138,72 @@ class Segmentation:
 
 
 Dense = Detection | Segmentation
+
+
+@dataclass(frozen=True)
+class FrozenDenseData(DataSetConfig):
+    name: str = "scenes_regions"
+    size: tuple[int, int] = positive((448, 448))  # width, height: images are squashed to it, labels follow
+    images: int | None = positive(None)  # so many training images at most, drawn by the seed
+    validation: float = share(0.1)  # of them, held out to choose on, where no split is published for it
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    backbone: str = "resnet50"  # with `--weights random`
+    weights: str = "torchvision:resnet50@IMAGENET1K_V1"  # without --weights
+
+
+@dataclass(frozen=True)
+class MapsConfig:
+    layer: str = ""  # a module, or a transformer's block by number; default: what the pooled feature is made of
+    output_stride: int | None = positive(None)  # of a CNN: strides beyond it become dilations
+    batch_size: int = positive(16)
+    store: Literal["fp16", "fp32"] = "fp16"  # on disk
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class DenseProbeConfig:
+    """Each task reads what is its own."""
+
+    # dense_linear: fitted to convergence, or SGD, on pixels drawn from all training images alike
+    solver: Literal["lbfgs", "sgd"] = "sgd"
+    pixels: int = positive(100_000)
+    l2: list[float] = positive([10.0**n for n in range(-6, 0)])
+    lr: list[float] = positive([0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
+    weight_decay: list[float] = zero_or_more([0.0, 1e-5, 1e-4])
+    epochs: int = positive(10)
+    batch_size: int = positive(256)
+    # dense_knn: the first of the numbers of neighbours and of the temperatures is the table's
+    k: list[int] = positive([30])
+    temperature: list[float] = positive([0.02])
+    shares: list[float] = limited([1.0], above=0, high=1)  # of the training images in the memory
+    memory: int = positive(1_000_000)  # rows at most, drawn as open-hummingbird-eval draws them
+    matcher: Literal["torch", "faiss"] = "torch"
+    # dense_cluster: 0 stands for the number of classes; k-means on so many patches of the test images
+    clusters: list[int] = zero_or_more([0, 500])
+    patches: int = positive(50_000)
+    rounds: int = positive(50)
+    # objects
+    discovery: Literal["lost", "tokencut"] = "lost"
+    seeds: int = positive(100)  # lost: patches of low degree that a seed may grow to
+    threshold: float = limited(0.2, low=-1, high=1)  # tokencut: the cosine from which two patches are joined
+
+
+@dataclass(frozen=True)
+class FrozenDense:
+    """`task: dense_linear`, `dense_knn`, `dense_cluster` and `objects`: what frozen maps know of places."""
+
+    task: str = "dense_knn"
+    recipe: str = "custom"
+    metric: str = "miou"
+    seeds: int = positive(1)
+    data: FrozenDenseData = field(default_factory=FrozenDenseData)
+    model: NetworkConfig = field(default_factory=NetworkConfig)
+    features: MapsConfig = field(default_factory=MapsConfig)
+    probe: DenseProbeConfig = field(default_factory=DenseProbeConfig)
 
 
 def check(protocol: Dense) -> None:

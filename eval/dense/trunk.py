@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mls.errors import ConfigError
 from mls.models.backbones import Backbone
+from mls.models.spatial import dilate
 
 Maps = dict[str, Float[Tensor, "batch channels height width"]]
 
@@ -41,7 +42,8 @@ class Trunk(nn.Module):
         for name in self.names:
             self.add_module(name, parts[name])
         if output_stride is not None:
-            dilate(self, output_stride)
+            stages = {name: self.get_submodule(name) for name in self.names}
+            dilate(stages, _measure(self)[1], output_stride)
         self.channels, self.strides = _measure(self)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Maps:
@@ -56,28 +58,6 @@ class Trunk(nn.Module):
         last = self.get_submodule(name)
         delattr(self, name)
         return last
-
-
-def dilate(trunk: Trunk, output_stride: int) -> None:
-    """In stages with a larger stride, replace strides by dilation: convolutions after the one whose stride is removed
-    keep their receptive field. As torchvision's `replace_stride_with_dilation`, mmsegmentation's
-    `contract_dilation`."""
-    strides, before, dilation = _measure(trunk)[1], 1, 1
-    for name in trunk.names:
-        if strides[name] <= output_stride:
-            continue
-        dilation = strides[name] // output_stride
-        after_stride = False
-        for part in trunk.get_submodule(name).modules():
-            if not isinstance(part, nn.Conv2d):
-                continue
-            strided = part.stride != (1, 1)
-            part.stride = (1, 1)
-            if part.kernel_size == (3, 3):
-                width = before if strided or not after_stride else dilation
-                after_stride = after_stride or strided
-                part.dilation = part.padding = (width, width)
-        before = dilation
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from mls.errors import CheckpointError, DataError, DivergedError, Stopped, comma
 from mls.files import CHECKPOINTS_FULL, write_atomically
 from mls.locks import Lock
 from mls.models import Encoder, save_backbone
+from mls.models.any_size import refuse_size
 from mls.models.momentum import HALF, precision_on
 from mls.monitor import moments
 from mls.monitor.labels import label_quality
@@ -68,6 +69,7 @@ class Trainer:
         if config.engine.channels_last:
             self.method.to(memory_format=torch.channels_last)
         self.plan = self.method.views()
+        self.refuse_sizes()
         self.optimizer = optim.build(config, self.method, self.method.own_rates())
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
         self.augment = self.build_augment()
@@ -96,6 +98,12 @@ class Trainer:
         parts = (self.config.augment, self.config.run.seed, self.process.device, engine.channels_last, half)
         # Without micro-batches a step is over before the next one's views are made.
         return Augment(*parts, self.plan.positions, reuse=engine.accumulate == 1)
+
+    def refuse_sizes(self) -> None:
+        """Networks of timm may take images of one size alone."""
+        if self.config.model.backbone.startswith("timm:"):
+            for size in sorted({view.size for view in self.plan.views}):
+                refuse_size(self.method.backbone, size, "the size of the views (augment.size, augment.small_size)")
 
     def build_session(self) -> Session:
         engine = self.config.engine

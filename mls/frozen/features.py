@@ -127,38 +127,43 @@ def cached_features(
     compute: Callable[[int], Generator[Float[Tensor, "batch dim"]]],
     title: str = "features",
     quiet: bool = False,
+    block: int = BLOCK,
+    half: bool = False,
 ) -> CachedFeatures:
     """`count` rows of features that depend on nothing but `facts` (plain values: hash of the weights, images, size):
     read from $MLS_CACHE/features, or computed and stored there. `compute(start)` yields the rows from `start` on, in
     order, in batches of any size.
 
-    Rows are appended in blocks, each with its hash: a killed process loses at most one block, and blocks that were
-    damaged later are found and computed again. A second process that needs the same features waits for the first.
+    Rows are appended in blocks of so many, each with its hash: a killed process loses at most one block, and blocks
+    that were damaged later are found and computed again. Another process that needs the same features waits for it.
+    `half` stores fp16. `block` and `half` must follow from `facts`.
     """
+    kind = "<f2" if half else "<f4"
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder("features") / key
     folder.mkdir(exist_ok=True)
     with locked(folder / ".lock", f"features in {folder} are being computed", wait=True):
         remove_unfinished(folder, "features.json")
-        dim, blocks = _whole_blocks(folder, count)
-        if len(blocks) * BLOCK < count:
-            start = len(blocks) * BLOCK
+        dim, blocks = _whole_blocks(folder, count, block, kind)
+        if len(blocks) * block < count:
+            start = len(blocks) * block
             with (
                 StopFlag() as stop,
                 counting(title, count, not quiet, start) as progress,
                 closing(compute(start)) as batches,
             ):
-                for block in _in_blocks(batches):
-                    dim, start = block.shape[1], start + len(block)
-                    blocks.append(_append(folder, block, len(blocks), count))
+                for rows in _in_blocks(batches, block, kind):
+                    place, dim = start, rows.shape[1]
+                    start += len(rows)
+                    blocks.append(_append(folder, rows, place, count))
                     index = {"facts": dict(facts), "dim": dim, "blocks": blocks}
                     write_atomically(folder / "features.json", json.dumps(index).encode())
                     progress(start)
                     if stop.exit_code:
                         raise Stopped(f"a signal came: {start} of {count} rows of features are kept", stop.exit_code)
     # Mode c (copy on write): torch cannot make a tensor read-only, and a write must not change the file.
-    rows = np.memmap(folder / "features.npy", "<f4", "c", len(_header(count, dim)), (count, dim))
-    return CachedFeatures(torch.from_numpy(rows), folder, hashlib.sha256("".join(blocks).encode()).hexdigest())
+    stored = np.memmap(folder / "features.npy", kind, "c", len(_header(count, dim, kind)), (count, dim))
+    return CachedFeatures(torch.from_numpy(stored), folder, hashlib.sha256("".join(blocks).encode()).hexdigest())
 
 
 def hash_of_weights(backbone: nn.Module) -> str:
@@ -170,34 +175,35 @@ def hash_of_weights(backbone: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _whole_blocks(folder: Path, count: int) -> tuple[int, list[str]]:
+def _whole_blocks(folder: Path, count: int, block: int, kind: str) -> tuple[int, list[str]]:
     """The width of the stored rows, and the hashes of the blocks before the first that is missing or damaged."""
     whole: list[str] = []
     try:
         index = json.loads((folder / "features.json").read_text())
-        dim, header = index["dim"], _header(count, index["dim"])
+        dim, header = index["dim"], _header(count, index["dim"], kind)
         with open(folder / "features.npy", "rb") as file:
             if file.read(len(header)) == header:
                 for wanted in index["blocks"]:
-                    rows = min(BLOCK, count - len(whole) * BLOCK)
-                    block = file.read(4 * rows * dim)
-                    if hashlib.sha256(block).hexdigest() != wanted:
+                    rows = min(block, count - len(whole) * block)
+                    data = file.read(np.dtype(kind).itemsize * rows * dim)
+                    if hashlib.sha256(data).hexdigest() != wanted:
                         break
-                    finite(torch.frombuffer(bytearray(block), dtype=torch.float32))  # version 0.1 stored any
+                    finite(torch.from_numpy(np.frombuffer(bytearray(data), kind)))  # version 0.1 stored any
                     whole.append(wanted)
     except (OSError, ValueError, KeyError, TypeError):
         return 0, []
     return dim, whole
 
 
-def _in_blocks(batches: Iterator[Tensor]) -> Iterator[Float[np.ndarray, "rows dim"]]:
-    """The same rows, BLOCK at a time; the last block may be smaller."""
+def _in_blocks(batches: Iterator[Tensor], size: int, kind: str) -> Iterator[Float[np.ndarray, "rows dim"]]:
+    """The same rows, so many at a time; the last block may be smaller."""
     waiting: list[Tensor] = []
+    stored_as = torch.float16 if kind == "<f2" else torch.float32
     for batch in batches:
-        waiting.append(finite(batch.detach().float().cpu()))
-        if sum(map(len, waiting)) >= BLOCK:
-            *blocks, rest = torch.cat(waiting).split(BLOCK)
-            if len(rest) == BLOCK:
+        waiting.append(finite(batch.detach().to("cpu", stored_as)))
+        if sum(map(len, waiting)) >= size:
+            *blocks, rest = torch.cat(waiting).split(size)
+            if len(rest) == size:
                 blocks, rest = [*blocks, rest], rest[:0]
             yield from (block.numpy() for block in blocks)
             waiting = [rest]
@@ -205,23 +211,24 @@ def _in_blocks(batches: Iterator[Tensor]) -> Iterator[Float[np.ndarray, "rows di
         yield torch.cat(waiting).numpy()
 
 
-def _append(folder: Path, block: Float[np.ndarray, "rows dim"], number: int, count: int) -> str:
-    """Write block `number` at its place; returns its hash once it is on the disk. With plain writes: writing through
+def _append(folder: Path, block: Float[np.ndarray, "rows dim"], place: int, count: int) -> str:
+    """Write the rows from `place` on; returns its hash once it is on the disk. With plain writes: writing through
     the memory map on a full disk would kill the process."""
-    header, data = _header(count, block.shape[1]), block.astype("<f4").tobytes()
+    kind = block.dtype.newbyteorder("<").str
+    header, data = _header(count, block.shape[1], kind), block.astype(kind).tobytes()
     path = folder / "features.npy"
-    with telling_disk_errors(path, DISK_FULL), open(path, "r+b" if number else "wb") as file:
-        if not number:
+    with telling_disk_errors(path, DISK_FULL), open(path, "r+b" if place else "wb") as file:
+        if not place:
             file.write(header)
-        file.seek(len(header) + 4 * number * BLOCK * block.shape[1])
+        file.seek(len(header) + block.itemsize * place * block.shape[1])
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     return hashlib.sha256(data).hexdigest()
 
 
-def _header(count: int, dim: int) -> bytes:
+def _header(count: int, dim: int, kind: str) -> bytes:
     """The header of a .npy file, so that np.load can read it."""
     out = io.BytesIO()
-    np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (count, dim)})
+    np.lib.format.write_array_header_1_0(out, {"descr": kind, "fortran_order": False, "shape": (count, dim)})
     return out.getvalue()

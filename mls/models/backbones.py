@@ -77,7 +77,7 @@ def timm_network(name: str, published: bool = False) -> Backbone:
     """A network of timm, random or with the weights that its name and tag (`NAME.TAG`) are published with."""
     timm = _timm(name)
     try:
-        model = timm.create_model(name, pretrained=published, num_classes=0)
+        model = _of_any_size(partial(timm.create_model, name, pretrained=published, num_classes=0))
     except (OSError, RuntimeError) as error:  # no network, no such file, or no weights under this name
         if not published:
             raise
@@ -87,6 +87,14 @@ def timm_network(name: str, published: bool = False) -> Backbone:
     if published:
         backbone.card = timm_card(name)
     return backbone
+
+
+def _of_any_size(create: Callable[..., Any]) -> Any:
+    """A transformer interpolates its positions to the images and fills them up to whole patches, if it can."""
+    try:
+        return create(dynamic_img_size=True, dynamic_img_pad=True)
+    except TypeError:  # another kind of network; no weight was drawn or downloaded
+        return create()
 
 
 def timm_card(name: str) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.func import functional_call
+from torchvision.models import VisionTransformer
 
 from mls.errors import CheckpointError, ConfigError, reason, unknown_name
+from mls.models.any_size import AnySizeVisionTransformer
 from mls.models.backbones import Backbone
 
 
@@ -64,6 +66,8 @@ def detach_head(model: nn.Module) -> Backbone:
     4096
     """
     _drop_auxiliary(model)
+    if type(model) is VisionTransformer:
+        model.__class__ = AnySizeVisionTransformer
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if linear:
         name, found = linear[-1]

@@ -101,6 +101,7 @@ def plan(
     """What a suite has to run that is not finished, each cell once. A row that chooses a value on the validation part
     is one task, since its seeds wait for the choice."""
     from mls.eval import suite as suites
+    from mls.eval.dense.schema import FrozenDense
     from mls.eval.protocol import Frozen, to_yaml
 
     suite = suites.load_suite(name)
@@ -116,7 +117,7 @@ def plan(
                 known, cell_name = _look_up(cell, root)
                 call = {"weights": cell.weights, "seed": cell.seed, "root": str(root)}
                 if not known:
-                    frozen = isinstance(cell.protocol, Frozen)
+                    frozen = isinstance(cell.protocol, Frozen | FrozenDense)
                     tasks.setdefault(cell_name, Task(cell_name, run_cell, call, to_yaml(cell.protocol), frozen))
     return list(tasks.values())
 
