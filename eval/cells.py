@@ -398,6 +398,8 @@ def config_hash(config: Config) -> str:
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
     for key in FREE_AND_YOUNGER:
         del values["engine"][key]
+    if not config.run.auto:
+        del values["run"]["auto"]
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:
