@@ -434,6 +434,8 @@ def config_hash(config: Config) -> str:
         del values["engine"][key]
     if values["engine"]["augment"] == "device":  # as all were that do not know the key
         del values["engine"]["augment"]
+    if not config.run.auto:
+        del values["run"]["auto"]
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:

@@ -76,7 +76,10 @@ class Pixels:
 
 
 def unreadable(image: str, why: str) -> DataError:
-    return DataError(f"{image} cannot be read ({why}): a benchmark needs all of its images, so download this one again")
+    return DataError(
+        f"{image} cannot be read ({why}): what is measured needs all of its images, so bring this one back; "
+        "of your own images `mls data check` lists all that cannot be read"
+    )
 
 
 def rand_augment(operations: int) -> Callable[[Tensor], Tensor]:

@@ -64,6 +64,7 @@ class RunConfig:
     root: str | None = None  # where run folders go; default: $MLS_RUNS, else ./runs
     recipe: str = "custom"  # filled in from the recipe's file name
     plugins: list[str] = field(default_factory=list)  # files and modules imported first; --import adds to them
+    auto: list[str] = field(default_factory=list)  # keys set to auto: sized to the images when the run starts
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,10 @@ class ObjectiveConfig:
 
 
 NOT_A_KEY = "not a key"
+# Keys that may be `auto` in a recipe or an override: engine/sizing.py holds a rule for each, in this order.
+SIZED = ("augment.size", "augment.blur", "model.backbone", "data.batch_size", "model.key_group", "dictionary.size")
+SIZED += ("objective.k", "optim.epochs", "optim.warmup_epochs", "objective.warmup_epochs", "model.momentum")
+SIZED += ("engine.checkpoint_every", "monitor.health_every")
 OBJECTIVES = Registry[type[ObjectiveConfig]]("objective.method")
 
 
@@ -406,7 +411,10 @@ def methods_with(key: str) -> list[str]:
 
 
 def check(config: Config) -> None:
-    """Refuse combinations that cannot work, before anything is loaded."""
+    """Refuse combinations that cannot work, before anything is loaded; of sizes that are still `auto`, once they are
+    numbers."""
+    if config.run.auto:
+        return
     if config.data.batch_size % config.engine.accumulate:
         raise ConfigError(
             f"data.batch_size {config.data.batch_size} does not divide into engine.accumulate "

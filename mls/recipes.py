@@ -4,9 +4,11 @@ becomes a Config; `Kind` says the same of the other YAML files that ship with ml
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from importlib.resources import files
@@ -17,10 +19,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mls import plugins, yaml_files
-from mls.config import Config, check, check_limits, defaults, flatten, methods_with
-from mls.errors import ConfigError, unknown_name
+from mls.config import SIZED, Config, check, check_limits, defaults, flatten, methods_with
+from mls.errors import ConfigError, command, unknown_name
 
 Schema = TypeVar("Schema")
+FOR_FOLDERS = "mls_folder_r50"
 MOST_REFERENCES = 16  # ${...} in a configuration: so many that refer to each other become at most 3 ** (16 / 3) parts
 MOST_CHARACTERS = 1000  # of all texts that hold any: OmegaConf's parser takes seconds for longer ones
 
@@ -110,6 +113,8 @@ def build(
     changes = {override: _parsed(override) for override in overrides}
     for change in changes.values():
         values = _of_method(values, change)
+    if kind is RECIPE:
+        values = _without_auto(values, changes)
     known = kind.defaults(_merged({}, values, *changes.values()))
     node = _merge(OmegaConf.structured(known), values, where)
     for override, change in changes.items():
@@ -118,6 +123,27 @@ def build(
         origins[override.partition("=")[0]] = "override"
     config = _checked(kind, node, where)
     return Resolved(config, {key: _origin(key, origins) for key, _ in flatten(config)})
+
+
+def _without_auto(values: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The values and, in place, the changes without sizes that are `auto`: those not changed later are listed in
+    `run.auto`, and hold their defaults until the run knows its images."""
+    values = deepcopy(values)
+    auto = list((values.get("run") or {}).get("auto") or [])
+    for layer in (values, *changes.values()):
+        for key in SIZED:
+            section, _, name = key.partition(".")
+            place = layer.get(section)
+            if not isinstance(place, dict) or name not in place:
+                continue
+            auto = [other for other in auto if other != key]
+            if place[name] == "auto":
+                auto.append(key)
+                del place[name]
+    if auto:
+        known = {key for key, _ in flatten(RECIPE.defaults(_merged({}, values, *changes.values())))}
+        values.setdefault("run", {})["auto"] = [key for key in SIZED if key in auto and key in known]
+    return values
 
 
 def _parsed(override: str) -> dict[str, Any]:
@@ -187,6 +213,16 @@ def recipes() -> list[str]:
 def shipped(folder: str) -> list[str]:
     """The names of the YAML files in a folder of configs/."""
     return sorted(file.stem for file in Path(str(files("mls.configs")), folder).glob("*.yaml"))
+
+
+def of_folder(arguments: Sequence[str]) -> list[str]:
+    """A recipe and overrides; a folder of images in the recipe's place stands for the recipe that sizes itself."""
+    first = arguments[0]
+    if not os.path.isdir(Path(first).expanduser()) or first in recipes():
+        return list(arguments)
+    if (Path(first).expanduser() / "config.yaml").is_file():
+        raise ConfigError(f"{first} is a run, no folder of images: {command('mls pretrain --resume', first)} goes on")
+    return [FOR_FOLDERS, f"data.root={json.dumps(first)}", *arguments[1:]]
 
 
 def find_recipe(recipe: str | Path) -> Path:

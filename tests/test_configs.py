@@ -16,6 +16,7 @@ from mls.core.matching import Matches
 from mls.core.neighbour_lists import NeighbourLists
 from mls.data import Views
 from mls.engine import optim
+from mls.engine.sizing import Facts, choose
 from mls.eval import cells, frozen, load_protocol, load_suite, protocols, suites, supervised
 from mls.eval.dense import run as dense
 from mls.eval.dense.loop import DenseTraining
@@ -61,7 +62,7 @@ def bounded(values: list[float]) -> bool:
 @pytest.mark.parametrize("name", recipes())
 def test_every_recipe_learns_with_its_own_optimizer(name: str) -> None:
     """At its highest rate on one batch, against keys and rows that stay."""
-    config = load_config(name, applicable(name, SMALL.split()))
+    config, _ = choose(load_config(name, applicable(name, SMALL.split())), Facts(20_000, 300, 80.0))
     torch.manual_seed(0)
     method = methods.build(config)
     optimizer = optim.build(config, method, method.own_rates())

@@ -43,7 +43,9 @@ def show(
     resolved = resolve(_of_run(positional[0]), positional[1:])
     from mls.config import flatten
 
-    rows = [(key, text(value), resolved.origins[key]) for key, value in flatten(resolved.config)]
+    auto = resolved.config.run.auto  # chosen when a run starts
+    shown = {key: "auto" if key in auto else text(value) for key, value in flatten(resolved.config)}
+    rows = [(key, value, resolved.origins[key]) for key, value in shown.items() if key != "run.auto"]
     width = max(len(f"{key}: {value}") for key, value, _ in rows)
     for key, value, origin in rows:
         print(f"{f'{key}: {value}':<{width}}  # {origin}")

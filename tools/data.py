@@ -93,12 +93,16 @@ def pack(
 
         mls pretrain mls_folder_r50 data.root=/data/packed
     """
+    from mls.data.formats import missed
+    from mls.data.listing import printable
     from mls.data.pack import Packing, pack
     from mls.progress import counting
 
     images, dst = _source(src, source, annotations), dst.expanduser()
     with counting("packing", len(images)) as advance:
         made = pack(images, dst, Packing(short_side, quality, per_shard), _workers(workers), advance)
+    if ignored := getattr(images, "ignored", ()):
+        print(f"{missed(ignored)}; first: {printable(ignored[0])}", file=sys.stderr)
     shards = made["shards"].values()
     size = sum(shard["bytes"] for shard in shards) / 2**20
     print(f"{sum(shard['images'] for shard in shards)} images in {len(shards)} shards, {size:.0f} MiB: {dst}")

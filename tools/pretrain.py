@@ -13,7 +13,7 @@ from mls.errors import ConfigError
 def pretrain(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CONFIG KEY=VALUE", help="A recipe or YAML file, and overrides."),
+        typer.Argument(metavar="CONFIG|DIR KEY=VALUE", help="A recipe, YAML file or folder of images, and overrides."),
     ] = None,
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with this run folder instead.")] = None,
     from_step: Annotated[
@@ -29,11 +29,13 @@ def pretrain(
     divergence, `--from-step N` lets a new run go on from an earlier checkpoint with another configuration.
     Exit codes: 0 done, 2 a mistake in the command, 75 saved and stopped on a signal, 130 the same on Ctrl-C.
 
+    A folder stands for `mls_folder_r50 data.root=FOLDER`, which sizes itself to the images and the device.
+
     Examples:
 
         mls pretrain mls_scenes_tiny
 
-        mls pretrain mls_folder_r50 data.root=/path/to/images data.batch_size=128
+        mls pretrain /path/to/images data.batch_size=128
 
         torchrun --nproc-per-node 8 -m mls.tools pretrain mls_coco_r50 data.root=/data/coco
 
@@ -47,7 +49,7 @@ def pretrain(
         from mls.recipes import recipes
 
         raise ConfigError(
-            f"say what to train: `mls pretrain CONFIG`, with a YAML file or one of {', '.join(recipes())}"
+            f"say what to train: `mls pretrain CONFIG`, a folder of images, a file or one of {', '.join(recipes())}"
         )
     if resume is not None and positional and "=" not in positional[0]:
         raise ConfigError(f"--resume takes its configuration from the run: leave out '{positional[0]}'")
@@ -58,8 +60,9 @@ def pretrain(
 
     config = None
     if resume is None:
-        from mls.recipes import load_config
+        from mls.recipes import load_config, of_folder
 
+        positional = of_folder(positional)
         config = load_config(positional[0], positional[1:] + named)
 
     from mls import distributed, engine  # seconds: a mistake in the configuration is told before

@@ -13,6 +13,8 @@ from torch.utils.data import Dataset
 
 from mls.data import Source, truth
 from mls.data.decode import MPO, Encoded, UnreadableImage
+from mls.data.formats import missed
+from mls.data.listing import printable
 from mls.data.loader import in_workers
 from mls.data.tar import TarSource
 from mls.errors import reason
@@ -32,6 +34,7 @@ KINDS = {  # kind of file: what the loader does with it
     "animated": "the first frame is used",
     "rotated": "turned upright by its EXIF orientation",
     "other suffix": "decoded as what it is, whatever its name says",
+    "ignored": "a format that is not read",
     "damaged shard": "the images that can be found are used, with a warning",
     "changed shard": f"of an image that is not as it was packed: {REPLACED}",
 }
@@ -40,7 +43,13 @@ TRUTH = {**truth.KINDS, "another size": "training ends there", "unknown labels":
 UNREADABLE = ("empty", "no image", "truncated", "too large", "unreadable")
 LARGE = 50_000_000  # pixels: 150 MB in memory, in every worker
 CHUNK = 64  # images that a worker inspects before it reports
-SUFFIXES = {"JPEG": ("jpg", "jpeg"), MPO: ("jpg", "jpeg"), "TIFF": ("tif", "tiff"), "PPM": ("ppm", "pgm", "pbm")}
+SUFFIXES = {
+    "JPEG": ("jpg", "jpeg"),
+    MPO: ("jpg", "jpeg"),
+    "TIFF": ("tif", "tiff"),
+    "PPM": ("ppm", "pgm", "pbm"),
+    "HEIF": ("heic", "heif"),
+}
 
 Progress = Callable[[int], None]  # images done
 
@@ -83,6 +92,8 @@ def check(
     done = 0
     for kind, entries in (odd.found if (odd := getattr(source, "odd", None)) else {}).items():
         report.found.setdefault(kind, []).extend(entries)
+    for path in getattr(source, "ignored", ()):
+        report.found.setdefault("ignored", []).append((printable(path), missed([path]).partition("(")[2].rstrip(")")))
     for findings in in_workers(_Chunks(source, annotated), workers):
         for kind, image, detail in findings:
             report.found.setdefault(kind, []).append((image, detail))

@@ -15,8 +15,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-# An explicit list: Pillow would also open formats that start other programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+from mls.data.formats import FORMATS
+
 FACTORS = (8, 4, 2)  # of fast scaled JPEG decoding: its blocks are 8 × 8 pixels
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 lie on their side
 MPO = "MPO"  # Pillow's name of a JPEG with further pictures after the first

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mls.config import DataConfig
+from mls.data.formats import EXTENSIONS, MISSED, missed
 from mls.errors import DataError
 from mls.streams import generator
 
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 else:
     from functools import cached_property
 
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 LOOKED_FOR = f"looked for {', '.join(EXTENSIONS)}"
 
 _SUFFIXES = frozenset(map(str.encode, EXTENSIONS))
+_MISSED = frozenset(f".{suffix}".encode() for suffix in MISSED)
 
 
 class Names:
@@ -92,6 +93,7 @@ class FileSource:
         self._paths = Names.of(paths[:limit])
         self.pairs = pairs
         self.odd: Odd | None = None  # what of its annotations was left out
+        self.ignored: Sequence[bytes] = ()  # paths of pictures in formats that are not read
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -165,16 +167,20 @@ def from_folder(config: DataConfig) -> FileSource:
             f"data.annotations {config.annotations} does not belong to a folder of images like {show(root)}: "
             "remove it, or set data.source to coco, voc or list"
         )
-    paths = list_images(root)
+    ignored: list[bytes] = []
+    paths = list_images(root, ignored)
     if not paths:
-        raise DataError(f"no images under {show(root)} ({LOOKED_FOR}): point data.root to the folder that has them")
+        found = f"{LOOKED_FOR}; {missed(ignored)}" if ignored else LOOKED_FOR
+        raise DataError(f"no images under {show(root)} ({found}): point data.root to the folder that has them")
     classes, pairs = None, None
     folders = sorted({path.rpartition(b"/")[0] for path in paths})
     if len(folders) > 1 and all(path.count(b"/") == 1 for path in paths):
         column = {folder: j for j, folder in enumerate(folders)}
         pairs = np.array([(i, column[path.partition(b"/")[0]]) for i, path in enumerate(paths)], dtype=np.int64)
         classes = [printable(folder) for folder in folders]
-    return FileSource(f"folder:{show(root.name)}", root, paths, classes, pairs, config.limit)
+    source = FileSource(f"folder:{show(root.name)}", root, paths, classes, pairs, config.limit)
+    source.ignored = ignored
+    return source
 
 
 def from_list(config: DataConfig) -> FileSource:
@@ -202,19 +208,21 @@ def from_list(config: DataConfig) -> FileSource:
     return FileSource(f"list:{show(file.name)}", base, paths, limit=config.limit)
 
 
-def list_images(root: Path) -> list[bytes]:
+def list_images(root: Path, ignored: list[bytes] | None = None) -> list[bytes]:
     """The image files under a folder as sorted relative paths, without hidden ones. Links are followed; a file
     that can be reached twice is listed once, under its real path if that is in the folder. A broken link is listed, so
-    that it is reported as unreadable and the ids of later images do not depend on it."""
+    that it is reported as unreadable and the ids of later images do not depend on it. Pictures in formats that are not
+    read are appended to `ignored`."""
     top = os.path.join(os.fsencode(root), b"")
     files: list[bytes] = []
     file_links: list[bytes] = []
+    other: list[bytes] = []
     visited: set[tuple[int, int]] = set()
     waiting = [top]
     while waiting:  # each round walks the folders to which links of the round before lead
         folder_links: list[bytes] = []
         for start in sorted(waiting):
-            _walk(start, visited, files, folder_links, file_links)
+            _walk(start, visited, files, folder_links, file_links, other)
         waiting = folder_links
     known = {_identity(path) for path in files} if file_links else set()
     for path in sorted(file_links):
@@ -222,13 +230,21 @@ def list_images(root: Path) -> list[bytes]:
         if identity is None or identity not in known:
             files.append(path)
             known.add(identity)
+    if ignored is not None:
+        ignored += sorted(path[len(top) :] for path in other)
     return sorted(path[len(top) :] for path in files)
 
 
 def _walk(
-    start: bytes, visited: set[tuple[int, int]], files: list[bytes], folder_links: list[bytes], file_links: list[bytes]
+    start: bytes,
+    visited: set[tuple[int, int]],
+    files: list[bytes],
+    folder_links: list[bytes],
+    file_links: list[bytes],
+    other: list[bytes],
 ) -> None:
-    """Append the images of a folder and its real sub-folders to `files`, and links to the other two lists."""
+    """Append the images of a folder and its real sub-folders to `files`, links to the next two lists, and pictures in
+    formats that are not read to `other`."""
     stack = [start]
     while stack:
         folder = stack.pop()
@@ -247,6 +263,8 @@ def _walk(
                 stack.append(entry.path)
             elif is_image(entry.name) and entry.is_file(follow_symlinks=False):  # no pipe: it would block
                 files.append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in _MISSED:
+                other.append(entry.path)
 
 
 def _entries(folder: bytes) -> list[os.DirEntry[bytes]]:

@@ -15,6 +15,7 @@ from mls.locks import Lock, locked
 from mls.recipes import load_config
 
 if TYPE_CHECKING:
+    from mls.distributed import Process
     from mls.engine.trainer import Trainer
 
 __all__ = ["Run", "Trainer", "branch", "finish", "pretrain", "resume", "run"]
@@ -23,7 +24,7 @@ WRITTEN = ("config.yaml", "metrics.jsonl", "backbone.*", "DONE")  # of which kil
 
 def pretrain(config: Config, quiet: bool = False) -> Run:
     """Train from scratch in a new run folder. Under torchrun every process calls this."""
-    return _train_new(config, quiet, lambda: Run.create(config))
+    return _train_new(config, quiet, Run.create)
 
 
 def branch(folder: str | Path | Run, step: int, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
@@ -33,16 +34,17 @@ def branch(folder: str | Path | Run, step: int, overrides: Sequence[str] = (), q
 
     parent = folder if isinstance(folder, Run) else Run.open(folder)
     config = load_config(parent.path / "config.yaml", overrides)
-    return _train_new(config, quiet, lambda: create_branch(parent, step, overrides))
+    return _train_new(config, quiet, lambda _: create_branch(parent, step, overrides))
 
 
-def _train_new(config: Config, quiet: bool, create: Callable[[], Run]) -> Run:
+def _train_new(config: Config, quiet: bool, create: Callable[[Config], Run]) -> Run:
     from mls import distributed
     from mls.engine.trainer import Trainer
 
     process = distributed.start(config.engine.device, config.engine.timeout_minutes)
+    config = _sized(config, process, quiet)
     # Only rank 0 makes the folder; a mistake there must reach the others as well, or they would wait for ever.
-    created = Run(Path(distributed.on_main(lambda: str(create().path))))
+    created = Run(Path(distributed.on_main(lambda: str(create(config).path))))
     if process.main:  # of a branch it has another name
         config = created.config
     with _alone(created) as lock:
@@ -72,13 +74,20 @@ def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool 
             opened.refuse_lost_checkpoints()
             return opened.done
 
+        config = _sized(config, process, quiet)
         done = distributed.on_main(prepare)
         trainer = Trainer(config, opened, process, quiet, lock)  # refuses a configuration that changes the result
-        if overrides and process.main:
+        if (overrides or opened.config.run.auto) and process.main:  # a job's run is sized on the machine that trains it
             write_atomically(opened.path / "config.yaml", to_yaml(config).encode())
         if not done:
             trainer.train()
     return opened
+
+
+def _sized(config: Config, process: Process, quiet: bool) -> Config:
+    from mls.engine import sizing
+
+    return sizing.sized(config, process, (lambda *_: None) if quiet else sizing.show)
 
 
 def run(folder: str | Path, quiet: bool = False) -> Run:

@@ -21,6 +21,7 @@ from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch, Source
 from mls.data.augment import Augment
+from mls.data.formats import missed
 from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
 from mls.distributed import Process
@@ -371,6 +372,8 @@ class Trainer:
         ]
         if odd := getattr(self.source, "odd", None):
             words.append(f"{odd}; they are left out")
+        if ignored := getattr(self.source, "ignored", ()):
+            words.append(missed(ignored))
         first = self.step + 1
         self.method.set_progress(first, epoch_of(first, self.steps_per_epoch), self.steps_per_epoch)
         words += self.method.introduction()

@@ -1,0 +1,224 @@
+"""Settings that were left `auto`, sized to the images and the device when a run starts: one rule for each, with its
+reason. Values given explicitly win, and later rules follow them. What is chosen is written to the run as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import torch
+
+from mls.chunks import spaced
+from mls.config import SIZED, Config, MLSOptions, MoCoOptions, check
+from mls.data import Source
+from mls.data.decode import Encoded, UnreadableImage
+from mls.data.sources import build_source
+from mls.distributed import Process, on_main
+from mls.errors import DataError, command
+
+FEWEST, FEW = 16, 1000  # images that can be trained on; below which published weights are a better start
+LOOKED_AT = 64  # images whose size is read
+PAPER = Config()  # its values are the largest that a rule chooses
+ON_GPU = 4_000_000  # images that a GPU's run sees: 200 epochs of 20,000
+ON_CPU = 250_000  # images of 32 × 32: `mls_scenes_tiny` trains on 780 a second with two free cores (its recipe)
+SHORT = 10_000  # steps below which a run needs a quicker key encoder and later pseudo-labels
+# Of 224 × 224 in a ResNet-50 in bf16: it keeps 64 MiB an image for the backward pass (counted by torch's hooks of saved
+# tensors), and a third is added for views, keys and workspaces. Not tried on a GPU.
+IMAGES_PER_GIB = 12
+
+
+@dataclass(frozen=True)
+class Facts:
+    images: int
+    side: int  # pixels: median of the images' shorter sides
+    memory: float | None  # GiB of the GPU; None: a CPU
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    key: str
+    value: Any
+    reason: str
+
+
+Rule = Callable[[Config, Facts], tuple[Any, str]]
+
+
+def sized(config: Config, process: Process, tell: Callable[[Config, Facts, list[Choice]], None]) -> Config:
+    """The configuration with a number for every key of `run.auto`. Rank 0 chooses for all processes."""
+    if not config.run.auto:
+        return config
+
+    def decide() -> Config:
+        facts = facts_of(build_source(config.data), process)
+        made, choices = choose(config, facts)
+        check(made)
+        tell(made, facts, choices)
+        return made
+
+    return on_main(decide)
+
+
+def show(config: Config, facts: Facts, choices: list[Choice]) -> None:
+    """As a table on the terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    device = "a CPU" if facts.memory is None else f"GPUs of {facts.memory:.0f} GiB"
+    title = f"sized to {facts.images:,} images of {facts.side} pixels and {facts.processes} × {device}"
+    table = Table("setting", "value", "why", title=title, title_justify="left")
+    for choice in choices:
+        value = f"{choice.value:g}" if isinstance(choice.value, float) else str(choice.value)
+        table.add_row(choice.key, value, escape(choice.reason))
+    console = Console(stderr=True, highlight=False)
+    console.print(table)
+    if words := advice(config, facts):
+        console.print(words, markup=False, soft_wrap=True)
+
+
+def facts_of(source: Source, process: Process) -> Facts:
+    memory = torch.cuda.mem_get_info(process.device)[1] / 2**30 if process.device.type == "cuda" else None
+    return Facts(len(source), _short_side(source), memory, process.world)
+
+
+def choose(config: Config, facts: Facts) -> tuple[Config, list[Choice]]:
+    if facts.images < FEWEST:
+        raise DataError(f"{facts.images} images are too few to pretrain on: point data.root to {FEWEST} or more")
+    choices: list[Choice] = []
+    for key in SIZED:
+        if key in config.run.auto:
+            value, reason = RULES[key](config, facts)
+            section, _, name = key.partition(".")
+            config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+            choices.append(Choice(key, value, reason))
+    return replace(config, run=replace(config.run, auto=[])), choices
+
+
+def advice(config: Config, facts: Facts) -> str | None:
+    """What cannot work well, whatever the sizes, and what would."""
+    if facts.images >= FEW or config.model.weights is not None:
+        return None
+    network = "resnet18" if facts.memory is None else "resnet50"
+    overrides = (f"model.backbone={network}", f"model.weights=torchvision:{network}", "optim.lr=0.03")
+    again = command("mls pretrain", config.data.root, *overrides)
+    return f"{facts.images:,} images are few to learn from nothing: published weights are a better start, {again}"
+
+
+def _short_side(source: Source) -> int:
+    sides = []
+    for index in spaced(len(source), LOOKED_AT):
+        try:
+            image = Encoded(source.read(index))
+            sides.append(min(image.height, image.width))
+        except (UnreadableImage, OSError):
+            continue  # training replaces it and says so
+    return int(median(sides)) if sides else PAPER.augment.size
+
+
+def _power_of_two(most: float) -> int:
+    return 1 << max(0, int(most).bit_length() - 1)
+
+
+def _steps(config: Config, facts: Facts) -> int:
+    return config.optim.epochs * max(1, facts.images // config.data.batch_size)
+
+
+def _size(config: Config, facts: Facts) -> tuple[int, str]:
+    low, high = (32, 64) if facts.memory is None else (96, PAPER.augment.size)
+    size = min(high, max(low, facts.side // 16 * 16))
+    where = f"the images' short side is {facts.side} pixels"
+    return size, f"{where}; a CPU takes at most {high}" if facts.memory is None and facts.side > high else where
+
+
+def _blur(config: Config, facts: Facts) -> tuple[float, str]:
+    if config.augment.size <= 64:
+        return 0.0, "none for small images, as SimCLR on CIFAR-10"
+    return PAPER.augment.blur, "as MoCo-v2"
+
+
+def _backbone(config: Config, facts: Facts) -> tuple[str, str]:
+    if facts.memory is None:
+        return "resnet_tiny", "minutes on a CPU, where resnet50 takes weeks: a trial, use a GPU for more"
+    return "resnet50", "as the paper"
+
+
+def _batch(config: Config, facts: Facts) -> tuple[int, str]:
+    """Small enough for 16 steps an epoch, and a multiple of the processes."""
+    parts, limit, why = facts.processes * config.engine.accumulate, facts.images / 16, "16 steps an epoch or more"
+    most = PAPER.data.batch_size // (2 if facts.memory is None else 1)
+    if limit >= most:
+        limit, why = most, "half the paper's 256, for more steps on a CPU" if facts.memory is None else "as the paper"
+    if facts.memory is not None:
+        fits = IMAGES_PER_GIB * facts.memory * parts * (PAPER.augment.size / config.augment.size) ** 2
+        if fits < limit:
+            limit, why = fits, f"what {facts.memory:.0f} GiB hold"
+    if isinstance(config.objective, MoCoOptions) and "dictionary.size" not in config.run.auto:
+        limit = min(limit, config.dictionary.size)
+    return max(_power_of_two(max(limit, 2)) // parts, 1) * parts, why
+
+
+def _key_group(config: Config, facts: Facts) -> tuple[int, str]:
+    part = config.data.batch_size // (facts.processes * config.engine.accumulate)
+    group = max(1, min(PAPER.model.key_group, part // 2))
+    return group, f"two groups or more of the {part} images of a process"
+
+
+def _dictionary(config: Config, facts: Facts) -> tuple[int, str]:
+    """A quarter of the images at most: then a query meets an older row of its own in 3 of 100 steps."""
+    rows, batch = _power_of_two(facts.images / 4), config.data.batch_size
+    if rows >= PAPER.dictionary.size:
+        return max(PAPER.dictionary.size, batch), "as the paper"
+    return max(rows, batch), f"at most a quarter of {facts.images:,} images, so that few rows are the query's own"
+
+
+def _k(config: Config, facts: Facts) -> tuple[int, str]:
+    rows = config.dictionary.size
+    k = max(1, min(20, round(rows * 20 / PAPER.dictionary.size)))
+    return k, f"{k / rows:.1%} of the dictionary (the paper's: 0.5 %)"
+
+
+def _epochs(config: Config, facts: Facts) -> tuple[int, str]:
+    if facts.memory is None:
+        seen = ON_CPU * (32 / config.augment.size) ** 2
+        return min(400, max(20, round(seen / facts.images))), "about ten minutes on two cores with the tiny network"
+    epochs = min(800, max(200, round(ON_GPU / facts.images)))
+    return epochs, "fewer images, more epochs: 200 to 800"
+
+
+def _warmup(config: Config, facts: Facts) -> tuple[float, str]:
+    epochs = min(5.0, config.optim.epochs / 20)
+    return epochs, "of the learning rate: a twentieth of the run, at most 5 epochs"
+
+
+def _later_labels(config: Config, facts: Facts) -> tuple[float, str]:
+    options = config.objective
+    assert isinstance(options, MLSOptions)
+    if options.labels_from == "regions":
+        return config.optim.epochs / 4, "neighbours by regions want a network that has learnt"
+    if not options.info_nce_weight or _steps(config, facts) >= SHORT:
+        return 0.0, "pseudo-labels from the start, as the paper"
+    return config.optim.epochs / 10, "the first neighbours of an untrained network are noise"
+
+
+def _momentum(config: Config, facts: Facts) -> tuple[float, str]:
+    steps = _steps(config, facts)
+    if steps >= SHORT:
+        return PAPER.model.momentum, "as the paper"
+    return 0.99, f"{steps:,} steps: the paper's {PAPER.model.momentum} is for longer runs"
+
+
+def _checkpoint_every(config: Config, facts: Facts) -> tuple[int, str]:
+    steps = _steps(config, facts)
+    return min(PAPER.engine.checkpoint_every, max(1, steps // 20)), f"steps; {steps:,} in all"
+
+
+def _health_every(config: Config, facts: Facts) -> tuple[int, str]:
+    return min(PAPER.monitor.health_every, max(1, _steps(config, facts) // 20)), "steps; 20 times a run or more"
+
+
+_IN_ORDER = (_size, _blur, _backbone, _batch, _key_group, _dictionary, _k, _epochs, _warmup, _later_labels, _momentum)
+RULES: dict[str, Rule] = dict(zip(SIZED, (*_IN_ORDER, _checkpoint_every, _health_every), strict=True))
