@@ -166,6 +166,10 @@ def markdown_table(
     while width is not None and sum(widths[:labels]) > max(width // 2, 10 * labels):
         widths[widths.index(max(widths[:labels]))] -= 1  # labels leave half of the line to the numbers
     lines = [[*map(_shortened, line[:labels], widths), *line[labels:]] for line in lines]
+    if width is not None:  # a cell may be as long as a sentence
+        room = max(10, width - sum(min(widths[place], width) + 3 for place in range(labels)) - 4)
+        lines = [[*line[:labels], *(_shortened(cell, room) for cell in line[labels:])] for line in lines]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(header))]
     blocks: list[list[int]] = [list(range(min(labels, len(header))))]
     for place in range(labels, len(header)):
         wide = sum(widths[one] + 3 for one in [*blocks[-1], place]) + 1

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mls import yaml_files
-from mls.errors import ConfigError, LaunchError
-from mls.monitor.log import newest_rows
+from mls.engine import Run, status
+from mls.errors import LaunchError
 from mls.progress import duration
 from mls.results import Results, newest
 from mls.slurm import job_spec, local, scheduler
@@ -85,18 +82,14 @@ def state_and_reason(spec: JobSpec, slurm_state: str | None) -> tuple[str, str]:
     return "lost", f"its end was not recorded, {in_slurm}; it resumes from step {job_spec.last_save(spec.folder)}"
 
 
-def progress(spec: JobSpec, running: bool) -> tuple[str, str, float | None]:
-    """(step/steps, time left if it is running, last loss) of a pretraining run, from the end of its metrics and the
-    start of its events: however long it trains, a few kilobytes are read."""
-    folder = Path(spec.folder)
-    row = next((row for row in newest_rows(folder / "metrics.jsonl") if row.get("loss") is not None), None)
-    if row is None:
+def progress(spec: JobSpec) -> tuple[str, str, float | None]:
+    """(step/steps, time left while it trains, last loss) of a pretraining run, from the ends of its files."""
+    seen = status.status_of(Run(Path(spec.folder)))
+    loss = seen.last(["loss"])
+    if loss is None:
         return "", "", None
-    step, total, speed = row["step"], _total(folder), row.get("images_per_second")
-    if total is None:
-        return str(step), "", row["loss"]
-    left = (total - step) * _batch_size(folder) / speed if running and speed else 0
-    return f"{step}/{total}", duration(left) if left > 0 else "", row["loss"]
+    step = f"{seen.step}/{seen.total}" if seen.total else str(seen.step)
+    return step, "" if seen.left is None else duration(seen.left), loss[1]
 
 
 def log_tail(spec: JobSpec, lines: int = 10) -> list[str]:
@@ -110,22 +103,8 @@ def log_tail(spec: JobSpec, lines: int = 10) -> list[str]:
 
 def _status(spec: JobSpec, slurm_state: str | None, root: Path, results: dict[str, float]) -> JobStatus:
     state, reason = state_and_reason(spec, slurm_state)
-    step, eta, loss = progress(spec, state == "running")
+    step, eta, loss = progress(spec)
     folder = Path(spec.folder)
     name = os.path.relpath(folder, root) if folder.is_relative_to(root.resolve()) else str(folder)
     starts = spec.history.rows(event="started", rank=0)
     return JobStatus(name, spec, state, reason, step, eta, max(0, len(starts) - 1), loss, results)
-
-
-def _total(folder: Path) -> int | None:
-    """All steps of a run, as the first of its events says; None of version 0.1, which kept none."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(folder / "events.jsonl", "rb") as events:
-        return int(json.loads(events.readline())["total"])
-    return None
-
-
-def _batch_size(folder: Path) -> int:
-    """0 where the run's configuration is broken, which ends no list of jobs."""
-    with contextlib.suppress(ConfigError, KeyError, TypeError):
-        return int(yaml_files.read(folder / "config.yaml")[0]["data"]["batch_size"])
-    return 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import inspect
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -30,6 +32,7 @@ from mls.tools import (
     regions,
     report,
     results,
+    runs,
     scenes,
     submit,
     verify_resume,
@@ -49,6 +52,7 @@ COMMANDS = {
     "demo": demo.demo,
     "pretrain": pretrain.pretrain,
     "config": config.show,
+    "runs": runs.runs,
     "report": report.report,
     "results": results.results,
     "neighbours": neighbours.neighbours,
@@ -70,7 +74,7 @@ app.add_typer(submit.app, name="submit")
 app.add_typer(box.app, name="slurm")
 app.add_typer(bench.app, name="bench")
 
-WITHOUT_PLUGINS = ("jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
+WITHOUT_PLUGINS = ("runs", "jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
 PLUGINS = "A file or module of losses, methods, data sets, backbones or export targets. May be repeated."
 
 
@@ -112,7 +116,24 @@ def version(
         print(f"mls {mls.__version__}")
 
 
+# What tables and sentences hold beside ASCII, for terminals that do not know it.
+PLAIN = {"…": ".", "–": "-", "—": "-", "×": "x", "±": "+-", "·": "*", "→": "->", "²": "2", "λ": "lambda"}
+
+
+def plainer(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(PLAIN.get(one, "?") for one in error.object[error.start : error.end]), error.end
+
+
+def print_in_any_encoding() -> None:
+    codecs.register_error("plainer", plainer)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
+            stream.reconfigure(errors="plainer")
+
+
 def main() -> None:
+    print_in_any_encoding()
     try:
         _call()
     except SystemExit as end:

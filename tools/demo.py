@@ -67,7 +67,8 @@ def demo(
     }
     found = compare(cells, seeds, folder)
     note = f"mAP in per cent on unseen scenes, {seeds} seed{'s' * (seeds > 1)}{', mean ± std' * (seeds > 1)}"
-    table = table_of(found, "backbone", (*PROBES, *OVERLAP), note + " (quick: too short to mean much)" * quick)
+    heading = "backbone (--quick: too short to show anything)" if quick else "backbone"
+    table = table_of(found, heading, (*PROBES, *OVERLAP), note)
     if controls:
         alone = {"linear": [scene_type_map(load_config("mls_scenes_tiny", short))]}
         table = replace(table, rows=[*table.rows, Row(["scene type alone"], alone)])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from typing import Annotated
 
 import typer
 
-from mls.errors import ConfigError, command
+from mls.errors import ConfigError
 
 
 def pretrain(
@@ -75,7 +74,5 @@ def pretrain(
             run = engine.pretrain(config, quiet=quiet)
         if distributed.rank() == 0:
             print(run.path)
-            if not quiet:
-                print(f"done; look at it with {command('mls report', run.path)}", file=sys.stderr)
     finally:
         distributed.stop()

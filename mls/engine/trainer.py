@@ -6,7 +6,9 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -40,8 +42,9 @@ from mls.monitor.log import MetricsLog
 from mls.monitor.matches import MomentTaker, moment_epochs
 from mls.monitor.online import OnlineProbes
 from mls.monitor.window import Window
-from mls.progress import duration, for_people
+from mls.progress import duration, for_people, summary
 from mls.recipes import from_dict
+from mls.tables import markdown_table
 
 MUCH_WAITING = 0.2  # share of the time spent waiting for data that is worth a hint
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
@@ -68,16 +71,9 @@ class Trainer:
         self.optimizer = optim.build(config, self.method, self.method.own_rates())
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
         # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
-        half = HALF.get(precision, torch.float32)
-        self.augment = Augment(
-            config.augment,
-            config.run.seed,
-            process.device,
-            config.engine.channels_last,
-            half,
-            self.plan.positions,
-            reuse=config.engine.accumulate == 1,  # then a step is over before the next one's views are made
-        )
+        form = config.engine.channels_last, HALF.get(precision, torch.float32), self.plan.positions
+        reuse = config.engine.accumulate == 1  # then a step is over before the next one's views are made
+        self.augment = Augment(config.augment, config.run.seed, process.device, *form, reuse=reuse)
         if config.engine.compile:
             for module in self.method.modules():
                 if isinstance(module, Encoder):
@@ -93,8 +89,6 @@ class Trainer:
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
-        self.moment_epochs = moment_epochs(config.optim.epochs, config.monitor.moments)
-        self.take_moment = MomentTaker(config, self.source, self.plan, process.device, half, self.labels)
         self.session = self.build_session()
         self.step = 0  # steps taken
         self.window = Window(process.device)
@@ -116,10 +110,14 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------ the loop
 
     def train(self) -> None:
+        began, first = time.monotonic(), self.step + 1
         with contextlib.ExitStack() as stack:
             self.open_log(stack)
             stack.enter_context(self.session.running(self.run.name, self.quiet))
             self.probes = OnlineProbes.build(self.config, self.source) if self.process.main else None
+            self.moment_epochs = moment_epochs(self.config.optim.epochs, self.config.monitor.moments)
+            where = self.process.device, self.augment.dtype
+            self.take_moment = MomentTaker(self.config, self.source, self.plan, *where, self.labels)
             self.introduce()
             last = min(self.total, self.config.engine.max_steps or self.total)
             loader = Loader(self.source, self.config, self.process, self.step + 1, last, plan=self.plan)
@@ -133,6 +131,9 @@ class Trainer:
                 self.train_step(micro_batches)
                 self.after_step()
             self.finish(last)
+        if self.process.main and not self.quiet:
+            seconds = time.monotonic() - began
+            print("\n".join(last_words(self.run, first, self.step, seconds)), file=sys.stderr, flush=True)
 
     def train_step(self, micro_batches: list[Batch]) -> None:
         """One optimizer update, or none where a loss or gradient is not finite."""
@@ -460,6 +461,26 @@ class Trainer:
         self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, settings, self.session.warn)
         stack.callback(self.log.close)
         self.log.rewind(self.log_offset)
+
+
+def last_words(run: Run, first: int, last: int, seconds: float) -> list[str]:
+    """What a finished run has come to, and the commands that go on from there."""
+    rows = run.metrics()
+    share = lambda name: f"{fmean([row[name] for row in rows if row.get(name) is not None] or [0.0]):.1%}"
+    since = "" if first == 1 else f" (since step {first})"
+    spent = f"{share('data_wait')} of the time waiting for data, {share('monitoring')} measuring for the log"
+    words = [f"finished {last} steps in {duration(seconds)}{since}, {spent}"]
+    if lines := summary(rows):
+        words += ["", markdown_table(["", "first", "last", "by chance"], lines), ""]
+    protocol = ["linear_scenes"] if run.config.data.source == "scenes" else ["linear", "data.name=folder"]
+    protocol += [] if len(protocol) == 1 else ["data.root=/path/to/labelled/images"]
+    commands = [
+        command("mls report", run.path),
+        command("mls eval run", *protocol, "--weights", run.path),
+        command("mls neighbours", run.path, "--figure"),
+        command("mls export", run.path),
+    ]
+    return [*words, "what comes next:", *(f"  {one.strip('`')}" for one in commands)]
 
 
 def watched_labels(source: Source) -> Tensor | None:

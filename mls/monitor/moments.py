@@ -54,17 +54,17 @@ class Share(NamedTuple):
 
 
 # Numbers are numbers and finite, also in a file that somebody else wrote.
-checked = dataclass(frozen=True, config=ConfigDict(strict=True, allow_inf_nan=False))
+CHECKED = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-@checked
+@dataclass(frozen=True, config=CHECKED)
 class Query:
     id: Count
     box: Box
     matches: dict[Memory, list[Match]]  # nearest first; no rows of the query's own image
 
 
-@checked
+@dataclass(frozen=True, config=CHECKED)
 class Labels:
     """Of the first 1, 2, … matches: precision is the share that has a class in common with the query, recall the share
     of all such rows that is among them; means over the queries."""
@@ -74,7 +74,7 @@ class Labels:
     chance: float  # the precision of random rows
 
 
-@checked
+@dataclass(frozen=True, config=CHECKED)
 class Moment:
     step: Count
     epoch: Count
