@@ -100,6 +100,11 @@ class Cell(ABC):
         """The same cell once what it measures is there."""
         return self
 
+    def with_weights(self) -> Cell:
+        """The same cell, or that of newer weights, once what is to be measured is in memory: a run may go on training
+        while this process waits or measures."""
+        return self
+
     def stored(self, root: Path) -> Measured | None:
         return self.found_as(self.key, root)
 
@@ -127,6 +132,7 @@ class Cell(ABC):
         known = None if again else cell.known(root, keep)
         if known is not None:
             return known
+        cell = cell.with_weights()
         with _alone(root, cell.name) as lock:
             known = None if again else cell.known(root, keep)  # another process may have measured it meanwhile
             return known or cell.measured(root, keep, quiet, lock)
@@ -209,13 +215,16 @@ class Evaluation(Cell):
     weights: str  # a run, a file or a name
     seed: int = 0
     recipe: str = ""  # pretrain:RECIPE KEY=VALUE ..., where the weights are the run of a recipe
-    of_main: Weights | None = None  # what the first of several processes read
+    loaded: Weights | None = None  # what was read of them to be measured, or by the first of several processes
     architecture: str | None = None  # of weights in a file that does not show it
     prefix: str | None = None  # of the network in a file that holds several
 
     @cached_property
     def source(self) -> Weights:
-        return self.of_main or read(self.weights, self.protocol.model.backbone, self.architecture, self.prefix)
+        return self.loaded or self._read(tensors=False)
+
+    def _read(self, tensors: bool) -> Weights:
+        return read(self.weights, self.protocol.model.backbone, self.architecture, self.prefix, tensors)
 
     @cached_property
     def content(self) -> str:
@@ -262,9 +271,18 @@ class Evaluation(Cell):
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or isinstance(self.protocol, Frozen):
             _ = cell.source  # an error of the weights comes before the data are read
             return cell
-        process = distributed.start(self.protocol.training.device)
-        shared = distributed.on_main(lambda: replace(cell.source, tensors=b""))
-        return cell if process.main else replace(cell, of_main=shared)
+        distributed.start(self.protocol.training.device)
+        return replace(cell, loaded=distributed.on_main(lambda: cell.source))
+
+    def with_weights(self) -> Evaluation:
+        found: list[Weights] = []
+
+        def of_main() -> Weights:
+            found.append(self._read(tensors=True))
+            return replace(found[0], tensors=b"")
+
+        shared = distributed.on_main(of_main)
+        return replace(self, loaded=found[0] if found else shared)
 
     def stored(self, root: Path) -> Measured | None:
         found = super().stored(root)
@@ -398,6 +416,8 @@ def config_hash(config: Config) -> str:
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
     for key in FREE_AND_YOUNGER:
         del values["engine"][key]
+    if values["engine"]["augment"] == "device":  # as all were that do not know the key
+        del values["engine"]["augment"]
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:

@@ -16,7 +16,7 @@ from mls.core.losses import at_least_fp32
 from mls.errors import ConfigError, unknown_name
 from mls.models import load_backbone
 from mls.models.backbones import Backbone
-from mls.streams import derive
+from mls.streams import derive, initialisation
 
 
 class CosineHead(nn.Linear):
@@ -99,8 +99,7 @@ def build_classifier(
     """
     if head not in HEADS:
         raise unknown_name("head", head, HEADS)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with initialisation(seed):
         backbone = load_backbone(weights)
         # A stream of its own: the head does not depend on how many numbers the backbone draws.
         torch.manual_seed(derive(seed, "init", "classifier"))

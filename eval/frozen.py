@@ -27,7 +27,7 @@ from mls.frozen.probe.linear import Progress
 from mls.frozen.untrained import STATISTICS_IMAGES, with_batch_statistics
 from mls.models import load_backbone, untrained, weights_file
 from mls.progress import counting
-from mls.streams import derive, generator
+from mls.streams import generator, initialisation
 
 LEAVE_ONE_OUT_UP_TO = 20000  # training images: then kNN's k is chosen by leaving one out
 CHOICE_QUERIES = 10000  # with more training images, these are queries and the others are their neighbours
@@ -81,8 +81,7 @@ def run(
 def build_backbone(protocol: Frozen, weights: str, seed: int, train: LabelledImages) -> nn.Module:
     """The network; an untrained one gets the batch statistics of the training images (mls/frozen/untrained.py)."""
     wanted = untrained(protocol.model.backbone) if weights == "random" else weights
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with initialisation(seed):
         backbone = load_backbone(wanted)
     if weights_file(wanted) is not None or wanted.startswith(("torchvision:", "timm:")):
         return backbone

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Weights:
     hash: str  # of the file that was read, else of the name
     load_name: str  # for `mls.load_backbone`, or "random": the protocol's backbone
     file: Path | None = None
-    tensors: bytes = b""  # the file
+    tensors: bytes = b""  # the file, where they were asked for
     facts: dict[str, Any] = field(default_factory=dict)  # its card
 
     def placed(self, folder: Path) -> str:
@@ -40,7 +40,9 @@ class Weights:
         return str(copy)
 
 
-def read(weights: str, backbone: str, architecture: str | None = None, prefix: str | None = None) -> Weights:
+def read(
+    weights: str, backbone: str, architecture: str | None = None, prefix: str | None = None, tensors: bool = True
+) -> Weights:
     """`backbone`: what "random" builds. `architecture` and `prefix`: of a file in which they cannot be found."""
     check_weights(weights)
     file = None if is_name(weights) else weights_file(weights)
@@ -50,11 +52,18 @@ def read(weights: str, backbone: str, architecture: str | None = None, prefix: s
         check_name(untrained(backbone) if weights == "random" else weights)
         name = public_name(weights, backbone)
         return Weights(name, hashlib.sha256(name.encode()).hexdigest()[:16], weights)
-    return _read(weights, file, _written(file), architecture, prefix)
+    return (_read if tensors else _identity)(weights, file, _written(file), architecture, prefix)
+
+
+@cache  # a finished suite asks for each column which weights its rows are
+def _identity(
+    weights: str, file: Path, written: tuple[int, ...], architecture: str | None, prefix: str | None
+) -> Weights:
+    return replace(_read(weights, file, written, architecture, prefix), tensors=b"")
 
 
 @lru_cache(maxsize=1)  # the cells of a suite share it
-def _read(weights: str, file: Path, written: tuple[int, int], architecture: str | None, prefix: str | None) -> Weights:
+def _read(weights: str, file: Path, written: tuple[int, ...], architecture: str | None, prefix: str | None) -> Weights:
     tensors, facts = (None if architecture or prefix else card.read(file)) or (file.read_bytes(), None)
     digest = hashlib.sha256(tensors)
     if architecture or prefix:
@@ -68,10 +77,10 @@ def _read(weights: str, file: Path, written: tuple[int, int], architecture: str 
     return replace(found, name=f"{weights} ({note})") if note else found
 
 
-def _written(file: Path) -> tuple[int, int]:
-    """When the tensors and their card were written."""
-    beside = card.path_of(file)
-    return file.stat().st_mtime_ns, beside.stat().st_mtime_ns if beside.is_file() else 0
+def _written(file: Path) -> tuple[int, ...]:
+    """When the tensors and their card were written, and how much."""
+    found = [path.stat() for path in (file, card.path_of(file)) if path.is_file()]
+    return tuple(number for one in found for number in (one.st_mtime_ns, one.st_size, one.st_ino))
 
 
 def is_name(weights: str) -> bool:

@@ -313,6 +313,7 @@ class EngineConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     channels_last: bool = True
+    augment: Literal["auto", "worker", "device"] = "auto"  # where views get their colours; worker beside a CPU
     compile: bool = False
     accumulate: int = positive(1)  # micro-batches per step
     threads: int | None = zero_or_more(None)  # CPU threads per process; default: torch's own choice

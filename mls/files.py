@@ -84,6 +84,7 @@ def sha256(path: Path) -> str:
 
 
 CHECK = "check"
+_IN_ORDER = json.JSONEncoder(sort_keys=True)  # `json.dumps` makes one for each record
 
 
 def checked(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def checked(record: Mapping[str, Any]) -> dict[str, Any]:
     {'value': 0.5, 'check': '863c69ab5bb5'}
     """
     fields = {key: value for key, value in record.items() if key != CHECK}
-    return fields | {CHECK: hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]}
+    return fields | {CHECK: hashlib.sha256(_IN_ORDER.encode(fields).encode()).hexdigest()[:12]}
 
 
 def changed(record: Mapping[str, Any]) -> bool:

@@ -7,11 +7,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import entry_points
+from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any, TypeVar
@@ -19,6 +21,7 @@ from typing import Any, TypeVar
 from mls.errors import ConfigError, UserError, one_line, unknown_name
 
 GROUP = "mls.plugins"
+REGISTERED = re.compile(r'^@?register\(\s*"([^"]+)"', re.MULTILINE)
 
 Entry = TypeVar("Entry")
 Registered = TypeVar("Registered")
@@ -73,6 +76,19 @@ def _is_newer_version(entry: Any, existing: Any) -> bool:
     """The same definition, executed once more, as in a notebook's cell."""
     where = lambda thing: (getattr(thing, "__module__", None), getattr(thing, "__qualname__", None))
     return None not in where(entry) and where(entry) == where(existing)
+
+
+def registered_in(package: str) -> list[str]:
+    """The names that the files of a package of mls register with `register("name", ...)`, and plug-ins with them. They
+    are read from the sources where there is no plug-in: importing the package would load torch.
+
+    >>> registered_in("mls.core.losses")[:3]
+    ['an', 'an_ls', 'asl']
+    """
+    if loaded() or entry_points(group=GROUP):
+        return importlib.import_module(package).names()
+    folder = Path(str(files("mls")), *package.split(".")[1:])
+    return sorted(name for file in folder.glob("*.py") for name in REGISTERED.findall(file.read_text()))
 
 
 _loaded: dict[str, ModuleType] = {}

@@ -33,6 +33,7 @@ class TrainingProgress:
         self.live: Live | None = None
         self.done, self.epoch, self.doing, self.numbers = start, 0, "", dict[str, str]()
         self.began = self.printed = time.monotonic()
+        self.left: float | None = None  # seconds, where somebody knows better than this clock
 
     def __enter__(self) -> TrainingProgress:
         if self.show and self.console.is_terminal:
@@ -74,6 +75,8 @@ class TrainingProgress:
 
     def eta(self) -> str:
         """At the mean speed since the start."""
+        if self.left is not None:
+            return duration(self.left)
         if self.done == self.start:
             return "-:--" if self.done < self.total else duration(0)
         return duration((time.monotonic() - self.began) / (self.done - self.start) * (self.total - self.done))

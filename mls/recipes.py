@@ -135,7 +135,7 @@ def _parsed(override: str) -> dict[str, Any]:
 
 def from_dict(values: Mapping[str, Any]) -> Config:
     """The inverse of `to_dict`, for what was stored by earlier versions too."""
-    values = _of_method(values, values)
+    values = _as_stored(_of_method(values, values))
     known = RECIPE.defaults(values)
     _check_keys(values, "the stored configuration", known, RECIPE)
     where = "the stored configuration"
@@ -151,6 +151,13 @@ def _of_method(values: Mapping[str, Any], choice: Mapping[str, Any]) -> dict[str
     known = {item.name for item in fields(RECIPE.defaults(choice).objective)}
     left = {key: value for key, value in objective.items() if key in known or not methods_with(f"objective.{key}")}
     return {**values, "objective": left}
+
+
+def _as_stored(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's own configuration with the keys that are younger than it at what it was trained with, which is not the
+    default of today."""
+    engine = values.get("engine")
+    return {**values, "engine": {"augment": "device", **engine}} if isinstance(engine, Mapping) else dict(values)
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,7 +239,7 @@ def read_yaml(path: Path, kind: Kind[Any]) -> tuple[dict[str, Any], dict[str, st
     origins: dict[str, str] = {}
     for file, values, lines in reversed(with_bases(path, kind)):
         if isinstance(values.get("run"), dict) and "recipe" in values["run"]:  # a run's own; 0.1 stored all methods'
-            values = _of_method(values, values)
+            values = _as_stored(_of_method(values, values))
         merged, origins = _merged(_of_method(merged, values), values), origins | lines
         _check_keys(values, file.name, kind.defaults(merged), kind)
     return merged, origins

@@ -9,8 +9,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +18,7 @@ from mls.errors import UserError
 from mls.files import CHECK, changed, checked
 
 MOST_TOLD = 5  # lines of a file that are named
+TAIL = 64  # bytes before an index's end; a line's check is among them
 NUMBER = (int, float, type(None))
 # What rows that have these fields have in them.
 FIELDS = {"cell": (str, type(None)), "metric": (str, type(None)), "value": NUMBER, "duration": NUMBER}
@@ -63,12 +64,43 @@ def stored_cells(rows: Iterable[Mapping[str, Any]]) -> list[StoredCell]:
     >>> [cell.values for cell in stored_cells({"cell": "a", "metric": "voc07/map", "value": v} for v in (0.1, 0.2))]
     [{'voc07/map': 0.2}]
     """
-    found: dict[Any, StoredCell] = {}
+    found: dict[Any, list[Mapping[str, Any]]] = {}
     for number, row in enumerate(newest(rows)):
-        name = row.get("cell", number)
-        values = found[name].values if name in found else {}
-        found[name] = StoredCell(row, values | {row["metric"]: float(row["value"])})
-    return list(found.values())
+        found.setdefault(row.get("cell", number), []).append(row)
+    return [StoredCell(cell[-1], {row["metric"]: float(row["value"]) for row in cell}) for cell in found.values()]
+
+
+@dataclass
+class _Index:
+    """Where in a store the lines of each cell are. A store only grows: what was read once is not read again."""
+
+    file: tuple[int, int] = (0, 0)  # device and inode
+    end: int = 0  # of the last whole line
+    tail: bytes = b""  # what stands before the end, by which another file is known
+    lines: int = 0
+    line: tuple[int, int, int] = (0, 0, 0)  # number, offset and length of the last one that was read
+    places: dict[Any, list[tuple[int, int, int]]] = field(default_factory=dict)  # of the lines of each cell
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> _Index:
+        status = os.fstat(file.fileno())
+        return cls((status.st_dev, status.st_ino))
+
+    def fits(self, file: BinaryIO) -> bool:
+        before = os.pread(file.fileno(), len(self.tail), self.end - len(self.tail))
+        return self.file == self.of(file).file and before == self.tail
+
+    def appended(self, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+        """Lines and their numbers. A last one that is not whole is read again the next time."""
+        file.seek(self.end)
+        for line in file:
+            self.line = (self.lines + 1, self.end, len(line))
+            if line.endswith(b"\n"):
+                self.lines, self.end, self.tail = self.lines + 1, self.end + len(line), line[-TAIL:]
+            yield self.line[0], line
+
+
+_INDEXES: dict[Path, _Index] = {}  # of this process
 
 
 class Results:
@@ -101,10 +133,14 @@ class Results:
 
     def read(self) -> list[dict[str, Any]]:
         """All rows, oldest first. Lines that hold none, or another one than was written, are left out and told once."""
-        rows: list[dict[str, Any]] = []
+        if not self.path.is_file():
+            return []
+        with open(self.path, "rb") as file:
+            return list(self._rows(enumerate(file, start=1)))
+
+    def _rows(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[dict[str, Any]]:
         broken: dict[int, str] = {}
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        for number, line in enumerate(content.split(b"\n"), start=1):
+        for number, line in lines:
             try:
                 row = json.loads(line) if line.strip() else None
             except (ValueError, RecursionError):
@@ -112,11 +148,10 @@ class Results:
             if isinstance(row, dict) and changed(row):
                 broken[number] = "not as it was written"
             elif isinstance(row, dict) and all(isinstance(row.get(key), kinds) for key, kinds in FIELDS.items()):
-                rows.append(row)
+                yield row
             elif line.strip():
                 broken[number] = "no row: its writer was killed, or is still writing"
         self._tell(broken)
-        return rows
 
     def _tell(self, broken: Mapping[int, str]) -> None:
         new = {number: what for number, what in broken.items() if (self.path, number, what) not in _TOLD}
@@ -136,8 +171,18 @@ class Results:
         return rows[-1] if rows else None
 
     def cell(self, key: str) -> StoredCell | None:
-        """The numbers of one cell, if all of them were written."""
-        found = stored_cells(self.rows(cell=key))
+        """The numbers of one cell, if all of them were written. Of a store that was asked before, only what was
+        appended since and the lines of this cell are read."""
+        if not self.path.is_file():
+            return None
+        with open(self.path, "rb") as file:
+            index = _INDEXES.get(self.path)
+            if index is None or not index.fits(file):
+                index = _INDEXES[self.path] = _Index.of(file)
+            for row in self._rows(index.appended(file)):
+                index.places.setdefault(row.get("cell"), []).append(index.line)
+            lines = [(number, os.pread(file.fileno(), size, at)) for number, at, size in index.places.get(key, ())]
+        found = stored_cells(row for row in self._rows(lines) if row.get("cell") == key)
         return found[0] if found and found[0].whole else None
 
     def _ends_whole(self) -> bool:

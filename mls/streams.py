@@ -1,7 +1,9 @@
 """Named random streams. Every random draw in mls is a pure function of the seed and what it is for, so the number of
 workers, the number of processes and a resume change nothing."""
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -17,6 +19,14 @@ def derive(seed: int, *purpose: str | int) -> int:
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
     """A CPU generator for one purpose."""
     return torch.Generator().manual_seed(derive(seed, *purpose))
+
+
+@contextlib.contextmanager
+def initialisation(seed: int, *part: str) -> Iterator[None]:
+    """Modules that are made within it have first weights of this seed; the program's own stream is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(seed, "init", *part))
+        yield
 
 
 def uniforms(seed: int, ids: NDArray[np.int64], count: int) -> NDArray[np.float64]:

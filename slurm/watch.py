@@ -7,12 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mls import card
-from mls.config import Config
-from mls.errors import CheckpointError, ConfigError, LaunchError
-from mls.monitor.log import read_metrics
+from mls.engine import Run, status
+from mls.errors import LaunchError
 from mls.progress import duration
-from mls.recipes import load_config
 from mls.results import Results, newest
 from mls.slurm import job_spec, local, scheduler
 from mls.slurm.job_spec import JobSpec
@@ -53,8 +50,10 @@ def status_of(specs: list[JobSpec], root: Path) -> list[JobStatus]:
     """The status of each job. SLURM is queried once for all of them."""
     active = [spec.job for spec in specs if spec.cluster == "slurm" and spec.job and not spec.done]
     known = scheduler.states(active) if active else {}
-    results = Results(root / "results.jsonl").rows()
-    return [_status(spec, known.get(spec.job or ""), root, results) for spec in specs]
+    results: dict[Any, dict[str, float]] = {}  # of each run
+    for row in newest(Results(root / "results.jsonl").read()):
+        results.setdefault(row.get("weights"), {})[row["metric"]] = row["value"]
+    return [_status(spec, known.get(spec.job or ""), root, results.get(spec.folder, {})) for spec in specs]
 
 
 def state_and_reason(spec: JobSpec, slurm_state: str | None) -> tuple[str, str]:
@@ -84,23 +83,13 @@ def state_and_reason(spec: JobSpec, slurm_state: str | None) -> tuple[str, str]:
 
 
 def progress(spec: JobSpec) -> tuple[str, str, float | None]:
-    """(step/steps, time left, last loss) of a pretraining run, from its metrics and its last checkpoint."""
-    folder = Path(spec.folder)
-    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row.get("loss") is not None]
-    if not rows:
+    """(step/steps, time left while it trains, last loss) of a pretraining run, from the ends of its files."""
+    seen = status.status_of(Run(Path(spec.folder)))
+    loss = seen.last(["loss"])
+    if loss is None:
         return "", "", None
-    step, loss = rows[-1]["step"], rows[-1]["loss"]
-    config, total = _config(folder), None
-    try:
-        facts = card.facts_of(folder / "backbone.safetensors")
-        total = round(config.optim.epochs * facts["step"] / facts["epochs"]) if config and facts else None
-    except (CheckpointError, KeyError, ZeroDivisionError):
-        pass  # a broken card ends no list of jobs
-    if config is None or total is None:
-        return str(step), "", loss
-    speed = rows[-1].get("images_per_second")
-    left = duration((total - step) * config.data.batch_size / speed) if speed and step < total else ""
-    return f"{step}/{total}", left, loss
+    step = f"{seen.step}/{seen.total}" if seen.total else str(seen.step)
+    return step, "" if seen.left is None else duration(seen.left), loss[1]
 
 
 def log_tail(spec: JobSpec, lines: int = 10) -> list[str]:
@@ -112,19 +101,10 @@ def log_tail(spec: JobSpec, lines: int = 10) -> list[str]:
     return []
 
 
-def _status(spec: JobSpec, slurm_state: str | None, root: Path, results: list[dict[str, Any]]) -> JobStatus:
+def _status(spec: JobSpec, slurm_state: str | None, root: Path, results: dict[str, float]) -> JobStatus:
     state, reason = state_and_reason(spec, slurm_state)
     step, eta, loss = progress(spec)
     folder = Path(spec.folder)
     name = os.path.relpath(folder, root) if folder.is_relative_to(root.resolve()) else str(folder)
     starts = spec.history.rows(event="started", rank=0)
-    mine = {row["metric"]: row["value"] for row in newest(results) if row.get("weights") == spec.folder}
-    eta = eta if state == "running" else ""
-    return JobStatus(name, spec, state, reason, step, eta, max(0, len(starts) - 1), loss, mine)
-
-
-def _config(folder: Path) -> Config | None:
-    try:
-        return load_config(folder / "config.yaml")
-    except ConfigError:
-        return None
+    return JobStatus(name, spec, state, reason, step, eta, max(0, len(starts) - 1), loss, results)

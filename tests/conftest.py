@@ -8,6 +8,7 @@ import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,44 +126,50 @@ def mls_command_line() -> Callable[..., list[str]]:
 
 @pytest.fixture
 def synthetic_run(tmp_path: Path) -> Callable[..., Any]:
-    """Makes folders of runs that nobody trained, on the embedded scenes, with what a real one writes beside weights:
+    return partial(make_synthetic_run, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def synthetic_run_of_module(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    return partial(make_synthetic_run, tmp_path_factory.mktemp("synthetic"))
+
+
+def make_synthetic_run(
+    folder: Path,
+    name: str = "run",
+    *overrides: str,
+    near: Callable[[int], Sequence[int]] | None = None,
+    row: Callable[[int], Mapping[str, float]] = lambda step: {},
+    labels: bool = True,
+    **changes: Any,
+) -> Any:
+    """The folder of a run that nobody trained, on the embedded scenes, with what a real one writes beside weights:
     configuration, metrics, events and moments. `near` gives the ids that a query's id matches, `row` changes the values
     of a step's line, `changes` fields of every moment."""
+    from mls.engine.events import EventLog
+    from mls.engine.run import Run
+    from mls.monitor import moments
+    from mls.recipes import load_config
 
-    def make(
-        name: str = "run",
-        *overrides: str,
-        near: Callable[[int], Sequence[int]] | None = None,
-        row: Callable[[int], Mapping[str, float]] = lambda step: {},
-        labels: bool = True,
-        **changes: Any,
-    ) -> Any:
-        from mls.engine.events import EventLog
-        from mls.engine.run import Run
-        from mls.monitor import moments
-        from mls.recipes import load_config
-
-        small = ["data.scenes.count=256", "optim.epochs=4", "objective.k=5", f"run.name={name}"]
-        run = Run.create(load_config("mls_scenes_tiny", [*small, f"run.root={tmp_path / 'runs'}", *overrides]))
-        log = EventLog(run.path / "events.jsonl")
-        log.write("start", step=0, total=8)
-        for step in range(1, 9):
-            values = {"time": 1.8e9 + 10 * step, "loss": 8 - step / 10, "loss/info_nce": 7 - step / 10, "lr": 0.1}
-            values |= {"chance/info_nce": 7.62, "chance/multi_label": 0.69, "loss/multi_label_random_rows": 0.65}
-            values |= {"loss/multi_label": 0.6, "images_per_second": 900.0, "data_wait": 0.01}
-            values |= {"health/backbone_cosine": 0.3, "health/backbone_std": 0.8, "dictionary/fill": min(1, step / 4)}
-            line = {"step": step, "epoch": (step + 1) // 2, **values, **row(step)}
-            with open(run.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
-        for step in (2, 4, 8):
-            moments.write(run.path, synthetic_moment(step, near, labels, **changes))
-            log.write("moment", step=step, seconds=0.1)
-        log.write("save", step=8, copy_seconds=0.01, write_seconds=0.1)
-        log.write("stop", reason="finished", step=8)
-        (run.path / "DONE").write_text("8 steps\n")
-        return run
-
-    return make
+    small = ["data.scenes.count=256", "optim.epochs=4", "objective.k=5", f"run.name={name}"]
+    run = Run.create(load_config("mls_scenes_tiny", [*small, f"run.root={folder / 'runs'}", *overrides]))
+    log = EventLog(run.path / "events.jsonl")
+    log.write("start", step=0, total=8)
+    for step in range(1, 9):
+        values = {"time": 1.8e9 + 10 * step, "loss": 8 - step / 10, "loss/info_nce": 7 - step / 10, "lr": 0.1}
+        values |= {"chance/info_nce": 7.62, "chance/multi_label": 0.69, "loss/multi_label_random_rows": 0.65}
+        values |= {"loss/multi_label": 0.6, "images_per_second": 900.0, "data_wait": 0.01}
+        values |= {"health/backbone_cosine": 0.3, "health/backbone_std": 0.8, "dictionary/fill": min(1, step / 4)}
+        line = {"step": step, "epoch": (step + 1) // 2, **values, **row(step)}
+        with open(run.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    for step in (2, 4, 8):
+        moments.write(run.path, synthetic_moment(step, near, labels, **changes))
+        log.write("moment", step=step, seconds=0.1)
+    log.write("save", step=8, copy_seconds=0.01, write_seconds=0.1)
+    log.write("stop", reason="finished", step=8)
+    (run.path / "DONE").write_text("8 steps\n")
+    return run
 
 
 def synthetic_moment(

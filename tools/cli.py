@@ -33,6 +33,7 @@ from mls.tools import (
     replay,
     report,
     results,
+    runs,
     scenes,
     submit,
     verify_resume,
@@ -52,6 +53,7 @@ COMMANDS = {
     "demo": demo.demo,
     "pretrain": pretrain.pretrain,
     "config": config.show,
+    "runs": runs.runs,
     "report": report.report,
     "replay": replay.replay,
     "results": results.results,
@@ -74,7 +76,7 @@ app.add_typer(submit.app, name="submit")
 app.add_typer(box.app, name="slurm")
 app.add_typer(bench.app, name="bench")
 
-WITHOUT_PLUGINS = ("jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
+WITHOUT_PLUGINS = ("runs", "jobs", "cancel", "scenes", "slurm")  # commands that look nothing up by name
 PLUGINS = "A file or module of losses, methods, data sets, backbones or export targets. May be repeated."
 
 

@@ -43,7 +43,7 @@ def show(
     resolved = resolve(_of_run(positional[0]), positional[1:])
     from mls.config import flatten
 
-    rows = [(key, _text(value), resolved.origins[key]) for key, value in flatten(resolved.config)]
+    rows = [(key, text(value), resolved.origins[key]) for key, value in flatten(resolved.config)]
     width = max(len(f"{key}: {value}") for key, value, _ in rows)
     for key, value, origin in rows:
         print(f"{f'{key}: {value}':<{width}}  # {origin}")
@@ -57,7 +57,7 @@ def _print_differences(first: str, second: str) -> None:
     if not rows:
         print("no differences")
     for key, before, after in rows:
-        print(f"{key}: {_text(before)} -> {_text(after)}")
+        print(f"{key}: {text(before)} -> {text(after)}")
 
 
 def _of_run(name: str) -> str:
@@ -65,7 +65,7 @@ def _of_run(name: str) -> str:
     return str(inside) if inside.is_file() else name
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     import json
 
     return json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value

@@ -164,9 +164,10 @@ def list_(
 
         print(to_yaml(load_protocol(name)), end="")
         return
-    from mls.core import losses
-    from mls.eval import data, protocols, suites
+    from mls.plugins import registered_in
+    from mls.recipes import shipped
 
-    lists = {"protocols": protocols(), "suites": suites(), "data sets": data.names(), "losses": losses.names()}
+    lists = {"protocols": shipped("eval"), "suites": shipped("eval/suites")}
+    lists |= {"data sets": registered_in("mls.eval.data"), "losses": registered_in("mls.core.losses")}
     for title, names in lists.items():
         print(f"{title}:\n" + "".join(f"  {one}\n" for one in names))

@@ -3,7 +3,9 @@ store itself is mls/results.py; a paper's table with the paper's numbers beside 
 
 from __future__ import annotations
 
+import gc
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -66,6 +68,7 @@ def results(
     if by is not None and by not in FIELDS:
         raise unknown_name("field for --by", by, FIELDS)
     path = store_file(store)
+    gc.disable()  # looking for cycles among many thousand rows, which have none, takes a quarter of the time
     rows = newest(map(corrected, Results(path).read()))
     if not rows:
         say(f"{path} holds no numbers of a protocol: `mls eval run` and `mls eval suite` store them")
@@ -105,10 +108,13 @@ def data_names(rows: Iterable[Row]) -> dict[tuple[str, ...], str]:
     of one name differ, the first letters of their content."""
     known = {(text_of(row, "dataset"), text_of(row, "root"), text_of(row, "content")) for row in rows}
     folder = lambda root: Path(root).name or "unknown"
+    alike: dict[tuple[str, str], set[str]] = {}
+    for dataset, root, content in known:
+        alike.setdefault((dataset, folder(root)), set()).add(content)
     names: dict[tuple[str, ...], str] = {}
     for dataset, root, content in known:
-        alike = {other for name, place, other in known if other and (name, folder(place)) == (dataset, folder(root))}
-        several = len(alike) > 1 and not dataset.startswith("scenes")  # whose content is a setting
+        contents = alike[dataset, folder(root)] - {""}
+        several = len(contents) > 1 and not dataset.startswith("scenes")  # whose content is a setting
         names[dataset, root, content] = " ".join(
             filter(None, [folder(root) * (dataset == "folder"), content[:6] * several])
         )
@@ -119,9 +125,10 @@ def weights_names(rows: Iterable[Row]) -> dict[tuple[str, ...], str]:
     """Of weights and their step, with the first letters of their hash where one place has held several. Each seed of a
     recipe has weights of its own."""
     known = {(text_of(row, "weights"), text_of(row, "step"), text_of(row, "weights_hash")) for row in rows}
+    digests = Counter((weights, step) for weights, step, _ in known)
     names: dict[tuple[str, ...], str] = {}
     for weights, step, digest in known:
-        several = len({other for *place, other in known if place == [weights, step]}) > 1
+        several = digests[weights, step] > 1
         names[weights, step, digest] = f"{weights} {digest[:6]}" if several and weights[:9] != "pretrain:" else weights
     return names
 
@@ -142,18 +149,22 @@ def fields_of(rows: Sequence[Row]) -> list[str]:
 
 
 def text_of(row: Row, key: str) -> str:
-    value = flat(row).get(key)
-    return "" if value is None else str(value)
+    value = row.get(key)
+    if value is None and "." in key:
+        outer, _, inner = key.partition(".")
+        value = row[outer].get(inner) if isinstance(row.get(outer), dict) else None
+    return "" if value is None or isinstance(value, dict) else str(value)
 
 
 def parse(filters: Sequence[str], rows: Sequence[Row]) -> dict[str, list[str]]:
     """The patterns of each field."""
     wanted: dict[str, list[str]] = {}
+    known = fields_of(rows) if filters else []
     for one in filters:
         key, separator, value = one.partition("=")
         if not separator:
             raise ConfigError(f"'{one}' is not KEY=VALUE: name the field it is about, for example 'metric=*{one}*'")
-        if key not in (known := fields_of(rows)):
+        if key not in known:
             raise unknown_name("field", key, known)
         wanted.setdefault(key, []).append(value)
     return wanted
@@ -177,8 +188,9 @@ def nothing(rows: Sequence[Row], wanted: Mapping[str, Sequence[str]]) -> str:
 def averaged(rows: Sequence[Row], long: bool) -> list[Series]:
     """The runs of each mean. One stands alone where that is wanted, or where a mean would mix what is not alike."""
     alike: dict[tuple[str, ...], list[StoredCell]] = {}
-    of_data, of_weights = data_names(rows), weights_names(rows)
-    for cell in stored_cells(rows):
+    cells = stored_cells(rows)
+    of_data, of_weights = (names([cell.row for cell in cells]) for names in (data_names, weights_names))
+    for cell in cells:
         text = lambda *keys, row=cell.row: tuple(text_of(row, key) for key in keys)
         fields = dict(zip(FIELDS, text(*FIELDS), strict=True))
         fields["data"] = of_data[text("dataset", "root", "content")]

@@ -7,8 +7,6 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-import torch
-
 from mls import distributed
 from mls.config import AugmentConfig, ScenesConfig
 from mls.data.truth import AS_DETECTRON2
@@ -22,7 +20,7 @@ from mls.eval.dense.schema import Dense, DenseData, Detection, Segmentation
 from mls.exporting.source import Source
 from mls.models import card_of, load_backbone, untrained
 from mls.models.backbones import Backbone
-from mls.streams import derive
+from mls.streams import initialisation
 
 SCENES = {"scenes_objects": objects.scenes, "scenes_regions": regions.scenes}
 IMAGES = {Detection: ObjectImages, Segmentation: RegionImages}
@@ -75,15 +73,20 @@ def content(protocol: Dense) -> str:
     """What tells the data apart from others of the same name; an error where they are not there."""
     if protocol.data.name in SCENES:  # made, not read
         return hashlib.sha256(repr(protocol.data.scenes).encode()).hexdigest()[:16]
-    return content_hash(load_images(protocol))
+    load_images(protocol)  # says what is odd
+    return _content(without_workers(protocol.data))
+
+
+@lru_cache(maxsize=8)
+def _content(facts: tuple[str, str | None, bool, ScenesConfig]) -> str:
+    return content_hash(_load(facts))
 
 
 def build_backbone(protocol: Dense, weights: str, seed: int) -> tuple[Backbone, list[float], list[float]]:
     """The backbone, with the mean and std (of pixels from 0 to 1) of its pretraining."""
     wanted = backbone_name(protocol, weights)
     facts = {"mean": AugmentConfig().mean, "std": AugmentConfig().std} | (card_of(wanted) or {})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with initialisation(seed):
         return load_backbone(wanted), list(facts["mean"]), list(facts["std"])
 
 
@@ -93,6 +96,5 @@ def backbone_name(protocol: Dense, weights: str) -> str:
 
 def backbone_source(protocol: Dense, weights: str, seed: int) -> Source:
     """The same backbone for the exporters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with initialisation(seed):
         return Source.open(backbone_name(protocol, weights))

@@ -24,7 +24,7 @@ from mls.eval.dense.voc_ap import voc_ap
 from mls.eval.outcome import Outcome, for_file
 from mls.frameworks import installed as frameworks
 from mls.progress import counting
-from mls.streams import derive
+from mls.streams import initialisation
 
 TEST_BATCH = 8  # images
 
@@ -57,8 +57,7 @@ def _run_of_backend(backend: str) -> Callable[..., Outcome]:
 def build_network(protocol: Dense, weights: str, seed: int, class_names: list[str]) -> Detector | Segmenter:
     """Heads are the same whatever the backbone has drawn; images are standardised as when it was pretrained."""
     backbone, mean, std = build_backbone(protocol, weights, seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init", "dense"))
+    with initialisation(seed, "dense"):
         if isinstance(protocol, Detection):
             return Detector(backbone, protocol, len(class_names), mean, std)
         return Segmenter(backbone, protocol, len(class_names), mean, std)

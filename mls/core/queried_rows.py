@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -73,7 +74,10 @@ class QueriedRows:
             found = self.without_own(found, torch.nan, part)
             if self.sharding.world > 1:
                 found = gather([found])[0].unflatten(0, (self.sharding.world, -1))[:, self.own]
-        return found[~found.isnan()].sort().values
+        found = found[~found.isnan()]
+        if found.is_cuda:
+            return found.sort().values
+        return torch.from_numpy(np.sort(found.numpy()))  # on a CPU several times as fast as torch's
 
     def logsumexp(self, name: str, query: Float[Tensor, "batch dim"], temperature: float) -> Float[Tensor, "batch"]:
         """log sum_n exp(query . row_n / temperature)."""

@@ -20,15 +20,14 @@ from mls.distributed import gather, rank
 from mls.models import Encoder, EncoderPair
 from mls.models.heads import projection_head
 from mls.models.norm import KeyNorm
-from mls.streams import derive
+from mls.streams import initialisation
 
 
 class WindowTerm(nn.Module):
     def __init__(self, options: WindowsConfig, model: ModelConfig, features: int, seed: int) -> None:
         super().__init__()
         self.options = options
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "init", "window head"))
+        with initialisation(seed, "window head"):
             head = projection_head(features, model.hidden or features, model.projection, model.head_norm)
         self.heads = EncoderPair(head)
 

@@ -100,11 +100,12 @@ class Batch:
     ids: Int64[Tensor, "batch"]
     epoch: int
     unreadable: list[tuple[int, str]] = field(default_factory=list)  # (id, reason) of images that had to be replaced
+    augmented: bool = False  # all but noise and normalisation is done
 
     def pin_memory(self) -> Batch:
         """Called by the DataLoader, so that copies to the GPU do not wait."""
         crops, boxes = [c.pin_memory() for c in self.crops], [b.pin_memory() for b in self.boxes]
-        return Batch(crops, boxes, self.ids.pin_memory(), self.epoch, self.unreadable)
+        return replace(self, crops=crops, boxes=boxes, ids=self.ids.pin_memory())
 
 
 @dataclass

@@ -1,10 +1,11 @@
 """On the training device: uint8 crops become normalised views, a whole batch at a time with parameters per sample.
-`draw` says what happens to each sample (a pure function of seed, epoch, id and view), `apply` does it."""
+`draw` says what happens to each sample (a pure function of seed, epoch, id and view), `apply` does it; beside a CPU the
+workers have done all but noise and normalisation (augment_uint8.py)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mls.chunks import chunks, rows_within
-from mls.config import AugmentConfig
+from mls.config import AugmentConfig, EngineConfig
 from mls.data import Batch, Views
 from mls.streams import derive, uniforms
 
@@ -46,11 +47,22 @@ class Parameters:
     def __getitem__(self, rows: slice | Tensor) -> Parameters:
         return Parameters(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
+    def noise_alone(self) -> Parameters:
+        """What is left to do with a crop that a worker has augmented."""
+        never = torch.zeros_like(self.jitter)
+        return replace(self, jitter=never, grey=never, blur=never, flip=never)
+
+
+def in_worker(engine: EngineConfig, device: torch.device) -> bool:
+    """Where the views of a run that trains on this device are augmented."""
+    return engine.augment == "worker" or (engine.augment == "auto" and device.type == "cpu")
+
 
 class Augment:
     """Finishes the views of a batch. `draw` with the same arguments tells afterwards what was done, flips too.
 
-    All is computed in float32; `dtype` is what the views are handed over in.
+    All is computed in float32; `dtype` is what the views are handed over in. With `reuse` views on a CPU are written
+    over those of the last batch: fresh memory costs a quarter of a millisecond an image.
     """
 
     def __init__(
@@ -61,7 +73,9 @@ class Augment:
         channels_last: bool = True,
         dtype: torch.dtype = torch.float32,
         positions: bool = False,  # also hand over which samples were flipped
+        reuse: bool = False,
     ) -> None:
+        self.kept: dict[int, Tensor] | None = {} if reuse and torch.device(device).type == "cpu" else None  # by view
         self.config, self.seed, self.device, self.dtype = config, seed, torch.device(device), dtype
         self.positions = positions
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -71,20 +85,49 @@ class Augment:
         images, flips = [], []
         for view, crops in enumerate(batch.crops):
             parameters = draw(self.config, self.seed, batch.epoch, batch.ids.numpy(), view)
-            images.append(self._finish(crops.to(self.device, non_blocking=True), parameters))
+            crops = crops.to(self.device, non_blocking=True)
+            out = self._room(view, crops)
+            if not batch.augmented:
+                self._finish(out, crops, parameters)
+            elif self.config.noise or self.device.type != "cpu":
+                self._finish(out, crops, parameters.noise_alone())
+            else:
+                self._normalise(out, crops)
+            images.append(out)
             if self.positions:
                 flips.append(parameters.flip.to(self.device, non_blocking=True))
         boxes = [boxes.to(self.device, non_blocking=True) for boxes in batch.boxes]
         return Views(images, boxes, batch.ids.to(self.device, non_blocking=True), flips)
 
+    def _room(self, view: int, crops: Tensor) -> Float[Tensor, "batch 3 size size"]:
+        if self.kept is not None and view in self.kept and self.kept[view].shape == crops.shape:
+            return self.kept[view]
+        room = torch.empty(crops.shape, dtype=self.dtype, device=self.device, memory_format=self.layout)
+        if self.kept is not None:
+            self.kept[view] = room
+        return room
+
+    def _normalise(self, views: Float[Tensor, "batch 3 size size"], crops: UInt8[Tensor, "batch 3 size size"]) -> None:
+        """What `normalise` gives, to rounding, in a seventh of the time: whole rows of pixels, one multiply-add."""
+        mean, std = (torch.tensor(values).repeat(crops.shape[3]) for values in (self.config.mean, self.config.std))
+        scale, shift = 1 / (255 * std), -mean / std
+        direct = self.dtype == torch.float32 and self.layout == torch.channels_last
+        for view, crop in zip(views, crops.permute(0, 2, 3, 1), strict=True):
+            pixels = view.permute(1, 2, 0).copy_(crop) if direct else crop.float().contiguous()
+            rows = pixels.flatten(1)
+            torch.addcmul(shift, rows, scale, out=rows)
+            if not direct:
+                view.copy_(pixels.permute(2, 0, 1))
+
     def _finish(
-        self, crops: UInt8[Tensor, "batch 3 size size"], parameters: Parameters
-    ) -> Float[Tensor, "batch 3 size size"]:
-        views = torch.empty(crops.shape, dtype=self.dtype, device=self.device, memory_format=self.layout)
+        self,
+        views: Float[Tensor, "batch 3 size size"],
+        crops: UInt8[Tensor, "batch 3 size size"],
+        parameters: Parameters,
+    ) -> None:
         size = rows_within(CACHE, crops[0].numel()) if self.device.type == "cpu" else len(crops)
         for rows in chunks(len(crops), size):
             views[rows] = _standardise(apply(_float(crops[rows]), parameters[rows], self.config), self.config)
-        return views
 
 
 def normalise(

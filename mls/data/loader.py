@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mls.config import Config
 from mls.data import Batch, Source, ViewPlan
+from mls.data.augment import in_worker
 from mls.data.crops import CropDataset
 from mls.data.listing import FileSource
 from mls.distributed import Process
@@ -108,9 +109,9 @@ class Loader:
     ) -> None:
         workers = worker_count(config.data.workers)
         self.waited, self.minutes = 0.0, config.engine.timeout_minutes
-        buffers = PREFETCH + config.engine.accumulate
+        buffers, finish = PREFETCH + config.engine.accumulate, in_worker(config.engine, process.device)
         self.batches = DataLoader(
-            ErrorsAsItems(CropDataset(source, config.augment, config.run.seed, buffers, plan)),
+            ErrorsAsItems(CropDataset(source, config.augment, config.run.seed, buffers, plan, finish)),
             batch_sampler=StepSampler(source, config, process, first, last),
             num_workers=workers,
             collate_fn=already_collated,  # type: ignore[arg-type] (CropDataset makes whole batches)

@@ -26,7 +26,7 @@ from mls.data.decode import MPO, Encoded, UnreadableImage
 from mls.data.listing import FileSource, show
 from mls.data.loader import in_workers
 from mls.data.tar import MANIFEST, read_manifest
-from mls.data.tarindex import scan, stamp_of
+from mls.data.tarindex import load_index, scan, stamp_of
 from mls.errors import DataError, UserError, reason
 from mls.files import atomic_file, checked, remove_unfinished, sha256, telling_disk_errors, write_atomically
 from mls.locks import Lock, locked
@@ -98,6 +98,7 @@ def _pack(
         raise DataError(f"none of the {len(source)} images of {source.name} can be read (first: {first})")
     manifest["complete"] = True
     _save(out, manifest)
+    load_index([out / name for name in names])  # written beside the shards, so that the first training need not
     return manifest
 
 
@@ -112,7 +113,9 @@ def _begin(source: Source, out: Path, packing: Packing) -> dict[str, Any]:
     if not found:
         if any(not path.name.startswith(".") for path in out.iterdir()):
             raise DataError(f"{show(out)} is not empty and holds no pack: choose a new folder to pack into")
-        return {**wanted, "shards": {}, "complete": False}
+        found = {**wanted, "shards": {}, "complete": False}
+        _save(out, found)  # before the first shard: a folder with shards alone would be taken for somebody else's
+        return found
     for key, value in wanted.items():
         if found.get(key) != value:
             what = "other images" if key in ("names", "images", "source", "classes") else f"another {key}"

@@ -9,15 +9,18 @@ import os
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
+from torch.utils.data import Dataset
 
 from mls.data.listing import Names, is_image, show
+from mls.data.loader import cores, in_workers
 from mls.errors import DataError, UserError
 from mls.files import atomic_file
 
@@ -26,6 +29,10 @@ LARGEST_JSON = 1 << 20  # bytes
 INDEX_VERSION = 3
 BLOCK = 512  # bytes, the unit of a tar file
 CLOSING = 22 * BLOCK  # zeros: two blocks, and what fills a record of 20
+WINDOW = 8 * BLOCK  # that are read together
+KINDS = (b"0", b"\0", b"5")  # of plain headers: files and folders
+IDLE = (b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname")  # of extended headers
+LARGE = 1 << 28  # bytes of shards from which on several processes read their headers
 
 Progress = Callable[[int, int], None]  # (bytes done, total bytes)
 
@@ -60,9 +67,12 @@ def load_index(shards: Sequence[Path], progress: Progress | None = None) -> list
     total, done = sum(stamps[i][0] for i in stale), 0
     bar = IndexingBar()
     report = progress or bar.report
+    workers = min(len(stale), cores()) if total > LARGE and len(stale) > 1 else 0
+    within = _untold if workers else lambda place: report(done + place, total)
+    scans = _Scans([(shards[i], stamps[i]) for i in stale], within)
     try:
-        for i in stale:
-            parts[i] = scan(shards[i], stamps[i], lambda place, before=done: report(before + place, total))
+        for i, part in zip(stale, in_workers(scans, workers), strict=True):
+            parts[i] = part
             done += stamps[i][0]
             report(done, total)
     finally:
@@ -75,26 +85,45 @@ def load_index(shards: Sequence[Path], progress: Progress | None = None) -> list
     return complete
 
 
-def scan(shard: Path, stamp: list[int], progress: Callable[[int], None] = lambda place: None) -> Part:
+class _Scans(Dataset[Part | UserError]):
+    """An item is the index of one shard, or why there is none."""
+
+    def __init__(self, shards: Sequence[tuple[Path, list[int]]], progress: Callable[[int], None]) -> None:
+        self.shards, self.progress = shards, progress
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, number: int) -> Part | UserError:
+        try:
+            return scan(*self.shards[number], self.progress)
+        except UserError as error:
+            return error
+
+
+def _untold(place: int) -> None:
+    """Nobody asks a worker process how far it is."""
+
+
+def scan(shard: Path, stamp: list[int], progress: Callable[[int], None] = _untold) -> Part:
     """One pass over a shard's headers; of the contents only labels are read. A truncated image is left out."""
     images: dict[bytes, tuple[bytes, int, int]] = {}
     about: dict[bytes, tuple[list[int] | None, int]] = {}
     damage = ""
     try:
         with open(shard, "rb") as file:
-            for number, member in enumerate(_members(file)):
-                name = member.name.encode("utf-8", "surrogateescape")
+            for number, (name, offset, size) in enumerate(_members(file)):
                 folder, _, base = name.rpartition(b"/")
                 stem, _, suffix = base.partition(b".")
                 key = folder + b"/" + stem
                 if stem and is_image(base):
                     plain = key in images and b"." not in suffix and b"." in _suffix(images[key][0])
                     if key not in images or plain:  # x.jpg is the image of x, x.mask.png only if nothing else is
-                        images[key] = (name, member.offset_data, member.size)
-                elif suffix in (b"cls", b"json") and stem and member.size <= LARGEST_JSON:
-                    about.setdefault(key, _about(read_at(file.fileno(), member.offset_data, member.size), suffix))
+                        images[key] = (name, offset, size)
+                elif suffix in (b"cls", b"json") and stem and size <= LARGEST_JSON:
+                    about.setdefault(key, _about(read_at(file.fileno(), offset, size), suffix))
                 if number % 256 == 0:
-                    progress(member.offset)
+                    progress(offset)
     except (tarfile.TarError, ValueError) as error:
         damage = str(error)
     except OSError as error:
@@ -110,15 +139,74 @@ def scan(shard: Path, stamp: list[int], progress: Callable[[int], None] = lambda
     return Part(stamp, table, flat, Names.of([image[0] for image in whole.values()]), damage, len(whole))
 
 
-def _members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+Member = tuple[bytes, int, int]  # the name of a regular file; offset and size of its content
+
+
+def _members(file: BinaryIO) -> Iterator[Member]:
     """The regular files of a tar. Raises TarError for damage, also where tarfile itself would stop without an error."""
+    file.seek((yield from _plain_members(file)))
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # pyright: ignore[reportAttributeAccessIssue] -- tarfile would store every header
             if member.isreg() and not member.issparse():
-                yield member
+                yield member.name.encode("utf-8", "surrogateescape"), member.offset_data, member.size
         file.seek(tar.offset)
     _look_behind(file)
+
+
+def _plain_members(file: BinaryIO) -> Generator[Member, None, int]:
+    """The same as far as headers are as plain as almost all are, in a tenth of tarfile's time. Gives back where the
+    first other one is: the end, damage, or what tarfile knows better."""
+    place, begin, window, end = 0, 0, b"", os.fstat(file.fileno()).st_size
+    while True:
+        if place > end:
+            raise tarfile.ReadError("unexpected end of data")
+        if not begin <= place <= begin + len(window) - WINDOW // 2:
+            begin, window = place, os.pread(file.fileno(), WINDOW, place)
+        at, data = place - begin, place + BLOCK
+        found = _header(window[at : at + BLOCK])
+        if found is not None and found[1] == b"x" and 0 < found[2] <= BLOCK:
+            if not _says_nothing(window[at + BLOCK : at + BLOCK + found[2]]):
+                return place
+            found, data = _header(window[at + 2 * BLOCK : at + 3 * BLOCK]), place + 3 * BLOCK
+        if found is None or found[1] not in KINDS:
+            return place
+        name, kind, size = found
+        if kind == b"5":
+            place = data
+            continue
+        yield name, data, size
+        place = data + -(-size // BLOCK) * BLOCK
+
+
+def _header(block: bytes) -> tuple[bytes, bytes, int] | None:
+    """Name, type and size, where they are written in the plain way and the checksum is right."""
+    size, checksum = (field.partition(b"\0")[0].strip() for field in (block[124:136], block[148:156]))
+    if len(block) < BLOCK or not (size.isdigit() and checksum.isdigit()):  # the other way is binary
+        return None
+    try:
+        length, total = int(size, 8), int(checksum, 8) + sum(block[148:156]) - 8 * 32  # it counts as spaces
+    except ValueError:  # 8 and 9 are not octal
+        return None
+    if zlib.adler32(block) & 0xFFFF != (total + 1) % 65521:  # the sum of the bytes in a twentieth of sum()'s time
+        return None
+    name, prefix, kind = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0], block[156:157]
+    if kind == b"\0" and name.endswith(b"/"):  # a folder, in the oldest format
+        return None
+    return (prefix + b"/" + name if prefix else name), kind, length
+
+
+def _says_nothing(extended: bytes) -> bool:
+    """Whether an extended header has only records that change neither name nor content: times and owners."""
+    while extended:
+        digits, _, rest = extended.partition(b" ")
+        length = int(digits) if digits.isdigit() else 0
+        if not len(digits) < length <= len(extended) or extended[length - 1 : length] != b"\n":
+            return False
+        if rest.partition(b"=")[0] not in IDLE:
+            return False
+        extended = extended[length:]
+    return True
 
 
 def _look_behind(file: BinaryIO) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from mls.config import Config, to_yaml
 from mls.engine.run import Run, run_folder
-from mls.errors import UserError
 from mls.files import remove_unfinished, write_atomically
 from mls.locks import Lock, locked
 from mls.recipes import load_config
@@ -49,7 +48,7 @@ def _train_new(config: Config, quiet: bool, create: Callable[[], Run]) -> Run:
     with _alone(created) as lock:
         try:
             trainer = Trainer(config, created, process, quiet, lock)
-        except UserError:
+        except BaseException:  # Ctrl-C and a lack of memory too
             if process.main:  # nothing was trained: leave no folder behind that is no run
                 created.remove()
             raise

@@ -11,14 +11,15 @@ import platform
 import re
 import socket
 import subprocess
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import mls
-from mls import distributed
+
+if TYPE_CHECKING:
+    import torch
 
 
 class EventLog:
@@ -37,6 +38,8 @@ class EventLog:
     def write(self, event: str, **facts: Any) -> None:
         if self.path is None:
             return
+        from mls import distributed
+
         row = {"event": event, "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds")}
         row |= {"host": socket.gethostname(), "pid": os.getpid(), "world": distributed.world()}
         # A full disk must not end the training here: the next checkpoint fails on it, with its sentence.
@@ -46,11 +49,40 @@ class EventLog:
                 file.write(json.dumps({**row, **facts}).encode() + b"\n")
 
 
+def read(path: Path, most: int = 1 << 40) -> list[dict[str, Any]]:
+    """The events in the last `most` bytes and the first of all; lines that hold none are left out."""
+    found: list[dict[str, Any]] = []
+    if not path.is_file():
+        return found
+    with open(path, "rb") as file:
+        lines = [file.readline()]
+        file.seek(max(file.tell(), os.fstat(file.fileno()).st_size - most))
+        lines += file.read().splitlines()
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("event"), str) and type(row.get("step", 0)) is int:
+                found.append(row)
+    return found
+
+
+def seconds(event: Mapping[str, Any]) -> float:
+    """When it happened, in Unix seconds; 0 where it does not say."""
+    try:
+        return datetime.fromisoformat(event["time"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return 0.0
+
+
 def versions() -> dict[str, str]:
+    import torch
+
     return {"mls": mls.__version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def device_name(device: torch.device) -> str:
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 

@@ -159,9 +159,13 @@ FREE += ("engine.keep_last", "engine.milestone_epochs", "engine.max_steps", "eng
 FREE += ("dictionary.sharded", "run.plugins", "engine.timeout_minutes", "engine.deterministic")
 
 
+def computed_differently(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
+    """The keys, with both values, in which two configurations differ and which change what is computed."""
+    return [row for row in differences(first, second) if row[0] not in FREE and not row[0].startswith("monitor.")]
+
+
 def refuse_another_configuration(stored: Config, now: Config, run: Run, step: int) -> None:
-    changed = [row for row in differences(stored, now) if row[0] not in FREE and not row[0].startswith("monitor.")]
-    if changed:
+    if changed := computed_differently(stored, now):
         named = ", ".join(f"{key} ({before} there, {after} now)" for key, before, after in changed)
         raise CheckpointError(
             f"the checkpoint in {run.checkpoints} belongs to another configuration: {named}; set these back, or let a "

@@ -71,10 +71,9 @@ class Trainer:
         self.optimizer = optim.build(config, self.method, self.method.own_rates())
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
         # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
-        half = HALF.get(precision, torch.float32)
-        self.augment = Augment(
-            config.augment, config.run.seed, process.device, config.engine.channels_last, half, self.plan.positions
-        )
+        form = config.engine.channels_last, HALF.get(precision, torch.float32), self.plan.positions
+        reuse = config.engine.accumulate == 1  # then a step is over before the next one's views are made
+        self.augment = Augment(config.augment, config.run.seed, process.device, *form, reuse=reuse)
         if config.engine.compile:
             for module in self.method.modules():
                 if isinstance(module, Encoder):
@@ -90,13 +89,11 @@ class Trainer:
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
-        self.moment_epochs = moment_epochs(config.optim.epochs, config.monitor.moments)
-        self.take_moment = MomentTaker(config, self.source, self.plan, process.device, half, self.labels)
         self.session = self.build_session()
         self.step = 0  # steps taken
         self.window = Window(process.device)
         self.terms: set[str] | None = set()  # parts of the loss that have acted; None: not known of an older checkpoint
-        self.unreadable: list[tuple[int, str]] = []
+        self.unreadable: dict[int, str] = {}  # why, by image
         self.bad_in_a_row = 0
         self.bad_steps = 0
         self.log_offset = 0
@@ -118,6 +115,9 @@ class Trainer:
             self.open_log(stack)
             stack.enter_context(self.session.running(self.run.name, self.quiet))
             self.probes = OnlineProbes.build(self.config, self.source) if self.process.main else None
+            self.moment_epochs = moment_epochs(self.config.optim.epochs, self.config.monitor.moments)
+            where = self.process.device, self.augment.dtype
+            self.take_moment = MomentTaker(self.config, self.source, self.plan, *where, self.labels)
             self.introduce()
             last = min(self.total, self.config.engine.max_steps or self.total)
             loader = Loader(self.source, self.config, self.process, self.step + 1, last, plan=self.plan)
@@ -303,9 +303,9 @@ class Trainer:
 
     def note_unreadable(self, batch: Batch) -> None:
         for image, reason in batch.unreadable:
-            if image in (known for known, _ in self.unreadable):
+            if image in self.unreadable:
                 continue
-            self.unreadable.append((image, reason))
+            self.unreadable[image] = reason
             with open(self.run.path / "unreadable.txt", "a", errors="surrogateescape") as file:
                 file.write(reason + "\n")
             self.session.say(f"skipped an image that cannot be read: {reason}")
@@ -393,7 +393,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),
             "log_offset": self.log_offset,
-            "unreadable": self.unreadable,
+            "unreadable": list(self.unreadable.items()),
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
             "decided": self.decided,
@@ -414,7 +414,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
         self.log_offset = state["log_offset"]
-        self.unreadable = [(image, reason) for image, reason in state["unreadable"]]
+        self.unreadable = dict(state["unreadable"])
         self.bad_steps, self.bad_in_a_row = state["bad_steps"], state.get("bad_in_a_row", 0)
         self.terms = set(state["terms"]) if "terms" in state else None
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mls import card as cards
@@ -18,7 +17,7 @@ from mls.models.finite import refuse_non_finite
 from mls.models.heads import projection_head
 from mls.models.momentum import Encoder, EncoderPair, Precision
 from mls.recipes import load_config
-from mls.streams import derive
+from mls.streams import initialisation
 
 __all__ = [
     "Backbone",
@@ -44,8 +43,7 @@ PREFIXES = ("random", "scratch", "timm", "torchvision")
 def build_encoder(config: ModelConfig, seed: int, precision: Precision = "fp32") -> Encoder:
     """Backbone and projection head with the weights that the seed's `init` stream gives, or the backbone's from
     `model.weights`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "init"))
+    with initialisation(seed):
         backbone = backbones.build(config.backbone)
         width = backbone.feature_dim
         head = projection_head(width, config.hidden or width, config.projection, config.head_norm)

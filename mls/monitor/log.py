@@ -18,6 +18,7 @@ from mls.frozen.match_picture import Pixels
 
 DISK_FULL = "free some, and `mls pretrain --resume` goes on"
 TIMES = {"time", "images_per_second", "data_wait", "monitoring", "gpu_memory_gib"}  # what no two runs have in common
+TAIL = 1 << 16  # bytes: a hundred rows
 LARGEST_STEP, LARGEST = 1 << 53, 1e300  # what is read: beyond them sums and differences overflow
 
 
@@ -109,14 +110,32 @@ def rows_and_odd_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     rows: list[dict[str, Any]] = []
     odd: list[int] = []
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
-        try:
-            row = json.loads(line)
-            if not all(type(row[name]) is int and 0 <= row[name] < LARGEST_STEP for name in ("step", "epoch")):
-                raise ValueError
-            rows.append({name: value if _is_number(value) else None for name, value in row.items()})
-        except (ValueError, RecursionError, TypeError, KeyError):
+        row = _row_of(line)
+        if row is None:
             odd.append(number)
+        else:
+            rows.append(row)
     return rows, odd
+
+
+def newest_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows in the last TAIL bytes, the newest first: what a long log says now, without reading it."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+        lines = file.read().splitlines()  # the first may be a part of one, which is no row
+    yield from (row for row in map(_row_of, reversed(lines)) if row is not None)
+
+
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+        if not all(type(row[name]) is int and 0 <= row[name] < LARGEST_STEP for name in ("step", "epoch")):
+            return None
+        return {name: value if _is_number(value) else None for name, value in row.items()}
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return None
 
 
 def _is_number(value: Any) -> bool:

@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as reference
 from mls.config import AugmentConfig
 from mls.data import Batch
 from mls.data.augment import OPERATIONS, Augment, Parameters, apply, blur_radius, draw, hashed_bell, normalise
+from mls.data.augment_uint8 import augment_in_place
 
 CONFIG = AugmentConfig(size=32, small_crops=1, small_size=21, noise=0.1)
 PHOTO = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)
@@ -127,6 +128,59 @@ def test_views_are_torchvisions_normalised(size: int, channels_last: bool) -> No
     assert views.images[0].is_contiguous(memory_format=layout)
     plain = reference.normalize(images / 255, config.mean, config.std)
     assert (normalise(images, config, "cpu") - plain).abs().max() < TOLERANCE
+
+
+LEVELS = {"jitter": (0.5, 5), "grey": (0.2, 1), "blur": (0.3, 2), "flip": (0, 0), "all": (0.5, 5)}  # mean and largest
+
+
+@pytest.mark.parametrize("operation", LEVELS)
+def test_a_worker_augments_as_the_device_does_to_a_few_levels_of_255(operation: str) -> None:
+    images, config = crops(64, 96), replace(CONFIG, noise=0)
+    parameters = random_parameters(64, noise=torch.zeros(64))
+    if operation != "all":
+        parameters = replace(nothing(64), **{operation: torch.ones(64, dtype=torch.bool)})
+        parameters = replace(parameters, order=random_parameters(64).order)
+    ours = images.clone(memory_format=torch.channels_last)
+    augment_in_place(ours, parameters, config)
+    difference = ours - 255 * apply(images / 255, parameters, config)
+    mean, largest = LEVELS[operation]
+    assert difference.abs().mean() <= mean and difference.abs().max() <= largest + 1e-3
+    assert difference.mean().abs() < 0.05, "no operation may shift the brightness"
+
+
+def test_hue_turned_in_a_worker_equals_the_devices_at_any_angle() -> None:
+    images = crops(16, 32)
+    parameters = replace(nothing(16), jitter=torch.ones(16, dtype=torch.bool), hue=torch.linspace(-0.5, 0.5, 16))
+    parameters = replace(parameters, **{name: torch.ones(16) for name in OPERATIONS[:3]})
+    ours = images.clone(memory_format=torch.channels_last)
+    augment_in_place(ours, parameters, CONFIG)
+    assert (ours - 255 * apply(images / 255, parameters, CONFIG)).abs().max() < 0.6
+
+
+def test_a_batch_that_a_worker_augmented_is_finished_on_the_device() -> None:
+    done = batch(list(range(64)))
+    for view, images in enumerate(done.crops):
+        done.crops[view] = images.clone(memory_format=torch.channels_last)
+        augment_in_place(done.crops[view], draw(CONFIG, 5, 1, done.ids.numpy(), view), CONFIG)
+    here = Augment(CONFIG, 5, "cpu", positions=True)(batch(list(range(64))))
+    there = Augment(CONFIG, 5, "cpu", positions=True)(replace(done, augmented=True))
+    for ours, theirs, flips, same in zip(there.images, here.images, there.flips, here.flips, strict=True):
+        assert (ours - theirs).abs().mean() < 0.5 / 255 / min(CONFIG.std) and torch.equal(flips, same)
+    plain = replace(CONFIG, noise=0.0)
+    whole = Augment(plain, 5, "cpu")(replace(done, augmented=True))
+    half = Augment(plain, 5, "cpu", channels_last=False, dtype=torch.bfloat16)(replace(done, augmented=True))
+    for ours, rounded, uint8 in zip(whole.images, half.images, done.crops, strict=True):
+        assert (ours - normalise(uint8, plain, "cpu")).abs().max() < TOLERANCE
+        assert torch.equal(rounded, ours.to(torch.bfloat16)) and rounded.is_contiguous()
+
+
+def test_views_may_be_written_over_those_of_the_last_batch() -> None:
+    augment, ids = Augment(CONFIG, 0, "cpu", reuse=True), list(range(64))
+    first = augment(batch(ids)).images[0]
+    expected = first.clone()
+    second = augment(batch(ids, epoch=2)).images[0]
+    assert not torch.equal(second, expected) and first.data_ptr() == second.data_ptr()
+    assert torch.equal(augment(batch(ids)).images[0], expected)
 
 
 @settings(deadline=None, max_examples=25)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mls.config import Config, differences, flatten, to_dict, to_yaml
 from mls.errors import ConfigError
+from mls.eval.cells import config_hash
 from mls.recipes import from_dict, load_config, recipes, resolve
 
 
@@ -142,3 +143,15 @@ def test_a_configuration_that_version_0_1_stored_is_read(tmp_path: Path) -> None
     assert from_dict(values) == load_config("moco_v2_scenes_tiny", ["run.name=old"])
     with pytest.raises(ConfigError, match=r"moco_v2 has no objective.k"):
         load_config(tmp_path / "config.yaml", ["objective.k=5"])
+
+
+def test_a_run_that_was_made_before_views_came_from_workers_goes_on_as_it_began(tmp_path: Path) -> None:
+    values = to_dict(load_config("mls_folder_r50", ["run.name=old"]))
+    assert values["engine"].pop("augment") == "auto"
+    assert from_dict(values).engine.augment == "device"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    assert load_config(tmp_path / "config.yaml").engine.augment == "device"
+    assert load_config(tmp_path / "config.yaml", ["engine.augment=worker"]).engine.augment == "worker"
+    scenes = load_config("mls_scenes_tiny")
+    without = {**to_dict(scenes), "engine": {k: v for k, v in to_dict(scenes)["engine"].items() if k != "augment"}}
+    assert config_hash(from_dict(without)) == config_hash(scenes), "stored results are found again"

@@ -21,7 +21,7 @@ from mls import distributed
 from mls.config import MonitorConfig
 from mls.core import methods
 from mls.data import Batch, Views
-from mls.engine import Run, Trainer
+from mls.engine import Run, Trainer, run_folder
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.trainer import method_state
 from mls.errors import ConfigError, DataError, DivergedError, UserError
@@ -96,7 +96,7 @@ import mls
 import mls.config
 from mls import distributed
 from mls.data import Batch, Views
-from mls.engine import Run, Trainer
+from mls.engine import Run, Trainer, run_folder
 
 config = mls.load_config("mls_scenes_tiny", {tiny!r} + ["run.name=run", "optim.epochs=1"])
 process = distributed.start()
@@ -236,6 +236,20 @@ def test_a_run_is_not_overwritten(tiny: list[str]) -> None:
         UserError, match="exists already: choose another run.name, or go on with `mls pretrain --resume"
     ):
         mls.pretrain(config, quiet=True)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, MemoryError])
+def test_a_run_that_ends_while_it_is_built_leaves_no_folder(
+    end: type[BaseException], tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise end
+
+    monkeypatch.setattr(methods, "build", stop)
+    config = mls.load_config("mls_scenes_tiny", tiny)
+    with pytest.raises(end):
+        mls.pretrain(config, quiet=True)
+    assert not run_folder(config).exists()
 
 
 def test_tensorboard_is_written_when_asked_for(tiny: list[str]) -> None:

@@ -4,12 +4,15 @@ import io
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyte
 import pytest
 
 import mls
+from mls.engine.trainer import last_words
 from mls.errors import Stopped
 from mls.progress import TrainingProgress
 
@@ -60,15 +63,16 @@ def test_a_run_shows_step_and_time_left_in_every_frame_and_one_bar_after_ctrl_c(
     config = mls.load_config("mls_scenes_tiny", [*SHORT, f"run.name={name}", f"run.root={tmp_path}"])
     with pytest.raises(Stopped):
         mls.pretrain(config)
-    stopped = len(terminal.frames)
     first = next(number for number, frame in enumerate(terminal.frames) if any(map(PLACE.search, frame)))
     assert all(sum(bool(PLACE.search(line)) for line in frame) == 1 for frame in terminal.frames[first:])
     known = [any(line.startswith("epoch") and "info_nce" in line for line in frame) for frame in terminal.frames]
     assert all(known[known.index(True) :])
     assert next(line.split("  ")[:2] for line in terminal.frames[-1] if "kNN mAP" in line) == ["epoch 1", "step 12"]
 
-    mls.resume(tmp_path / name)
-    live = [number for number, frame in enumerate(terminal.frames) if sum(map(bool, map(PLACE.search, frame))) > 1]
-    assert live and live[0] > stopped  # a resume has a bar of its own
-    last = "".join(terminal.frames[-1])
-    assert "finished 24 steps in " in last and "| multi_label |" in last and f"  mls report {tmp_path}" in last
+
+def test_the_last_words_give_numbers_and_commands_to_paste(synthetic_run: Callable[..., Any]) -> None:
+    run = synthetic_run("my run", row=lambda step: {"monitoring": 0.004, "knn/map": step / 10})
+    words = last_words(run, first=1, last=8, seconds=61)
+    assert words[0] == "finished 8 steps in 1:01, 1.0% of the time waiting for data, 0.4% measuring for the log"
+    assert "| multi_label | 0.600 | 0.600 | 0.650     |" in words[2] and "| kNN mAP     | 0.100 | 0.800 |" in words[2]
+    assert f"  mls report '{run.path}'" in words and f"  mls eval run linear_scenes --weights '{run.path}'" in words

@@ -17,11 +17,12 @@ def test_the_yardstick_and_ours_are_measured_on_the_same_files(mls_command: Comm
     done = mls_command("bench", "input", "--count", "4", "--rounds", "1", "--no-step", COLUMNS="120")
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"│ (\S.*?) +│ +([\d.]+)", done.stdout))
-    assert {"MoCo's pipeline", "ours", "ours, packed with --short-side 320", "decoding alone"} <= set(rows)
+    assert {"MoCo's pipeline", "torchvision v2", "ours", "ours, packed with --short-side 320"} <= set(rows)
+    assert {"ours, engine.augment=device", "decoding alone", "augmentation", "boxes, EXIF"} <= set(rows)
     assert {"reading and headers", "decoding", "cutting two crops", "1/2", "1/4", "1/8", "Pillow"} <= set(rows)
-    assert "4 images, 640 × 480, quality 90" in done.stdout
-    own = re.search(r"MoCo's pipeline +│ \d+ +│ ([\d.]+)", done.stdout)
-    assert own and own[1] == "1.00"
+    for ends_with in ("normalised views", "uint8 crops"):
+        assert f"two {ends_with}: 4 images, 640 × 480, quality 90" in done.stdout
+    assert re.findall(r"│ ours +│ \d+ +│ ([\d.]+)", done.stdout) == ["1.00", "1.00"]
 
 
 def test_the_photographs_are_real_and_of_the_stated_size(tmp_path: Path) -> None:

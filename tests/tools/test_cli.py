@@ -1,6 +1,7 @@
 """The command line as a user sees it: help, exit codes, one sentence for a mistake. What the commands do is tested
 elsewhere, each where it lives."""
 
+import io
 import json
 import os
 import re
@@ -16,7 +17,8 @@ import mls
 from mls.engine import Run
 from mls.errors import UserError
 from mls.recipes import recipes
-from mls.tools.cli import app
+from mls.tables import markdown_table
+from mls.tools.cli import app, print_in_any_encoding
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 HEAVY = ("torch", "numpy", "sklearn", "matplotlib", "omegaconf", "PIL", "jinja2")
@@ -50,6 +52,21 @@ def test_help_lists_every_command_with_a_line_about_it(mls_command: Call) -> Non
     for name in {words[0] for words in commands()}:
         assert re.search(rf"^\W*{name} +[A-Z]", done.stdout, re.MULTILINE), f"{name} is not listed"
     assert mls_command().stdout.split() == done.stdout.split()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+def test_every_help_and_table_can_be_printed_in_any_encoding(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding))
+    print_in_any_encoding()
+    for words in [(), *commands()] if encoding == "ascii" else [(), ("demo",)]:  # the fewest characters
+        with pytest.raises(SystemExit) as end:
+            app([*words, "--help"])
+        assert not end.value.code, words
+    print(markdown_table(["mean ± std", "a – b"], [["53.0 ± 0.8", "2 × 2 → λ…☃"]]))
+    sys.stdout.flush()
+    assert ("53.0 +- 0.8" if encoding == "ascii" else "53.0 ± 0.8").encode(encoding) in written.getvalue()
 
 
 def test_the_front_door_imports_nothing_heavy() -> None:

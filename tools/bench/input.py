@@ -1,5 +1,5 @@
-"""`mls bench input`: how many images a worker's core prepares, beside MoCo's pipeline and decoding alone. What the
-device still does to the crops is measured too. Photographs come from scikit-learn unless a folder is named."""
+"""`mls bench input`: how many images a core prepares, to normalised views and to crops alone, beside MoCo's pipeline,
+those of others that are installed, and decoding alone. Photographs come from scikit-learn unless a folder is named."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import statistics
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ QUALITY = 90
 FACTORS = (2, 4, 8)
 SIDE = 320  # of the packed images
 LARGE = (2560, 1920)  # a camera's photograph, where decoding at a smaller scale matters
-Rounds = list[dict[str, float]]  # seconds an image, by row
+Rounds = list[dict[Any, float]]  # seconds an image, by row
 
 
 def bench(
@@ -29,8 +29,8 @@ def bench(
 ) -> None:
     """Measure the input pipeline in one worker process, all rows on the same files in turns.
 
-    Times are the processor time of one thread, so that other work on the machine counts less. MoCo's collation is left
-    out, ours is not.
+    Times are processor time with one thread, so that other work on the machine counts less. The others' collation is
+    left out, ours is not. lightly, albumentations and DALI (nvidia-dali-cuda120) have rows where they are installed.
 
     Examples:
 
@@ -111,18 +111,23 @@ def _show(files: Source, rounds: Rounds, what: str) -> None:
 
     from mls.tools.bench import rows as r
 
-    def ratio(row: str, to: str) -> float:
+    def ratio(row: Any, to: Any) -> float:
         """How many times as long the first row takes."""
         return statistics.median(seconds[row] / seconds[to] for seconds in rounds)
 
-    table = Table("one core", "images/s", "× MoCo's", "of decoding alone", title=f"{len(files)} images, {what}")
-    for row in (r.MOCO, r.OURS, r.PACKED, r.DECODE):
-        share = f"{ratio(r.DECODE, row):.0%}" if row in (r.OURS, r.DECODE) else ""
-        rate = 1 / statistics.median(seconds[row] for seconds in rounds)
-        table.add_row(row, f"{rate:.0f}", f"{ratio(r.MOCO, row):.2f}", share)
-    read, decode, cut = (ratio(row, r.OURS) for row in (r.READ, r.DECODE, r.CUT))
-    parts = Table("part", "of the time", title="What bounds ours")
-    for row, share in ((r.READ, read), ("decoding", decode - read), (r.CUT, cut), ("the rest", 1 - decode - cut)):
+    tables = []
+    for end in (r.VIEWS, r.CROPS):
+        names = [row for row in rounds[0] if isinstance(row, tuple) and row[1] == end] + [r.DECODE]
+        table = Table("one core", "images/s", "time, ours = 1", title=f"{end}: {len(files)} images, {what}")
+        for row in sorted(names, key=lambda row: ratio(row, (r.OURS, end)), reverse=True):
+            rate = 1 / statistics.median(seconds[row] for seconds in rounds)
+            name = row if isinstance(row, str) else row[0]
+            table.add_row(name, f"{rate:.0f}", f"{ratio(row, (r.OURS, end)):.2f}")
+        tables.append(table)
+    read, decode, cut, crops = (ratio(row, (r.OURS, r.VIEWS)) for row in (r.READ, r.DECODE, r.CUT, (r.OURS, r.CROPS)))
+    parts = Table("part", "of the time", title="What bounds ours, to views")
+    shares = {r.READ: read, "decoding": decode - read, r.CUT: cut, "boxes, EXIF": crops - decode - cut}
+    for row, share in (shares | {"augmentation": 1 - crops}).items():
         parts.add_row(row, f"{share:.0%}")
     others = Table("decoder", "time, ours = 1", title="Decoding with others, the same files")
     for row in (r.PILLOW, r.HALF, r.SIMPLE):
@@ -130,7 +135,7 @@ def _show(files: Source, rounds: Rounds, what: str) -> None:
     large = Table("photographs of {} × {}".format(*LARGE), "time, ours = 1", title="Decoding at the crops' scale")
     for name, row in r.LARGE.items():
         large.add_row(name, f"{ratio(row, r.LARGE[r.SCALED]):.2f}")
-    for shown in (table, parts, others, large):
+    for shown in (*tables, parts, others, large):
         Console(highlight=False).print(shown)
 
 
@@ -150,8 +155,8 @@ def _show_quality() -> None:
 
 
 def _show_device() -> None:
-    """Per image of two views: augmentation, and a ResNet-50 that runs forward and backward on one and forward on the
-    other, as MoCo does."""
+    """Per image of two views: augmentation on the device, and a ResNet-50 that runs forward and backward on one and
+    forward on the other, as MoCo does."""
     import torch
 
     from mls.tools.bench import rows
@@ -163,6 +168,6 @@ def _show_device() -> None:
             continue
         augmentation, step = rows.device_seconds(name, batch)
         print(
-            f"on the device {name}: augmentation {1e3 * augmentation / batch:.2f} ms an image (two views), "
+            f"engine.augment=device on {name}: augmentation {1e3 * augmentation / batch:.2f} ms an image of two views, "
             f"ResNet-50 step {1e3 * step / batch:.2f} ms an image, share {augmentation / step:.1%}"
         )

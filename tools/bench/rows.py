@@ -1,5 +1,5 @@
-"""What `mls bench input` times: MoCo's pipeline, ours and its parts, other decoders, the device's share. What is made
-of the times is in input.py."""
+"""What `mls bench input` times: ours and its parts, the pipelines of others (peers.py), other decoders, the device's
+share. What is made of the times is in input.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision import models, transforms
+from torchvision import models
 
 from mls.chunks import chunks
 from mls.config import AugmentConfig
@@ -24,9 +24,12 @@ from mls.data.augment import Augment
 from mls.data.crops import CROP_DRAWS, CropDataset, crop_box, cut_into
 from mls.data.decode import Encoded
 from mls.streams import uniforms
+from mls.tools.bench import peers
 from mls.tools.bench.timing import median_seconds
 
-MOCO, OURS, PACKED, DECODE = "MoCo's pipeline", "ours", "ours, packed with --short-side 320", "decoding alone"
+VIEWS, CROPS = "two normalised views", "two uint8 crops"  # what a row ends with
+OURS, DEVICE, PACKED = "ours", "ours, engine.augment=device", "ours, packed with --short-side 320"
+DECODE = "decoding alone"
 READ, CUT = "reading and headers", "cutting two crops"
 PILLOW, HALF, SIMPLE = "Pillow", "Pillow, at 1/2 (draft)", "simplejpeg"
 SCALED, WHOLE = "ours", "ours, decoding all pixels"
@@ -35,51 +38,26 @@ BATCH = 32
 DECODED = 16  # images held as pixels to cut from
 
 Row = tuple[Callable[[], None], int]  # prepares all images once; how many they are
+Name = str | tuple[str, str]  # of a row: a pipeline and what it ends with, or a part
 
 
-class MocoPipeline:
-    """Two views as MoCo-v2's published code makes them: Pillow, and the whole augmentation in the worker."""
-
-    def __init__(self) -> None:
-        self.transform = transforms.Compose(
-            [
-                transforms.RandomResizedCrop(224, scale=(0.2, 1.0)),
-                transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                transforms.RandomGrayscale(p=0.2),
-                transforms.RandomApply([_blur], p=0.5),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
-            ]
-        )
-
-    def __call__(self, data: bytes) -> None:
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        for _ in range(2):
-            self.transform(image)
-
-
-def _blur(image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(0.1, 2.0)))
-
-
-class Race(Dataset[dict[str, float]]):
+class Race(Dataset[dict[Name, float]]):
     """An item is one round: the seconds an image that each row takes, in the worker process that reads the item."""
 
     def __init__(self, files: Source, packed: Source, large: Source, rounds: int) -> None:
         self.files, self.packed, self.large, self.rounds = files, packed, large, rounds
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[Name, Row] = {}
 
     def __len__(self) -> int:
         return self.rounds
 
-    def __getitem__(self, item: int) -> dict[str, float]:
+    def __getitem__(self, item: int) -> dict[Name, float]:
         self.rows = self.rows or self._rows()
         order = list(self.rows.items())
         random.Random(item).shuffle(order)
         return {name: _seconds(work) / count for name, (work, count) in order}
 
-    def _rows(self) -> dict[str, Row]:
+    def _rows(self) -> dict[Name, Row]:
         count = len(self.files)
 
         def read(i: int) -> bytes:
@@ -94,18 +72,25 @@ class Race(Dataset[dict[str, float]]):
 
             return all_of_them, count
 
-        moco = MocoPipeline()
-        rows = {
-            MOCO: each(lambda i: moco(read(i))),
-            OURS: _batches(self.files),
-            PACKED: _batches(self.packed),
+        def of_bytes(pipeline: peers.Pipeline) -> Row:
+            return each(lambda i: pipeline(read(i)))
+
+        rows: dict[Name, Row] = {(name, VIEWS): of_bytes(made) for name, made in peers.views().items()}
+        rows |= {(name, CROPS): of_bytes(made) for name, made in peers.crops().items()}
+        for end in (VIEWS, CROPS):
+            if all_of_them := peers.dali([read(i) for i in range(count)], end == VIEWS):
+                rows[peers.DALI, end] = all_of_them, count
+            rows[OURS, end] = _batches(self.files, views=end == VIEWS)
+            rows[PACKED, end] = _batches(self.packed, views=end == VIEWS)
+        rows |= {
+            (DEVICE, VIEWS): _batches(self.files, views=True, finish=False),
             DECODE: each(lambda i: Encoded(read(i)).pixels()),
             READ: each(lambda i: Encoded(read(i))),
             CUT: each(_cutter([Encoded(read(i)).pixels() for i in range(min(DECODED, count))])),
             PILLOW: each(lambda i: np.asarray(Image.open(io.BytesIO(read(i))).convert("RGB"))),
             HALF: each(lambda i: _at_half(read(i))),
-            LARGE[SCALED]: _batches(self.large),
-            LARGE[WHOLE]: _batches(self.large, spare=math.inf),
+            LARGE[SCALED]: _batches(self.large, views=False),
+            LARGE[WHOLE]: _batches(self.large, views=False, spare=math.inf),
         }
         try:
             import simplejpeg  # pyright: ignore
@@ -117,21 +102,25 @@ class Race(Dataset[dict[str, float]]):
 
 
 def _seconds(work: Callable[[], None]) -> float:
-    """Processor time of this thread."""
-    start = time.thread_time()
+    """Processor time of this process, in which one thread works (DALI brings its own)."""
+    start = time.process_time()
     work()
-    return time.thread_time() - start
+    return time.process_time() - start
 
 
-def _batches(source: Source, spare: float | None = None) -> Row:
-    """The dataset as a training's worker has it, shared memory included."""
-    dataset = CropDataset(source, AugmentConfig(), seed=0, buffers=2)
+def _batches(source: Source, views: bool, finish: bool = True, spare: float | None = None) -> Row:
+    """The dataset as a training's worker has it, shared memory included; for views with what the training process does
+    to a batch."""
+    dataset = CropDataset(source, AugmentConfig(), seed=0, buffers=2, finish=finish and views)
+    augment = Augment(AugmentConfig(), 0, "cpu", reuse=True)
     dataset.spare = dataset.spare if spare is None else spare
     parts = [[(1, i) for i in range(part.start, part.stop)] for part in chunks(len(source), BATCH)]
 
     def all_of_them() -> None:
         for part in parts:
-            dataset.__getitems__(part)
+            made = dataset.__getitems__(part)
+            if views:
+                augment(made)
 
     return all_of_them, len(source)
 

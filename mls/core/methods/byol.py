@@ -23,7 +23,7 @@ from mls.core.methods.simsiam import cosine
 from mls.data import Views
 from mls.models import Backbone, Precision, build_pair
 from mls.models.heads import predictor
-from mls.streams import derive
+from mls.streams import initialisation
 
 
 @register("byol", BYOLOptions)
@@ -32,8 +32,7 @@ class BYOL(Method):
         super().__init__(config, precision, image_labels)
         options = cast(BYOLOptions, config.objective)
         self.pair = build_pair(config.model, config.run.seed, precision)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(config.run.seed, "init", "predictor"))
+        with initialisation(config.run.seed, "predictor"):
             self.predictor = predictor(config.model.projection, options.predictor)
 
     @property

@@ -21,7 +21,7 @@ from mls.data import Views
 from mls.distributed import rank
 from mls.errors import ConfigError
 from mls.models import Precision
-from mls.streams import derive, generator
+from mls.streams import generator, initialisation
 
 Control = Callable[[QueriedRows, Int64[Tensor, "batch"], int], Matches]
 
@@ -66,8 +66,7 @@ class Supervised(MoCo):
             raise ConfigError("objective.method=supervised needs images with labels: this source has none")
         self.image_labels = image_labels
         self.pair.query.head.requires_grad_(False)  # not used here; DDP wants a gradient of every trained parameter
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(config.run.seed, "init", "classifier"))
+        with initialisation(config.run.seed, "classifier"):
             self.classifier = nn.Linear(self.backbone.feature_dim, image_labels.shape[1])
 
     def forward(self, views: Views) -> StepOutput:

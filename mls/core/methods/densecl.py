@@ -27,7 +27,7 @@ from mls.distributed import gather
 from mls.errors import ConfigError
 from mls.models import Backbone, Encoder, EncoderPair, Precision, build_encoder
 from mls.models.norm import KeyNorm
-from mls.streams import derive, generator
+from mls.streams import generator, initialisation
 
 
 class DenseEncoder(nn.Module):
@@ -54,8 +54,7 @@ class DenseCL(Method):
             raise ConfigError("objective.method=densecl asks every cell of every row: use dictionary.sharded=false")
         self.options = cast(DenseCLOptions, config.objective)
         encoder = build_encoder(config.model, config.run.seed, precision)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(config.run.seed, "init", "dense head"))
+        with initialisation(config.run.seed, "dense head"):
             self.pair = EncoderPair(DenseEncoder(encoder, self.options.dense_projection))
         self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group)
         self.dictionary = Dictionary(

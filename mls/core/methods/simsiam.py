@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -23,7 +22,7 @@ from mls.core.methods import register
 from mls.data import Views
 from mls.models import Backbone, Precision, build_encoder
 from mls.models.heads import predictor
-from mls.streams import derive
+from mls.streams import initialisation
 
 
 @register("simsiam", SimSiamOptions)
@@ -32,8 +31,7 @@ class SimSiam(Method):
         super().__init__(config, precision, image_labels)
         options = cast(SimSiamOptions, config.objective)
         self.encoder = build_encoder(config.model, config.run.seed, precision)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(config.run.seed, "init", "predictor"))
+        with initialisation(config.run.seed, "predictor"):
             self.predictor = predictor(config.model.projection, options.predictor)
 
     @property

@@ -40,7 +40,7 @@ def one_cell(folder: Path, number: int) -> str:
 
 @fault("kill -9 after each single change that a pack makes, then again", tries=200, quick=3)
 def killed_pack(folder: Path, number: int) -> str:
-    run(folder, folder, call=pack_images, dies_at=1 + number % changes_of(pack_images))
+    run(folder, folder, call=pack_images, dies_at=1 + number * 61 % changes_of(pack_images))  # spread over all
     return unless_packed(folder)
 
 
@@ -63,7 +63,7 @@ def full_pack(folder: Path, number: int) -> str:
 
 @fault("kill -9 after each single change of mls export, then again", tries=60)
 def killed_export(folder: Path, number: int) -> str:
-    run(folder, folder, call=export_weights, dies_at=1 + number % changes_of(export_weights))
+    run(folder, folder, call=export_weights, dies_at=1 + number * 61 % changes_of(export_weights))
     return unless_exported(folder)
 
 

@@ -169,7 +169,11 @@ def coco_files(folder: Path, number: int) -> str:
     return unless_told("coco2017", root)
 
 
-@fault("the same odd entries where pretraining reads the instances", tries=2 * len(COCO), quick=10)
+@fault(
+    "the same odd entries where pretraining reads the instances: refused, counted, or of no use to it",
+    tries=2 * len(COCO),
+    quick=10,
+)
 def coco_source(folder: Path, number: int) -> str:
     """Its masks and the sizes of images are not used there, and boxes without area are objects all the same."""
     root = copied("coco", folder)

@@ -1,0 +1,160 @@
+"""Are the labels good? What the last moment of a run says of its matches in numbers, and pairs that a person judges
+without knowing which are matches: `mls report --judged FILE` gives the precision of each kind."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from mls.errors import DataError
+
+if TYPE_CHECKING:
+    from mls.monitor.labels import LabelStatistics
+    from mls.monitor.moments import Moment
+
+PAIRS = 100
+KINDS = {"matched": "matched", "pixels": "nearest in pixels", "random": "random rows"}
+ANSWERS = ("y", "n", "?")
+JUDGED = 1  # version of judged.json
+MOST_BYTES = 1 << 24  # of judged.json; a real one has 20 kB
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """`values`: by memory. `beside`: what they are compared with."""
+
+    name: str
+    values: dict[str, str]
+    beside: str
+
+
+def statistics(moment: Moment) -> list[Statistic]:
+    """Of the matches of one moment, each beside what it would be by chance."""
+    matches = {memory: [m for q in moment.queries for m in q.matches.get(memory, ())] for memory in moment.scores}
+    matches = {memory: found for memory, found in matches.items() if found}
+    found = [
+        Statistic("Score of a match", {n: f"{median(m.score for m in f):.3f}" for n, f in matches.items()}, "median"),
+        Statistic("Score of any row", {n: f"{moment.scores[n][10]:.3f}" for n in matches}, "median over all rows"),
+        Statistic("Score of the top 5 % of all rows", {n: f"{moment.scores[n][19]:.3f}" for n in matches}, ""),
+        Statistic("Percentile of a match", {n: f"{median(m.percentile for m in f):.1f}" for n, f in matches.items()},
+                  "median; chance 50"),
+        Statistic("Age of a match", {n: f"{median(m.age for m in f):g}" for n, f in matches.items()}, "median, steps"),
+    ]  # fmt: skip
+    agreement = {name: f"{s.share:.3f} (chance {s.chance:.3f})" for name, s in moment.agreement.items()}
+    found.append(Statistic("Two views choose the same rows", agreement, "two different images: chance"))
+    if both := moment.agreement_of_memories:
+        words = {"features": f"{both.share:.3f} (chance {both.chance:.3f})"}
+        found.append(Statistic("g and z choose the same rows", words, "two different images: chance"))
+    own = {name: f"{share:.1%}" for name, share in moment.own.items()}
+    found.append(Statistic("Own image among the k nearest rows", own, "they are left out of the gallery"))
+    most = {name: f"{hubs[0].count} of {len(moment.queries)}" for name, hubs in moment.hubs.items() if hubs}
+    found.append(Statistic("Queries that match the most matched row", most, ""))
+    different = {n: f"{len({(m.id, m.box) for m in f}) / len(f):.1%}" for n, f in matches.items()}
+    found.append(Statistic("Different rows among the matches", different, "100 %: no row is matched twice"))
+    return found
+
+
+KINDS_BY_RANK = {
+    "precision": "precision",
+    "recall": "recall",
+    "pushed_away": "right rows among the others, which the loss pushes away",
+    "dominance": "matches of the class that most have",
+}
+
+
+def by_rank(statistics: Mapping[str, LabelStatistics]) -> list[tuple[int, list[str]]]:
+    """Rank, then each of KINDS_BY_RANK in each memory."""
+    ranks = max((len(one.precision) for one in statistics.values()), default=0)
+    shown = sorted({1, 2, 3, 5, 10, 20, 40, ranks} & set(range(1, ranks + 1)))
+
+    def cell(values: list[float], rank: int) -> str:
+        return f"{values[rank - 1]:.3f}" if rank <= len(values) else "–"
+
+    names = [(name, kind) for kind in KINDS_BY_RANK for name in statistics]
+    return [(rank, [cell(getattr(statistics[name], kind), rank) for name, kind in names]) for rank in shown]
+
+
+# -------------------------------------------------------------------------------------------------- judged by a person
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A query's crop and another one, for a person who does not know their kind."""
+
+    kind: str
+    query: tuple[int, Box]
+    other: tuple[int, Box]
+
+
+def pairs_to_judge(moment: Moment, pixel_nearest: Mapping[int, Sequence[tuple[int, Box]]]) -> list[Pair]:
+    """PAIRS of all kinds in equal parts and in random order, which is the same each time. `pixel_nearest`: by a query's
+    number crops that look alike."""
+    draw = random.Random(moment.step)
+    drawn = {kind: draw.sample(range(len(moment.queries)), len(moment.queries)) for kind in KINDS}
+    found = []
+    for number in range(PAIRS):
+        kind = list(KINDS)[number % len(KINDS)]
+        place = drawn[kind][number // len(KINDS) % len(moment.queries)]
+        query, rank = moment.queries[place], number // len(KINDS) // len(moment.queries)
+        if kind == "matched":
+            others = [(match.id, match.box) for match in next(iter(query.matches.values()), ())]
+        elif kind == "pixels":
+            others = list(pixel_nearest.get(place, ()))
+        else:
+            others = [draw.choice(moment.random)] if moment.random else []
+        if others:
+            image, box = others[min(rank, len(others) - 1)]
+            found.append(Pair(kind, (query.id, query.box), (image, box)))
+    draw.shuffle(found)
+    return found
+
+
+def judged_table(path: Path) -> str:
+    """The precision of each kind of pair, by a person's answers."""
+    from mls.tables import markdown_table, terminal_width
+
+    counts = Counter((row["kind"], row["answer"]) for row in _read_judged(path))
+    lines = []
+    for kind, words in KINDS.items():
+        yes, no, unsure = (counts[kind, answer] for answer in ANSWERS)
+        low, high = wilson(yes, yes + no)
+        share = f"{yes / (yes + no):.2f} ({low:.2f}–{high:.2f})" if yes + no else "–"
+        lines.append([words, share, str(yes), str(no), str(unsure)])
+    header = ["pairs", "show the same (95 %)", "yes", "no", "not sure"]
+    return markdown_table(header, lines, terminal_width())
+
+
+def _read_judged(path: Path) -> list[dict[str, Any]]:
+    from mls.files import read_json
+
+    advice = "give the file judged.json that the page saved"
+    content = read_json(path, advice, most=MOST_BYTES)
+    pairs = content.get("pairs") if isinstance(content, dict) and content.get("judged") == JUDGED else None
+    if not isinstance(pairs, list) or not all(_is_judged(row) for row in pairs):
+        raise DataError(f"{path} holds no judged pairs: {advice}")
+    return pairs
+
+
+def _is_judged(row: Any) -> bool:
+    return isinstance(row, dict) and row.get("kind") in KINDS and row.get("answer") in ANSWERS
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval of a share (95 % by default): it holds for few trials, and near 0 and 1.
+
+    >>> [round(bound, 3) for bound in wilson(8, 10)], wilson(0, 0)
+    ([0.49, 0.943], (0.0, 1.0))
+    """
+    if not trials:
+        return 0.0, 1.0
+    share, spread = successes / trials, z * z / trials
+    middle = (share + spread / 2) / (1 + spread)
+    half = (spread * (share * (1 - share) + spread / 4)) ** 0.5 / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
