@@ -19,9 +19,9 @@ from mls.files import atomic_file
 Pixels = UInt8[Tensor, "3 height width"]
 
 SHOWN = 6  # images
-HEIGHT, GAP, CAPTION = 200, 6, 18  # pixels of the drawn picture
+HEIGHT, GAP, CAPTION = 240, 6, 18  # pixels of the drawn picture
 MIN_SCORE = 0.3  # detections with a lower score are not drawn
-FONT = ImageFont.load_default(11)
+FONT, LABEL = ImageFont.load_default(11), 15  # and the height of a label
 
 
 def chosen(images: ObjectImages | RegionImages) -> list[int]:
@@ -38,13 +38,14 @@ def save(file: Path, images: ObjectImages | RegionImages, rows: Sequence[int], f
         if isinstance(images, ObjectImages):
             assert isinstance(one, Detections)
             views = [with_boxes(pixels, one, names), with_boxes(pixels, images.objects(row), names)]
+            classes |= {*one.classes[one.scores >= MIN_SCORE].tolist(), *images.objects(row).classes.tolist()}
         else:
             assert isinstance(one, Tensor)
             views = [painted(pixels, one), painted(pixels, images.labels(row))]
             classes |= {*one.unique().tolist(), *images.labels(row).unique().tolist()} - {VOID}
         lines.append([scaled(pixels), *views])
     with atomic_file(file, "free some, and run the same again") as out:
-        sheet = _table(lines, ["", "found", "true"])
+        sheet = _table(lines, ["image", "found", "true"], [images.describe(row) for row in rows])
         _with_legend(sheet, {images.class_names[i]: colour(i) for i in sorted(classes)}).save(out, "PNG")
 
 
@@ -59,13 +60,44 @@ def with_boxes(pixels: Pixels, objects: Detections | Objects, names: Sequence[st
     columns: list[int] = objects.classes.tolist()
     image = scaled(with_masks(pixels, [(objects.outlines[i], columns[i]) for i in shown] if objects.outlines else []))
     draw = ImageDraw.Draw(image)
-    for i in shown:
-        column, box = columns[i], (objects.boxes[i] * (HEIGHT / pixels.shape[1])).tolist()
-        text = f"{names[column]} {scores[i]:.2f}" if isinstance(objects, Detections) else names[column]
-        draw.rectangle(box, outline=colour(column), width=2)
-        draw.rectangle(draw.textbbox((box[0] + 3, box[1] + 2), text, font=FONT), fill=colour(column))
-        draw.text((box[0] + 3, box[1] + 2), text, fill="white", font=FONT)
+    boxes = [(objects.boxes[i] * (HEIGHT / pixels.shape[1])).tolist() for i in shown]
+    for i, box in zip(shown, boxes, strict=True):
+        draw.rectangle(box, outline=colour(columns[i]), width=2)
+    taken: list[tuple[float, float, float, float]] = []
+    for i, box in sorted(zip(shown, boxes, strict=True), key=lambda both: -float(scores[both[0]])):
+        name = names[columns[i]]
+        text = f"{name} {scores[i]:.2f}" if isinstance(objects, Detections) else name
+        place = free_place(box, (FONT.getlength(text) + 4, LABEL), image.size, taken)
+        if place is not None:  # the colour still tells, and the legend its name
+            taken.append(place)
+            draw.rectangle(place, fill=colour(columns[i]))
+            draw.text((place[0] + 2, place[1] + 1), text, fill="white", font=FONT)
     return image
+
+
+def free_place(
+    box: Sequence[float],
+    size: tuple[float, float],
+    image: tuple[int, int],
+    taken: Sequence[tuple[float, float, float, float]],
+) -> tuple[float, float, float, float] | None:
+    """Where a label of this size covers no other: over the box, at its top or further down along it; None: nowhere.
+
+    >>> free_place((10, 20, 50, 60), (30, 10), (100, 100), taken=[])
+    (10, 10, 40, 20)
+    >>> free_place((10, 20, 50, 60), (30, 10), (100, 100), taken=[(0, 0, 35, 25)])
+    (10, 26, 40, 36)
+    """
+    width, height = size
+    left = max(0, min(box[0], image[0] - width))
+    lowest = min(box[3], image[1] - height)
+    tops = [top for top in (box[1] - height, box[1]) if 0 <= top <= lowest]
+    tops += [below for *_, bottom in taken if box[1] < (below := bottom + 1) <= lowest]
+    for top in sorted(tops):
+        place = left, top, left + width, top + height
+        if all(place[2] < x0 or x1 < left or place[3] < y0 or y1 < top for x0, y0, x1, y1 in taken):
+            return place
+    return None
 
 
 def with_masks(pixels: Pixels, masks: Sequence[tuple[RunLengths, int]]) -> Pixels:
@@ -96,16 +128,21 @@ def colour(column: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _table(lines: Sequence[Sequence[Image.Image]], heads: Sequence[str]) -> Image.Image:
+def _table(lines: Sequence[Sequence[Image.Image]], heads: Sequence[str], files: Sequence[str]) -> Image.Image:
+    """Heads over the columns, the end of each line's file name below it."""
     widths = [max(line[place].width for line in lines) for place in range(len(heads))]
-    size = (sum(widths) + GAP * (len(heads) + 1), CAPTION + (HEIGHT + GAP) * len(lines) + GAP)
-    sheet = Image.new("RGB", size, "white")
-    left = GAP
+    pitch = HEIGHT + CAPTION + GAP
+    sheet = Image.new("RGB", (sum(widths) + GAP * (len(heads) + 1), CAPTION + pitch * len(lines) + GAP), "white")
+    draw, left = ImageDraw.Draw(sheet), GAP
     for place, head in enumerate(heads):
-        ImageDraw.Draw(sheet).text((left, 3), head, fill="#222222", font=FONT)
+        draw.text((left, 3), head, fill="#222222", font=FONT)
         for number, line in enumerate(lines):
-            sheet.paste(line[place], (left, CAPTION + GAP + number * (HEIGHT + GAP)))
+            sheet.paste(line[place], (left, CAPTION + GAP + number * pitch))
         left += widths[place] + GAP
+    for number, name in enumerate(files):
+        while name and FONT.getlength(name) > sheet.width - 2 * GAP:
+            name = name[1:]
+        draw.text((GAP, CAPTION + GAP + number * pitch + HEIGHT + 2), name, fill="#666666", font=FONT)
     return sheet
 
 

@@ -152,10 +152,10 @@ def _normalisation(plan: Plan) -> Iterator[Finding]:
     model, part = plan.config.model, plan.part
     words = f"statistics over {part:,} images" + (f" in each of {plan.world} processes" if plan.world > 1 else "")
     if part < 2:
-        yield Finding("batch normalisation", "fails", f"{words}: a single image has none", _larger_batch(plan, 2))
+        yield Finding("batch normalisation", "fails", f"{words}: a single image has none", _larger_batch(plan))
         return
     few = part < FEW_FOR_STATISTICS
-    yield Finding("batch normalisation", "warning" if few else "fine", words, _larger_batch(plan, 8) if few else "")
+    yield Finding("batch normalisation", "warning" if few else "fine", words, _larger_batch(plan) if few else "")
     if model.key_norm == "split" or (model.key_norm == "shuffle" and plan.world == 1):
         groups, words = part // model.key_group, f"{part} images of a process in groups of {model.key_group}"
         if groups < 2 and isinstance(plan.config.objective, MoCoOptions):
@@ -163,11 +163,11 @@ def _normalisation(plan: Plan) -> Iterator[Finding]:
             yield Finding("key normalisation", "warning", words, f"model.key_group={max(1, part // 2)}")
 
 
-def _larger_batch(plan: Plan, images: int) -> str:
+def _larger_batch(plan: Plan) -> str:
     accumulate = plan.config.engine.accumulate
-    if accumulate > 1 and plan.part * accumulate >= images:
+    if accumulate > 1 and plan.part * accumulate >= FEW_FOR_STATISTICS:
         return "engine.accumulate=1"
-    return f"data.batch_size={images * plan.world * accumulate}"
+    return f"data.batch_size={FEW_FOR_STATISTICS * plan.world * accumulate}"
 
 
 # ----------------------------------------------------------------------------------------------------- the dictionary
@@ -188,17 +188,16 @@ def _dictionary(plan: Plan, options: MoCoOptions) -> Iterator[Finding]:
     config, rows = plan.config, plan.config.dictionary.size
     epochs = rows / plan.images
     words = f"{rows:,} rows, {plan.images:,} images: D/N {epochs:,.{0 if epochs > 99 else 2}f}"
-    size = max(plan.world * _power_of_two(plan.images / 2 / plan.world), config.data.batch_size)
-    smaller = f"dictionary.size={size}"
     if epochs > 1:
-        yield Finding("dictionary", "warning", f"{words}, so every image has rows in it", smaller)
+        words += ", so every image has rows in it"
+        yield Finding("dictionary", "warning", words, _of_size(plan, plan.images / 2))
     else:
         yield Finding("dictionary", "fine", words)
-    filled = ceil(rows / config.data.batch_size)
+    filled, batch = ceil(rows / config.data.batch_size), config.data.batch_size
     if filled > FILLING * plan.total:
         level: Level = "fails" if filled > plan.total else "warning"
         words = f"full after step {filled:,} of {plan.total:,}, with few rows until then"
-        yield Finding("filling", level, words, smaller)
+        yield Finding("filling", level, words, _of_size(plan, min(plan.images / 2, FILLING * plan.total * batch)))
     if isinstance(options, MLSOptions) and options.weight:
         yield from _positives(plan, options)
 
@@ -221,6 +220,12 @@ def _positives(plan: Plan, options: MLSOptions) -> Iterator[Finding]:
             level: Level = "fails" if own >= k else "warning"
             words += ": other crops of one image are all that is pulled together" if own >= k else ""
             yield Finding("own-image positives", level, words, "dictionary.own_rows=exclude")
+
+
+def _of_size(plan: Plan, rows: float) -> str:
+    """A smaller dictionary: at most so many rows, but a batch, in equal parts for the processes."""
+    size = max(plan.world * _power_of_two(rows / plan.world), plan.config.data.batch_size)
+    return f"dictionary.size={size}"
 
 
 def _power_of_two(most: float) -> int:
@@ -294,7 +299,7 @@ def _less_memory(plan: Plan, sizes: Sizes) -> str:
         return "dictionary.sharded=true"
     if dictionary.storage == "fp32":
         return "dictionary.storage=bf16"
-    return f"dictionary.size={plan.world * _power_of_two(dictionary.size / 4 / plan.world)}"
+    return _of_size(plan, dictionary.size / 4)
 
 
 def disk(plan: Plan, sizes: Sizes) -> Finding:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -24,7 +25,7 @@ from mls.engine.checkpoint import Checkpoints
 from mls.engine.schedule import epoch_of
 from mls.engine.trainer import method_state, watched_labels
 from mls.errors import CheckpointError, DataError
-from mls.frozen.match_picture import RED, YELLOW, Box, GalleryRow, Pixels, boxed
+from mls.frozen.match_picture import RED, YELLOW, Box, GalleryRow, Pixels, boxed, draw
 from mls.monitor import moments
 from mls.monitor.matches import MomentTaker
 from mls.monitor.moments import Moment
@@ -44,9 +45,17 @@ def gallery(
     """
     run = run if isinstance(run, Run) else Run.open(run)
     config = run.config
-    moment = last_moment(run, warn)
     source = build_source(config.data)
-    labels = watched_labels(source)
+    return rows_of(last_moment(run, warn), source, config, watched_labels(source), queries, matches)
+
+
+def drawn(moment: Moment, source: Source, config: Config, labels: Tensor | None) -> Pixels:
+    return np.asarray(draw(rows_of(moment, source, config, labels)))
+
+
+def rows_of(
+    moment: Moment, source: Source, config: Config, labels: Tensor | None, queries: int = 8, matches: int = 10
+) -> list[GalleryRow]:
     lines = []
     for query in moment.queries[:queries]:
         found = next(iter(query.matches.values()))[:matches]

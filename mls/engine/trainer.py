@@ -213,6 +213,7 @@ class Trainer:
         if last < self.total:
             raise Stopped(self.session.farewell(f"engine.max_steps={last} is reached"), 0)
         if self.process.main:
+            self.log.conclude()
             write_atomically(self.run.path / "DONE", f"{self.step} steps\n".encode(), CHECKPOINTS_FULL)
         distributed.barrier()
 
@@ -323,6 +324,8 @@ class Trainer:
         return label_quality(self.labels, out.query_ids, out.matched_ids, out.candidate_ids)
 
     def keep_moment(self, epoch: int) -> None:
+        from mls.engine.gallery import drawn
+
         if not (self.process.main or self.method.saves_together):
             return
         with self.window.monitoring():
@@ -331,6 +334,7 @@ class Trainer:
                 self.refuse_if_another_trains()
                 moments.write(self.run.path, moment)
                 self.session.events.write("moment", step=self.step, epoch=epoch, seconds=moment.seconds)
+                self.log.show(self.step, "gallery", lambda: drawn(moment, self.source, self.config, self.labels))
 
     def note_terms(self, out: StepOutput) -> None:
         """When a part of the loss acts for the first time: the multi-label term joins after a while."""

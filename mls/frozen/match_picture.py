@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 Pixels = UInt8[np.ndarray, "height width 3"]
 Box = Sequence[float]  # x0 y0 x1 y1 as shares of the image's width and height
 
-CELL, FRAME, GAP, MARGIN, CAPTION = 96, 3, 6, 10, 18  # pixels of the drawn picture
+CELL, FRAME, GAP, MARGIN, CAPTION, HEADER = 96, 3, 6, 10, 18, 24  # pixels of the drawn picture
 WHOLE = 160  # pixels of the longer side of a whole image
 RED, YELLOW, GREEN, INK = "#d62728", "#f2b701", "#1b7f3b", "#222222"
 PAIR_COLOURS = (RED, "#2a78d6", YELLOW)
@@ -35,17 +35,23 @@ class GalleryRow:
 
 def draw(rows: list[GalleryRow], cell: int = CELL, frame: int = FRAME) -> Image.Image:
     """One line a query: its crop framed red, its matches framed yellow with their cosines below; a green tick where
-    the images share a true label."""
+    the images share a true label. The columns have heads, the queries the numbers of their images."""
     side = cell + 2 * frame
     pitch = side + GAP
     across = 1 + max((len(row.matches) for row in rows), default=0)
     width = 2 * MARGIN + across * pitch - GAP + 2 * GAP  # the query stands a little apart
-    picture = Image.new("RGB", (width, 2 * MARGIN + len(rows) * (pitch + CAPTION) - GAP), "white")
+    picture = Image.new("RGB", (width, HEADER + MARGIN + len(rows) * (pitch + CAPTION) - GAP), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(size=12)
+    for place in range(across):
+        middle = MARGIN + place * pitch + 2 * GAP * (place > 0) + side // 2
+        head = f"match {place}" if place else "query"
+        pen.text((middle, HEADER // 2), head, fill=INK, font=font, anchor="mm")
     framed = lambda crop, colour: ImageOps.expand(_scaled(crop, (cell, cell)), frame, colour)
     for line, row in enumerate(rows):
-        top = MARGIN + line * (pitch + CAPTION)
+        top = HEADER + line * (pitch + CAPTION)
         picture.paste(framed(row.query, RED), (MARGIN, top))
+        name = (MARGIN + side // 2, top + side + CAPTION // 2)
+        pen.text(name, f"image {row.query_id}", fill=INK, font=font, anchor="mm")
         for number, (match, score) in enumerate(zip(row.matches, row.scores, strict=True)):
             left = MARGIN + (number + 1) * pitch + 2 * GAP
             picture.paste(framed(match, YELLOW), (left, top))

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from mls.monitor.moments import Match, Moment, Query
+from mls.monitor.moments import Crop, Match, Moment, Query
 
 AGES = 4  # groups of matches by age, of the same size
 
@@ -92,16 +93,20 @@ def label_statistics(
     matches: Sequence[Sequence[Match]],
     labels: Float[Tensor, "images classes"],
     by_query: Mapping[str, Sequence[float | None]] = MappingProxyType({}),
+    all_rows: Sequence[Crop] | None = None,
 ) -> LabelStatistics | None:
     """None where no query has labels, and a match and a random row that have some. An image whose labels are NaN has
-    none. How many rows are relevant is taken from the share of the random rows. `by_query`: further statistics to
-    compare with the precision, a value for each query."""
-    judged = [_judge(query, found, moment, labels) for query, found in zip(moment.queries, matches, strict=True)]
+    none. `by_query`: further statistics to compare with the precision, a value for each query. How many rows are
+    relevant is the share of the moment's random rows, unless `all_rows` of the dictionary are given."""
+    random = torch.tensor([crop.id for crop in all_rows or moment.random])
+    judged = [_judge(query, found, random, labels) for query, found in zip(moment.queries, matches, strict=True)]
     known = [one for one in judged if one is not None]
     if not known:
         return None
     longest = max(len(one.matches) for one in known)
-    curves = torch.stack([_curves(one, longest, moment.rows) for one in known]).double()  # [queries, curves, longest]
+    curves = torch.stack(
+        [_curves(one, longest, None if all_rows else moment.rows) for one in known]
+    ).double()  # [queries, curves, longest]
     precision, recall, pushed_away, dominance, by_chance = curves.nanmean(0).tolist()
     values = {"score": _means(matches, "score"), "age": _means(matches, "age"), **by_query}
     values["dominance"] = _spread(judged, curves[:, 3, -1])
@@ -122,21 +127,22 @@ def label_statistics(
 
 
 def _judge(
-    query: Query, found: Sequence[Match], moment: Moment, labels: Float[Tensor, "images classes"]
+    query: Query, found: Sequence[Match], random: Int64[Tensor, "rows"], labels: Float[Tensor, "images classes"]
 ) -> _Judged | None:
-    has = lambda image: image < len(labels) and not bool(labels[image].isnan().any())
+    has = lambda images: ~labels[images].isnan().any(-1)
     matches = [match for match in found if has(match.id)]
-    random = [crop for crop in moment.random if crop.id != query.id and has(crop.id)]
-    if not has(query.id) or not bool(labels[query.id].any()) or not matches or not random:
+    random = random[(random != query.id) & has(random)]
+    if not has(query.id) or not labels[query.id].any() or not matches or not len(random):
         return None
-    rows, others = labels[[match.id for match in matches]], labels[[crop.id for crop in random]]
+    rows, others = labels[[match.id for match in matches]], labels[random]
     relevant, random_relevant = ((one * labels[query.id]).sum(1) > 0 for one in (rows, others))
     return _Judged(matches, relevant, rows, random_relevant, others)
 
 
-def _curves(one: _Judged, longest: int, rows: int) -> Float[Tensor, "curves longest"]:
+def _curves(one: _Judged, longest: int, rows: int | None) -> Float[Tensor, "curves longest"]:
     """Precision, recall, pushed away, dominance, dominance by chance; the last values go on where matches end."""
     count = torch.arange(1, len(one.matches) + 1)
+    rows = rows or len(one.random_relevant)
     hits, all_relevant = one.relevant.cumsum(0), one.random_relevant.double().mean() * rows
     all_relevant = all_relevant.clamp(min=float(hits[-1]))
     recall = hits / all_relevant  # NaN where no row is relevant
@@ -180,4 +186,5 @@ def _correlation(first: Sequence[float | None], second: Sequence[float | None]) 
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
     if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return None
-    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    found: Any = spearmanr([a for a, _ in pairs], [b for _, b in pairs])
+    return float(found.statistic)

@@ -14,6 +14,7 @@ from typing import Any
 from mls.config import MonitorConfig
 from mls.errors import ConfigError
 from mls.files import telling_disk_errors, write_atomically
+from mls.frozen.match_picture import Pixels
 
 DISK_FULL = "free some, and `mls pretrain --resume` goes on"
 TIMES = {"time", "images_per_second", "data_wait", "monitoring", "gpu_memory_gib"}  # what no two runs have in common
@@ -36,6 +37,7 @@ class MetricsLog:
         self.path, self.say = folder / "metrics.jsonl", say
         with telling_disk_errors(self.path, DISK_FULL):
             self.file = open(self.path, "a+b")  # noqa: SIM115 (closed by close())
+        self.last: dict[str, float] = {}  # values of each name since this process logs
         self.others = _other_loggers(folder, config, run_name, settings)
 
     def write(self, step: int, epoch: int, values: Mapping[str, float]) -> None:
@@ -46,8 +48,21 @@ class MetricsLog:
             facts = {"step": step, "epoch": epoch, "time": round(time.time(), 3)}
             self.file.write(json.dumps({**facts, **row}).encode() + b"\n")
             self.file.flush()
+        self.last |= {name: value for name, value in row.items() if value is not None}
         for other in self.others:
             other(step, values)
+
+    def show(self, step: int, name: str, picture: Callable[[], Pixels]) -> None:
+        """To those who show pictures; else it is not even drawn."""
+        if self.others:
+            pixels = picture()
+            for other in self.others:
+                other.show(step, name, pixels)
+
+    def conclude(self) -> None:
+        """The run is finished: its settings beside its last values, for tables of many runs."""
+        for other in self.others:
+            other.conclude(self.last)
 
     def offset(self) -> int:
         """How long the file is now, safely on disk: a resume truncates to it."""
@@ -130,25 +145,34 @@ def _is_number(value: Any) -> bool:
 def _other_loggers(folder: Path, config: MonitorConfig, run_name: str, settings: Mapping[str, Any]) -> list[Any]:
     others: list[Any] = []
     if config.tensorboard:
-        others.append(_TensorBoard(folder))
+        others.append(_TensorBoard(folder, settings))
     if config.wandb:
         others.append(_Wandb(folder, config.wandb, run_name, settings))
     return others
 
 
 class _TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             raise ConfigError(
                 'monitor.tensorboard=true needs TensorBoard: pip install "mls[tensorboard]", or set it to false'
             ) from None
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer, self.settings = SummaryWriter(str(folder / "tensorboard")), settings
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+
+    def show(self, step: int, name: str, pixels: Pixels) -> None:
+        self.writer.add_image(name, pixels, step, dataformats="HWC")
+
+    def conclude(self, last: Mapping[str, float]) -> None:
+        """In the tab of hyper-parameters, which knows texts and numbers alone."""
+        plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in
+                 _flat(self.settings)}  # fmt: skip
+        self.writer.add_hparams(plain, {f"final/{name}": value for name, value in last.items()}, run_name=".")
 
     def close(self) -> None:
         self.writer.close()
@@ -170,5 +194,21 @@ class _Wandb:
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log(dict(values), step=step)
 
+    def show(self, step: int, name: str, pixels: Pixels) -> None:
+        import wandb  # pyright: ignore
+
+        self.run.log({name: wandb.Image(pixels)}, step=step)
+
+    def conclude(self, last: Mapping[str, float]) -> None:
+        self.run.summary.update({f"final/{name}": value for name, value in last.items()})  # its settings are `config`
+
     def close(self) -> None:
         self.run.finish()
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

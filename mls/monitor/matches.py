@@ -110,11 +110,11 @@ def _boxes(boxes: Float[Tensor, "rows 4"]) -> list[Box]:
 
 def _queries(views: Views, matched: MatchedRows) -> list[Query]:
     ids, boxes = views.ids.tolist(), _boxes(views.boxes[0])
-    found = {name: _matches(matched, nearest) for name, nearest in matched.nearest.items()}
+    found = {name: matches_of(matched, nearest) for name, nearest in matched.nearest.items()}
     return [Query(ids[i], boxes[i], {name: rows[i] for name, rows in found.items()}) for i in range(len(ids))]
 
 
-def _matches(matched: MatchedRows, nearest: Nearest) -> list[list[Match]]:
+def matches_of(matched: MatchedRows, nearest: Nearest) -> list[list[Match]]:
     """Of each query; fewer where no more rows were left."""
     slots, scores, every = nearest.slots, nearest.scores.float(), nearest.all_scores.float()
     lower = 100 * torch.searchsorted(every, scores.contiguous()) / max(1, len(every))

@@ -1,11 +1,14 @@
 """The engine on real small data: what it writes, what it refuses, what it skips."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +18,14 @@ from PIL import Image
 import mls
 import mls.config
 from mls import distributed
+from mls.config import MonitorConfig
 from mls.core import methods
 from mls.data import Batch, Views
 from mls.engine import Run, Trainer, run_folder
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.trainer import method_state
 from mls.errors import ConfigError, DataError, DivergedError, UserError
+from mls.monitor.log import MetricsLog
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
@@ -252,7 +257,25 @@ def test_tensorboard_is_written_when_asked_for(tiny: list[str]) -> None:
     run = mls.pretrain(
         mls.load_config("mls_scenes_tiny", [*tiny, "optim.epochs=1", "monitor.tensorboard=true"]), quiet=True
     )
-    assert list((run.path / "tensorboard").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    told = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [event.step for event in told.Images("gallery")] == [16]  # of the one moment
+    assert told.Scalars("final/loss")[0].value == pytest.approx(run.last("loss"))
+    assert "_hparams_/session_start_info" in told.summary_metadata
+
+
+def test_wandb_gets_pictures_and_final_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged, summary = [], {}
+    room = SimpleNamespace(log=lambda values, step: logged.append((step, values)), summary=summary, finish=lambda: None)
+    fake = SimpleNamespace(init=lambda **facts: room, Image=lambda pixels: pixels.shape)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    log = MetricsLog(tmp_path, MonitorConfig(wandb="project"), "run", {"data": {"limit": 3}})
+    log.write(4, 1, {"loss": 0.5, "norm": math.nan})
+    log.show(4, "gallery", lambda: np.zeros((2, 3, 3), np.uint8))
+    log.conclude()
+    log.close()
+    assert logged[1] == (4, {"gallery": (2, 3, 3)}) and summary == {"final/loss": 0.5}
 
 
 def test_port_in_use_is_one_sentence(

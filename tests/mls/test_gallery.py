@@ -14,14 +14,17 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 import mls
+from mls.core.matching import Matches
+from mls.core.neighbour_lists import NeighbourLists
 from mls.data.augment import Augment
 from mls.data.crops import CropDataset
-from mls.data.sources import build_source
+from mls.data.sources import build_source, hash_of_images
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
-from mls.engine.gallery import gallery, in_whole_images, meaning, row_crop
+from mls.engine.gallery import gallery, in_whole_images, last_moment, meaning, row_crop
+from mls.engine.replay import replay
 from mls.errors import CheckpointError, DataError, UserError
-from mls.frozen.match_picture import CELL, FRAME, MARGIN, RED, WHOLE, GalleryRow, boxed, draw
+from mls.frozen.match_picture import CELL, FRAME, HEADER, MARGIN, RED, WHOLE, GalleryRow, boxed, draw
 from mls.models import build_pair
 from mls.monitor.matches import EPOCH, SEED
 
@@ -214,12 +217,12 @@ def yellowish(colour: tuple[int, int, int]) -> bool:
 def test_the_query_stands_in_red_and_its_matches_in_yellow(rows: list[GalleryRow]) -> None:
     picture = draw(rows[:3])
     assert rgb(picture, 1, 1) == (255, 255, 255)
-    assert reddish(rgb(picture, MARGIN + 1, MARGIN + CELL // 2))
-    assert reddish(rgb(picture, MARGIN + FRAME + CELL // 2, MARGIN + 1))
-    across = [rgb(picture, x, MARGIN + 1) for x in range(picture.width)]
+    assert reddish(rgb(picture, MARGIN + 1, HEADER + CELL // 2))
+    assert reddish(rgb(picture, MARGIN + FRAME + CELL // 2, HEADER + 1))
+    across = [rgb(picture, x, HEADER + 1) for x in range(picture.width)]
     assert sum(map(reddish, across)) == CELL + 2 * FRAME
     assert sum(map(yellowish, across)) == 10 * (CELL + 2 * FRAME)
-    inside = np.asarray(picture)[MARGIN + FRAME :, MARGIN + FRAME :][:CELL, :CELL]
+    inside = np.asarray(picture)[HEADER + FRAME :, MARGIN + FRAME :][:CELL, :CELL]
     assert np.array_equal(inside, rows[0].query.repeat(3, 0).repeat(3, 1))  # tiny crops are enlarged pixel by pixel
 
 
@@ -228,7 +231,7 @@ def test_a_tick_is_drawn_where_a_label_is_shared(rows: list[GalleryRow]) -> None
     greens = []
     for shared in ([False] * 10, [True] + [False] * 9, [True] * 10, None):
         pixels = np.asarray(draw([replace(row, shared=shared)])).astype(int)
-        below = pixels[MARGIN + CELL + 2 * FRAME :]  # crops may be green themselves
+        below = pixels[HEADER + CELL + 2 * FRAME :]  # crops may be green themselves
         greens.append(int(((below[..., 1] > below[..., 0] + 40) & (below[..., 1] > below[..., 2] + 30)).sum()))
     assert greens[0] == greens[3] == 0
     assert greens[1] > 5
@@ -241,5 +244,39 @@ def test_crops_of_any_size_and_number_can_be_drawn(shapes: list[tuple[int, int]]
     crop = lambda size: np.full((size, size, 3), 128, dtype=np.uint8)
     rows = [GalleryRow(crop(s), [crop(s)] * n, [0.5] * n, None, 0, [1] * n) for s, n in shapes]
     picture = draw(rows)
-    across = [yellowish(rgb(picture, x, MARGIN + 1)) for x in range(picture.width)] if rows else []
+    across = [yellowish(rgb(picture, x, HEADER + 1)) for x in range(picture.width)] if rows else []
     assert sum(across) == (shapes[0][1] if shapes else 0) * (CELL + 2 * FRAME)
+
+
+# ------------------------------------------------------------------------------------------------- replay
+
+
+def test_replay_scores_what_other_settings_would_choose(run: Run, tmp_path: Path) -> None:
+    source, held = build_source(run.config.data), memory_of(run)
+    ids = (torch.arange(len(source))[:, None] + torch.arange(1, 6)) % len(source)
+    facts = {"images": hash_of_images(source)}
+    NeighbourLists.of(Matches(ids, torch.ones(ids.shape)), facts).save(tmp_path / "lists")
+    found = replay(run, [3, 30], ["backbone", "union"], [tmp_path / "lists"])
+    settings = {(setting.labels_from, setting.k): setting for setting in found.settings}
+    assert "not of trainings" in found.note and found.rows == len(held["ids"]) and len(settings) == 6
+    assert settings["backbone", 30].matches == 30 > run.config.objective.k  # more than the run took
+    assert 30 < settings["union", 30].matches < 60 and settings[str(tmp_path / "lists"), 30].matches < 5
+    moment, labels = last_moment(run), source.labels
+    assert labels is not None
+    shares = [
+        [bool((labels[query.id] * labels[match.id]).any()) for match in query.matches["features"][:3]]
+        for query in moment.queries
+    ]
+    scored = settings["backbone", 3].labels
+    assert scored is not None and scored.precision[-1] == pytest.approx(np.mean(shares))
+    assert moment.labels is not None and scored.recall == pytest.approx(moment.labels.recall["features"][:3], abs=1e-3)
+    assert scored.chance == pytest.approx(moment.labels.chance, abs=1e-3)
+    assert {row.name for row in settings["backbone", 3].nuisances} == {"layout", "colour", "geometry", "thumbnail"}
+
+
+def test_replay_tells_what_it_cannot_replay(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="more than the 100 matches"):
+        replay(run, [101], ["backbone"])
+    NeighbourLists.of(Matches(torch.zeros(512, 1).long(), torch.ones(512, 1)), {"images": "other"}).save(tmp_path / "l")
+    with pytest.raises(DataError, match="not of the images in"):
+        replay(run, [3], [], [tmp_path / "l"])

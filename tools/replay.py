@@ -1,0 +1,93 @@
+"""`mls replay`: which positives other settings would have chosen from a run's dictionary, and how good they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mls.engine.replay import Replay, Setting
+
+
+def replay(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name under $MLS_RUNS.")],
+    k: Annotated[str, typer.Option("--k", help="Numbers of positives.")] = "5,10,20,40",
+    labels_from: Annotated[
+        str, typer.Option(help="Any of backbone, projection, union, intersection.")
+    ] = "backbone,projection",
+    region: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Neighbour lists of `mls regions`; may be repeated.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Score the pseudo-labels that other settings would take from the dictionary in a run's last checkpoint.
+
+    Nothing is trained: these are scores of labels, not of trainings. precision, recall: of the positives by true
+    labels, where the images have some. pushed away: share of the negatives that is relevant. dominance: share of the
+    positives with the class that most of them have. layout to thumbnail: the percentile of the positives among random
+    rows in what is not content (chance 50). RUN/replay.json keeps everything, also by age, and which statistic tells
+    the precision.
+
+    Examples:
+
+        mls replay runs/my-run
+
+        mls replay runs/my-run --k 5,20 --labels-from backbone,union --region lists.safetensors
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from mls.engine import Run
+    from mls.engine.replay import MEMORIES
+    from mls.engine.replay import replay as replayed
+    from mls.errors import ConfigError, unknown_name
+    from mls.files import write_atomically
+
+    try:
+        counts = sorted({int(number) for number in k.split(",")})
+    except ValueError:
+        counts = [0]
+    if counts[0] < 1:
+        raise ConfigError(f"--k {k} is no list of numbers of positives: write for example --k 5,10,20")
+    memories = [name.strip() for name in labels_from.split(",")] if labels_from else []
+    for name in memories:
+        if name not in MEMORIES:
+            raise unknown_name("--labels-from", name, MEMORIES)
+    opened = Run.open(run)
+    found = replayed(opened, counts, memories, region or [], say=lambda text: typer.echo(text, err=True))
+    text = dumps(asdict(found), indent=1)
+    write_atomically(opened.path / "replay.json", text.encode())
+    if json:
+        print(text)
+    else:
+        _show(found)
+        print(f"\n{opened.path / 'replay.json'}")
+
+
+def _show(found: Replay) -> None:
+    import textwrap
+
+    from mls.tables import markdown_table, terminal_width
+
+    words = f"{found.run}, step {found.step:,}: {found.queries} queries, {found.rows:,} rows. {found.note}"
+    print(textwrap.fill(words, terminal_width() or 120) + "\n")
+    header = ["labels from", "k", "matches"]
+    labelled = [setting.labels for setting in found.settings if setting.labels is not None]
+    header += ["precision", "recall", "pushed away", "dominance"] if labelled else []
+    header += [row.name for row in found.settings[0].nuisances]
+    rows = [_row(setting) for setting in found.settings]
+    if labelled:
+        chance, dominance = labelled[-1].chance, labelled[-1].dominance_chance[-1]
+        rows.append(["random rows", "", "", f"{chance:.1%}", "", f"{chance:.1%}", f"{dominance:.1%}"])
+        rows[-1] += ["50.0"] * len(found.settings[0].nuisances)
+    print(markdown_table(header, rows, terminal_width(), labels=2))
+
+
+def _row(setting: Setting) -> list[str]:
+    cells = [setting.labels_from, str(setting.k), f"{setting.matches:.1f}"]
+    if (labels := setting.labels) is not None:
+        curves = (labels.precision, labels.recall, labels.pushed_away, labels.dominance)
+        cells += [f"{curve[-1]:.1%}" for curve in curves]
+    return [*cells, *(f"{row.percentile:.1f} ± {row.error:.1f}" for row in setting.nuisances)]
