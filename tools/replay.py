@@ -59,7 +59,7 @@ def _settings(k: str, labels_from: str) -> tuple[list[int], list[str]]:
     from mls.errors import ConfigError, unknown_name
 
     numbers = [number.strip() for number in k.split(",")]
-    if not all(number.isdecimal() and 0 < int(number) for number in numbers):
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
         raise ConfigError(f"--k {k} is no list of numbers of positives: write for example --k 5,10,20")
     memories = [name.strip() for name in labels_from.split(",")] if labels_from else []
     for name in memories:
