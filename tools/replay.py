@@ -40,22 +40,10 @@ def replay(
     from json import dumps
 
     from mls.engine import Run
-    from mls.engine.replay import MEMORIES
     from mls.engine.replay import replay as replayed
-    from mls.errors import ConfigError, unknown_name
     from mls.files import write_atomically
 
-    try:
-        counts = sorted({int(number) for number in k.split(",")})
-    except ValueError:
-        counts = [0]
-    if counts[0] < 1:
-        raise ConfigError(f"--k {k} is no list of numbers of positives: write for example --k 5,10,20")
-    memories = [name.strip() for name in labels_from.split(",")] if labels_from else []
-    for name in memories:
-        if name not in MEMORIES:
-            raise unknown_name("--labels-from", name, MEMORIES)
-    opened = Run.open(run)
+    opened, (counts, memories) = Run.open(run), _settings(k, labels_from)
     found = replayed(opened, counts, memories, region or [], say=lambda text: typer.echo(text, err=True))
     text = dumps(asdict(found), indent=1)
     write_atomically(opened.path / "replay.json", text.encode())
@@ -64,6 +52,20 @@ def replay(
     else:
         _show(found)
         print(f"\n{opened.path / 'replay.json'}")
+
+
+def _settings(k: str, labels_from: str) -> tuple[list[int], list[str]]:
+    from mls.engine.replay import MEMORIES
+    from mls.errors import ConfigError, unknown_name
+
+    numbers = [number.strip() for number in k.split(",")]
+    if not all(number.isdecimal() and int(number) > 0 for number in numbers):
+        raise ConfigError(f"--k {k} is no list of numbers of positives: write for example --k 5,10,20")
+    memories = [name.strip() for name in labels_from.split(",")] if labels_from else []
+    for name in memories:
+        if name not in MEMORIES:
+            raise unknown_name("--labels-from", name, MEMORIES)
+    return sorted({int(number) for number in numbers}), memories
 
 
 def _show(found: Replay) -> None:

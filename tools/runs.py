@@ -87,14 +87,14 @@ def _watch(run: Run, once: bool) -> None:
     from mls.engine.status import status_of
 
     console = Console(highlight=False)
-    status = status_of(run, whole=True)
+    status = status_of(run)
     if once or not console.is_terminal or status.state != "running":
         console.print(_view(status))
         return
     with Live(_view(status), console=console, auto_refresh=False) as live:
         while status.state == "running":
             time.sleep(EVERY)
-            status = status_of(run, whole=True)
+            status = status_of(run)
             live.update(_view(status), refresh=True)
 
 

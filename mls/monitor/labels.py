@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -185,4 +186,5 @@ def _correlation(first: Sequence[float | None], second: Sequence[float | None]) 
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if a is not None and b is not None]
     if len(pairs) < 3 or any(len(set(side)) < 2 for side in zip(*pairs, strict=True)):
         return None
-    return float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    found: Any = spearmanr([a for a, _ in pairs], [b for _, b in pairs])
+    return float(found.statistic)

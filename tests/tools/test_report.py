@@ -1,4 +1,4 @@
-"""The page of `mls report`: of runs nobody trained, read by a parser and driven in a browser where there is one."""
+"""The page of `mls report`: of runs that nobody trained, read by a parser and driven in a browser, if there is one."""
 
 import json
 import math

@@ -204,7 +204,6 @@ class _Steps:
     def _step(self, batch: Batch) -> float:
         began = time.perf_counter()
         self.optimizer.zero_grad(set_to_none=True)
-        self.method.measuring = False
         out = self.method(self.augment(batch))
         out.loss.backward()
         self.optimizer.step()

@@ -197,7 +197,7 @@ def _look_at_pixels(section: Section, source: Any) -> None:
 
     moment, mirrored = section.gallery.moments[-1], section.card.config.augment.flip > 0
     thumbnails, truth = Thumbnails.of_moment(moment, source), watched_labels(source)
-    for memory in moment.scores:
+    for memory in labels.memories(moment):
         matches = [query.matches.get(memory, []) for query in moment.queries]
         section.nuisances[memory] = nuisances(moment, matches, thumbnails, mirrored)
         if truth is not None and (found := label_statistics(moment, matches, truth)) is not None:

@@ -128,7 +128,7 @@ def _parsed_line(line: bytes) -> Any:
 def _is_row(row: Any) -> bool:
     if type(row) is not dict:
         return False
-    step, epoch = row.get("step"), row.get("epoch")
+    step, epoch = row.get("step", -1), row.get("epoch", -1)
     return type(step) is type(epoch) is int and 0 <= step < LARGEST_STEP and 0 <= epoch < LARGEST_STEP
 
 
@@ -252,7 +252,7 @@ class Axis:
     steps_per_epoch: float | None
     pauses: Sequence[tuple[float, float]] = ()  # from stop to resume, in seconds since 1970
 
-    def columns(self, places: NDArray[np.float64], start: float | None) -> dict[str, list[float]]:
+    def columns(self, places: NDArray[np.float64], start: float | None) -> dict[str, list[float | None]]:
         step, epoch, time = places.T
         if self.steps_per_epoch:
             epoch = step / self.steps_per_epoch

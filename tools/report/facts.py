@@ -99,7 +99,7 @@ class Card:
 
     def late(self, metric: str) -> list[float]:
         series = self.log.series.get(metric)
-        known = [value for value in series.points()[1] if value is not None] if series else []
+        known: list[float] = [value for value in series.points()[1] if value is not None] if series else []
         return known[len(known) // 2 :]
 
     @property

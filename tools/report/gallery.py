@@ -98,7 +98,7 @@ def of_run(card: Card, source: Source | None, why: str) -> Gallery:
     return found
 
 
-def _labels(source: Source | None) -> Any:
+def _labels(source: Source | None) -> Any:  # a tensor or None
     from mls.engine.trainer import watched_labels
 
     return None if source is None else watched_labels(source)
@@ -106,8 +106,9 @@ def _labels(source: Source | None) -> Any:
 
 def _of_moment(moment: Moment, labels: Any) -> Shown:
     def matched(query: int, match: Any) -> Matched:
-        known = labels is not None and max(query, match.id) < len(labels)
-        shared = bool((labels[query] * labels[match.id]).sum() > 0) if known else None
+        shared = None
+        if labels is not None and max(query, match.id) < len(labels):
+            shared = bool((labels[query] * labels[match.id]).sum() > 0)
         return Matched(match.id, match.box, match.age, match.score, match.percentile, shared)
 
     queries = [
