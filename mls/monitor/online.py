@@ -42,7 +42,8 @@ class Sample:
         return None if labels is None else cls(source, ids, labels)
 
     def read(self, size: int, workers: int) -> None:
-        ids = [number for batch in self.ids.split(BATCH)[distributed.rank() :: distributed.world()] for number in batch]
+        batches = self.ids.split(BATCH)[distributed.rank() :: distributed.world()]
+        ids = [number for batch in batches for number in batch.tolist()]
         parts = list(in_workers(WholeImages(self.source, ids, size, DECODED), workers if ids else 0))
         self.own = list(torch.cat(parts).split(BATCH)) if parts else []
 
