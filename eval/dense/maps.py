@@ -95,7 +95,7 @@ class Extractor:
         backbone, mean, std = build_backbone(protocol, weights, seed)
         self.device = start(settings.device).device
         self.reduced = HALF.get(precision_on(self.device, settings.precision, "features.precision"))
-        self.standards = AugmentConfig(mean=tuple(mean), std=tuple(std))
+        self.standards = AugmentConfig(mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2]))
         self.network = DenseFeatures(backbone.to(self.device), settings.layer or None, settings.output_stride).eval()
         with torch.no_grad():
             self.grid = tuple(self.network(torch.zeros(1, 3, *self.size, device=self.device)).shape[2:])

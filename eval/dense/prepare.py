@@ -33,9 +33,9 @@ def load_images(protocol: Dense | FrozenDense) -> DataSet[Any]:
     if not isinstance(found.train, wanted):
         fitting = "coco2017, voc0712, scenes_objects" if wanted is ObjectImages else "cityscapes, scenes_regions"
         raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
-    if isinstance(protocol, Detection) and protocol.model.masks and found.train.everything.outlines is None:
-        raise DataError(f"{protocol.data.name} has boxes and no masks: set model.masks=false")
     if isinstance(protocol, Detection):
+        if protocol.model.masks and found.train.everything.outlines is None:  # pyright: ignore[reportAttributeAccessIssue]
+            raise DataError(f"{protocol.data.name} has boxes and no masks: set model.masks=false")
         _settle(protocol, found)
     return found
 

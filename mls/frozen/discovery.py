@@ -66,5 +66,6 @@ def _piece(mask: Bool[Tensor, "rows columns"], seed: int) -> Bool[Tensor, "rows 
 
     mask = mask.clone()
     mask.view(-1)[seed] = True
-    numbers = torch.from_numpy(label(mask.numpy())[0])
+    numbers = torch.from_numpy(np.empty(mask.shape, np.int32))
+    label(mask.numpy(), output=numbers.numpy())
     return numbers == numbers.view(-1)[seed]

@@ -132,5 +132,6 @@ def centres(features: Float[Tensor, "patches dim"], count: int, rounds: int, see
     """Of k-means, by scikit-learn."""
     from sklearn.cluster import KMeans
 
-    found = KMeans(count, n_init=1, max_iter=rounds, random_state=seed).fit(features.float().numpy())
+    means = KMeans(count, n_init=1, max_iter=rounds, random_state=seed)  # pyright: ignore[reportArgumentType]
+    found = means.fit(features.float().numpy())
     return torch.from_numpy(np.asarray(found.cluster_centers_, np.float32))

@@ -75,7 +75,8 @@ class DenseFeatures(nn.Module):
             backbone = load_backbone(backbone)
         self.name = type(backbone).__name__
         self.backbone = backbone if output_stride is None else dilated(backbone, output_stride)
-        self.layer = int(layer) if str(layer).lstrip("-").isdigit() else layer or None
+        number = isinstance(layer, int) or (layer or "").lstrip("-").isdigit()
+        self.layer = int(layer or 0) if number else layer or None
 
     def forward(self, images: Images) -> Map:
         height, width = images.shape[2:]
