@@ -26,6 +26,7 @@ from mls.distributed import Process
 from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints, Copied, non_finite
 from mls.engine.events import versions
+from mls.engine.images import accept_other_images, hash_of_names, keep_names
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
 from mls.engine.session import Saving, Session
@@ -47,13 +48,20 @@ MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitor
 
 class Trainer:
     def __init__(
-        self, config: Config, run: Run, process: Process, quiet: bool = False, lock: Lock | None = None
+        self,
+        config: Config,
+        run: Run,
+        process: Process,
+        quiet: bool = False,
+        lock: Lock | None = None,
+        accept_data: bool = False,
     ) -> None:
         _compute_as(config.engine)
         precision = precision_on(process.device, config.engine.precision)
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
-        self.precision, self.lock = precision, lock
+        self.precision, self.lock, self.accept_data = precision, lock, accept_data
         self.source = build_source(config.data)
+        self.names = hash_of_names(self.source)
         self.steps_per_epoch = steps_per_epoch(self.source, config)
         self.total = config.optim.epochs * self.steps_per_epoch
 
@@ -74,13 +82,7 @@ class Trainer:
             for module in self.method.modules():
                 if isinstance(module, Encoder):
                     module.compile()
-        # Parameters are equal by construction and buffers are each process' own: DDP only has to average gradients.
-        self.forward: torch.nn.Module = self.method
-        if process.world > 1:
-            # No static_graph: its first step is another one, and a resumed run would differ from a whole one.
-            self.forward = DistributedDataParallel(
-                self.method, gradient_as_bucket_view=True, **distributed.exchanging_buffers(False)
-            )
+        self.forward: torch.nn.Module = _averaging_gradients(self.method) if process.world > 1 else self.method
 
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
@@ -354,6 +356,7 @@ class Trainer:
             "bad_in_a_row": self.bad_in_a_row,
             "decided": self.decided,
             "images": len(self.source),
+            "names": self.names,
             "versions": versions(),
         }
 
@@ -388,11 +391,8 @@ class Trainer:
         state = self.session.restore()
         if state is not None:
             refuse_another_configuration(from_dict(state["config"]), self.config, self.run, state["step"])
-            if (images := state.get("images", len(self.source))) != len(self.source):
-                raise CheckpointError(
-                    f"the checkpoint in {self.run.checkpoints} learnt from {images:,} images and data.root has "
-                    f"{len(self.source):,}: give the same images, or start a new run"
-                )
+            if words := accept_other_images(self.run.path, state, self.source, self.accept_data):
+                self.session.warn(words)
             try:
                 self.load_state_dict(state)
             except (LookupError, TypeError, ValueError, RuntimeError) as error:  # torch's own sentence comes second
@@ -415,6 +415,7 @@ class Trainer:
     def open_log(self, stack: contextlib.ExitStack) -> None:
         if not self.process.main:
             return
+        keep_names(self.run.path, self.source)
         settings = to_dict(self.config)
         self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, settings, self.session.warn)
         stack.callback(self.log.close)
@@ -433,6 +434,12 @@ def method_state(state: dict[str, Any]) -> dict[str, Any]:
     if "dictionary" in state:
         return {**state["method"], "_extra_state": {"dictionary": state["dictionary"]}}
     return state["method"]
+
+
+def _averaging_gradients(method: torch.nn.Module) -> torch.nn.Module:
+    """Parameters are equal by construction and buffers are each process' own: DDP only has to average gradients. No
+    static_graph: its first step is another one, and a resumed run would differ from a whole one."""
+    return DistributedDataParallel(method, gradient_as_bucket_view=True, **distributed.exchanging_buffers(False))
 
 
 def _compute_as(config: EngineConfig) -> None:
