@@ -20,6 +20,9 @@ def pretrain(
         int | None,
         typer.Option(metavar="N", help="With --resume: train a new run from this step of RUN, with other KEY=VALUE."),
     ] = None,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="With --resume: images came or went; map their numbers by name.")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the run folder (default: recipe, date, hash).")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
 ) -> None:
@@ -55,6 +58,10 @@ def pretrain(
         raise ConfigError(f"--resume takes its configuration from the run: leave out '{positional[0]}'")
     if from_step is not None and resume is None:
         raise ConfigError("--from-step needs --resume RUN: whose step it is")
+    if accept_data and (resume is None or from_step is not None):
+        raise ConfigError(
+            "--accept-data is for the images of a run that goes on: give --resume RUN without --from-step"
+        )
     if named and resume is not None and from_step is None:
         raise ConfigError("--name is a new run's: leave it out, or give --from-step N to branch one off")
 
@@ -71,7 +78,7 @@ def pretrain(
         if resume is not None and from_step is not None:
             run = engine.branch(resume, from_step, positional + named, quiet=quiet)
         elif resume is not None:
-            run = engine.resume(resume, positional, quiet=quiet)
+            run = engine.resume(resume, positional, quiet=quiet, accept_data=accept_data)
         else:
             assert config is not None
             run = engine.pretrain(config, quiet=quiet)

@@ -58,8 +58,11 @@ def _train_new(config: Config, quiet: bool, create: Callable[[Config], Run]) -> 
     return created
 
 
-def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool = False) -> Run:
-    """Resume from a run's last checkpoint. Overrides may change only what does not change the result."""
+def resume(
+    folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool = False, accept_data: bool = False
+) -> Run:
+    """Resume from a run's last checkpoint. Overrides may change only what does not change the result. Where images came
+    or went, `accept_data` maps their numbers by name; else they are refused."""
     opened = folder if isinstance(folder, Run) else Run.open(folder)
     if opened.done and not overrides:
         return opened
@@ -76,7 +79,8 @@ def resume(folder: str | Path | Run, overrides: Sequence[str] = (), quiet: bool 
 
         config = _sized(config, process, quiet)
         done = distributed.on_main(prepare)
-        trainer = Trainer(config, opened, process, quiet, lock)  # refuses a configuration that changes the result
+        # It refuses a configuration that changes the result, before that is written.
+        trainer = Trainer(config, opened, process, quiet, lock, accept_data)
         if (overrides or opened.config.run.auto) and process.main:  # a job's run is sized on the machine that trains it
             write_atomically(opened.path / "config.yaml", to_yaml(config).encode())
         if not done:

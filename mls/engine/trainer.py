@@ -29,6 +29,7 @@ from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints, Copied, non_finite
 from mls.engine.events import versions
 from mls.engine.findings import Plan, Sizes, at_start
+from mls.engine.images import accept_other_images, hash_of_names, keep_names
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import cosine, epoch_of
 from mls.engine.session import Saving, Session
@@ -54,13 +55,20 @@ MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitor
 
 class Trainer:
     def __init__(
-        self, config: Config, run: Run, process: Process, quiet: bool = False, lock: Lock | None = None
+        self,
+        config: Config,
+        run: Run,
+        process: Process,
+        quiet: bool = False,
+        lock: Lock | None = None,
+        accept_data: bool = False,
     ) -> None:
         _compute_as(config.engine)
         precision = precision_on(process.device, config.engine.precision)
         self.config, self.run, self.process, self.quiet = config, run, process, quiet
-        self.precision, self.lock = precision, lock
+        self.precision, self.lock, self.accept_data = precision, lock, accept_data
         self.source = build_source(config.data)
+        self.names = hash_of_names(self.source)
         self.steps_per_epoch = steps_per_epoch(self.source, config)
         self.total = config.optim.epochs * self.steps_per_epoch
 
@@ -408,6 +416,7 @@ class Trainer:
             "decided": self.decided,
             "terms": sorted(self.terms or ()),
             "images": len(self.source),
+            "names": self.names,
             "versions": versions(),
         }
 
@@ -443,11 +452,8 @@ class Trainer:
         state = self.session.restore()
         if state is not None:
             refuse_another_configuration(from_dict(state["config"]), self.config, self.run, state["step"])
-            if (images := state.get("images", len(self.source))) != len(self.source):
-                raise CheckpointError(
-                    f"the checkpoint in {self.run.checkpoints} learnt from {images:,} images and data.root has "
-                    f"{len(self.source):,}: give the same images, or start a new run"
-                )
+            if words := accept_other_images(self.run.path, state, self.source, self.accept_data):
+                self.session.warn(words)
             try:
                 self.load_state_dict(state)
             except (LookupError, TypeError, ValueError, RuntimeError) as error:  # torch's own sentence comes second
@@ -463,6 +469,7 @@ class Trainer:
     def open_log(self, stack: contextlib.ExitStack) -> None:
         if not self.process.main:
             return
+        keep_names(self.run.path, self.source)
         settings = to_dict(self.config)
         self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, settings, self.session.warn)
         stack.callback(self.log.close)

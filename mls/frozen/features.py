@@ -62,10 +62,23 @@ def embed_batches(
     device: torch.device | str = "cpu",
     batch: int = 250,
     workers: int = 0,
+    skipped: Callable[[int, str], None] | None = None,
 ) -> Generator[Float[Tensor, "batch dim"], None, None]:
-    """The features of `embed`, a batch at a time; `workers` processes read and decode."""
-    images = in_workers(WholeImages(source, ids, config.size, batch), workers)
-    yield from embed_pixels(backbone, images, config, device, source.name)
+    """The features of `embed`, a batch at a time; `workers` processes read and decode. Those of an image that cannot be
+    read are zeros and it is told to `skipped`, without which it is an error."""
+    unreadable: list[int] = []  # rows of the present batch
+
+    def pixels() -> Iterator[UInt8[Tensor, "batch 3 size size"]]:
+        for images, broken in in_workers(WholeImages(source, ids, config.size, batch, skipped is not None), workers):
+            unreadable[:] = [row for row, _, _ in broken]
+            for _, index, why in broken:
+                assert skipped is not None
+                skipped(index, why)
+            yield images
+
+    for features in embed_pixels(backbone, pixels(), config, device, source.name):
+        features[unreadable] = 0
+        yield features
 
 
 @torch.no_grad()
@@ -86,29 +99,30 @@ def embed_pixels(
         backbone.train(training)
 
 
-class WholeImages(Dataset[UInt8[Tensor, "batch 3 size size"] | UserError]):
-    """Item i is the i-th batch of the images `ids`."""
+Broken = list[tuple[int, int, str]]  # row, id and reason of images that cannot be read
 
-    def __init__(self, source: Source, ids: Sequence[int], size: int, batch: int) -> None:
-        self.source, self.ids, self.size, self.batch = source, ids, size, batch
+
+class WholeImages(Dataset[tuple[UInt8[Tensor, "batch 3 size size"], Broken] | UserError]):
+    """Item i is the i-th batch of the images `ids`; where one that cannot be read is no error, it is black."""
+
+    def __init__(self, source: Source, ids: Sequence[int], size: int, batch: int, skip: bool = False) -> None:
+        self.source, self.ids, self.size, self.batch, self.skip = source, ids, size, batch, skip
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch)
 
-    def __getitem__(self, number: int) -> UInt8[Tensor, "batch 3 size size"] | UserError:
+    def __getitem__(self, number: int) -> tuple[UInt8[Tensor, "batch 3 size size"], Broken] | UserError:
         ids = self.ids[number * self.batch : (number + 1) * self.batch]
-        try:
-            return torch.stack([self._read(int(i)) for i in ids])
-        except UserError as error:
-            return error
-
-    def _read(self, index: int) -> UInt8[Tensor, "3 size size"]:
-        try:
-            return centre(decode(self.source.read(index)), self.size)
-        except (UnreadableImage, OSError) as error:
-            raise DataError(
-                f"{self.source.describe(index)} cannot be read ({reason(error)}): `mls data check` finds all of them"
-            ) from None
+        images, broken = torch.zeros(len(ids), 3, self.size, self.size, dtype=torch.uint8), []
+        for row, index in enumerate(map(int, ids)):
+            try:
+                images[row] = centre(decode(self.source.read(index)), self.size)
+            except (UnreadableImage, OSError) as error:
+                if not self.skip:
+                    advice = "`mls data check` finds all of them"
+                    return DataError(f"{self.source.describe(index)} cannot be read ({reason(error)}): {advice}")
+                broken.append((row, index, reason(error)))
+        return images, broken
 
 
 # ---------------------------------------------------------------------------------------------------- cache on disk

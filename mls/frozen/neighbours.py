@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,25 @@ class Embedder:
         return cls(load_backbone(weights), AugmentConfig(size=size or facts.get("input_size", 224), **statistics))
 
 
+def stored_features(
+    source: Source, embedder: Embedder, skipped: Callable[[int, str], None] | None = None, workers: int | None = None
+) -> CachedFeatures:
+    """Of all images of a source, computed once; `skipped` as for `embed_batches`."""
+    from mls.distributed import start
+
+    device = start().device
+    augment, count = embedder.augment, len(source)
+    facts = {"images": hash_of_images(source), "weights": hash_of_weights(embedder.network)}
+    facts |= {"size": augment.size, "statistics": [*augment.mean, *augment.std]}
+
+    def compute(first: int) -> Generator[Tensor, None, None]:
+        usual = min(8, len(os.sched_getaffinity(0)) - 1) if count - first > 2000 else 0
+        several = usual if workers is None else workers
+        return embed_batches(embedder.network, source, range(first, count), augment, device, 64, several, skipped)
+
+    return cached_features(facts, count, compute, f"features of {source.name}")
+
+
 @dataclass
 class EmbeddedSource:
     """A data set with its features, which are computed once and cached."""
@@ -67,18 +86,7 @@ class EmbeddedSource:
     index: Index = field(init=False)
 
     def __post_init__(self) -> None:
-        from mls.distributed import start
-
-        device = start().device
-        augment, count = self.embedder.augment, len(self.source)
-        facts = {"images": hash_of_images(self.source), "weights": hash_of_weights(self.embedder.network)}
-        facts |= {"size": augment.size, "statistics": [*augment.mean, *augment.std]}
-
-        def compute(first: int) -> Generator[Tensor, None, None]:
-            workers = min(8, len(os.sched_getaffinity(0)) - 1) if count - first > 2000 else 0
-            return embed_batches(self.embedder.network, self.source, range(first, count), augment, device, 64, workers)
-
-        self.cached = cached_features(facts, count, compute, f"features of {self.source.name}")
+        self.cached = stored_features(self.source, self.embedder)
         self.index = build(self.cached.features, self.cached.folder / "ivfpq.index")
 
     def nearest(self, queries: EmbeddedSource | Float[Tensor, "batch dim"], k: int) -> list[list[tuple[int, float]]]:

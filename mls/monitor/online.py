@@ -44,7 +44,8 @@ class Sample:
     def read(self, size: int, workers: int) -> None:
         batches = self.ids.split(BATCH)[distributed.rank() :: distributed.world()]
         ids = [number for batch in batches for number in batch.tolist()]
-        parts = list(in_workers(WholeImages(self.source, ids, size, DECODED), workers if ids else 0))
+        whole = WholeImages(self.source, ids, size, DECODED)
+        parts = [images for images, _ in in_workers(whole, workers if ids else 0)]
         self.own = list(torch.cat(parts).split(BATCH)) if parts else []
 
 

@@ -227,7 +227,7 @@ def test_resume_refuses_other_images(tiny: list[str], tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         mls.pretrain(mls.load_config("mls_scenes_tiny", [*changes, "engine.max_steps=1"]), quiet=True)
     run = tmp_path / "runs" / "run"
-    with pytest.raises(CheckpointError, match="learnt from 40 images and data.root has 39: give the same images"):
+    with pytest.raises(CheckpointError, match=r"other images: 1 are gone \(39.png\): give the same images"):
         mls.resume(run, [f"data.root={tmp_path / 'c'}", "engine.max_steps=2"], quiet=True)
     with pytest.raises(Stopped, match="step 2"):
         mls.resume(run, [f"data.root={tmp_path / 'b'}", "engine.max_steps=2"], quiet=True)

@@ -48,7 +48,7 @@ def statistics(moment: Moment) -> list[Statistic]:
     places = {n: [m.percentile for m in f if m.percentile is not None] for n, f in matches.items()}
     found = [
         Statistic("Score of a match", {n: f"{median(m.score for m in f):.3f}" for n, f in matches.items()}, "median"),
-        Statistic("Score of any row", {n: f"{scores[n][10]:.3f}" for n in matches if n in scores}, "median over all rows"),
+        Statistic("Score of any row", {n: f"{scores[n][10]:.3f}" for n in matches if n in scores}, "median of all rows"),
         Statistic("Score of the top 5 % of all rows", {n: f"{scores[n][19]:.3f}" for n in matches if n in scores}, ""),
         Statistic("Percentile of a match", {n: f"{median(p):.1f}" for n, p in places.items() if p}, "median; chance 50"),
         Statistic("Age of a match", {n: f"{median(m.age for m in f):g}" for n, f in matches.items()}, "median, steps"),

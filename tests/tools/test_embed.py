@@ -1,0 +1,61 @@
+"""`mls embed`: one row for each image that can be read."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mls.errors import ConfigError, DataError
+from mls.tools.embed import embed
+
+IMAGES = 120
+
+
+@pytest.fixture
+def photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(IMAGES):
+        Image.new("RGB", (20, 16), (2 * number, 90, 30)).save(folder / f"{number:03d}.png")
+    return folder
+
+
+def test_an_unreadable_image_is_named_and_left_out(photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (photographs / "007.png").write_bytes(b"broken")
+    out = photographs.parent / "x.npz"
+    embed("resnet_tiny", str(photographs), out, workers=0)
+    told = capsys.readouterr()
+    assert "skipped" in told.err
+    assert "007.png" in told.err
+    assert "119 images, 128 features each (1 that cannot be read are left out)" in told.out
+    found = np.load(out)
+    assert found["id"].tolist() == [number for number in range(IMAGES) if number != 7]
+    assert found["path"][7].endswith("008.png")
+    assert found["features"].shape == (119, 128)
+
+
+def test_many_unreadable_images_and_unknown_formats_are_refused(photographs: Path) -> None:
+    for number in (1, 2):
+        (photographs / f"00{number}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="2 of 120 images cannot be read"):
+        embed("resnet_tiny", str(photographs), photographs.parent / "x.npz", workers=0)
+    assert not (photographs.parent / "x.npz").exists()
+    with pytest.raises(ConfigError, match=r"name it x.parquet or x.npz"):
+        embed("resnet_tiny", str(photographs), Path("x.csv"), workers=0)
+
+
+def test_parquet_holds_what_npz_holds(photographs: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from mls.config import AugmentConfig
+    from mls.models import save_backbone
+    from mls.models.backbones import build
+
+    save_backbone(photographs.parent, build("resnet_tiny"), {"architecture": "resnet_tiny"}, AugmentConfig(size=32))
+    weights = str(photographs.parent / "backbone.safetensors")
+    for name in ("x.npz", "x.parquet"):
+        embed(weights, str(photographs), photographs.parent / name, workers=0)
+    table, arrays = parquet.read_table(photographs.parent / "x.parquet"), np.load(photographs.parent / "x.npz")
+    assert table["path"].to_pylist() == arrays["path"].tolist()
+    assert np.array_equal(np.array(table["features"].to_pylist(), np.float32), arrays["features"])

@@ -1,0 +1,91 @@
+"""`mls embed`: features of any images as a file, a block at a time; the same command goes on where it was stopped."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+import numpy as np
+import typer
+
+from mls.chunks import chunks
+from mls.errors import ConfigError, DataError
+from mls.files import atomic_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mls.data import Source
+
+ROWS = 4096  # written at a time
+MOST_BROKEN = 0.01  # share of images that may be broken, as data.max_unreadable
+
+
+def embed(
+    weights: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run, a weights file or a backbone's name.")],
+    images: Annotated[str, typer.Argument(metavar="IMAGES", help="What data.root can be.")],
+    out: Annotated[Path, typer.Option(help="x.parquet, or x.npz.")],
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the cores that may be used.")] = None,
+) -> None:
+    """Write id, path and features of every image: of the middle square, as evaluation sees it.
+
+    Features are kept in $MLS_CACHE a block at a time: stopped anyhow, the same command goes on, and memory does not
+    grow with the images. An image that cannot be read is named and left out.
+
+    Examples:
+
+        mls embed runs/my-run /data/images --out features.parquet
+
+        mls embed torchvision:resnet50 /data/images --out features.npz
+    """
+    import torch
+
+    from mls.frozen.neighbours import Embedder, source_from, stored_features
+
+    if out.suffix not in (".parquet", ".npz"):
+        raise ConfigError(f"--out {out} says no format: name it x.parquet or x.npz")
+    if out.suffix == ".parquet" and find_spec("pyarrow") is None:
+        raise ConfigError('a .parquet file needs pyarrow: pip install "mls[parquet]", or name it x.npz')
+    source = source_from(images)
+    stored = stored_features(source, Embedder.of(weights), partial(_skip, source), workers)
+    ids = torch.cat([number + torch.nonzero(rows.any(1))[:, 0] for number, rows in _blocks(stored.features)])
+    left_out = len(source) - len(ids)
+    if left_out > MOST_BROKEN * len(source):
+        raise DataError(f"{left_out} of {len(source)} images cannot be read: `mls data check` lists them, repair them")
+    with atomic_file(out.expanduser()) as file:
+        (_parquet if out.suffix == ".parquet" else _npz)(file, source, stored.features, ids)
+    told = f" ({left_out} that cannot be read are left out)" if left_out else ""
+    print(f"{out}: {len(ids):,} images, {stored.features.shape[1]} features each{told}")
+
+
+def _skip(source: Source, index: int, why: str) -> None:
+    print(f"skipped {source.describe(index)}: {why}", file=sys.stderr)
+
+
+def _blocks(features: Tensor) -> Iterator[tuple[int, Tensor]]:
+    return ((rows.start, features[rows]) for rows in chunks(len(features), ROWS))
+
+
+def _parquet(file: BinaryIO, source: Source, features: Tensor, ids: Tensor) -> None:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+
+    width = features.shape[1]
+    vectors = pa.list_(pa.float32(), width)
+    schema = pa.schema([("id", pa.int64()), ("path", pa.string()), ("features", vectors)])
+    with ParquetWriter(file, schema) as writer:
+        for rows in ids.split(ROWS):
+            values = pa.FixedSizeListArray.from_arrays(pa.array(features[rows].reshape(-1).numpy()), width)
+            paths = [source.describe(int(row)) for row in rows]
+            writer.write_table(pa.table([pa.array(rows.numpy()), pa.array(paths), values], schema))
+
+
+def _npz(file: BinaryIO, source: Source, features: Tensor, ids: Tensor) -> None:
+    """numpy writes an array in parts; of features without gaps it is the file in the cache."""
+    kept = features if len(ids) == len(features) else features[ids]
+    paths = np.array([source.describe(int(row)) for row in ids])
+    np.savez(file, id=ids.numpy(), path=paths, features=kept.numpy())
