@@ -71,8 +71,8 @@ def _blocks(features: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _parquet(file: BinaryIO, source: Source, features: Tensor, ids: Tensor) -> None:
-    import pyarrow as pa
-    from pyarrow.parquet import ParquetWriter
+    import pyarrow as pa  # pyright: ignore
+    from pyarrow.parquet import ParquetWriter  # pyright: ignore
 
     width = features.shape[1]
     vectors = pa.list_(pa.float32(), width)

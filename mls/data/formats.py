@@ -12,7 +12,7 @@ EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 # An explicit list: Pillow would also open formats that start other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 if find_spec("pillow_heif") is not None:
-    from pillow_heif import register_heif_opener
+    from pillow_heif import register_heif_opener  # pyright: ignore
 
     register_heif_opener()
     EXTENSIONS, FORMATS = (*EXTENSIONS, "heic", "heif"), (*FORMATS, "HEIF")

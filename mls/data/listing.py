@@ -69,6 +69,9 @@ class Names:
     def __getitem__(self, index: int) -> bytes:
         return self.text[self.starts[index] : self.starts[index + 1]].tobytes()
 
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[index] for index in range(len(self)))
+
 
 class FileSource:
     """Image files under one folder, with labels where the layout or an annotation file gives some.

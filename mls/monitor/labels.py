@@ -73,7 +73,7 @@ def chosen(moment: Moment, labels_from: str, k: int) -> list[list[Match]]:
             for memory in ("features", "projections")
         )
         both = {**second, **first} if labels_from == "union" else {row: first[row] for row in first if row in second}
-        found.append(sorted(both.values(), key=lambda match: -match.percentile))
+        found.append(sorted(both.values(), key=lambda match: -(match.percentile or 0.0)))
     return found
 
 

@@ -148,7 +148,6 @@ def ours(name: str, setting: Setting) -> MoCo:
         widths = (method.backbone.feature_dim, WIDTH)
         memory = [F.normalize(torch.randn(len(ids), width, device=setting.device), dim=1) for width in widths]
         method.dictionary.enqueue(*memory, ids=ids)
-    method.measuring = False
     return method
 
 

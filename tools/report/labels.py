@@ -45,12 +45,12 @@ def statistics(moment: Moment) -> list[Statistic]:
     scores = moment.scores  # of lists of neighbours there are none for all rows
     matches = {memory: [m for q in moment.queries for m in q.matches.get(memory, ())] for memory in memories(moment)}
     matches = {memory: found for memory, found in matches.items() if found}
-    places = {n: [m.percentile for m in f if m.percentile is not None] for n, f in matches.items()}
+    places = {n: [m.percentile for m in f if m.percentile is not None] for n, f in matches.items() if n in scores}
     found = [
         Statistic("Score of a match", {n: f"{median(m.score for m in f):.3f}" for n, f in matches.items()}, "median"),
-        Statistic("Score of any row", {n: f"{scores[n][10]:.3f}" for n in matches if n in scores}, "median of all rows"),
+        Statistic("Score of any row", {n: f"{scores[n][10]:.3f}" for n in matches if n in scores}, "median of all"),
         Statistic("Score of the top 5 % of all rows", {n: f"{scores[n][19]:.3f}" for n in matches if n in scores}, ""),
-        Statistic("Percentile of a match", {n: f"{median(p):.1f}" for n, p in places.items() if p}, "median; chance 50"),
+        Statistic("Percentile of a match", {n: f"{median(p):.1f}" for n, p in places.items()}, "median, chance 50"),
         Statistic("Age of a match", {n: f"{median(m.age for m in f):g}" for n, f in matches.items()}, "median, steps"),
     ]  # fmt: skip
     agreement = {name: f"{s.share:.3f} (chance {s.chance:.3f})" for name, s in moment.agreement.items()}
