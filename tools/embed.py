@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
-import numpy as np
 import typer
 
 from mls.chunks import chunks
@@ -87,5 +86,7 @@ def _parquet(file: BinaryIO, source: Source, features: Tensor, ids: Tensor) -> N
 def _npz(file: BinaryIO, source: Source, features: Tensor, ids: Tensor) -> None:
     """numpy writes an array in parts; of features without gaps it is the file in the cache."""
     kept = features if len(ids) == len(features) else features[ids]
+    import numpy as np
+
     paths = np.array([source.describe(int(row)) for row in ids])
     np.savez(file, id=ids.numpy(), path=paths, features=kept.numpy())

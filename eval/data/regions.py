@@ -154,7 +154,7 @@ def read_ade20k(folder: Path) -> DataSet[RegionImages]:
     return DataSet("ade20k", split("training"), split("validation"))
 
 
-CAMVID: list[str] = "sky building pole road pavement tree sign fence car pedestrian bicyclist".split()
+CAMVID = [*"sky building pole road pavement tree sign fence car pedestrian bicyclist".split()]
 
 
 def read_camvid(folder: Path) -> DataSet[RegionImages]:

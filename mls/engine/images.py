@@ -33,7 +33,7 @@ def hash_of_names(source: Source) -> str | None:
 def keep_names(run: Path, source: Source) -> None:
     known = hash_of_names(source)
     if isinstance(source, FileSource) and not (file := _file(run, known or "")).is_file():
-        names = b"\0".join(source.relative_paths.part(0, len(source)))
+        names = b"\0".join(source.relative_paths)
         write_atomically(file, gzip.compress(names, 1, mtime=0))
 
 
@@ -47,7 +47,7 @@ def accept_other_images(run: Path, state: dict[str, Any], source: Source, accept
     old = _read(run, before)
     what, new = f"learnt from {count:,} images and data.root has {len(source):,}", {}
     if old is not None and isinstance(source, FileSource):
-        new = {name: number for number, name in enumerate(source.relative_paths.part(0, len(source)))}
+        new = {name: number for number, name in enumerate(source.relative_paths)}
         gone, added = [name for name in old if name not in new], sorted(new.keys() - set(old))
         what = "learnt from other images: " + " and ".join(
             f"{len(names):,} {word} ({', '.join(map(printable, names[:SHOWN]))}{', …' if names[SHOWN:] else ''})"
