@@ -4,6 +4,7 @@ configuration is in mls/engine/findings.py, what is measured in measured.py."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,7 +21,8 @@ MARKS = {"fine": "ok", "warning": "look", "fails": "FAILS"}
 
 def doctor(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="A recipe or YAML file, and overrides.")
+        list[str] | None,
+        typer.Argument(metavar="CONFIG|DIR KEY=VALUE", help="A recipe, file or folder of images, and overrides."),
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Of the run; default: those of this launcher.")] = None,
     profile: ProfileName = None,
@@ -41,7 +43,7 @@ def doctor(
 
         mls doctor mls_scenes_tiny
 
-        mls doctor mls_folder_r50 data.root=/path/to/images --processes 8 --json
+        mls doctor /path/to/images --processes 8 --json
 
         mls doctor --frameworks
     """
@@ -72,13 +74,14 @@ def _findings(
 
     from mls.engine.findings import Finding
     from mls.errors import UserError
-    from mls.recipes import load_config
+    from mls.recipes import load_config, of_folder
     from mls.slurm.profile import load_profile
 
     try:
         job = load_profile(profile, changes) if profile or changes else None
         world = processes or (job.nodes * job.tasks_per_node if job else int(os.environ.get("WORLD_SIZE", 1)))
-        config = load_config(arguments[0], arguments[1:])
+        recipe, *overrides = of_folder(arguments)
+        config = load_config(recipe, overrides)
     except UserError as mistake:
         yield Finding("configuration", "fails", str(mistake))
         return
@@ -91,18 +94,21 @@ def _findings(
 def _of_config(config: Config, world: int, job: Profile | None) -> Iterator[Finding]:
     from mls.data.sources import build_source
     from mls.distributed import start
+    from mls.engine import sizing
     from mls.engine.findings import Finding, Plan, Sizes, disk, findings, memory
     from mls.engine.trainer import watched_labels
     from mls.frameworks.installed import FRAMEWORKS, missing
     from mls.tools.doctor import measured
 
-    source = build_source(config.data)
+    source, process = build_source(config.data), start(config.engine.device)
+    if config.run.auto:  # as training does
+        config, _ = sizing.choose(config, sizing.facts_of(source, replace(process, world=world)))
     yield Finding("images", "fine", f"{len(source):,} from {source.name}")
     labels, plan = watched_labels(source), Plan(config, len(source), world)
     yield from (of_plan := findings(plan))
     yield from measured.images(source, config)
     sizes = Sizes.planned(config, world, 0 if labels is None else labels.nbytes)
-    device = start(config.engine.device).device
+    device = process.device
     of_memory = memory(plan, sizes, device)
     yield of_memory
     yield disk(plan, sizes)
