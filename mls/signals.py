@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from mls.errors import EXIT_INTERRUPTED, EXIT_SAVED
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR2", "SIGINT") if hasattr(signal, name))
+
+PR_SET_PDEATHSIG = 1  # of Linux
 
 
 class StopFlag:
@@ -53,6 +57,10 @@ def end_with_data_workers() -> None:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Data workers share the terminal's Ctrl-C and a job's SIGTERM; the training process stops them itself."""
+    """Data workers share the terminal's Ctrl-C and a job's SIGTERM; the training process stops them itself. Where it is
+    killed, they end too: one that hands over more than a pipe holds would wait for ever, for the other workers keep the
+    pipe open."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

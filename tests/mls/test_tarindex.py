@@ -2,7 +2,10 @@
 
 import io
 import os
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -99,3 +102,26 @@ def test_a_pack_comes_with_its_index(tmp_path: Path, monkeypatch: pytest.MonkeyP
     pack(scenes, tmp_path / "packed", Packing(per_shard=8))
     monkeypatch.setattr(tarindex, "scan", lambda *arguments: pytest.fail("a shard was read"))
     assert len(build_source(DataConfig(root=str(tmp_path / "packed")))) == 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_processes_that_read_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    """Each has more to hand over than a pipe holds."""
+    code = """import multiprocessing, sys, time
+from mls.data.loader import in_workers
+class Large:
+    __len__ = lambda self: 100
+    __getitem__ = lambda self, number: b"x" * (1 << 20)
+items = in_workers(Large(), 2)
+next(items)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(600)"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        workers = [Path(f"/proc/{number}") for number in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(workers) == 2
+    until = time.monotonic() + 120
+    while any(path.exists() and "zombie" not in (path / "status").read_text() for path in workers):
+        assert time.monotonic() < until
+        time.sleep(0.05)
