@@ -43,7 +43,8 @@ from mls.locks import Lock, locked
 from mls.recipes import load_config
 from mls.results import Results
 
-FREE_AND_YOUNGER = ("timeout_minutes", "deterministic")  # keys of engine.* that change no number
+# Keys that change no number, and that stored results do not know.
+FREE_AND_YOUNGER = (("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments"))
 YOUNGER = {"info_nce_weight", "windows", "regions"}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
@@ -430,8 +431,8 @@ def config_hash(config: Config) -> str:
     file lies does not count: what is chosen from it has its name in other keys. Nor does a key that is younger than
     stored results, at its default."""
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
-    for key in FREE_AND_YOUNGER:
-        del values["engine"][key]
+    for section, key in FREE_AND_YOUNGER:
+        del values[section][key]
     if values["engine"]["augment"] == "device":  # as all were that do not know the key
         del values["engine"]["augment"]
     if not config.run.auto:
