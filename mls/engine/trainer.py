@@ -131,7 +131,7 @@ class Trainer:
             stack.enter_context(self.session.running(self.run.name, self.quiet))
             self.probes = OnlineProbes.build(self.config, self.source)
             self.moment_epochs = moment_epochs(self.config.optim.epochs, self.config.monitor.moments)
-            where = self.process.device, self.augment.dtype
+            where = self.process.device, HALF.get(self.precision, torch.float32)
             self.take_moment = MomentTaker(self.config, self.source, self.plan, *where, self.labels)
             self.introduce()
             last = min(self.total, self.config.engine.max_steps or self.total)

@@ -51,7 +51,7 @@ def cached(compute: Counting) -> CachedFeatures:
 @given(st.lists(st.integers(1, 600), max_size=6))
 def test_blocks_hold_the_rows_of_the_batches_in_order(sizes: list[int]) -> None:
     rows = torch.arange(float(sum(sizes)))[:, None]
-    blocks = list(_in_blocks(iter(rows.split(sizes))))
+    blocks = list(_in_blocks(iter(rows.split(sizes)), BLOCK, "<f4"))
     assert [len(block) for block in blocks[:-1]] == [BLOCK] * (len(blocks) - 1)
     assert np.concatenate([rows.numpy()[:0], *blocks]).tolist() == rows.tolist()
 
