@@ -12,7 +12,6 @@ import torch
 
 from mls.config import Config, KnnMoCoOptions, MLSOptions, MoCoOptions, SupervisedOptions
 from mls.core.method import Nearest
-from mls.core.methods.moco import MoCo
 from mls.core.neighbour_lists import NeighbourLists
 from mls.data import Source
 from mls.data.loader import steps_per_epoch
@@ -88,12 +87,12 @@ def _moment(
     if state is None:
         raise CheckpointError(f"{run.path} has no checkpoint yet, so nothing can be replayed: wait until one is saved")
     method = restore(config, state, watched_labels(source))
-    assert isinstance(method, MoCo)
     taker = MomentTaker(config, source, method.views(), torch.device("cpu"))
     moment = taker(method, state["step"], epoch_of(state["step"], steps_per_epoch(source, config)))
     if moment is None:
         raise CheckpointError(f"the dictionary of {run.path} is empty: train for at least one step")
-    matched = method.matched_rows(taker.augment(taker.crops), 1)
+    matched = method.matches(taker.augment(taker.crops), 1)
+    assert matched is not None  # as there is a moment
     rows = [Crop(image, (0.0, 0.0, 1.0, 1.0)) for image in matched.ids.tolist()]
     for file in lists:
         found = _lists_of(file, source).among(taker.crops.ids, matched.ids, k)

@@ -9,12 +9,14 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mls.config import MonitorConfig
 from mls.errors import ConfigError
 from mls.files import telling_disk_errors, write_atomically
-from mls.frozen.match_picture import Pixels
+
+if TYPE_CHECKING:  # it would load numpy and Pillow for commands that read a log
+    from mls.frozen.match_picture import Pixels
 
 DISK_FULL = "free some, and `mls pretrain --resume` goes on"
 TIMES = {"time", "images_per_second", "data_wait", "monitoring", "gpu_memory_gib"}  # what no two runs have in common

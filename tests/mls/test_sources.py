@@ -385,7 +385,7 @@ MISTAKES = [  # the tree, options, what the sentence says
     (
         empty("read.me"),
         {},
-        r"no images under .* \(looked for jpg, jpeg, png, webp, bmp, tif, tiff, gif, ppm\): point data.root",
+        r"no images under .* \(looked for jpg, jpeg, png, webp, bmp, tif, tiff, gif, ppm.*\): point data.root",
     ),
     *(
         (

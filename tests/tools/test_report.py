@@ -31,11 +31,12 @@ from mls.engine import Run
 from mls.errors import DataError, UserError
 from mls.monitor import moments
 from mls.monitor.log import rows_and_odd_lines
-from mls.tools.report import Section, _section, report
+from mls.tools.report import report
 from mls.tools.report.curves import CHARTS, MOST_POINTS, Axis, Log, _add, read_log
 from mls.tools.report.facts import Card, notes_of_recipe, tiles
 from mls.tools.report.gallery import Atlas, sources_of
 from mls.tools.report.labels import KINDS, PAIRS
+from mls.tools.report.page import Section, _section
 
 QUERIES = 20
 VOID = {"meta", "link", "img", "br", "hr", "input", "use", "path", "image"}

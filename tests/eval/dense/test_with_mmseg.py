@@ -211,7 +211,7 @@ def test_an_image_that_cannot_be_read_is_one_sentence(city: Path, tmp_path: Path
     next(iter((tmp_path / "city" / "leftImg8bit" / "val").glob("*/*.png"))).write_bytes(b"no image")
     with frameworks.quiet():
         training.train("", quiet=True)
-        with pytest.raises(DataError, match="cannot be read .* download this one again"):
+        with pytest.raises(DataError, match="cannot be read .* bring this one back"):
             training.test(quiet=True)
     assert multiprocessing.active_children() == []  # no worker is left, which an exit would wait for
 
