@@ -43,7 +43,7 @@ class Status:
 def status_of(run: Run) -> Status:
     """From the ends of its files: however long it trains, a few kilobytes are read."""
     happened, rows = events.read(run.path / "events.jsonl", TAIL), list(newest_rows(run.path / "metrics.jsonl"))
-    state, why = _state(run, happened)
+    state, why = state_of(run, happened)
     total = next((event["total"] for event in reversed(happened) if type(event.get("total")) is int), None)
     saved = [event.get("step", 0) for event in happened if event["event"] in ("save", "stop")]
     step = max([*(row["step"] for row in rows[:1]), *saved[-1:], 0])
@@ -63,7 +63,8 @@ def find(root: Path) -> list[Run]:
     return [Run(path.parent) for path in sorted(whole, key=lambda path: path.stat().st_mtime)]
 
 
-def _state(run: Run, happened: Sequence[dict[str, Any]]) -> tuple[str, str]:
+def state_of(run: Run, happened: Sequence[dict[str, Any]]) -> tuple[str, str]:
+    """In one word, and why."""
     if run.done:
         return "done", ""
     if holder := locks.holder(run.path / ".lock"):

@@ -29,6 +29,7 @@ from PIL import Image
 import mls
 from mls.engine import Run
 from mls.errors import DataError, UserError
+from mls.locks import locked
 from mls.monitor import moments
 from mls.monitor.log import rows_and_odd_lines
 from mls.tools.report import report
@@ -226,7 +227,7 @@ def test_several_runs_share_charts_and_only_what_computes_differs(pages: dict[in
 
 def test_tiles_and_the_next_command(runs: list[Run], synthetic_run: Make) -> None:
     first = {tile.name: tile for tile in tiles(Card.of(runs[0], "first"))}
-    assert (first["State"].value, first["State"].note) == ("finished", "8 steps, 4 epochs")
+    assert (first["State"].value, first["State"].note) == ("done", "8 steps, 4 epochs")
     assert first["Images/s"].value == "900"
     assert first["Data wait"].value == "1.0%"
     assert first["Expected"].note.startswith("the recipe’s is not for this run: data.scenes.count, objective.k, ")
@@ -237,11 +238,12 @@ def test_tiles_and_the_next_command(runs: list[Run], synthetic_run: Make) -> Non
     assert shlex.split(stopped["Next"].value) == ["mls", "pretrain", "--resume", str(run.path)]
     events = [{"event": "start", "total": 100, "time": "2027-01-15T08:00:00+00:00"}]
     card = Card("run", run, read_log(run.path / "metrics.jsonl"), events)
-    running = {tile.name: tile for tile in tiles(card, now=card.heard + 30)}
+    with locked(run.path / ".lock", "it is being trained"):
+        running = {tile.name: tile for tile in tiles(card, now=card.heard + 30)}
     assert running["State"].value == "running"
     assert running["Last heard"].note == "0:30 ago"
     assert running["To come"].value == "0:13"  # 92 steps of 128 images at 900 a second
-    assert {tile.name: tile for tile in tiles(card, now=card.heard + 3600)}["State"].value == "silent"
+    assert {tile.name: tile for tile in tiles(card)}["State"].value == "killed"
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from mls.engine import events
+from mls.engine.status import state_of
 from mls.tools.report.curves import Axis, Log, read_log
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from mls.engine import Run
 
 IDENTITY = {"run.name", "run.root", "run.recipe"}  # keys that tell runs apart and change nothing
-QUIET = 600.0  # seconds without a word from a run that has not stopped
 LONGEST = 300  # characters of a text that is somebody's
 Change = tuple[str, Any, Any]  # key, value there, value here
 
@@ -46,7 +46,7 @@ class Card:
 
     @classmethod
     def of(cls, run: Run, label: str) -> Card:
-        card = cls(clip(label), run, read_log(run.path / "metrics.jsonl"), _events(run.path / "events.jsonl"))
+        card = cls(clip(label), run, read_log(run.path / "metrics.jsonl"), events.read(run.path / "events.jsonl"))
         if card.log.odd:
             first = f"the first is line {card.log.first_odd}"
             card.odd.append(f"metrics.jsonl: left out {card.log.odd} lines that hold no row, {first}")
@@ -87,8 +87,8 @@ class Card:
     def heard(self) -> float | None:
         """When the run last wrote something, in seconds since 1970."""
         file = self.run.path / "metrics.jsonl"
-        times = [moment(row) for row in self.events[-1:]] + [self.log.last_time]
-        known = [one for one in times if one is not None]
+        times = [events.seconds(row) for row in self.events[-1:]] + [self.log.last_time]
+        known = [one for one in times if one]
         return max(known) if known else file.stat().st_mtime if file.is_file() else None
 
     @cached_property
@@ -121,60 +121,36 @@ class Card:
         return [change for change in changes if change[0] not in IDENTITY]
 
 
-def _events(path: Path) -> list[dict[str, Any]]:
-    found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("event"), str):
-            found.append(row)
-    return found
-
-
-def moment(event: Mapping[str, Any]) -> float | None:
-    """When it was, in seconds since 1970."""
-    try:
-        return datetime.fromisoformat(event["time"]).timestamp()
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
-
-
-def _pauses(events: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    found, before = [], None
-    for row in events:
-        now = moment(row)
-        if row["event"] == "resume" and before is not None and now is not None and now > before:
+def _pauses(happened: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    found, before = [], 0.0
+    for row in happened:
+        now = events.seconds(row)
+        if row["event"] == "resume" and 0 < before < now:
             found.append((before, now))
-        before = now if now is not None else before
+        before = now or before
     return found
 
 
-def state(card: Card, now: float) -> tuple[str, str]:
-    """In one word, and more about it."""
+def state(card: Card) -> tuple[str, str]:
+    """In one word, as `mls runs` says it, and more about it."""
     epochs = card.config.optim.epochs
     of = f" of {card.total:,}" if card.total else f", epoch {card.log.epoch:,} of {epochs:,}"
-    far = f"step {card.reached:,}{of}"
-    if card.run.done:
-        return "finished", f"{card.reached:,} steps, {epochs:,} epochs"
-    if not card.reached:
-        return "not begun", "nothing logged and nothing saved yet"
-    last = card.events[-1] if card.events else {}
-    if last.get("event") == "stop":
-        return "stopped", f"{far}: {clip(str(last.get('reason')))}"
-    silent = card.heard is None or now - card.heard > QUIET
-    return ("silent" if silent else "running"), f"not finished: {far}"
+    word, why = state_of(card.run, card.events)
+    if word == "done":
+        return word, f"{card.reached:,} steps, {epochs:,} epochs"
+    if word == "new" and card.reached:  # of version 0.1, which told no events
+        return "silent", f"not finished: step {card.reached:,}{of}"
+    return word, f"step {card.reached:,}{of}: {clip(why)}"
 
 
-def next_command(card: Card, now: float) -> str:
+def next_command(card: Card) -> str:
     """What to paste next, shell-quoted."""
     import shlex
 
-    words = {"finished": "mls eval run knn --weights", "running": "mls report", "not begun": "mls pretrain --resume"}
+    words = {"done": "mls eval run knn --weights", "running": "mls report"}
     if card.run.done and card.config.data.source == "scenes":
         return shlex.join(["mls", "eval", "run", "linear_scenes", "--weights", str(card.run.path)])
-    return f"{words.get(state(card, now)[0], 'mls pretrain --resume')} {shlex.quote(str(card.run.path))}"
+    return f"{words.get(state(card)[0], 'mls pretrain --resume')} {shlex.quote(str(card.run.path))}"
 
 
 @dataclass(frozen=True)
@@ -189,19 +165,19 @@ def tiles(card: Card, now: float | None = None) -> list[Tile]:
     from mls.progress import duration
 
     now = time.time() if now is None else now
-    word, more = state(card, now)
+    word, more = state(card)
     found = [Tile("State", word, more)]
     if card.heard is not None:
-        ago = "" if word == "finished" else f"{duration(max(0, now - card.heard))} ago"
+        ago = "" if word == "done" else f"{duration(max(0, now - card.heard))} ago"
         found.append(Tile("Last heard", time.strftime("%Y-%m-%d %H:%M", time.localtime(card.heard)), ago))
-    if card.left and word != "finished":
+    if card.left and word != "done":
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + card.left))
         found.append(Tile("To come", duration(card.left), f"{at} if it trains on now"))
     if card.speed:
         found.append(Tile("Images/s", f"{card.speed:,.0f}", _whole_time(card)))
     if wait := card.late("data_wait"):
         found.append(Tile("Data wait", f"{median(wait):.1%}", "of the time"))
-    found += [*_results(card), Tile("Next", next_command(card, now), command=True)]
+    found += [*_results(card), Tile("Next", next_command(card), command=True)]
     return found
 
 
