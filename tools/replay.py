@@ -41,9 +41,12 @@ def replay(
 
     from mls.engine import Run
     from mls.engine.replay import replay as replayed
+    from mls.errors import ConfigError
     from mls.files import write_atomically
 
     opened, (counts, memories) = Run.open(run), _settings(k, labels_from)
+    if not memories and not region:
+        raise ConfigError("there is nothing to replay: give --labels-from or --region")
     found = replayed(opened, counts, memories, region or [], say=lambda text: typer.echo(text, err=True))
     text = dumps(asdict(found), indent=1)
     write_atomically(opened.path / "replay.json", text.encode())
@@ -78,18 +81,21 @@ def _show(found: Replay) -> None:
     header = ["labels from", "k", "matches"]
     labelled = [setting.labels for setting in found.settings if setting.labels is not None]
     header += ["precision", "recall", "pushed away", "dominance"] if labelled else []
-    header += [row.name for row in found.settings[0].nuisances]
-    rows = [_row(setting) for setting in found.settings]
+    names = [row.name for row in max((setting.nuisances for setting in found.settings), key=len)]
+    header += names
+    rows = [_row(setting, len(names), bool(labelled)) for setting in found.settings]
     if labelled:
         chance, dominance = labelled[-1].chance, labelled[-1].dominance_chance[-1]
         rows.append(["random rows", "", "", f"{chance:.1%}", "", f"{chance:.1%}", f"{dominance:.1%}"])
-        rows[-1] += ["50.0"] * len(found.settings[0].nuisances)
+        rows[-1] += ["50.0"] * len(names)
     print(markdown_table(header, rows, terminal_width(), labels=2))
 
 
-def _row(setting: Setting) -> list[str]:
+def _row(setting: Setting, nuisances: int, labelled: bool) -> list[str]:
     cells = [setting.labels_from, str(setting.k), f"{setting.matches:.1f}"]
     if (labels := setting.labels) is not None:
         curves = (labels.precision, labels.recall, labels.pushed_away, labels.dominance)
         cells += [f"{curve[-1]:.1%}" for curve in curves]
-    return [*cells, *(f"{row.percentile:.1f} ± {row.error:.1f}" for row in setting.nuisances)]
+    elif labelled:
+        cells += [""] * 4
+    return [*cells, *([f"{row.percentile:.1f} ± {row.error:.1f}" for row in setting.nuisances] or [""] * nuisances)]

@@ -103,13 +103,16 @@ def _view(status: Status) -> Any:
     from rich.console import Group
     from rich.text import Text
 
+    from mls.monitor.log import rows_at_the_ends
     from mls.progress import TrainingProgress, duration, for_people, summary
     from mls.tables import markdown_table
 
-    progress = TrainingProgress(status.total or status.step, 0, status.run.name, show=False)
-    rows = status.run.metrics()
+    progress = TrainingProgress(status.total or status.step, status.step, status.run.name, show=False)
+    rows, last = rows_at_the_ends(status.run.path / "metrics.jsonl"), {}
     for row in rows:
-        progress.update(row["step"], row["epoch"], for_people({k: v for k, v in row.items() if v is not None}))
+        last |= {name: value for name, value in row.items() if value is not None}
+    if rows:
+        progress.update(last["step"], last["epoch"], for_people(last))
     progress.step(status.step)
     progress.left = status.left
     heard = "" if status.heard is None else f", last heard {duration(max(0.0, time.time() - status.heard))} ago"

@@ -110,7 +110,7 @@ class Dictionary:
         return self._tensors["boxes"][: self._filled]
 
     @property
-    def ages(self) -> Int64[Tensor, "slots"]:
+    def enqueues_since(self) -> Int64[Tensor, "slots"]:
         """How many enqueues came since that of each filled slot, of all processes."""
         return self.count - self._tensors["ages"][: self._filled]
 

@@ -48,15 +48,15 @@ class Positives:
         own: Int64[Tensor, "queries"] | None,
         stream: torch.Generator,
     ) -> Positives:
-        """As many of the `rows`, which are named by their images, for each query as counted; none of the images `own`.
-        All queries share an order, from a random place on: a draw for each query and row would cost more than the loss.
-        """
-        total, most = len(rows), min(len(rows), int(counts.max()))
+        """As many of the `rows`, which are named by their images, for each query as counted; none of the images `own`,
+        in whose place others are taken as long as half of the rows drawn are not theirs. All queries share an order,
+        from a random place on: a draw for each query and row would cost more than the loss."""
+        total, most = len(rows), min(len(rows), int(counts.max()) * (1 if own is None else 2))
         order = torch.randperm(total, generator=stream)[:most]
         starts = torch.randint(total, (len(counts), 1), generator=stream)
         slots = ((order + starts) % total).to(rows.device)
-        present = torch.arange(most, device=rows.device) < counts[:, None]
-        return cls(slots, present if own is None else present & (rows[slots] != own[:, None]))
+        may = torch.ones_like(slots, dtype=torch.bool) if own is None else rows[slots] != own[:, None]
+        return cls(slots, may & (may.cumsum(dim=1) <= counts[:, None]))
 
     def __and__(self, other: Positives) -> Positives:
         return Positives(self.slots, self.present & self._are_in(other))

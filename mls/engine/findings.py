@@ -62,11 +62,11 @@ class Sizes:
         return cls(encoders, learnt, learnt * MOMENTS[config.optim.name], memories, labels)
 
     @classmethod
-    def planned(cls, config: Config, world: int, labels: int = 0) -> Sizes:
+    def planned(cls, config: Config, world: int, labels: Tensor | None = None) -> Sizes:
         """Without making anything: a tensor on torch's meta device has a size and no values."""
         with torch.device("meta"):
-            method = methods.build(replace(config, model=replace(config.model, weights=None)))
-        sizes = cls.of(method, config, labels)
+            method = methods.build(replace(config, model=replace(config.model, weights=None)), image_labels=labels)
+        sizes = cls.of(method, config, 0 if labels is None else labels.nbytes)
         return replace(sizes, dictionary=sizes.dictionary // world) if config.dictionary.sharded else sizes
 
     @property
@@ -195,9 +195,8 @@ def _dictionary(plan: Plan, options: MoCoOptions) -> Iterator[Finding]:
         yield Finding("dictionary", "fine", words)
     filled, batch = ceil(rows / config.data.batch_size), config.data.batch_size
     if filled > FILLING * plan.total:
-        level: Level = "fails" if filled > plan.total else "warning"
         words = f"full after step {filled:,} of {plan.total:,}, with few rows until then"
-        yield Finding("filling", level, words, _of_size(plan, min(plan.images / 2, FILLING * plan.total * batch)))
+        yield Finding("filling", "warning", words, _of_size(plan, min(plan.images / 2, FILLING * plan.total * batch)))
     if isinstance(options, MLSOptions) and options.weight:
         yield from _positives(plan, options)
 
@@ -260,7 +259,9 @@ def _warmup(plan: Plan) -> Iterator[Finding]:
     first = 1 + max(ceil(options.k / plan.config.data.batch_size), int(options.warmup_epochs * plan.steps_per_epoch))
     words = f"joins InfoNCE at step {first:,} of {plan.total:,}"
     if first > plan.total:
-        words, override = f"{words}, which never comes", f"objective.warmup_epochs={optim.epochs // 10}"
+        late = options.warmup_epochs * plan.steps_per_epoch >= plan.total
+        override = f"objective.warmup_epochs={optim.epochs // 10}" if late else f"objective.k={max(1, plan.total // 2)}"
+        words = f"{words}, which never comes"
         yield Finding("multi-label term", "fails", words, override)
     else:
         yield Finding("multi-label term", "fine", words)

@@ -22,6 +22,7 @@ from mls.data.loader import steps_per_epoch
 from mls.data.sources import build_source
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
+from mls.engine.images import accept_other_images
 from mls.engine.schedule import epoch_of
 from mls.engine.trainer import method_state, watched_labels
 from mls.errors import CheckpointError, DataError
@@ -78,6 +79,7 @@ def last_moment(run: Run, warn: Callable[[str], None] = print) -> Moment:
     if state["step"] == 0:
         raise CheckpointError(f"{run.path} has not been trained yet: train for at least one step")
     source = build_source(config.data)
+    accept_other_images(run.path, state, source, accept=False)
     labels = watched_labels(source)
     method = restore(config, state, labels)
     take_moment = MomentTaker(config, source, method.views(), torch.device("cpu"), labels=labels)

@@ -62,7 +62,8 @@ def accept_other_images(run: Path, state: dict[str, Any], source: Source, accept
         raise CheckpointError(f"{run} keeps no names of its images, so that none can be mapped: start a new run")
     mapping = torch.tensor([new.get(name, EMPTY) for name in old])
     emptied = _map(state, mapping)
-    return f"the run {what}; numbers are mapped by name" + ("; the dictionary starts empty" if emptied else "")
+    empty = ", the dictionary starts empty" if emptied else ""
+    return f"the run {what}; numbers are mapped by name{empty}, moments start anew"
 
 
 def _map(state: dict[str, Any], mapping: Tensor) -> bool:

@@ -5,12 +5,12 @@ which only a training answers."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
-from mls.config import Config, KnnMoCoOptions, MLSOptions, MoCoOptions, SupervisedOptions
+from mls.config import Config, KnnMoCoOptions, MLSOptions, MoCoOptions
 from mls.core.method import Nearest
 from mls.core.neighbour_lists import NeighbourLists
 from mls.data import Source
@@ -19,6 +19,7 @@ from mls.data.sources import build_source, hash_of_images
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.gallery import restore
+from mls.engine.images import accept_other_images
 from mls.engine.schedule import epoch_of
 from mls.engine.trainer import watched_labels
 from mls.errors import CheckpointError, DataError
@@ -86,6 +87,7 @@ def _moment(
     state = Checkpoints(run.checkpoints, 1).newest(say)
     if state is None:
         raise CheckpointError(f"{run.path} has no checkpoint yet, so nothing can be replayed: wait until one is saved")
+    accept_other_images(run.path, state, source, accept=False)
     method = restore(config, state, watched_labels(source))
     taker = MomentTaker(config, source, method.views(), torch.device("cpu"))
     moment = taker(method, state["step"], epoch_of(state["step"], steps_per_epoch(source, config)))
@@ -106,8 +108,9 @@ def _with_positives(config: Config, k: int) -> Config:
     options = config.objective
     if type(options) in (MLSOptions, KnnMoCoOptions):
         return replace(config, objective=replace(options, k=k))
-    if type(options) in (MoCoOptions, SupervisedOptions):
-        return replace(config, objective=MLSOptions(k=k))
+    if type(options) is MoCoOptions:
+        shared = {name.name: getattr(options, name.name) for name in fields(MoCoOptions) if name.name != "method"}
+        return replace(config, objective=MLSOptions(k=k, **shared))
     raise CheckpointError(
         f"{options.method} keeps no dictionary of features and projections: replay a run of mls, knn_moco or moco_v2"
     )

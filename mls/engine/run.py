@@ -159,9 +159,14 @@ FREE += ("engine.keep_last", "engine.milestone_epochs", "engine.max_steps", "eng
 FREE += ("dictionary.sharded", "run.plugins", "engine.timeout_minutes", "engine.deterministic")
 
 
+def computes(key: str) -> bool:
+    """Whether a key changes what is computed."""
+    return key not in FREE and not key.startswith("monitor.")
+
+
 def computed_differently(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
     """The keys, with both values, in which two configurations differ and which change what is computed."""
-    return [row for row in differences(first, second) if row[0] not in FREE and not row[0].startswith("monitor.")]
+    return [row for row in differences(first, second) if computes(row[0])]
 
 
 def refuse_another_configuration(stored: Config, now: Config, run: Run, step: int) -> None:

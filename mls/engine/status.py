@@ -32,8 +32,8 @@ class Status:
     def last(self, names: Sequence[str]) -> tuple[str, float, int] | None:
         """The newest value that has one of these names: its name, the value and its step."""
         log = self.run.path / "metrics.jsonl"
-        for newest in (newest_rows, lambda _: reversed(self.run.metrics())):  # the end of the log has it, as a rule
-            for row in newest(log):
+        for most in (TAIL, 16 * TAIL):  # the very end of the log has it, as a rule
+            for row in newest_rows(log, most):
                 for name in names:
                     if row.get(name) is not None:
                         return name, row[name], row["step"]

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from statistics import fmean
@@ -201,7 +202,8 @@ class Trainer:
         if epoch_ends and epoch in self.moment_epochs:
             self.keep_moment(epoch)
         if epoch_ends and self.probes is not None:
-            values |= self.probes(self.method.backbone, epoch, self.process.device)
+            with self.window.monitoring():
+                values |= self.probes(self.method.backbone, epoch, self.process.device)
         if self.process.main:
             if step % monitor.health_every == 0 or step == self.total:
                 with self.window.monitoring():
@@ -449,11 +451,12 @@ class Trainer:
         save_backbone(self.run.path, backbone, card, self.config.augment, weights)
 
     def restore(self) -> None:
-        state = self.session.restore()
+        state, self.images_changed = self.session.restore(), False
         if state is not None:
             refuse_another_configuration(from_dict(state["config"]), self.config, self.run, state["step"])
             if words := accept_other_images(self.run.path, state, self.source, self.accept_data):
                 self.session.warn(words)
+                self.images_changed = True
             try:
                 self.load_state_dict(state)
             except (LookupError, TypeError, ValueError, RuntimeError) as error:  # torch's own sentence comes second
@@ -470,6 +473,8 @@ class Trainer:
         if not self.process.main:
             return
         keep_names(self.run.path, self.source)
+        if self.images_changed:  # the numbers in older moments name other images now
+            shutil.rmtree(self.run.path / moments.FOLDER, ignore_errors=True)
         settings = to_dict(self.config)
         self.log = MetricsLog(self.run.path, self.config.monitor, self.run.name, settings, self.session.warn)
         stack.callback(self.log.close)
@@ -479,7 +484,8 @@ class Trainer:
 def last_words(run: Run, first: int, last: int, seconds: float) -> list[str]:
     """What a finished run has come to, and the commands that go on from there."""
     rows = run.metrics()
-    share = lambda name: f"{fmean([row[name] for row in rows if row.get(name) is not None] or [0.0]):.1%}"
+    of_now = [row for row in rows if row["step"] >= first]
+    share = lambda name: f"{fmean([row[name] for row in of_now if row.get(name) is not None] or [0.0]):.1%}"
     since = "" if first == 1 else f" (since step {first})"
     spent = f"{share('data_wait')} of the time waiting for data, {share('monitoring')} measuring for the log"
     words = [f"finished {last} steps in {duration(seconds)}{since}, {spent}"]

@@ -120,14 +120,24 @@ def rows_and_odd_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return rows, odd
 
 
-def newest_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows in the last TAIL bytes, the newest first: what a long log says now, without reading it."""
+def newest_rows(path: Path, most: int = TAIL) -> Iterator[dict[str, Any]]:
+    """The rows in the last `most` bytes, the newest first: what a long log says now, without reading it."""
     if not path.is_file():
         return
     with open(path, "rb") as file:
-        file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
+        file.seek(max(0, os.fstat(file.fileno()).st_size - most))
         lines = file.read().splitlines()  # the first may be a part of one, which is no row
     yield from (row for row in map(_row_of, reversed(lines)) if row is not None)
+
+
+def rows_at_the_ends(path: Path) -> list[dict[str, Any]]:
+    """In order, the rows in the first and in the last TAIL bytes: where a log began and what it says now."""
+    newest = list(newest_rows(path))[::-1]
+    if not newest:
+        return []
+    with open(path, "rb") as file:
+        first = [row for row in map(_row_of, file.read(TAIL).splitlines()) if row is not None]
+    return [row for row in first if row["step"] < newest[0]["step"]] + newest
 
 
 def _row_of(line: bytes) -> dict[str, Any] | None:

@@ -83,6 +83,8 @@ def nuisances(
             for name in WORDS:
                 known = bool(crops and random)
                 places[name].append(float(percentiles(alike[name], among[name]).mean()) if known else None)
+    if sum(value is not None for value in of_matches["layout"]) < 2:
+        return []
     return [Nuisance(name, *_mean_and_error(of_matches[name]), _mean_and_error(of_nearest[name])[0], of_matches[name])
             for name in WORDS]  # fmt: skip
 
@@ -119,9 +121,8 @@ def similarities(
 
 def _layout(thumbnails: Float[Tensor, "crops 3 side side"]) -> Float[Tensor, "crops cells"]:
     """Unit vectors; 0 for a crop of one grey."""
-    grey = F.adaptive_avg_pool2d(
-        (thumbnails * thumbnails.new_tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1), CELLS
-    )
+    weights = thumbnails.new_tensor(LUMINANCE)[:, None, None]
+    grey = F.adaptive_avg_pool2d((thumbnails * weights).sum(1), CELLS)
     return F.normalize((grey - grey.mean((1, 2), keepdim=True)).flatten(1), dim=1, eps=1e-6)
 
 

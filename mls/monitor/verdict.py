@@ -169,7 +169,8 @@ def term_inactive(seen: Seen) -> Finding | None:
     if term is not None and others and term < PULL * others:
         sentence = "The multi-label term hardly pulls: the run is InfoNCE alone, whatever the labels are."
         return Finding(name, "bad", sentence, f"{term / others:.2%} of InfoNCE’s gradient", f"below {PULL:.0%}",
-                       "chart-gradient-of-each-part", "objective.normalise=positives")  # fmt: skip
+                       "chart-gradient-of-each-part",
+                       "" if options.normalise == "positives" else "objective.normalise=positives")  # fmt: skip
     return None
 
 
@@ -192,7 +193,11 @@ def labels_follow(seen: Seen) -> Finding | None:
         worst = "layout"
     name, words = ALIKE[worst]
     sentence = f"Matches follow {words}: they lie at the {known[worst]:.0f}th percentile of it, where chance is 50."
-    smaller = "augment.scale=[0.2,1.0]" if seen.config.augment.scale[0] > 0.2 else "objective.labels_from=regions"
+    options = seen.config.objective
+    regions = isinstance(options, MLSOptions) and options.labels_from != "regions"
+    smaller = "objective.labels_from=regions" if regions else ""
+    if seen.config.augment.scale[0] > 0.2:
+        smaller = "augment.scale=[0.2,1.0]"
     override = "augment.grey=0.5" if worst == "colour" else smaller
     return Finding(
         name, "bad", sentence, f"percentile {known[worst]:.0f}", f"at least {PERCENTILE:.0f}", "nuisance", override

@@ -24,7 +24,7 @@ from mls.data import Batch, Views
 from mls.engine import Run, Trainer, run_folder
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.trainer import method_state
-from mls.errors import ConfigError, DataError, DivergedError, UserError
+from mls.errors import ConfigError, DataError, DivergedError, Stopped, UserError
 from mls.monitor.log import MetricsLog
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
@@ -127,6 +127,21 @@ def test_accumulated_micro_batches_make_one_step(tiny: list[str]) -> None:
     run = mls.pretrain(config, quiet=True)
     assert (run.path / "DONE").read_text() == "16 steps\n"
     assert run.last("dictionary/fill") == 1.0
+
+
+def test_moments_are_forgotten_with_the_numbers_that_they_named(tmp_path: Path, tiny: list[str]) -> None:
+    write_images(tmp_path / "images", 40)
+    settings = [*tiny, "data.source=folder", f"data.root={tmp_path / 'images'}", "engine.max_steps=2", "run.name=run"]
+    with pytest.raises(Stopped):
+        mls.pretrain(mls.load_config("mls_scenes_tiny", settings), quiet=True)
+    run = Run.open(tmp_path / "runs" / "run")
+    assert list(run.path.glob("moments/*"))
+    (tmp_path / "images" / "000.jpg").unlink()
+    with pytest.raises(UserError, match="1 are gone .*000.jpg"):
+        mls.resume(run, quiet=True)
+    with pytest.raises(Stopped):
+        mls.resume(run, ["engine.max_steps=3"], quiet=True, accept_data=True)
+    assert not list(run.path.glob("moments/step-000002*")) and run.last_saved == 3
 
 
 def test_broken_images_are_replaced_listed_and_limited(tmp_path: Path, tiny: list[str]) -> None:

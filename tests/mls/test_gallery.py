@@ -158,7 +158,8 @@ def test_labels_from_the_projection_are_looked_up_there(train: Train, rows: list
 
 
 def test_other_methods_have_nearest_rows_too(train: Train) -> None:
-    run = train("objective.method=moco_v2")
+    run = train("objective.method=moco_v2", "objective.windows.count=2", "objective.windows.size=16")
+    assert [setting.k for setting in replay(run, [1, 2], ["intersection"]).settings] == [1, 2]
     assert [len(row.matches) for row in gallery(run, queries=2)] == [10, 10]
     assert meaning(run.config).startswith("its nearest rows")
 

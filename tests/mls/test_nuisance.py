@@ -101,6 +101,7 @@ def test_matches_that_follow_one_nuisance_are_told_by_it_alone(told: str, near: 
             assert abs(row.percentile - 50) < max(6, 4 * row.error)
         assert row.percentile == pytest.approx(np.mean([value for value in row.by_query if value is not None]))
     assert table[-1].pixel_nearest > 97  # the competitor is chosen by thumbnails
+    assert nuisances(moment, [[] for _ in moment.queries], Thumbnails.of_moment(moment, source), False) == []
 
 
 def test_a_mirror_image_is_alike_in_layout_where_views_are_flipped(source: Drawn) -> None:

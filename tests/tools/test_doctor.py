@@ -42,7 +42,7 @@ def test_the_recipes_have_nothing_to_tell() -> None:
     ("name", "level", "overrides", "images", "world"),
     [
         ("dictionary", "warning", ["dictionary.size=8192"], 6000, 1),
-        ("filling", "fails", ["dictionary.size=16384", "optim.epochs=2", "optim.warmup_epochs=0"], 6000, 1),
+        ("filling", "warning", ["dictionary.size=16384", "optim.epochs=2", "optim.warmup_epochs=0"], 6000, 1),
         ("filling", "warning", ["optim.epochs=3", "objective.warmup_epochs=0"], 6000, 1),
         ("own-image positives", "warning", ["dictionary.size=16384"], 6000, 1),
         ("own-image positives", "fails", ["objective.k=5"], 320, 1),
@@ -112,6 +112,8 @@ def test_planned_sizes_are_those_of_the_network_and_its_checkpoint(tmp_path: Pat
     method = methods.build(config)
     sizes = Sizes.planned(config, world=1)
     assert sizes == Sizes.of(method, config)
+    supervised = Sizes.planned(load_config(SCENES, ["objective.method=supervised"]), 1, torch.zeros(8, 10))
+    assert supervised.labels == 8 * 10 * 4
     optimizer = optim.build(config, method)
     sum(parameter.sum() for parameter in method.parameters() if parameter.requires_grad).backward()  # type: ignore
     optimizer.step()

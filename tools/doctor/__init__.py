@@ -107,7 +107,7 @@ def _of_config(config: Config, world: int, job: Profile | None) -> Iterator[Find
     labels, plan = watched_labels(source), Plan(config, len(source), world)
     yield from (of_plan := findings(plan))
     yield from measured.images(source, config)
-    sizes = Sizes.planned(config, world, 0 if labels is None else labels.nbytes)
+    sizes = Sizes.planned(config, world, labels)
     device = process.device
     of_memory = memory(plan, sizes, device)
     yield of_memory

@@ -14,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mls.engine import events
+from mls.engine.run import computed_differently, computes
 from mls.engine.status import state_of
 from mls.tools.report.curves import Axis, Log, read_log
 
@@ -230,19 +231,12 @@ def not_the_recipes(card: Card, of_recipe: Mapping[str, str]) -> str:
     return f"its data make {card.total:,} steps, not {steps[1]}"
 
 
-def computes(key: str) -> bool:
-    """Whether a key changes what is computed."""
-    from mls.engine.run import FREE
-
-    return key not in FREE and not key.startswith("monitor.")
-
-
 def differing(cards: Sequence[Card]) -> list[tuple[str, list[Any]]]:
     """The keys that change what is computed in which some run differs from the first, with the value of every run."""
-    from mls.config import NOT_A_KEY, differences, flatten
+    from mls.config import NOT_A_KEY, flatten
 
     values = [dict(flatten(card.config)) for card in cards]
-    changed = {key for card in cards for key, _, _ in differences(cards[0].config, card.config) if computes(key)}
+    changed = {key for card in cards for key, _, _ in computed_differently(cards[0].config, card.config)}
     keys = dict.fromkeys(key for own in values for key in own if key in changed)
     return [(key, [own.get(key, NOT_A_KEY) for own in values]) for key in keys]
 

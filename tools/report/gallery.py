@@ -237,6 +237,7 @@ def wanted(galleries: Sequence[Gallery]) -> Iterator[tuple[int, int]]:
     lasts = [(gallery, gallery.shown[-1]) for gallery in galleries if gallery.shown and not gallery.missing]
     for gallery, last in lasts:
         yield from ((gallery.source, query.id) for query in last.queries)
+    for gallery, _ in lasts:
         for hubs in gallery.moments[-1].hubs.values() if gallery.moments else ():
             yield from ((gallery.source, hub.id) for hub in hubs)
     for part in (slice(SHOWN), slice(SHOWN, None)):

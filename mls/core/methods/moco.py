@@ -206,7 +206,7 @@ class MoCo(Method):
         dictionary = self.dictionary
         query = Query(*(F.normalize(output, dim=1) for output in self.pair.query(views.images[0])))
         nearest = {name: self.nearest(memory, query, views, count) for name, memory in MEMORIES.items()}
-        ages = dictionary.ages // self.config.engine.accumulate  # each micro-batch is an enqueue
+        ages = dictionary.enqueues_since // self.config.engine.accumulate  # each micro-batch is an enqueue
         return MatchedRows(dictionary.ids, dictionary.boxes, ages, nearest)
 
     def nearest(self, memory: str, query: Query, views: Views, count: int) -> Nearest:
