@@ -26,6 +26,7 @@ from mls.config import Config, to_dict
 from mls.config import DataConfig as PretrainingData
 from mls.core.losses import LOSSES
 from mls.data.sources import build_source, hash_of_images
+from mls.engine import sizing
 from mls.errors import ConfigError
 from mls.eval import frozen, splits, supervised
 from mls.eval.data import folder_of
@@ -416,8 +417,12 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
     """The finished run behind `pretrain:RECIPE KEY=VALUE ...`."""
     recipe, *overrides = weights.removeprefix("pretrain:").split()
     overrides.append(f"run.seed={seed}")
-    name = f"{Path(recipe).stem}-seed{seed}-{config_hash(load_config(recipe, overrides))}"
-    config = load_config(recipe, [*overrides, f"run.name={name}", f"run.root={root}"])
+    config = load_config(recipe, overrides)
+    if config.run.auto:  # a row is of numbers, here as on any other machine
+        process = distributed.start(config.engine.device, config.engine.timeout_minutes)
+        config = sizing.sized(config, process, (lambda *_: None) if quiet else sizing.show)
+    name = f"{Path(recipe).stem}-seed{seed}-{config_hash(config)}"
+    config = replace(config, run=replace(config.run, name=name, root=str(root)))
     root.mkdir(parents=True, exist_ok=True)
     # Jobs of one array may want the same run; the first of one job's processes asks for all of them.
     first = os.environ.get("RANK", "0") == "0"
@@ -430,13 +435,14 @@ def config_hash(config: Config) -> str:
     """Of a run's configuration and the content of its images, which is other content another time. Where a plug-in's
     file lies does not count: what is chosen from it has its name in other keys. Nor does a key that is younger than
     stored results, at its default."""
+    if config.run.auto:
+        raise ConfigError(f"a row of a table needs numbers, not auto: give {', '.join(config.run.auto)}")
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
     for section, key in FREE_AND_YOUNGER:
         del values[section][key]
     if values["engine"]["augment"] == "device":  # as all were that do not know the key
         del values["engine"]["augment"]
-    if not config.run.auto:
-        del values["run"]["auto"]
+    del values["run"]["auto"]
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:

@@ -15,7 +15,7 @@ from mls import yaml_files
 from mls.config import AugmentConfig, limited, positive, share, zero_or_more
 from mls.errors import ConfigError, unknown_name
 from mls.eval.dense import schema as dense
-from mls.eval.dense.schema import Detection, FrozenDense, Segmentation
+from mls.eval.dense.schema import OWN_OPTIONS, Detection, FrozenDense, Segmentation
 from mls.eval.schema import DataSetConfig
 from mls.recipes import Kind, build, find, read_yaml, shipped, with_bases
 
@@ -255,6 +255,8 @@ def fingerprint(protocol: AnyProtocol) -> str:
         if LOSSES[protocol.training.loss].relabels != "epoch":
             values["training"].pop("pseudo_from")
             values["training"].pop("pseudo_share")
+    if isinstance(protocol, FrozenDense):
+        values["probe"] = {key: values["probe"][key] for key in sorted(OWN_OPTIONS[protocol.task])}
     values.pop("seeds")
     values["model"].pop("weights")
     return hashlib.sha256(yaml.safe_dump(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -129,18 +129,21 @@ def _without_auto(values: dict[str, Any], changes: dict[str, dict[str, Any]]) ->
     """The values and, in place, the changes without sizes that are `auto`: those not changed later are listed in
     `run.auto`, and hold their defaults until the run knows its images."""
     values = deepcopy(values)
-    auto = list((values.get("run") or {}).get("auto") or [])
+    stored = list((values.get("run") or {}).get("auto") or [])  # of a run that waits for its images
+    auto = list(stored)
     for layer in (values, *changes.values()):
         for key in SIZED:
             section, _, name = key.partition(".")
             place = layer.get(section)
             if not isinstance(place, dict) or name not in place:
                 continue
+            if layer is values and key in stored and place[name] != "auto":
+                continue  # the default that is stored beside run.auto
             auto = [other for other in auto if other != key]
             if place[name] == "auto":
                 auto.append(key)
                 del place[name]
-    if auto:
+    if auto or stored:
         known = {key for key, _ in flatten(RECIPE.defaults(_merged({}, values, *changes.values())))}
         values.setdefault("run", {})["auto"] = [key for key in SIZED if key in auto and key in known]
     return values
@@ -218,6 +221,10 @@ def shipped(folder: str) -> list[str]:
 def of_folder(arguments: Sequence[str]) -> list[str]:
     """A recipe and overrides; a folder of images in the recipe's place stands for the recipe that sizes itself."""
     first = arguments[0]
+    if os.sep in first and not os.path.exists(Path(first).expanduser()):
+        raise ConfigError(
+            f"{first} does not exist: give a folder of images, a YAML file or one of {', '.join(recipes())}"
+        )
     if not os.path.isdir(Path(first).expanduser()) or first in recipes():
         return list(arguments)
     if (Path(first).expanduser() / "config.yaml").is_file():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
@@ -32,8 +31,8 @@ def embed(
 ) -> None:
     """Write id, path and features of every image: of the middle square, as evaluation sees it.
 
-    Features are kept in $MLS_CACHE a block at a time: stopped anyhow, the same command goes on, and memory does not
-    grow with the images. An image that cannot be read is named and left out.
+    Features are kept in $MLS_CACHE a block at a time: stopped anyhow, the same command goes on, and of a .parquet file
+    memory does not grow with the images. An image that cannot be read is named and left out.
 
     Examples:
 
@@ -50,19 +49,17 @@ def embed(
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ConfigError('a .parquet file needs pyarrow: pip install "mls[parquet]", or name it x.npz')
     source = source_from(images)
-    stored = stored_features(source, Embedder.of(weights), partial(_skip, source), workers)
+    stored = stored_features(source, Embedder.of(weights), lambda *_: None, workers)
     ids = torch.cat([number + torch.nonzero(rows.any(1))[:, 0] for number, rows in _blocks(stored.features)])
     left_out = len(source) - len(ids)
-    if left_out > MOST_BROKEN * len(source):
+    for row in sorted(set(range(len(source))) - set(ids.tolist())) if left_out else ():
+        print(f"skipped {source.describe(row)}, which cannot be read", file=sys.stderr)
+    if left_out > max(1, MOST_BROKEN * len(source)):
         raise DataError(f"{left_out} of {len(source)} images cannot be read: `mls data check` lists them, repair them")
     with atomic_file(out.expanduser()) as file:
         (_parquet if out.suffix == ".parquet" else _npz)(file, source, stored.features, ids)
     told = f" ({left_out} that cannot be read are left out)" if left_out else ""
     print(f"{out}: {len(ids):,} images, {stored.features.shape[1]} features each{told}")
-
-
-def _skip(source: Source, index: int, why: str) -> None:
-    print(f"skipped {source.describe(index)}: {why}", file=sys.stderr)
 
 
 def _blocks(features: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -40,13 +40,15 @@ class Task:
         self.extractor = Extractor(protocol, weights, seed, self.data.train)
         self.classes = len(self.data.train.class_names)
 
-    def maps(self, part: str) -> Maps:
-        return self.extractor.of(getattr(self.data, part), f"maps of {self.data.name} {part}", self.quiet)
+    def maps(self, part: str, rows: Int64[Tensor, "rows"] | None = None) -> Maps:
+        return self.extractor.of(getattr(self.data, part), f"maps of {self.data.name} {part}", self.quiet, rows)
 
-    def training_rows(self) -> Int64[Tensor, "rows"]:
-        """In an order that is the seed's: all, or `data.images` of them."""
+    def training_maps(self) -> tuple[Maps, Int64[Tensor, "rows"]]:
+        """Of all training images, or of `data.images` of them, and their numbers in an order that is the seed's."""
         order = torch.randperm(len(self.data.train), generator=generator(self.seed, "dense images"))
-        return order[: self.protocol.data.images]
+        order = order[: self.protocol.data.images]
+        rows = order.sort().values
+        return self.maps("train", rows), torch.searchsorted(rows, order)
 
     def counting(self, what: str, of: int) -> Any:
         return counting(f"{self.title}: {what}", of, not self.quiet)
@@ -73,8 +75,7 @@ def linear(task: Task) -> Found:
     """A 1 × 1 convolution on the maps. Interpolation is linear, so one on interpolated maps is the same as logistic
     regression on pixels: it is trained on pixels drawn alike from all training images, every setting in the same
     products, and chosen by the accuracy on the pixels of validation images."""
-    settings, train = task.protocol.probe, task.maps("train")
-    rows = task.training_rows()
+    settings, (train, rows) = task.protocol.probe, task.training_maps()
     if task.data.val is not None:
         validation = pixels(task, task.maps("val"), torch.arange(len(task.data.val)), settings.pixels // 4)
     else:
@@ -143,16 +144,17 @@ def tested(
 
 def knn(task: Task) -> Found:
     """Every share, k and temperature is reported; the first k and temperature with the largest share is the table's."""
-    settings, train, test = task.protocol.probe, task.maps("train"), task.maps("test")
-    matcher, order = matching.build(settings.matcher), task.training_rows()
+    settings, (train, order), test = task.protocol.probe, task.training_maps(), task.maps("test")
+    matcher = matching.build(settings.matcher)
     values, sizes = dict[str, float](), list[str]()
     for share in sorted(settings.shares, reverse=True):
         memory, shares = labelled_memory(task, train, order[: max(1, round(share * len(order)))])
-        k = [min(few, len(memory)) for few in settings.k]
+        if max(settings.k) > len(memory):
+            raise ConfigError(f"probe.k {max(settings.k)} is more than the {len(memory)} patches in memory: lower it")
 
         def scores(maps: Scores) -> dict[tuple[int, float], Scores]:
             queries = F.normalize(maps.flatten(2).transpose(1, 2).flatten(0, 1), dim=1)
-            found = patches.in_context(queries, memory, shares, k, settings.temperature, matcher)  # noqa: B023
+            found = patches.in_context(queries, memory, shares, settings.k, settings.temperature, matcher)  # noqa: B023
             as_map = lambda votes: votes.view(len(maps), -1, task.classes).transpose(1, 2).unflatten(2, maps.shape[2:])
             return {key: as_map(votes) for key, votes in found.items()}
 

@@ -3,13 +3,14 @@ by every protocol of frozen maps."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import hashlib
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tv
@@ -21,7 +22,7 @@ from mls.data.crops import UnreadableImage
 from mls.data.loader import in_workers, worker_count
 from mls.data.sources import hash_of_images
 from mls.distributed import start
-from mls.errors import UserError, reason
+from mls.errors import ConfigError, UserError, reason
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.prepare import build_backbone
@@ -32,7 +33,7 @@ from mls.frozen.features import cached_features, hash_of_weights
 from mls.frozen.untrained import with_batch_statistics
 from mls.models import weights_file
 from mls.models.momentum import HALF, precision_on
-from mls.models.spatial import DenseFeatures
+from mls.models.spatial import DenseFeatures, patches_of
 
 BLOCK = 16  # images whose patches are written together
 STATISTICS_IMAGES = 64  # on which an untrained network's batch statistics are measured: thousands of places each
@@ -43,20 +44,21 @@ class Maps:
     """`features`: the patches of all images, image by image, row by row of the grid; memory-mapped."""
 
     images: Any  # RegionImages or ObjectImages
+    rows: Int64[Tensor, "images"]  # which of them
     features: Float[Tensor, "patches dim"]
     grid: tuple[int, int]  # rows, columns
     size: tuple[int, int]  # height, width of the squashed image
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.rows)
 
     def of(self, rows: slice | Tensor) -> Float[Tensor, "images dim rows columns"]:
-        patches = self.features.unflatten(0, (len(self.images), -1))[rows].float()
+        patches = self.features.unflatten(0, (len(self), -1))[rows].float()
         return patches.transpose(1, 2).unflatten(2, self.grid)
 
     def labels(self, row: int) -> UInt8[Tensor, "height width"]:
         """Squashed like the image, to the nearest pixel."""
-        return F.interpolate(self.images.labels(row)[None, None], self.size)[0, 0]
+        return F.interpolate(self.images.labels(int(self.rows[row]))[None, None], self.size)[0, 0]
 
     def batches(self, size: int) -> Iterator[tuple[list[int], Float[Tensor, "images dim rows columns"]]]:
         for part in chunks(len(self), size):
@@ -66,16 +68,19 @@ class Maps:
 class SquashedImages(Dataset[UInt8[Tensor, "batch 3 height width"] | UserError]):
     """Item i is the i-th batch."""
 
-    def __init__(self, images: RegionImages | ObjectImages, size: tuple[int, int], batch: int, first: int = 0) -> None:
-        self.images, self.size, self.batch, self.first = images, size, batch, first
+    def __init__(
+        self, images: RegionImages | ObjectImages, size: tuple[int, int], batch: int, rows: Sequence[int] | None = None
+    ) -> None:
+        self.images, self.size, self.batch = images, size, batch
+        self.rows = range(len(images)) if rows is None else rows
 
     def __len__(self) -> int:
-        return -(-(len(self.images) - self.first) // self.batch)
+        return -(-len(self.rows) // self.batch)
 
     def __getitem__(self, number: int) -> UInt8[Tensor, "batch 3 height width"] | UserError:
-        start = self.first + number * self.batch
+        start = number * self.batch
         try:
-            return torch.stack([self._read(row) for row in range(start, min(start + self.batch, len(self.images)))])
+            return torch.stack([self._read(row) for row in self.rows[start : start + self.batch]])
         except UserError as error:
             return error
 
@@ -96,6 +101,11 @@ class Extractor:
         self.device = start(settings.device).device
         self.reduced = HALF.get(precision_on(self.device, settings.precision, "features.precision"))
         self.standards = AugmentConfig(mean=(mean[0], mean[1], mean[2]), std=(std[0], std[1], std[2]))
+        if any(side % patch for side, patch in zip(self.size, patches_of(backbone), strict=True)):
+            raise ConfigError(
+                f"data.size {protocol.data.size} is no multiple of the network's patches of {patches_of(backbone)[0]} "
+                "pixels, whose places in the image would not be known: give a multiple"
+            )
         self.network = DenseFeatures(backbone.to(self.device), settings.layer or None, settings.output_stride).eval()
         with torch.no_grad():
             self.grid = tuple(self.network(torch.zeros(1, 3, *self.size, device=self.device)).shape[2:])
@@ -109,14 +119,18 @@ class Extractor:
             raise pixels
         return normalise(pixels, self.standards, self.device)
 
-    def of(self, images: RegionImages | ObjectImages, title: str, quiet: bool) -> Maps:
+    def of(
+        self, images: RegionImages | ObjectImages, title: str, quiet: bool, rows: Int64[Tensor, "rows"] | None = None
+    ) -> Maps:
+        """`rows`: of which of the images, in ascending order; default: of all."""
+        rows = torch.arange(len(images)) if rows is None else rows
         settings = self.protocol.features
         patches = self.grid[0] * self.grid[1]
         workers = 0 if in_memory(images) else worker_count(self.protocol.data.workers)
 
         @torch.no_grad()
         def compute(first: int) -> Generator[Tensor, None, None]:
-            squashed = SquashedImages(images, self.size, settings.batch_size, first // patches)
+            squashed = SquashedImages(images, self.size, settings.batch_size, rows[first // patches :].tolist())
             for pixels in in_workers(squashed, min(workers, len(squashed))):
                 with torch.autocast(self.device.type, dtype=self.reduced, enabled=self.reduced is not None):
                     maps = self.network(self._images(pixels))
@@ -129,6 +143,8 @@ class Extractor:
             "statistics": [*self.standards.mean, *self.standards.std],
             "precision": str(self.reduced),
         }
-        count, half = patches * len(images), settings.store == "fp16"
+        if len(rows) < len(images):
+            facts["rows"] = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+        count, half = patches * len(rows), settings.store == "fp16"
         found = cached_features(facts, count, compute, title, quiet, BLOCK * patches, half)
-        return Maps(images, found.features, self.grid, self.size)
+        return Maps(images, rows, found.features, self.grid, self.size)

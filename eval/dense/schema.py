@@ -192,6 +192,14 @@ class DenseProbeConfig:
     threshold: float = limited(0.2, low=-1, high=1)  # tokencut: the cosine from which two patches are joined
 
 
+OWN_OPTIONS = {  # of DenseProbeConfig: those of other tasks change nothing
+    "dense_linear": {"solver", "pixels", "l2", "lr", "weight_decay", "epochs", "batch_size"},
+    "dense_knn": {"k", "temperature", "shares", "memory", "matcher"},
+    "dense_cluster": {"clusters", "patches", "rounds"},
+    "objects": {"discovery", "seeds", "threshold"},
+}
+
+
 @dataclass(frozen=True)
 class FrozenDense:
     """`task: dense_linear`, `dense_knn`, `dense_cluster` and `objects`: what frozen maps know of places."""

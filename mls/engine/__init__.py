@@ -34,7 +34,7 @@ def branch(folder: str | Path | Run, step: int, overrides: Sequence[str] = (), q
 
     parent = folder if isinstance(folder, Run) else Run.open(folder)
     config = load_config(parent.path / "config.yaml", overrides)
-    return _train_new(config, quiet, lambda _: create_branch(parent, step, overrides))
+    return _train_new(config, quiet, lambda sized: create_branch(parent, step, overrides, sized))
 
 
 def _train_new(config: Config, quiet: bool, create: Callable[[Config], Run]) -> Run:

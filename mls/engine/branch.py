@@ -16,10 +16,11 @@ from mls.monitor import moments
 from mls.recipes import load_config
 
 
-def create_branch(parent: Run, step: int, overrides: Sequence[str] = ()) -> Run:
+def create_branch(parent: Run, step: int, overrides: Sequence[str] = (), sized: Config | None = None) -> Run:
     """The new run, not trained yet: beside its parent and named after it, unless the overrides say else. It begins with
-    the parent's state, metrics and moments up to this step; `parent.yaml` is the parent's configuration."""
-    config = load_config(parent.path / "config.yaml", overrides)
+    the parent's state, metrics and moments up to this step; `parent.yaml` is the parent's configuration. `sized`: the
+    configuration with numbers for what the overrides leave `auto`."""
+    config = sized or load_config(parent.path / "config.yaml", overrides)
     set_here = {override.partition("=")[0] for override in overrides}
     own = {"name": f"{parent.name}-from-{step}", "root": str(parent.path.parent)}
     config = replace(config, run=replace(config.run, **{key: own[key] for key in own if f"run.{key}" not in set_here}))

@@ -172,7 +172,9 @@ def _dictionary(config: Config, facts: Facts) -> tuple[int, str]:
     rows, batch = _power_of_two(facts.images / 4), config.data.batch_size
     if rows >= PAPER.dictionary.size:
         return max(PAPER.dictionary.size, batch), "as the paper"
-    return max(rows, batch), f"at most a quarter of {facts.images:,} images, so that few rows are the query's own"
+    if batch > rows:
+        return batch, f"a batch, more than a quarter of {facts.images:,} images: many rows are the query's own"
+    return rows, f"at most a quarter of {facts.images:,} images, so that few rows are the query's own"
 
 
 def _k(config: Config, facts: Facts) -> tuple[int, str]:

@@ -67,6 +67,8 @@ def stored_features(
     augment, count = embedder.augment, len(source)
     facts = {"images": hash_of_images(source), "weights": hash_of_weights(embedder.network)}
     facts |= {"size": augment.size, "statistics": [*augment.mean, *augment.std]}
+    if skipped is not None:  # rows of zeros are nobody else's features
+        facts["unreadable"] = "zeros"
 
     def compute(first: int) -> Generator[Tensor, None, None]:
         usual = min(8, len(os.sched_getaffinity(0)) - 1) if count - first > 2000 else 0

@@ -148,6 +148,12 @@ class DenseFeatures(nn.Module):
         return f"name a part that gives a map (its parts: {', '.join(known)})"
 
 
+def patches_of(backbone: nn.Module) -> tuple[int, int]:
+    """Height and width of a transformer's patches; of other networks (1, 1)."""
+    size = getattr(getattr(backbone, "patch_embed", backbone), "patch_size", (1, 1))
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
 def _of_timm(backbone: nn.Module) -> bool:
     return hasattr(backbone, "forward_features") and hasattr(backbone, "forward_head")
 

@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from mls import engine
-from mls.config import SIZED, Config, check, flatten
+from mls.config import SIZED, Config, check, flatten, to_yaml
 from mls.engine.sizing import Facts, advice, choose
 from mls.errors import ConfigError, DataError
+from mls.eval.cells import config_hash
 from mls.recipes import load_config, of_folder, resolve
 
 FOLDER = "mls_folder_r50"
@@ -56,6 +57,15 @@ def test_only_sizes_may_be_auto_and_other_methods_have_other_sizes() -> None:
     assert not any(key.startswith("objective") for key in load_config(FOLDER, ["objective.method=simsiam"]).run.auto)
     assert load_config("mls_scenes_tiny", ["objective.k=auto"]).run.auto == ["objective.k"]
     assert resolve(FOLDER, ["objective.k=7"]).origins["objective.k"] == "override"
+
+
+def test_a_run_that_waits_for_its_images_takes_overrides_too(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(load_config(FOLDER, ["data.root=/a"])))
+    assert load_config(tmp_path / "config.yaml").run.auto == list(SIZED)
+    given = load_config(tmp_path / "config.yaml", ["optim.epochs=5", "objective.k=auto"])
+    assert given.optim.epochs == 5 and given.run.auto == [key for key in SIZED if key != "optim.epochs"]
+    with pytest.raises(ConfigError, match="needs numbers, not auto"):
+        config_hash(given)
 
 
 def test_too_few_images_are_refused_and_few_get_advice() -> None:

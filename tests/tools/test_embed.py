@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mls.errors import ConfigError, DataError
+from mls.frozen.neighbours import EmbeddedSource, Embedder, source_from
 from mls.tools.embed import embed
 
 IMAGES = 120
@@ -34,6 +35,11 @@ def test_an_unreadable_image_is_named_and_left_out(photographs: Path, capsys: py
     assert found["id"].tolist() == [number for number in range(IMAGES) if number != 7]
     assert found["path"][7].endswith("008.png")
     assert found["features"].shape == (119, 128)
+    embed("resnet_tiny", str(photographs), out, workers=0)
+    assert "007.png" in capsys.readouterr().err  # from the cache, too
+    embedder = Embedder.of("resnet_tiny")
+    with pytest.raises(DataError, match="007.png"):  # zeros are nobody else's features
+        EmbeddedSource(source_from(str(photographs)), embedder)
 
 
 def test_many_unreadable_images_and_unknown_formats_are_refused(photographs: Path) -> None:

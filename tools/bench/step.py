@@ -3,7 +3,6 @@ step restated and lightly's parts; its parts, dispatches, waits, memory; what th
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,8 +35,8 @@ def bench(
     import torch
 
     from mls.errors import ConfigError
-    from mls.files import write_atomically
     from mls.tools.bench import training_steps
+    from mls.tools.bench.results import write_results
     from mls.tools.bench.training_steps import Setting
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -50,8 +49,7 @@ def bench(
     augmentation = training_steps.augmentation(device)
     print("dispatches of the augmentation of a batch: " + ", ".join(f"{k} {v}" for k, v in augmentation.items()))
     if out is not None:
-        write_atomically(out, json.dumps({"steps": found, "augmentation": augmentation}, indent=1).encode())
-        print(out)
+        write_results(out, {"steps": found, "augmentation": augmentation})
 
 
 def _show(setting: Setting, found: dict[str, Any]) -> None:

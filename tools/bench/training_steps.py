@@ -159,9 +159,16 @@ def _ours(name: str, setting: Setting, compiled: bool = False) -> tuple[Step, di
     views = Views(setting.images(), boxes, torch.arange(setting.batch, device=setting.device))
     forward = torch.compile(method, fullgraph=True) if compiled else method
 
+    buffers = [buffer for buffer in method.buffers() if buffer.is_floating_point()]
+    before = [buffer.clone() for buffer in buffers]
+
     def step() -> None:
+        torch._foreach_copy_(before, buffers)
         out = forward(views)
         out.loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
+        if not bool(torch.isfinite(torch.stack([out.loss.detach(), norm])).all()):
+            raise RuntimeError("a step was not finite")
         optimizer.step()
         method.after_step([out])
         optimizer.zero_grad(set_to_none=True)
