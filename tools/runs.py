@@ -122,13 +122,13 @@ def _view(status: Status) -> Any:
 
 
 def _print_differences(first: Run, second: Run) -> None:
-    from mls.engine.run import computed_differently
+    from mls.engine.run import compared
     from mls.progress import summary
     from mls.tables import print_table
     from mls.tools.config import text
 
     names = [first.name, second.name] if first.name != second.name else [str(first.path), str(second.path)]
-    found = computed_differently(first.config, second.config)
+    found = compared(first.config, second.config)
     if found:
         print_table(["key", *names], [[key, text(before), text(after)] for key, before, after in found])
     else:

@@ -169,6 +169,12 @@ def computed_differently(first: Config, second: Config) -> list[tuple[str, Any, 
     return [row for row in differences(first, second) if computes(row[0])]
 
 
+def compared(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
+    """The same for two runs, where another folder may hold other images: a resume compares their names instead."""
+    roots = first.data.root, second.data.root
+    return computed_differently(first, second) + ([("data.root", *roots)] if roots[0] != roots[1] else [])
+
+
 def refuse_another_configuration(stored: Config, now: Config, run: Run, step: int) -> None:
     if changed := computed_differently(stored, now):
         named = ", ".join(f"{key} ({before} there, {after} now)" for key, before, after in changed)

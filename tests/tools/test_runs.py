@@ -60,13 +60,14 @@ def test_the_time_left_follows_from_the_present_speed(synthetic_run: Make) -> No
 def test_one_run_is_shown_and_two_are_compared_by_what_changes_the_result(
     synthetic_run: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first, second = synthetic_run("a"), synthetic_run("b", "optim.lr=0.1", "monitor.log_every=7", "data.workers=1")
+    others = ("optim.lr=0.1", "monitor.log_every=7", "data.workers=1", "data.root=/other")
+    first, second = synthetic_run("a"), synthetic_run("b", *others)
     runs([str(first.path)])
     shown = capsys.readouterr().out
     assert "8/8  eta 0:00" in shown and "| multi_label | 0.600 | 0.600 | 0.650" in shown and "done, last heard" in shown
     runs(["diff", str(first.path), str(second.path)])
     keys = [line.split("|")[1].strip() for line in capsys.readouterr().out.split("\n\n")[0].splitlines()[2:]]
-    assert keys == ["optim.lr"]
+    assert keys == ["optim.lr", "data.root"]
 
 
 def test_files_that_hold_anything_end_no_list(

@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mls.engine import events
-from mls.engine.run import computed_differently, computes
+from mls.engine.run import compared, computes
 from mls.engine.status import state_of
 from mls.tools.report.curves import Axis, Log, read_log
 
@@ -236,7 +236,7 @@ def differing(cards: Sequence[Card]) -> list[tuple[str, list[Any]]]:
     from mls.config import NOT_A_KEY, flatten
 
     values = [dict(flatten(card.config)) for card in cards]
-    changed = {key for card in cards for key, _, _ in computed_differently(cards[0].config, card.config)}
+    changed = {key for card in cards for key, _, _ in compared(cards[0].config, card.config)}
     keys = dict.fromkeys(key for own in values for key in own if key in changed)
     return [(key, [own.get(key, NOT_A_KEY) for own in values]) for key in keys]
 
