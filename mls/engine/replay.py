@@ -31,7 +31,8 @@ from mls.monitor.nuisance import Nuisance, Thumbnails, nuisances
 MEMORIES = ("backbone", "projection", "union", "intersection")
 NOTE = (
     "These are scores of labels, chosen once from the dictionary of one checkpoint, not of trainings: a run with other "
-    "labels would have become another network with another dictionary."
+    "labels would have become another network with another dictionary. Rows of the query's own image are left out, and "
+    "others stand in their place; training counts them among the k, unless dictionary.own_rows=exclude."
 )
 
 
