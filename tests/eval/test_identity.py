@@ -116,12 +116,13 @@ def test_augmented_passes_of_another_augmentation_are_other_features(monkeypatch
 
 
 def test_a_pretraining_run_belongs_to_the_images_it_learnt_from(tmp_path: Path) -> None:
-    config = load_config("mls_folder_r50", [f"data.root={birds(tmp_path / 'a', 0)}"])
+    overrides = ["data.source=folder", f"data.root={birds(tmp_path / 'a', 0)}"]
+    config = load_config("mls_scenes_tiny", overrides)
     first = cells.config_hash(config)
     (tmp_path / "a/train/ant/0.png").unlink()
     cells._images_of.cache_clear()  # what was listed once in a process is listed
     assert cells.config_hash(config) != first
-    cell = Pretraining("MLS", "mls_folder_r50", [f"data.root={tmp_path / 'a'}"])
+    cell = Pretraining("MLS", "mls_scenes_tiny", overrides)
     assert cells.config_hash(config) in replace(cell, seed=config.run.seed).name
 
 
