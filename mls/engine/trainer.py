@@ -45,12 +45,12 @@ from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
 from mls.monitor.matches import MomentTaker, moment_epochs
 from mls.monitor.online import OnlineProbes
+from mls.monitor.verdict import WAITING
 from mls.monitor.window import Window
 from mls.progress import duration, for_people, summary
 from mls.recipes import from_dict
 from mls.tables import markdown_table
 
-MUCH_WAITING = 0.2  # share of the time spent waiting for data that is worth a hint
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
 
 
@@ -208,7 +208,7 @@ class Trainer:
             if step % monitor.health_every == 0 or step == self.total:
                 with self.window.monitoring():
                     values |= self.method.health()
-            if values.get("data_wait", 0.0) > MUCH_WAITING and step >= self.hint_from:
+            if values.get("data_wait", 0.0) > WAITING and step >= self.hint_from:
                 self.hint_from = math.inf
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
                 self.session.say(f"{share}: {remedy(self.source, self.config)}")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COSINE_OF_PROJECTIONS, COSINE_OF_FEATURES = 0.5, 0.95  # of two rows: features behind a ReLU are never spread as wide
 LOWEST_SPREAD = 0.1  # of a coordinate, where 1 is uniform on the sphere
-WAITING = 0.2  # share of the time
+WAITING = 0.2  # share of the time; from here on the run and `mls doctor` say so, too
 RISE = 0.1  # of the loss over its lowest tenth
 SKIPPED = 0.01  # share of the steps
 AT_CHANCE = 0.98  # of the loss of a network that tells nothing apart

@@ -182,7 +182,7 @@ def test_waiting_for_data_is_answered_with_one_hint(
     much: float,
     hints: int,
 ) -> None:
-    monkeypatch.setattr("mls.engine.trainer.MUCH_WAITING", much)
+    monkeypatch.setattr("mls.engine.trainer.WAITING", much)
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(8):  # a large PNG has to be decoded whole
