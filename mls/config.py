@@ -344,6 +344,7 @@ class MonitorConfig:
     knn_images: int = positive(2000)  # images embedded for both, train and held out together
     tensorboard: bool = False
     wandb: str | None = None  # project name
+    mlflow: str | None = None  # experiment name
 
 
 @dataclass(frozen=True)
