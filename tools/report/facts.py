@@ -201,9 +201,9 @@ def _results(card: Card) -> list[Tile]:
     notes = notes_of_recipe(card.config.run.recipe)
     other = not_the_recipes(card, notes) if notes else ""
     found = [Tile("Result", got, f"online probes at {at}, on images held out")] if got else []
-    for name, words in notes.items():
-        found.append(Tile(name, "–" if other else "", f"the recipe’s is not for this run: {other}" if other else words))
-    return found
+    if other:
+        return [*found, Tile("Expected", "–", f"the recipe’s numbers are not for this run: {other}")]
+    return [*found, *(Tile(name, "", words) for name, words in notes.items())]
 
 
 def notes_of_recipe(recipe: str) -> dict[str, str]:
