@@ -82,4 +82,4 @@ def held_out(paths: list[bytes], root: Path) -> tuple[list[bytes], list[bytes]]:
 
 
 DOWNLOAD = "put train/CLASS/FILES with test/CLASS/FILES into one folder, or CLASS/FILES alone"
-register("folder", Layout(read, "folder", DOWNLOAD))
+register("folder", Layout(read, "folder", DOWNLOAD, own=True))
