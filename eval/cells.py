@@ -45,7 +45,10 @@ from mls.recipes import load_config
 from mls.results import Results
 
 # Keys that change no number, and that stored results do not know.
-FREE_AND_YOUNGER = (("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments"))
+FREE_AND_YOUNGER = [("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments")]
+FREE_AND_YOUNGER += [("monitor", f"guard{key}") for key in ("", "_images", "_fall", "_every_epochs")]
+YOUNGER_AT = {("model", "final_momentum"): None, ("optim", "final_weight_decay"): None, ("optim", "clip_norm"): None}
+YOUNGER_AT |= {("optim", "layer_decay"): 1.0}  # left out of a run's identity at these values
 YOUNGER = {"info_nce_weight", "windows", "regions"}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
@@ -440,6 +443,9 @@ def config_hash(config: Config) -> str:
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
     for section, key in FREE_AND_YOUNGER:
         del values[section][key]
+    for (section, key), usual in YOUNGER_AT.items():
+        if values[section][key] == usual:
+            del values[section][key]
     if values["engine"]["augment"] == "device":  # as all were that do not know the key
         del values["engine"]["augment"]
     del values["run"]["auto"]

@@ -24,8 +24,8 @@ FIX = "correct it, or the list of classes"
 
 def read(root: Path) -> DataSet[RegionImages]:
     """`images/{train,val,test}` and `masks/...` with the same names and the suffix .png; without these folders the
-    images are split. `classes.txt` has a name a line, 255 is void; `classes.yaml` has `names`, a list or numbers with names,
-    and `void`, a number or several."""
+    images are split. `classes.txt` has a name a line, 255 is void; `classes.yaml` has `names`, a list or numbers with
+    names, and `void`, a number or several."""
     names, void = _classes(root)
     folder = next((root / name for name in FOLDERS if (root / name).is_dir()), None)
     if not (root / "images").is_dir() or folder is None:

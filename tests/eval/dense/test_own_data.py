@@ -203,7 +203,7 @@ HOSTILE = {
         (broken_coco(lambda c: c.clear()), "is not a whole COCO instances file .KeyError.*: export it again as COCO's"),
         (
             broken_coco(lambda c: c["images"][0].update(file_name="gone.png")),
-            r"1 of the \d images that .* names are not in .* \(first: gone.png\): put them there, or correct their names",
+            r"1 of the \d images that .* names are not in .* \(first: gone.png\): put them there, or",
         ),
         (lambda root: text(root / "a.json", ""), "a.json is not a whole COCO instances file .*: export it again"),
         (
