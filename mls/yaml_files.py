@@ -127,7 +127,7 @@ def _note_lines(
             )  # a list is one value, its mappings have keys too
     if not isinstance(node, yaml.MappingNode):
         return
-    seen: dict[str | int, int] = {}
+    seen: dict[Any, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         merges = key.tag == "tag:yaml.org,2002:merge"

@@ -94,7 +94,7 @@ def _draw_figure(run: str, k: int, out: Path) -> None:
     print(f"{out}: boxes in the whole images; {crops}: the crops")
 
 
-def weights_and_source(run: str, dataset: str | None) -> tuple[str, Source]:
+def weights_and_source(run: str, dataset: str | None, option: str = "--dataset") -> tuple[str, Source]:
     """The weights, and the data set that was named or else the run's."""
     from mls.errors import ConfigError
     from mls.frozen.neighbours import source_from
@@ -102,7 +102,7 @@ def weights_and_source(run: str, dataset: str | None) -> tuple[str, Source]:
     weights, source = _weights_and_data(run)
     source = source_from(dataset) if dataset is not None else source
     if source is None:
-        raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
+        raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with {option}")
     return weights, source
 
 

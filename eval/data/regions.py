@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,7 @@ class IndexedFiles:
 
 
 def _listed(
-    name: str, root: Path, paths: list[str], labels: list[Path], classes: list[str], named_by: Path, **numbers: int
+    name: str, root: Path, paths: list[str], labels: list[Path], classes: list[str], named_by: Path, **numbers: Any
 ) -> RegionImages:
     """`numbers`: first and void of IndexedFiles."""
     source = every_image(name, root, [os.fsencode(path) for path in paths], named_by)

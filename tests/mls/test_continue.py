@@ -56,7 +56,9 @@ def test_a_continued_run_resumes_exactly_and_its_guard_still_knows_the_start(sta
 
 
 def test_a_guard_that_is_crossed_ends_the_run_with_what_fell(start: Path, tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match=r"after epoch \d .* on fixed images is .* below the .* of the start: lower optim.lr"):
+    with pytest.raises(
+        DivergedError, match=r"after epoch \d .* on fixed images is .* below the .* of the start: lower optim.lr"
+    ):
         run(tmp_path, f"model.weights={start}", "monitor.guard=stop", "monitor.guard_fall=0.0", "optim.lr=30")
 
 
