@@ -35,6 +35,7 @@ class Sample:
     ids: Tensor
     labels: Tensor
     own: list[UInt8[Tensor, "batch 3 size size"]] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)  # of its own images the places of those that cannot be read
 
     @classmethod
     def of(cls, source: Source, ids: Tensor) -> Sample | None:
@@ -44,8 +45,12 @@ class Sample:
     def read(self, size: int, workers: int) -> None:
         batches = self.ids.split(BATCH)[distributed.rank() :: distributed.world()]
         ids = [number for batch in batches for number in batch.tolist()]
-        whole = WholeImages(self.source, ids, size, DECODED)
-        parts = [images for images, _ in in_workers(whole, workers if ids else 0)]
+        parts = []
+        for images, broken in in_workers(
+            WholeImages(self.source, ids, size, DECODED, skip=True), workers if ids else 0
+        ):
+            self.broken += [DECODED * len(parts) + row for row, _, _ in broken]
+            parts.append(images)
         self.own = list(torch.cat(parts).split(BATCH)) if parts else []
 
 
@@ -90,25 +95,30 @@ class OnlineProbes:
             bank, asked = (self._features(backbone, sample, device) for sample in (self.bank, self.asked))
         if bank is None or asked is None:
             return {}
-        labels, truth = self.bank.labels, self.asked.labels
+        (bank, labels), (asked, truth) = bank, asked
         one_each = bool((truth.sum(1) == 1).all()) and bool((labels.sum(1) == 1).all())
         metric, measure = ("top1", top1) if one_each else ("map", mean_average_precision)
         return {f"{name}/{metric}": float(measure(scores(bank, labels, asked), truth)) for name, scores in due.items()}
 
     def _features(
         self, backbone: nn.Module, sample: Sample, device: torch.device
-    ) -> Float[Tensor, "images dim"] | None:
-        """None where they are not finite (the training itself judges whether it goes on), and for all but rank 0."""
+    ) -> tuple[Float[Tensor, "images dim"], Tensor] | None:
+        """With the labels, of all images that can be read (those that cannot, training lists). None where they are not
+        finite (the training itself judges whether it goes on), and for all but rank 0."""
         if not sample.own:
             sample.read(self.augment.size, self.workers)
         own: list[Tensor] | None = None
         with contextlib.suppress(NonFiniteError):
             own = list(embed_pixels(backbone, sample.own, self.augment, device, sample.source.name))
+            for place in sample.broken:
+                own[place // BATCH][place % BATCH] = torch.nan
         of_all = distributed.objects(own)
         if distributed.rank() != 0 or any(one is None for one in of_all):
             return None
         world, count = len(of_all), sum(map(len, of_all))
-        return torch.cat([of_all[number % world][number // world] for number in range(count)])
+        features = torch.cat([of_all[number % world][number // world] for number in range(count)])
+        readable = ~features.isnan().any(1)
+        return features[readable], sample.labels[readable]
 
 
 @contextlib.contextmanager
