@@ -69,7 +69,8 @@ def _draw_nearest(weights: str, source: Source, query: list[Path], k: int, out: 
         numbers = list(range(len(query)))
         found = embedded.nearest(embed(embedded.embedder.network, queries, numbers, embedded.embedder.augment), k)
     else:
-        numbers = list(range(0, len(source), max(1, len(source) // QUERIES)))[:QUERIES]
+        readable = embedded.readable(range(len(source)))
+        numbers = readable[:: max(1, len(readable) // QUERIES)][:QUERIES]
         found = embedded.nearest_others(numbers, k)
     lines = []
     for number, pairs in zip(numbers, found, strict=True):

@@ -178,6 +178,7 @@ from mls.eval.data import (  # noqa: E402
     pets,
     regions,
     scenes,
+    table,
     vaw,
     vispr,
     voc_coco,
@@ -199,4 +200,4 @@ __all__ = [
 ]
 __all__ += ["by_torchvision", "cifar", "class_folders", "flowers", "imagenet", "indoor67", "pets"]
 __all__ += ["coco_objects", "objects", "own_masks", "own_objects", "regions", "voc_objects"]
-__all__ += ["cub", "formatted", "nus", "openimages", "scenes", "vaw", "vispr", "voc_coco", "wider"]
+__all__ += ["cub", "formatted", "nus", "openimages", "scenes", "table", "vaw", "vispr", "voc_coco", "wider"]

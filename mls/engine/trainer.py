@@ -25,6 +25,7 @@ from mls.data.augment import Augment
 from mls.data.formats import missed
 from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
+from mls.data.unreadable import Unreadable
 from mls.distributed import Process
 from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints, Copied, non_finite
@@ -34,7 +35,7 @@ from mls.engine.images import accept_other_images, hash_of_names, keep_names
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import between, cosine, epoch_of
 from mls.engine.session import Saving, Session
-from mls.errors import CheckpointError, DataError, DivergedError, Stopped, command
+from mls.errors import CheckpointError, DivergedError, Stopped, command
 from mls.files import CHECKPOINTS_FULL, write_atomically
 from mls.locks import Lock
 from mls.models import Encoder, save_backbone
@@ -97,7 +98,8 @@ class Trainer:
         self.step = 0  # steps taken
         self.window = Window(process.device)
         self.terms: set[str] | None = set()  # parts of the loss that have acted; None: not known of an older checkpoint
-        self.unreadable: dict[int, str] = {}  # why, by image
+        most, listed = self.config.data.max_unreadable, self.run.path / "unreadable.txt"
+        self.unreadable = Unreadable(len(self.source), most, self.session.say, listed, "data.max_unreadable")
         self.bad_in_a_row = 0
         self.bad_steps = 0
         self.log_offset = 0
@@ -168,7 +170,7 @@ class Trainer:
 
         outputs: list[StepOutput] = []
         for number, batch in enumerate(micro_batches):
-            self.note_unreadable(batch)
+            self.unreadable.note(batch.unreadable)
             views = self.augment(batch)
             with self.no_sync_until_last(number, len(micro_batches)):
                 out = self.forward(views)
@@ -362,21 +364,6 @@ class Trainer:
                 f"it was not saved: {self.remedy_for_divergence()}"
             )
 
-    def note_unreadable(self, batch: Batch) -> None:
-        for image, reason in batch.unreadable:
-            if image in self.unreadable:
-                continue
-            self.unreadable[image] = reason
-            with open(self.run.path / "unreadable.txt", "a", errors="surrogateescape") as file:
-                file.write(reason + "\n")
-            self.session.say(f"skipped an image that cannot be read: {reason}")
-        limit = self.config.data.max_unreadable * len(self.source)
-        if len(self.unreadable) > limit:
-            raise DataError(
-                f"{len(self.unreadable)} of {len(self.source)} images cannot be read (listed in "
-                f"{self.run.path / 'unreadable.txt'}): repair them, or raise data.max_unreadable"
-            )
-
     # ------------------------------------------------------------------------------------------------ what is measured
 
     def label_quality(self, out: StepOutput) -> dict[str, float]:
@@ -409,7 +396,7 @@ class Trainer:
         values["lr"] = self.lr(self.step)
         values |= self.method.measurements()
         values["skipped_steps"] = float(self.bad_steps)
-        values["unreadable_images"] = float(len(self.unreadable))
+        values["unreadable_images"] = float(len(self.unreadable.found))
         values["images_per_second"] = self.config.data.batch_size * values.pop("steps_per_second")
         if self.process.device.type == "cuda":
             values["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**30
@@ -456,7 +443,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),
             "log_offset": self.log_offset,
-            "unreadable": list(self.unreadable.items()),
+            "unreadable": list(self.unreadable.found.items()),
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
             "decided": self.decided,
@@ -479,7 +466,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
         self.log_offset = state["log_offset"]
-        self.unreadable = dict(state["unreadable"])
+        self.unreadable.found = dict(state["unreadable"])
         self.bad_steps, self.bad_in_a_row = state["bad_steps"], state.get("bad_in_a_row", 0)
         self.terms = set(state["terms"]) if "terms" in state else None
         self.guarded = state.get("guarded", {})

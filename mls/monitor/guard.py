@@ -41,12 +41,12 @@ class Guard:
     def measure(self, backbone: nn.Module, device: torch.device) -> dict[str, float]:
         """By all processes together, and the same for all: they stop together."""
         with statistics_of_main(backbone):
-            features = features_of(backbone, self.sample, self.augment, self.workers, device)
+            found = features_of(backbone, self.sample, self.augment, self.workers, device)
         values: dict[str, float] = {}
-        if features is not None:
-            features = nn.functional.normalize(features, dim=1)
+        if found is not None:
+            features, labels = nn.functional.normalize(found[0], dim=1), found[1]
             values["guard/rankme"] = rank_me(features)
-            labels, bank = self.sample.labels, int(0.8 * len(features))
+            bank = int(0.8 * len(features))
             if labels.shape[1]:
                 metric, measure = metric_of(labels)
                 scores = knn_scores(features[:bank], labels[:bank], features[bank:])
