@@ -22,6 +22,12 @@ from mls.recipes import Kind, build, find, read_yaml, shipped, with_bases
 
 @dataclass(frozen=True)
 class DataConfig(DataSetConfig):
+    # One's own labels (eval/data/table.py): a .csv or .parquet file of `table`, a text list of `folder`
+    labels_file: str | None = None
+    answers: str | None = None  # a filled-in list of `mls labels doctor`, which stands above the table
+    classes: tuple[str, ...] = ()  # columns of a table that are classes; default: all that are left
+    zero: Literal["auto", "absent", "unknown"] = "auto"  # what 0 says; auto: absent, unless the table has -1 for that
+    blank: Literal["unknown", "absent"] = "unknown"  # what a cell without a value says
     seed: int = limited(1200, low=0, high=2**32 - 1)  # of the split and of drawn labels: the papers' number
     validation: float = share(0.2)  # share of train held out to choose on, where no split is published for it
     shots: int | None = positive(None)  # train on so many images a class; the run's seed is the draw
@@ -240,7 +246,9 @@ def fingerprint(protocol: AnyProtocol) -> str:
     from mls.eval import prior_scores
 
     values = _plain(asdict(protocol))
-    for key in ("root", "workers", "check_sizes", "odd"):
+    # Which labels are read tells the content of the data.
+    of_place = ("root", "workers", "check_sizes", "odd", "max_unreadable")
+    for key in (*of_place, "labels_file", "answers", "classes", "zero", "blank"):
         values["data"].pop(key, None)
     # Options of other losses, and what only suites use, change nothing in a run.
     if isinstance(protocol, Supervised):

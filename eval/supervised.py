@@ -19,10 +19,11 @@ from mls.eval import prior_scores
 from mls.eval.boosted import BoostedClassifier
 from mls.eval.classifier import Classifier, Several, build_classifier
 from mls.eval.data import LabelledImages
+from mls.eval.data.table import OwnLabels
 from mls.eval.outcome import Outcome, for_file, metrics
 from mls.eval.protocol import Classification, Supervised, TrainingData
 from mls.eval.regimes import observe, split
-from mls.eval.splits import load
+from mls.eval.splits import load, own_labels
 from mls.eval.training import Training, build_loss
 from mls.frozen.probe import few_shot
 from mls.models import card_of, untrained
@@ -49,10 +50,14 @@ class Trained(Outcome):
     training: Training
 
 
-@lru_cache(maxsize=1)  # the cells of a suite share it
 def prepare(data: TrainingData, draw: int = 0) -> Prepared:
     """Labels are drawn on all training images, then a part is held out: the order of the published code. `draw` counts
     where few images a class are drawn."""
+    return _prepare(data, draw, own_labels(data))
+
+
+@lru_cache(maxsize=1)  # the cells of a suite share it
+def _prepare(data: TrainingData, draw: int, own: OwnLabels | None) -> Prepared:
     found = load(data)
     train, val, rows, weak = found.train, found.val, torch.arange(len(found.train)), None
     drawn = train.observed
@@ -101,6 +106,13 @@ def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path
         raise ConfigError("training.select=weak is for labels that are drawn, but data.labels=full: use best")
     if protocol.training.linear_select == "best" and prepared.val is None:
         raise ConfigError("training.linear_select=best has no validation part: raise data.validation above 0")
+    single = prepared.train.single_label
+    if prepared.val is not None and single != protocol.metric.startswith("top"):
+        have = "one class" if single else "several classes"
+        raise ConfigError(
+            f"metric={protocol.metric} is not of images with {have} each, as in {protocol.data.name}: set "
+            f"metric={'top1' if single else 'map'}"
+        )
     protocol = with_statistics_of(weights, protocol)
     networks = build_networks(protocol, weights, len(prepared.train.class_names), seed)
     training = Training(protocol, networks, prepared.train, prepared.observed, validate, seed, folder)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from mls.chunks import chunks
-from mls.errors import ConfigError, DataError
+from mls.errors import ConfigError
 from mls.files import atomic_file
 
 if TYPE_CHECKING:
@@ -20,7 +17,6 @@ if TYPE_CHECKING:
     from mls.data import Source
 
 ROWS = 4096  # written at a time
-MOST_BROKEN = 0.01  # share of images that may be broken, as data.max_unreadable
 
 
 def embed(
@@ -49,21 +45,14 @@ def embed(
     if out.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise ConfigError('a .parquet file needs pyarrow: pip install "mls[parquet]", or name it x.npz')
     source = source_from(images)
-    stored = stored_features(source, Embedder.of(weights), lambda *_: None, workers)
-    ids = torch.cat([number + torch.nonzero(rows.any(1))[:, 0] for number, rows in _blocks(stored.features)])
-    left_out = len(source) - len(ids)
-    for row in sorted(set(range(len(source))) - set(ids.tolist())) if left_out else ():
-        print(f"skipped {source.describe(row)}, which cannot be read", file=sys.stderr)
-    if left_out > max(1, MOST_BROKEN * len(source)):
-        raise DataError(f"{left_out} of {len(source)} images cannot be read: `mls data check` lists them, repair them")
+    stored, broken = stored_features(source, Embedder.of(weights), workers)
+    readable = torch.ones(len(source), dtype=torch.bool)
+    readable[broken] = False
+    ids = readable.nonzero()[:, 0]
     with atomic_file(out.expanduser()) as file:
         (_parquet if out.suffix == ".parquet" else _npz)(file, source, stored.features, ids)
-    told = f" ({left_out} that cannot be read are left out)" if left_out else ""
+    told = f" ({len(broken)} that cannot be read are left out)" if broken else ""
     print(f"{out}: {len(ids):,} images, {stored.features.shape[1]} features each{told}")
-
-
-def _blocks(features: Tensor) -> Iterator[tuple[int, Tensor]]:
-    return ((rows.start, features[rows]) for rows in chunks(len(features), ROWS))
 
 
 def _parquet(file: BinaryIO, source: Source, features: Tensor, ids: Tensor) -> None:

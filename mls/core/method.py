@@ -92,6 +92,7 @@ class Method(nn.Module):
         """`image_labels` are for controls that are no methods (supervised training, oracle pseudo-labels)."""
         super().__init__()
         self.config = config
+        self.momentum = config.model.momentum  # of a key encoder; set before each step where it is scheduled
 
     @property
     def backbone(self) -> Backbone:

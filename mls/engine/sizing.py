@@ -18,6 +18,7 @@ from mls.data.loader import whole_batches
 from mls.data.sources import build_source
 from mls.distributed import Process, on_main
 from mls.errors import DataError, command
+from mls.models import card_of, card_of_name
 
 FEWEST, FEW = 16, 1000  # images that can be trained on; below which published weights are a better start
 LOOKED_AT = 64  # images whose size is read
@@ -138,6 +139,9 @@ def _blur(config: Config, facts: Facts) -> tuple[float, str]:
 
 
 def _backbone(config: Config, facts: Facts) -> tuple[str, str]:
+    if config.model.weights is not None:
+        facts_of_start = card_of(config.model.weights) or card_of_name(config.model.weights)
+        return facts_of_start["architecture"], "what model.weights are weights of"
     if facts.memory is None:
         return "resnet_tiny", "minutes on a CPU, where resnet50 takes weeks: a trial, use a GPU for more"
     return "resnet50", "as the paper"
@@ -183,9 +187,14 @@ def _k(config: Config, facts: Facts) -> tuple[int, str]:
 def _epochs(config: Config, facts: Facts) -> tuple[int, str]:
     if facts.memory is None:
         seen = ON_CPU * (32 / config.augment.size) ** 2
-        return min(400, max(20, round(seen / facts.images))), "about ten minutes on two cores with the tiny network"
-    epochs = min(800, max(200, round(ON_GPU / facts.images)))
-    return epochs, "fewer images, more epochs: 200 to 800"
+        epochs = min(400, max(20, round(seen / facts.images)))
+        why = "about ten minutes on two cores with the tiny network"
+    else:
+        epochs = min(800, max(200, round(ON_GPU / facts.images)))
+        why = "fewer images, more epochs: 200 to 800"
+    if config.model.weights is not None:
+        return max(5, epochs // 4), f"a quarter of the {epochs} from nothing: model.weights are a start"
+    return epochs, why
 
 
 def _warmup(config: Config, facts: Facts) -> tuple[float, str]:

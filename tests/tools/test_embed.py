@@ -37,9 +37,9 @@ def test_an_unreadable_image_is_named_and_left_out(photographs: Path, capsys: py
     assert found["features"].shape == (119, 128)
     embed("resnet_tiny", str(photographs), out, workers=0)
     assert "007.png" in capsys.readouterr().err  # from the cache, too
-    embedder = Embedder.of("resnet_tiny")
-    with pytest.raises(DataError, match="007.png"):  # zeros are nobody else's features
-        EmbeddedSource(source_from(str(photographs)), embedder)
+    embedded = EmbeddedSource(source_from(str(photographs)), Embedder.of("resnet_tiny"))
+    (near,) = embedded.nearest_others([6], IMAGES)  # it is nobody's neighbour
+    assert sorted(image for image, _ in near) == [number for number in range(IMAGES) if number not in (6, 7)]
 
 
 def test_many_unreadable_images_and_unknown_formats_are_refused(photographs: Path) -> None:

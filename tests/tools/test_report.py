@@ -352,7 +352,11 @@ def test_a_run_without_anything_still_gets_a_page(page_of: Callable[..., Page], 
     assert "has no checkpoint yet" in text
     (fresh.path / "metrics.jsonl").write_text(json.dumps({"step": 3, "epoch": 1, "loss": 2.5}) + "\n[1]\n")
     (fresh.path / "backbone.json").write_text("[")
-    text = page_of(fresh).text
+    Image.new("RGB", (8, 8), "red").save(fresh.path / "maps.png")  # by `mls maps`
+    page = page_of(fresh)
+    (drawn,) = [given["src"] or "" for _, given in page.tags if given.get("class") == "maps"]
+    assert b64decode(drawn.partition(",")[2]) == (fresh.path / "maps.png").read_bytes()
+    text = page.text
     assert "not finished: step 3, epoch 1 of 16" in text
     assert "metrics.jsonl: left out 1 lines that hold no row, the first is line 2" in text
     with pytest.raises(UserError, match=r"cannot write .*page.html: No such file"):

@@ -90,6 +90,14 @@ class Section:
     def results(self) -> list[Mapping[str, Any]]:
         return facts.stored_results(self.card)
 
+    @cached_property
+    def maps(self) -> str:
+        """What `mls maps` has drawn into the run, for the page."""
+        file = self.card.run.path / "maps.png"
+        if not file.is_file() or file.stat().st_size > PICTURES:
+            return ""
+        return f"data:image/png;base64,{b64encode(file.read_bytes()).decode()}"
+
     @property
     def expected(self) -> list[tuple[str, str]]:
         """What the recipe promises, where this run is the recipe's."""
