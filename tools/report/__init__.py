@@ -17,12 +17,18 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The page (default: report.html in the first run).")
     ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="True labels of some of the images: a table, .csv or .parquet.")
+    ] = None,
     judged: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Print what the answers saved by a page come to.")
     ] = None,
 ) -> None:
     """Make one HTML page that says whether a run worked: a verdict, curves, what was matched with what, and how good
     that is. To look at offline, to keep or to send.
+
+    --labels judges the matches of images whose labels the run does not know, by a table as `data.name=table` takes it:
+    names relative to data.root, any number of images. It changes no training.
 
     Up to eight runs are compared. The page asks for no network. Its section "Judge 100 pairs" saves judged.json, of
     which --judged prints the precision of matches beside that of pairs alike in pixels and of random ones.
@@ -32,6 +38,8 @@ def report(
         mls report runs/my-run
 
         mls report runs/mls runs/moco_v2 --out comparison.html
+
+        mls report runs/my-run --labels some.csv
 
         mls report --judged judged.json
     """
@@ -49,7 +57,7 @@ def report(
         raise ConfigError(f"{len(opened)} runs were named: name one to {MOST_RUNS}, or --judged FILE")
     names = [run.name for run in opened]
     named = [run.name if names.count(run.name) == 1 else str(run.path) for run in opened]
-    page = render([Card.of(run, label) for run, label in zip(opened, named, strict=True)])
+    page = render([Card.of(run, label, labels) for run, label in zip(opened, named, strict=True)])
     target = opened[0].path if out is None else out.expanduser()
     if target.is_dir():
         target = target / "report.html"

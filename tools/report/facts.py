@@ -44,10 +44,12 @@ class Card:
     log: Log = field(default_factory=Log)
     events: list[dict[str, Any]] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)  # sentences about files that cannot be read
+    labels: Path | None = None  # a table with labels of some images
 
     @classmethod
-    def of(cls, run: Run, label: str) -> Card:
+    def of(cls, run: Run, label: str, labels: Path | None = None) -> Card:
         card = cls(clip(label), run, read_log(run.path / "metrics.jsonl"), events.read(run.path / "events.jsonl"))
+        card.labels = labels
         if card.log.odd:
             first = f"the first is line {card.log.first_odd}"
             card.odd.append(f"metrics.jsonl: left out {card.log.odd} lines that hold no row, {first}")
