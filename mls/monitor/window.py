@@ -31,7 +31,7 @@ class Window:
 
     def restart_clock(self) -> None:
         self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
-        self.spent = dict.fromkeys(COSTS, 0.0)
+        self.spent: dict[str, float] = dict.fromkeys(COSTS, 0.0)
 
     @contextmanager
     def measuring(self, what: str = "monitoring") -> Iterator[None]:
