@@ -43,16 +43,19 @@ def report(
 
         mls report --judged judged.json
     """
+    from mls.tools.report.labels import judged_table
+
+    print(judged_table(judged) if judged is not None else _write(runs or [], out, labels))
+
+
+def _write(runs: list[str], out: Path | None, labels: Path | None) -> Path:
     from mls.engine import Run
     from mls.errors import ConfigError
     from mls.files import write_atomically
     from mls.tools.report.facts import Card
-    from mls.tools.report.labels import judged_table
     from mls.tools.report.page import render
 
-    if judged is not None:
-        return print(judged_table(judged))
-    opened = list({run.path.resolve(): run for run in map(Run.open, runs or [])}.values())  # named twice is one run
+    opened = list({run.path.resolve(): run for run in map(Run.open, runs)}.values())  # named twice is one run
     if not 0 < len(opened) <= MOST_RUNS:
         raise ConfigError(f"{len(opened)} runs were named: name one to {MOST_RUNS}, or --judged FILE")
     names = [run.name for run in opened]
@@ -62,4 +65,4 @@ def report(
     if target.is_dir():
         target = target / "report.html"
     write_atomically(target, page.encode(errors="backslashreplace"))
-    print(target)
+    return target
