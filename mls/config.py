@@ -353,6 +353,7 @@ class MonitorConfig:
     guard_every_epochs: int = positive(1)
     tensorboard: bool = False
     wandb: str | None = None  # project name
+    mlflow: str | None = None  # experiment name
 
 
 @dataclass(frozen=True)
