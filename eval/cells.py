@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 import mls
-from mls import distributed, engine
+from mls import card, distributed, engine
 from mls.config import Config, to_dict
 from mls.config import DataConfig as PretrainingData
 from mls.core.losses import LOSSES
@@ -33,6 +33,7 @@ from mls.eval.data import LAYOUTS, folder_of
 from mls.eval.dense import frozen as frozen_dense
 from mls.eval.dense import run as dense
 from mls.eval.dense.prepare import content as dense_content
+from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import Dense, FrozenDense
 from mls.eval.outcome import Outcome
 from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
@@ -41,6 +42,7 @@ from mls.eval.weights import Weights, read
 from mls.files import file_name, remove_unfinished, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
 from mls.locks import Lock, locked
+from mls.models import card_of_name, untrained
 from mls.recipes import load_config
 from mls.results import Results
 
@@ -341,7 +343,24 @@ class Evaluation(Cell):
 
     def save(self, folder: Path, outcome: Outcome) -> None:
         if outcome.weights:
-            save_classifier(outcome.weights, folder)
+            save_classifier(outcome.weights, folder, self.about_classifier())
+
+    def about_classifier(self) -> dict[str, Any]:
+        """What `mls predict` has to know beside the tensors. Images are standardised as they were here."""
+        protocol, of_file = self.protocol, self.source.file is not None
+        images = load_images(protocol) if isinstance(protocol, Dense | FrozenDense) else splits.load(protocol.data)
+        name = untrained(protocol.model.backbone) if self.weights == "random" else self.weights
+        known = dict(self.source.facts) if of_file else card_of_name(name)
+        if isinstance(protocol, Supervised | Frozen) and not of_file and not name.startswith("timm:"):
+            known |= {"mean": protocol.augment.mean, "std": protocol.augment.std}
+        return {
+            "task": protocol.task,
+            "classes": list(images.train.class_names),
+            "single_label": getattr(images.train, "single_label", None),
+            "weights": str(Path(self.weights).expanduser().absolute()) if of_file else name,
+            "weights_hash": self.source.hash,
+            **{key: known[key] for key in ("architecture", "mean", "std", "input_size")},
+        }
 
     def tidy(self, folder: Path, keep: bool) -> None:
         for rest in (folder / "state", folder / "weights") if keep else (folder,):
@@ -409,11 +428,11 @@ def trained(protocol: Supervised, weights: str | None, seed: int, root: Path) ->
     return training
 
 
-def save_classifier(weights: dict[str, Tensor], folder: Path) -> None:
+def save_classifier(weights: dict[str, Tensor], folder: Path, facts: dict[str, Any]) -> None:
     """What was tested: all of a classifier, or the linear layer alone where the features were frozen."""
     from safetensors.torch import save
 
-    write_atomically(folder / "classifier.safetensors", save(weights))
+    card.write(folder / "classifier.safetensors", save(weights), facts)
 
 
 def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
