@@ -46,7 +46,12 @@ from mls.results import Results
 
 # Keys that change no number, and that stored results do not know.
 FREE_AND_YOUNGER = (("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments"))
-YOUNGER = {"info_nce_weight", "windows", "regions"}  # keys of objective.* that stored results do not know
+YOUNGER = {
+    "info_nce_weight",
+    "windows",
+    "regions",
+    "oracle_share",
+}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
     "multilabel": supervised.run,

@@ -226,6 +226,7 @@ class MLSOptions(MoCoOptions):
     classify_with: Literal["backbone", "projection"] = "projection"
     warmup_epochs: float = zero_or_more(0.0)  # InfoNCE alone for the first epochs
     pseudo_labels: Literal["matched", "random", "oracle"] = "matched"  # the last two are controls, not methods
+    oracle_share: float = share(1.0)  # of the positives of pseudo_labels=oracle; the others are random
 
     def check(self, config: Config) -> None:
         super().check(config)

@@ -19,7 +19,14 @@ if TYPE_CHECKING:  # it would load numpy and Pillow for commands that read a log
     from mls.frozen.match_picture import Pixels
 
 DISK_FULL = "free some, and `mls pretrain --resume` goes on"
-TIMES = {"time", "images_per_second", "data_wait", "monitoring", "gpu_memory_gib"}  # what no two runs have in common
+TIMES = {
+    "time",
+    "images_per_second",
+    "data_wait",
+    "monitoring",
+    "cpu_seconds",
+    "gpu_memory_gib",
+}  # what no two runs have in common
 TAIL = 1 << 16  # bytes: a hundred rows
 LARGEST_STEP, LARGEST = 1 << 53, 1e300  # what is read: beyond them sums and differences overflow
 

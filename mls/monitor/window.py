@@ -27,6 +27,7 @@ class Window:
 
     def restart_clock(self) -> None:
         self.began, self.steps, self.waited, self.monitored = time.perf_counter(), 0, 0.0, 0.0
+        self.cpu = time.process_time()
 
     @contextmanager
     def monitoring(self) -> Iterator[None]:
@@ -56,6 +57,7 @@ class Window:
         values["steps_per_second"] = self.steps / spent
         values["data_wait"] = self.waited / spent
         values["monitoring"] = self.monitored / spent
+        values["cpu_seconds"] = (time.process_time() - self.cpu) / max(1, self.steps)  # of this process, a step
         self.sums, self.counts, self.pulls, self.labels = {}, {}, {}, {}
         self.restart_clock()
         return values
