@@ -16,12 +16,12 @@ from torch import nn
 
 from mls import engine
 from mls.config import Config
-from mls.data.scenes import ScenesSource, make_scenes
+from mls.data.scenes import ScenesSource, scenes_of
 from mls.engine import Run
 from mls.engine.branch import create_branch
 from mls.engine.checkpoint import Checkpoints
-from mls.eval.cells import Cell, Measured, config_hash, over_seeds, values_over_seeds
 from mls.errors import Stopped
+from mls.eval.cells import Cell, Measured, config_hash, over_seeds, values_over_seeds
 from mls.eval.outcome import Outcome
 from mls.files import slug
 from mls.frozen.features import embed
@@ -163,9 +163,7 @@ def probe_on_scenes(backbone: nn.Module, config: Config) -> dict[str, float]:
 
 def scene_type_map(config: Config) -> float:
     """The mAP of predicting each class by its frequency in the scene's type, which the background alone shows."""
-    scenes = config.data.scenes
-    train = make_scenes(scenes.count, "train", scenes.size, scenes.seed)
-    test = make_scenes(scenes.test_count, "test", scenes.size, scenes.seed)
+    train, test = (scenes_of(config.data.scenes, split)[0] for split in ("train", "test"))
     types = int(train.types.max()) + 1
     frequencies = torch.stack([train.labels[train.types == one].mean(0) for one in range(types)])
     return float(mean_average_precision(frequencies[test.types], test.labels))

@@ -75,6 +75,8 @@ class ScenesConfig:
     test_count: int = positive(2000)
     size: int = positive(32)
     seed: int = any_seed(0)
+    style: Literal["standard", "easy", "hard"] = "standard"
+    objects: str | None = None  # class folders of photographs, which take the digits' place
 
 
 @dataclass(frozen=True)
@@ -292,6 +294,19 @@ class DenseCLOptions(MoCoOptions):
     def check(self, config: Config) -> None:
         super().check(config)
         no_windows(self)
+
+
+@_objective("slotcon")
+@dataclass(frozen=True)
+class SlotConOptions(ObjectiveConfig):
+    method: str = "slotcon"
+    prototypes: int = limited(256, low=2)
+    hidden: int = positive(4096)  # width of the hidden layers of head and predictor
+    temperature: float = positive(0.2)  # of the slots' InfoNCE
+    student_temperature: float = positive(0.1)
+    teacher_temperature: float = positive(0.07)
+    centre_momentum: float = share(0.9)
+    group_weight: float = share(0.5)  # the slots' InfoNCE has the rest
 
 
 def no_windows(options: MoCoOptions) -> None:

@@ -1,4 +1,4 @@
-"""`mls bench evidence`: do pseudo-labels help? The arms of a recipe that labels itself by regions, with the same network,
+"""`mls bench evidence`: do pseudo-labels help? The arms of a recipe that labels itself by regions, with equal networks,
 resolution, steps and images: plain MoCo-v2, windows without labels (the fair baseline), its own labels, as many random
 and true ones. Tables, the paired differences, and the gain against the labels' overlap."""
 
@@ -24,12 +24,14 @@ if TYPE_CHECKING:
 
     Found = Mapping[str, Mapping[int, Measured]]  # arm -> seed -> its numbers
 
-MOCO, WINDOWS, OWN, RANDOM, ORACLE = "MoCo-v2", "+ windows", "+ own region labels", "+ random labels", "+ oracle labels"
+UNTRAINED, MOCO, WINDOWS = "untrained", "MoCo-v2", "+ windows"
+OWN, RANDOM, ORACLE = "+ own region labels", "+ random labels", "+ oracle labels"
 PLAIN = ("objective.windows.count=0",)  # an arm without windows has nothing to share with the others
 CONTROL = ("objective.labels_from=backbone",)  # as many rows as the lists give, without making lists
 # Each question's arms; MoCo with windows, own labels and the oracle are in all of them.
 ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     "labels": {
+        UNTRAINED: ("objective.method=moco_v2", *PLAIN),
         MOCO: ("objective.method=moco_v2", *PLAIN),
         WINDOWS: ("objective.method=moco_v2",),
         OWN: (),
@@ -119,8 +121,8 @@ def evidence(
 def chosen(
     questions: Sequence[str], only: Sequence[str] = (), variants: Sequence[str] = ()
 ) -> dict[str, tuple[str, ...]]:
-    """The arms of the questions with those that they are compared with, or `only` some of them; variants of the arm with
-    own labels come last.
+    """The arms of the questions with those that they are compared with, or `only` some; variants of the arm with own
+    labels come last.
 
     >>> list(chosen(["dense"], variants=["k 3: objective.k=3"]))
     ['+ windows', '+ own region labels', '+ oracle labels', 'DenseCL', 'SlotCon', 'k 3']
@@ -162,7 +164,7 @@ def arms_of(recipe: str, overrides: Sequence[str], arms: Mapping[str, Sequence[s
         other = any(one.startswith("objective.windows.") for one in changes)
         other |= any(one.startswith("objective.method=") and one != "objective.method=moco_v2" for one in changes)
         shares = {} if other or steps == 0 else {"trunk": trunk, "trunk_steps": steps}
-        return Pretraining(name, recipe, [*overrides, *changes], own_scenes=True, **shares)
+        return Pretraining(name, recipe, [*overrides, *changes], trained=name != UNTRAINED, own_scenes=True, **shares)
 
     return {name: cell(name, changes) for name, changes in arms.items()}
 
@@ -231,7 +233,11 @@ def differences(found: Found, note: str) -> Table:
     from mls.eval.pretraining import PROBES
     from mls.tables import Column, Row, Table
 
-    pairs = [(WINDOWS, MOCO), *((arm, WINDOWS) for arm in found if arm not in (MOCO, WINDOWS)), (OWN, RANDOM)]
+    pairs = [
+        (WINDOWS, MOCO),
+        *((arm, WINDOWS) for arm in found if arm not in (UNTRAINED, MOCO, WINDOWS)),
+        (OWN, RANDOM),
+    ]
     columns, rows = [Column("seeds", "n")], []
     for probe in PROBES:
         columns += [Column(probe.heading, f"{probe.name} difference"), Column("p", f"{probe.name} p")]
