@@ -36,7 +36,15 @@ from mls.eval.dense.prepare import content as dense_content
 from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import Dense, FrozenDense
 from mls.eval.outcome import Outcome
-from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
+from mls.eval.protocol import (
+    AnyProtocol,
+    Frozen,
+    Supervised,
+    fingerprint,
+    load_protocol,
+    scenes_identity,
+    to_yaml,
+)
 from mls.eval.training import Training
 from mls.eval.weights import Weights, read
 from mls.files import file_name, remove_unfinished, runs_folder, write_atomically
@@ -51,7 +59,7 @@ FREE_AND_YOUNGER = [("engine", "timeout_minutes"), ("engine", "deterministic"), 
 FREE_AND_YOUNGER += [("monitor", f"guard{key}") for key in ("", "_images", "_fall", "_every_epochs")]
 YOUNGER_AT = {("model", "final_momentum"): None, ("optim", "final_weight_decay"): None, ("optim", "clip_norm"): None}
 YOUNGER_AT |= {("optim", "layer_decay"): 1.0}  # left out of a run's identity at these values
-YOUNGER = {"info_nce_weight", "windows", "regions"}  # keys of objective.* that stored results do not know
+YOUNGER = {"info_nce_weight", "windows", "regions", "oracle_share"}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
     "multilabel": supervised.run,
@@ -468,12 +476,14 @@ def config_hash(config: Config) -> str:
     if values["engine"]["augment"] == "device":  # as all were that do not know the key
         del values["engine"]["augment"]
     del values["run"]["auto"]
+    values["data"]["scenes"] = scenes_identity(values["data"]["scenes"])
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:
             del values["objective"][key]
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    images = "" if config.data.source == "scenes" else _images_of(config.data)  # scenes are made, not read
+    made = config.data.source == "scenes" and config.data.scenes.objects is None  # not read
+    images = "" if made else _images_of(config.data)
     return hashlib.sha256((text + images).encode()).hexdigest()[:8]
 
 

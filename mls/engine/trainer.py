@@ -271,7 +271,7 @@ class Trainer:
     def refresh(self, epoch: int) -> None:
         """What the method works out from the whole data set before this step, if anything. A signal ends it: a resume
         begins it anew."""
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         try:
             found = self.method.refresh(self.source, self.tell)
         except InterruptedError:
@@ -281,7 +281,8 @@ class Trainer:
         if not found:
             return
         seconds = round(time.monotonic() - began, 1)
-        self.session.events.write("refresh", step=self.step, epoch=epoch, seconds=seconds, **found)
+        cpu = round(time.process_time() - cpu, 1)
+        self.session.events.write("refresh", step=self.step, epoch=epoch, seconds=seconds, cpu_seconds=cpu, **found)
         words = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         self.session.say(f"epoch {epoch}: refreshed from all images in {duration(seconds)}, {words}")
         if self.process.main:
