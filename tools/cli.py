@@ -39,6 +39,7 @@ from mls.tools import (
     scenes,
     submit,
     verify_resume,
+    worth,
 )
 
 app = typer.Typer(
@@ -61,6 +62,7 @@ COMMANDS = {
     "results": results.results,
     "embed": embed.embed,
     "maps": maps.maps,
+    "worth": worth.worth,
     "neighbours": neighbours.neighbours,
     "regions": regions.regions,
     "leakcheck": neighbours.leakcheck,
