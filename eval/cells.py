@@ -59,7 +59,12 @@ FREE_AND_YOUNGER = [("engine", "timeout_minutes"), ("engine", "deterministic"), 
 FREE_AND_YOUNGER += [("monitor", f"guard{key}") for key in ("", "_images", "_fall", "_every_epochs")]
 YOUNGER_AT = {("model", "final_momentum"): None, ("optim", "final_weight_decay"): None, ("optim", "clip_norm"): None}
 YOUNGER_AT |= {("optim", "layer_decay"): 1.0}  # left out of a run's identity at these values
-YOUNGER = {"info_nce_weight", "windows", "regions", "oracle_share"}  # keys of objective.* that stored results do not know
+YOUNGER = {
+    "info_nce_weight",
+    "windows",
+    "regions",
+    "oracle_share",
+}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
     "multilabel": supervised.run,

@@ -40,6 +40,7 @@ from mls.tools import (
     scenes,
     submit,
     verify_resume,
+    worth,
 )
 
 app = typer.Typer(
@@ -63,6 +64,7 @@ COMMANDS = {
     "embed": embed.embed,
     "maps": maps.maps,
     "predict": predict.predict,
+    "worth": worth.worth,
     "neighbours": neighbours.neighbours,
     "regions": regions.regions,
     "leakcheck": neighbours.leakcheck,
