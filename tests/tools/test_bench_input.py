@@ -13,6 +13,7 @@ from mls.tools.bench.input import psnr_of_scaled_decoding, write_photographs
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.mark.long
 def test_the_yardstick_and_ours_are_measured_on_the_same_files(mls_command: Command) -> None:
     done = mls_command("bench", "input", "--count", "4", "--rounds", "1", "--no-step", COLUMNS="120")
     assert done.returncode == 0, done.stderr
