@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mls.results import Results
 
 FEW = ["data.scenes.count=200", "data.scenes.test_count=50", "training.epochs=1"]
