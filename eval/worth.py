@@ -100,8 +100,10 @@ class Plan:
     seconds: float  # of those that are not stored
 
     def __str__(self) -> str:
-        minutes = f"about {max(1, round(self.seconds / 60))} minutes" if self.seconds else "nothing to do"
-        return f"{self.cells} trainings, {self.stored} of them stored already: {minutes} at the pace of {TIMED} steps"
+        minutes = round(self.seconds / 60)
+        about = f"about {f'{minutes} minutes' if minutes > 1 else 'a minute'} at the pace of {TIMED} steps"
+        told = about if self.seconds else "nothing to do"
+        return f"{self.cells} trainings, {self.stored} of them stored already: {told}"
 
 
 def plan(asked: Question, root: Path) -> Plan:
