@@ -243,6 +243,14 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def scenes_identity(scenes: dict[str, Any]) -> dict[str, Any]:
+    """Of data.scenes what tells them apart: younger keys where they are set, and of a folder that there is one, since
+    the hash of the images says the rest."""
+    younger = {"style": "standard", "objects": None}
+    found = {key: value for key, value in scenes.items() if key not in younger or value != younger[key]}
+    return found | ({"objects": True} if "objects" in found else {})
+
+
 def fingerprint(protocol: AnyProtocol) -> str:
     """Tells two protocols apart; where the data lies and how it is loaded does not count."""
     from mls.core.losses import LOSSES  # loads torch, which a list of protocols does without
@@ -253,6 +261,7 @@ def fingerprint(protocol: AnyProtocol) -> str:
     of_place = ("root", "workers", "check_sizes", "odd", "max_unreadable")
     for key in (*of_place, "labels_file", "answers", "classes", "zero", "blank"):
         values["data"].pop(key, None)
+    values["data"]["scenes"] = scenes_identity(values["data"]["scenes"])
     if values["data"].get("fraction") == 1:  # a key that is younger than stored results
         values["data"].pop("fraction")
     # Options of other losses, and what only suites use, change nothing in a run.

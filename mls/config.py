@@ -75,6 +75,8 @@ class ScenesConfig:
     test_count: int = positive(2000)
     size: int = positive(32)
     seed: int = any_seed(0)
+    style: Literal["standard", "easy", "hard"] = "standard"
+    objects: str | None = None  # class folders of photographs, which take the digits' place
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,7 @@ class MLSOptions(MoCoOptions):
     classify_with: Literal["backbone", "projection"] = "projection"
     warmup_epochs: float = zero_or_more(0.0)  # InfoNCE alone for the first epochs
     pseudo_labels: Literal["matched", "random", "oracle"] = "matched"  # the last two are controls, not methods
+    oracle_share: float = share(1.0)  # of the positives of pseudo_labels=oracle; the others are random
 
     def check(self, config: Config) -> None:
         super().check(config)
@@ -294,6 +297,19 @@ class DenseCLOptions(MoCoOptions):
         no_windows(self)
 
 
+@_objective("slotcon")
+@dataclass(frozen=True)
+class SlotConOptions(ObjectiveConfig):
+    method: str = "slotcon"
+    prototypes: int = limited(256, low=2)
+    hidden: int = positive(4096)  # width of the hidden layers of head and predictor
+    temperature: float = positive(0.2)  # of the slots' InfoNCE
+    student_temperature: float = positive(0.1)
+    teacher_temperature: float = positive(0.07)
+    centre_momentum: float = share(0.9)
+    group_weight: float = share(0.5)  # the slots' InfoNCE has the rest
+
+
 def no_windows(options: MoCoOptions) -> None:
     if options.windows.count:
         raise ConfigError(f"objective.method={options.method} has no term of windows: use objective.windows.count=0")
@@ -353,6 +369,7 @@ class MonitorConfig:
     guard_every_epochs: int = positive(1)
     tensorboard: bool = False
     wandb: str | None = None  # project name
+    mlflow: str | None = None  # experiment name
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +22,7 @@ from mls.data.listing import FileSource, locate, printable, show
 from mls.data.unreadable import MOST
 from mls.errors import ConfigError, DataError, reason
 from mls.eval.data import DataSet, LabelledImages, Layout, register
+from mls.files import demand_pyarrow
 
 IMAGE = ("image", "path", "file", "filename", "file_name")  # names of the column that names the image; else the first
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -274,8 +274,7 @@ def rows_of(file: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _rows_of_parquet(file: Path) -> Iterator[tuple[int, list[str]]]:
-    if find_spec("pyarrow") is None:
-        raise ConfigError(f'{show(file)} needs pyarrow: pip install "mls[parquet]", or save the table as .csv')
+    demand_pyarrow(file)
     from pyarrow import ArrowException  # pyright: ignore
     from pyarrow.parquet import read_table as read_parquet  # pyright: ignore
 

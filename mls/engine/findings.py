@@ -15,10 +15,12 @@ from typing import Literal
 
 import torch
 
+from mls.chunks import power_of_two
 from mls.config import Config, MLSOptions, MoCoOptions, runs_root
 from mls.core import methods
 from mls.core.method import Method
 from mls.core.products import ENTRIES
+from mls.data.loader import whole_batches
 from mls.engine.optim import scaled_lr
 from mls.models import backbones
 from mls.models.momentum import precision_on
@@ -98,7 +100,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.images // self.config.data.batch_size
+        return whole_batches(self.images, self.config)
 
     @property
     def total(self) -> int:
@@ -137,7 +139,7 @@ def _batch(plan: Plan) -> list[Finding]:
             return [Finding("batch", "fails", f"{words}: start fewer processes")]
         return [Finding("batch", "fails", words, f"data.batch_size={larger}")]
     if plan.images < batch:
-        smaller = parts * _power_of_two(plan.images / 8 / parts)
+        smaller = parts * power_of_two(plan.images / 8 / parts)
         words = f"{plan.images:,} images are fewer than one batch of {batch:,}"
         override = f"data.batch_size={smaller}" if smaller <= plan.images else ""
         return [Finding("steps an epoch", "fails", words, override)]
@@ -227,13 +229,8 @@ def _positives(plan: Plan, options: MLSOptions) -> Iterator[Finding]:
 
 def _of_size(plan: Plan, rows: float) -> str:
     """A smaller dictionary: at most so many rows, but a batch, in equal parts for the processes."""
-    size = max(plan.world * _power_of_two(rows / plan.world), plan.config.data.batch_size)
+    size = max(plan.world * power_of_two(rows / plan.world), plan.config.data.batch_size)
     return f"dictionary.size={size}"
-
-
-def _power_of_two(most: float) -> int:
-    """The largest that is no larger, and at least 1."""
-    return 1 << max(0, int(most).bit_length() - 1)
 
 
 # ------------------------------------------------------------------------------------------------------- the schedule

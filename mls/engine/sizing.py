@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from mls.chunks import spaced
+from mls.chunks import power_of_two, spaced
 from mls.config import SIZED, Config, MLSOptions, MoCoOptions, check
 from mls.core import methods
 from mls.data import Source, Views
 from mls.data.decode import Encoded, UnreadableImage
+from mls.data.loader import whole_batches
 from mls.data.sources import build_source
 from mls.distributed import Process, on_main
 from mls.engine import optim
@@ -162,12 +163,8 @@ def _short_side(source: Source) -> int:
     return int(median(sides)) if sides else PAPER.augment.size
 
 
-def _power_of_two(most: float) -> int:
-    return 1 << max(0, int(most).bit_length() - 1)
-
-
 def _steps(config: Config, facts: Facts) -> int:
-    return config.optim.epochs * max(1, facts.images // config.data.batch_size)
+    return config.optim.epochs * max(1, whole_batches(facts.images, config))
 
 
 def _size(config: Config, facts: Facts) -> tuple[int, str]:
@@ -204,7 +201,7 @@ def _batch(config: Config, facts: Facts) -> tuple[int, str]:
             limit, why = fits, f"what {facts.memory:.0f} GiB hold"
     if isinstance(config.objective, MoCoOptions) and "dictionary.size" not in config.run.auto:
         limit = min(limit, config.dictionary.size)
-    return max(_power_of_two(max(limit, 2)) // parts, 1) * parts, why
+    return max(power_of_two(max(limit, 2)) // parts, 1) * parts, why
 
 
 def _key_group(config: Config, facts: Facts) -> tuple[int, str]:
@@ -215,7 +212,7 @@ def _key_group(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _dictionary(config: Config, facts: Facts) -> tuple[int, str]:
     """A quarter of the images at most: then a query meets an older row of its own in 3 of 100 steps."""
-    rows, batch = _power_of_two(facts.images / 4), config.data.batch_size
+    rows, batch = power_of_two(facts.images / 4), config.data.batch_size
     if rows >= PAPER.dictionary.size:
         return max(PAPER.dictionary.size, batch), "as the paper"
     if batch > rows:

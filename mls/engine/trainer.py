@@ -47,12 +47,12 @@ from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
 from mls.monitor.matches import MomentTaker, moment_epochs
 from mls.monitor.online import OnlineProbes
+from mls.monitor.verdict import WAITING
 from mls.monitor.window import Window
 from mls.progress import duration, for_people, summary
 from mls.recipes import from_dict
 from mls.tables import markdown_table
 
-MUCH_WAITING = 0.2  # share of the time spent waiting for data that is worth a hint
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
 
 
@@ -175,7 +175,7 @@ class Trainer:
             with self.no_sync_until_last(number, len(micro_batches)):
                 out = self.forward(views)
                 if logging:
-                    with self.window.monitoring():
+                    with self.window.measuring():
                         out.scalars |= out.measure()
                         self.window.pulls = self.window.pulls if number else gradient_norms(out)
                 self.scaler.scale(out.loss / len(micro_batches)).backward()
@@ -193,7 +193,7 @@ class Trainer:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if logging and self.process.main:
-                with self.window.monitoring():
+                with self.window.measuring():
                     self.window.labels = self.label_quality(outputs[0])
             self.note_terms(outputs[0])
             self.method.after_step(outputs)
@@ -204,27 +204,27 @@ class Trainer:
         epoch = epoch_of(step, self.steps_per_epoch)
         epoch_ends = step % self.steps_per_epoch == 0
         values: dict[str, float] = {}
-        if self.logs():
-            values |= self.measurements()
         if epoch_ends and epoch in self.moment_epochs:
             self.keep_moment(epoch)
         if epoch_ends and self.probes is not None:
-            with self.window.monitoring():
+            with self.window.measuring("probes"):
                 values |= self.probes(self.method.backbone, epoch, self.process.device)
         if epoch_ends and self.guard is not None and epoch % monitor.guard_every_epochs == 0:
-            with self.window.monitoring():
+            with self.window.measuring("probes"):
                 values |= self.guard.measure(self.method.backbone, self.process.device)
+        if self.process.main and (step % monitor.health_every == 0 or step == self.total):
+            with self.window.measuring():
+                values |= self.method.health()
+        if self.logs():  # last, so that the cost of all that is measured at this step is told here
+            values |= self.measurements()
         if self.process.main:
-            if step % monitor.health_every == 0 or step == self.total:
-                with self.window.monitoring():
-                    values |= self.method.health()
-            if values.get("data_wait", 0.0) > MUCH_WAITING and step >= self.hint_from:
+            if values.get("data_wait", 0.0) > WAITING and step >= self.hint_from:
                 self.hint_from = math.inf
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
                 self.session.say(f"{share}: {remedy(self.source, self.config)}")
             if values:
                 self.refuse_if_another_trains()
-                with self.window.monitoring():
+                with self.window.measuring():
                     self.log.write(step, epoch, values)
                 self.session.progress.update(step, epoch, for_people(values))
         if self.guard is not None:
@@ -271,7 +271,7 @@ class Trainer:
     def refresh(self, epoch: int) -> None:
         """What the method works out from the whole data set before this step, if anything. A signal ends it: a resume
         begins it anew."""
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         try:
             found = self.method.refresh(self.source, self.tell)
         except InterruptedError:
@@ -281,7 +281,8 @@ class Trainer:
         if not found:
             return
         seconds = round(time.monotonic() - began, 1)
-        self.session.events.write("refresh", step=self.step, epoch=epoch, seconds=seconds, **found)
+        cpu = round(time.process_time() - cpu, 1)
+        self.session.events.write("refresh", step=self.step, epoch=epoch, seconds=seconds, cpu_seconds=cpu, **found)
         words = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         self.session.say(f"epoch {epoch}: refreshed from all images in {duration(seconds)}, {words}")
         if self.process.main:
@@ -376,7 +377,7 @@ class Trainer:
 
         if not (self.process.main or self.method.saves_together):
             return
-        with self.window.monitoring():
+        with self.window.measuring():
             moment = self.take_moment(self.method, self.step, epoch)
             if moment is not None and self.process.main:
                 self.refuse_if_another_trains()
@@ -524,6 +525,7 @@ def last_words(run: Run, first: int, last: int, seconds: float) -> list[str]:
     share = lambda name: f"{fmean([row[name] for row in of_now if row.get(name) is not None] or [0.0]):.1%}"
     since = "" if first == 1 else f" (since step {first})"
     spent = f"{share('data_wait')} of the time waiting for data, {share('monitoring')} measuring for the log"
+    spent += f", {share('probes')} in online probes" if any("probes" in row for row in of_now) else ""
     words = [f"finished {last} steps in {duration(seconds)}{since}, {spent}"]
     if lines := summary(rows):
         words += ["", markdown_table(["", "first", "last", "by chance"], lines), ""]

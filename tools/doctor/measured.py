@@ -27,11 +27,11 @@ from mls.data.loader import Loader, remedy, worker_count
 from mls.distributed import Process
 from mls.engine import optim
 from mls.engine.findings import Finding, Plan, Sizes, in_units, nearest_folder
-from mls.engine.trainer import MUCH_WAITING
 from mls.errors import reason
 from mls.frozen.features import embed
 from mls.frozen.neighbours import RECALL, InMemorySource, Thumbnail, brightened, compressed, cropped
 from mls.models.momentum import HALF, precision_on
+from mls.monitor.verdict import WAITING
 from mls.progress import duration
 from mls.slurm.profile import Profile
 
@@ -220,7 +220,7 @@ def _waiting(found: Speed, source: Source, plan: Plan) -> Finding:
     views = plan.total * plan.config.data.batch_size
     words += f": all {views:,} of the run in {duration(views / slowest)}"
     waiting = max(0.0, 1 - found.loaded / found.trained)
-    if waiting <= MUCH_WAITING:
+    if waiting <= WAITING:
         return Finding("loader against step", "fine", words)
     advice = remedy(source, plan.config)
     override = advice.split()[1] if advice.startswith("set data.workers=") else ""

@@ -11,7 +11,10 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mls.errors import DataError
+from mls.monitor.moments import LEVELS
 
 if TYPE_CHECKING:
     from mls.monitor.labels import LabelStatistics
@@ -33,6 +36,14 @@ class Statistic:
     name: str
     values: dict[str, str]
     beside: str
+
+
+NAMES = {
+    "features": "backbone (g)",
+    "projections": "projection (z)",
+    "regions": "regions",
+    "pixels": "nearest in pixels",
+}
 
 
 def memories(moment: Moment) -> list[str]:
@@ -67,6 +78,19 @@ def statistics(moment: Moment) -> list[Statistic]:
     return found
 
 
+def score_curves(moment: Moment) -> dict[str, dict[str, list[float]]]:
+    """Of the scores of all rows and of the matches which share (y, in per cent) lies below which score (x)."""
+    found = {}
+    for memory in [name for name in memories(moment) if name in moment.scores]:
+        scores = [match.score for query in moment.queries for match in query.matches[memory]]
+        if scores:
+            of_matches = np.quantile(scores, LEVELS).round(4).tolist()
+            for words, values in (("all rows", moment.scores[memory]), ("matches", of_matches)):
+                last = dict(zip(values, (round(100 * level) for level in LEVELS), strict=True))  # of equal scores
+                found[f"{NAMES.get(memory, memory)}, {words}"] = {"x": list(last), "y": list(last.values())}
+    return found
+
+
 KINDS_BY_RANK = {
     "precision": "precision",
     "recall": "recall",
@@ -85,6 +109,11 @@ def by_rank(statistics: Mapping[str, LabelStatistics]) -> list[tuple[int, list[s
 
     names = [(name, kind) for kind in KINDS_BY_RANK for name in statistics]
     return [(rank, [cell(getattr(statistics[name], kind), rank) for name, kind in names]) for rank in shown]
+
+
+def compared(statistics: Mapping[str, LabelStatistics]) -> list[str]:
+    """The names of all statistics that were held against the precision."""
+    return list(dict.fromkeys(name for one in statistics.values() for name in one.against_precision))
 
 
 # -------------------------------------------------------------------------------------------------- judged by a person
