@@ -87,7 +87,12 @@ def question(
     protocol = load_protocol("worth", [f"model.backbone={backbone}", *overrides])
     if not splits.load(protocol.data).train.single_label:
         protocol = load_protocol("worth", ["metric=map", "training.loss=an", f"model.backbone={backbone}", *overrides])
-    named = {start: f"torchvision:{backbone}" if start == "imagenet" else start for start in dict.fromkeys(starts)}
+    starts = list(dict.fromkeys(starts))
+    ends = [Path(start).name for start in starts]
+    named: dict[str, str] = {}
+    for start, end in zip(starts, ends, strict=True):
+        name = end if Path(start).exists() and ends.count(end) == 1 else start
+        named[name] = f"torchvision:{backbone}" if start == "imagenet" else start
     return Question(protocol, named, sorted(set(fractions)), seeds)
 
 

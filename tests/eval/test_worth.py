@@ -44,14 +44,15 @@ def test_starts_are_paired_and_what_is_stored_is_not_trained_again(
     found = worth.answer(asked, tmp_path)
     after = worth.plan(asked, tmp_path)
     assert (after.stored, after.seconds) == (8, 0) and "nothing to do" in str(after)
-    gains = found.gains(start, 0.5)
-    assert gains == pytest.approx(np.subtract(found.values[start, 0.5], found.values["random", 0.5]).tolist())
+    name = Path(start).name
+    gains = found.gains(name, 0.5)
+    assert gains == pytest.approx(np.subtract(found.values[name, 0.5], found.values["random", 0.5]).tolist())
     assert worth.half_interval(gains) == pytest.approx(
         stats.t.interval(0.95, 1, np.mean(gains), stats.sem(gains))[1] - np.mean(gains)
     )
     table = found.table()
     assert table.header == ["start", "16 (0.5)", "32 (1)", "s a training"]
-    assert [row.labels[0] for row in table.rows] == ["random", start, f"{start} − random"]
+    assert [row.labels[0] for row in table.rows] == ["random", name, f"{name} − random"]
     assert len(found.verdicts()) == 2 and all(words.startswith("with ") for words in found.verdicts())
 
 
