@@ -18,11 +18,12 @@ from scipy import stats
 from mls.data import Source
 from mls.errors import ConfigError
 from mls.eval import splits
-from mls.eval.cells import Evaluation, Measured, evaluation, over_seeds
+from mls.eval.cells import Evaluation, evaluation
 from mls.eval.data import DataSet, LabelledImages
 from mls.eval.protocol import Supervised, load_protocol
 from mls.eval.supervised import is_drawn, prepare, prepare_training
 from mls.models import card_of, card_of_name
+from mls.progress import counting
 from mls.tables import Column, Row, Table
 
 FEWEST_STEPS = 150  # a small share of the labels is seen more often: ten steps teach nobody
@@ -86,7 +87,12 @@ def question(
     protocol = load_protocol("worth", [f"model.backbone={backbone}", *overrides])
     if not splits.load(protocol.data).train.single_label:
         protocol = load_protocol("worth", ["metric=map", "training.loss=an", f"model.backbone={backbone}", *overrides])
-    named = {start: f"torchvision:{backbone}" if start == "imagenet" else start for start in dict.fromkeys(starts)}
+    starts = list(dict.fromkeys(starts))
+    ends = [Path(start).name for start in starts]
+    named: dict[str, str] = {}
+    for start, end in zip(starts, ends, strict=True):
+        name = end if Path(start).exists() and ends.count(end) == 1 else start
+        named[name] = f"torchvision:{backbone}" if start == "imagenet" else start
     return Question(protocol, named, sorted(set(fractions)), seeds)
 
 
@@ -100,8 +106,10 @@ class Plan:
     seconds: float  # of those that are not stored
 
     def __str__(self) -> str:
-        minutes = f"about {max(1, round(self.seconds / 60))} minutes" if self.seconds else "nothing to do"
-        return f"{self.cells} trainings, {self.stored} of them stored already: {minutes} at the pace of {TIMED} steps"
+        minutes = round(self.seconds / 60)
+        about = f"about {f'{minutes} minutes' if minutes > 1 else 'a minute'} at the pace of {TIMED} steps"
+        told = about if self.seconds else "nothing to do"
+        return f"{self.cells} trainings, {self.stored} of them stored already: {told}"
 
 
 def plan(asked: Question, root: Path) -> Plan:
@@ -180,13 +188,14 @@ class Answer:
 
 def answer(asked: Question, root: Path, again: bool = False) -> Answer:
     """Train what is not stored, all starts with one seed before the next seed."""
-    rows = {f"{name}/{fraction}": cells for (name, fraction), cells in asked.cells.items()}
-    measured = over_seeds(rows, root, again)
-    found = Answer(asked, asked.protocol.metric)
-    for name, fraction in asked.cells:
-        of_seeds: list[Measured] = measured[f"{name}/{fraction}"]
-        found.values[name, fraction] = [100 * one.values[asked.protocol.metric] for one in of_seeds]
-        found.seconds[name, fraction] = [float(one.row["duration"]) for one in of_seeds]
+    found, done = Answer(asked, asked.protocol.metric), 0
+    with counting("trainings", len(asked.cells) * asked.seeds) as progress:
+        for seed in range(asked.seeds):
+            for key, cells in asked.cells.items():
+                measured = cells[seed].finish(root, quiet=True, again=again)
+                found.values.setdefault(key, []).append(100 * measured.values[found.metric])
+                found.seconds.setdefault(key, []).append(float(measured.row["duration"]))
+                progress(done := done + 1)
     return found
 
 

@@ -90,8 +90,8 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class DataConfig(ImagesConfig):
-    source: str = "auto"  # folder, list, coco, voc, tar, scenes, a plug-in's, or auto: found out from root
-    annotations: str | None = None  # COCO json or VOC split, where labels come from; a text list's image folder is root
+    source: str = "auto"  # folder, list, coco, voc, tar, parquet, huggingface, scenes, a plug-in's, or auto: by root
+    annotations: str | None = None  # COCO json, VOC or Hugging Face split; a text list's image folder is root
     batch_size: int = positive(256)  # images per step over all processes together
     limit: int | None = positive(None)  # only the first n images
     max_unreadable: float = share(0.01)  # share of images that may be broken before the run stops

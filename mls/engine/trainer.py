@@ -30,7 +30,7 @@ from mls.distributed import Process
 from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints, Copied, non_finite
 from mls.engine.events import versions
-from mls.engine.findings import Plan, Sizes, at_start
+from mls.engine.findings import Plan, Sizes, at_start, memory
 from mls.engine.images import accept_other_images, hash_of_names, keep_names
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import between, cosine, epoch_of
@@ -422,8 +422,11 @@ class Trainer:
         for sentence in words:
             self.session.say(sentence)
         if self.step == 0:
-            plan = Plan(config, len(self.source), self.process.world)
-            for sentence in at_start(plan, Sizes.of(self.method, config)):
+            plan, sizes = Plan(config, len(self.source), self.process.world), Sizes.of(self.method, config)
+            needed = memory(plan, sizes, self.process.device)
+            if needed.level == "fine":
+                self.session.say(f"memory, estimated: {needed.measured}")
+            for sentence in [*([] if needed.level == "fine" else [needed.sentence]), *at_start(plan, sizes)]:
                 self.session.warn(sentence)
 
     # ------------------------------------------------------------------------------------------------ state
