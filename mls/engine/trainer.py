@@ -494,8 +494,8 @@ def last_words(run: Run, first: int, last: int, seconds: float) -> list[str]:
         words += ["", markdown_table(["", "first", "last", "by chance"], lines), ""]
     protocol = ["linear", "data.name=folder", "data.root=/path/to/labelled/images"]
     if run.config.data.source == "scenes":
-        made, usual = vars(run.config.data.scenes), vars(ScenesConfig())
-        protocol = ["linear_scenes", *(f"data.scenes.{key}={made[key]}" for key in made if made[key] != usual[key])]
+        made, usual, keys = vars(run.config.data.scenes), vars(ScenesConfig()), ("size", "seed", "style", "objects")
+        protocol = ["linear_scenes", *(f"data.scenes.{key}={made[key]}" for key in keys if made[key] != usual[key])]
     commands = [
         command("mls report", run.path),
         command("mls eval run", *protocol, "--weights", run.path),

@@ -70,7 +70,7 @@ def test_the_cost_of_a_recipe_counts_the_searches_that_its_run_makes() -> None:
         ["objective.regions.every_epochs=0"],
         ["optim.epochs=5"],
     ):
-        config = mls.load_config("mls_regions_scenes_tiny", overrides)
+        config = mls.load_config("mls_regions_scenes_tiny", [changed] if changed else [])
         assert isinstance(config.objective, MLSOptions)
         due, labels = config.optim.epochs * 46, RegionLabels(config, "fp32")
         searches = sum(labels.due(step, 46) for step in range(1, due + 1))
