@@ -64,13 +64,8 @@ def test_a_region_and_its_match_are_framed_in_one_colour_the_best_on_top() -> No
 
 
 def test_the_cost_of_a_recipe_counts_the_searches_that_its_run_makes() -> None:
-    for overrides in (
-        [],
-        ["objective.regions.every_epochs=2"],
-        ["objective.regions.every_epochs=0"],
-        ["optim.epochs=5"],
-    ):
-        config = mls.load_config("mls_regions_scenes_tiny", [changed] if changed else [])
+    for changed in ("", "objective.regions.every_epochs=2", "objective.regions.every_epochs=0", "optim.epochs=5"):
+        config = mls.load_config("mls_regions_scenes_tiny", [changed] * bool(changed))
         assert isinstance(config.objective, MLSOptions)
         due, labels = config.optim.epochs * 46, RegionLabels(config, "fp32")
         searches = sum(labels.due(step, 46) for step in range(1, due + 1))
