@@ -59,7 +59,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "dense": {
         "DenseCL": ("objective.method=densecl", *PLAIN),
-        "SlotCon": ("objective.method=slotcon",),
+        "SlotCon": ("objective.method=slotcon", "objective.prototypes=32", "objective.hidden=256"),
     },
 }
 ALWAYS = (WINDOWS, OWN, ORACLE)
@@ -182,7 +182,8 @@ def measured(cells: Mapping[str, Pretraining], seeds: Sequence[int], folder: Pat
 def finished(cells: Mapping[str, Pretraining], seeds: Sequence[int], folder: Path) -> Found:
     """Those that the folder has; nothing is trained."""
     stored = {name: {seed: cell.with_seed(seed).stored(folder) for seed in seeds} for name, cell in cells.items()}
-    return {name: {seed: one for seed, one in several.items() if one} for name, several in stored.items()}
+    there = {name: {seed: one for seed, one in several.items() if one} for name, several in stored.items()}
+    return {name: several for name, several in there.items() if several}
 
 
 def of(found: Found, arm: str, metric: str) -> dict[int, float]:
@@ -224,7 +225,8 @@ def tables(found: Found, folder: Path, heading: str, note: str) -> list[Table]:
         rows.append(Row([arm], values))
     cost = (Column("CPU s a step", "cpu", 2, scale=1), Column("to MoCo's", "ratio", 2, scale=1))
     columns = (Column("seeds", "n"), *PROBES, *OVERLAP, *cost)
-    return [Table([heading], columns, rows), differences(found, note)]
+    pairs = differences(found, note)
+    return [Table([heading], columns, rows), pairs] if pairs.rows else [Table([heading], columns, rows, note)]
 
 
 def differences(found: Found, note: str) -> Table:
@@ -285,7 +287,8 @@ def figure(found: Found) -> Figure:
         colour = "0.5" if mixed else None
         dots = axes.scatter(*zip(*points, strict=True), s=14, alpha=0.6, color=colour)
         axes.scatter(*mean, s=60, marker="_" if mixed else "D", color=dots.get_facecolor()[0], label=arm)
-        axes.annotate(arm.removeprefix("+ "), mean, xytext=(6, 4), textcoords="offset points", fontsize=8)
+        side = {"ha": "right", "xytext": (-8, 4)} if mean[0] > 0.75 else {"xytext": (6, 4)}
+        axes.annotate(arm.removeprefix("+ "), mean, textcoords="offset points", fontsize=8, **side)
     if mixtures:
         axes.plot(*zip(*sorted(mixtures), strict=True), color="0.7", zorder=0)
     axes.axhline(0, color="0.85", zorder=0)
@@ -299,15 +302,15 @@ def _tell(found: Found, base: Config, folder: Path, quick: bool, show: bool) -> 
     from mls.tables import Format, render, terminal_width
 
     seeds = sorted({seed for several in found.values() for seed in several})
-    if not seeds:
+    if not found:
         raise ConfigError(f"{folder} has no finished arm of these: leave --show out to train them")
     note = f"{base.run.recipe}, {base.optim.epochs} epochs; mAP in per cent on unseen scenes, mean ± std over seeds "
     note += f"{', '.join(map(str, seeds))}; differences of pairs with the same seed: mean ± half of a 95 % interval, "
     note += "two-sided t-test; CPU time of the training process, one thread, with the search of neighbours"
     both = tables(found, folder, "arm (--quick: too short to show anything)" if quick else "arm", note)
-    text = "\n\n".join(map(render, both)) + "\n"
+    text, records = "\n\n".join(map(render, both)) + "\n", ",\n".join(render(one, Format.json) for one in both)
     write_atomically(folder / "evidence.md", text.encode())
-    write_atomically(folder / "evidence.json", "[{},\n{}]".format(*(render(one, Format.json) for one in both)).encode())
+    write_atomically(folder / "evidence.json", f"[{records}]\n".encode())
     figure(found).savefig(folder / "gain_against_overlap.png", dpi=150)
     print(text if show else "\n\n".join(render(one, width=terminal_width()) for one in both))
     if not show:
