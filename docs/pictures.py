@@ -1,6 +1,6 @@
 """The pictures of docs/reading-a-report.md: parts of a page of `mls report`, as Chromium shows them.
 
-    python docs/pictures.py ONE.html TWO.html        # pages of one run and of two
+python docs/pictures.py ONE.html TWO.html        # pages of one run and of two
 """
 
 import re

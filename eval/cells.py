@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 import mls
-from mls import distributed, engine
+from mls import card, distributed, engine
 from mls.config import Config, to_dict
 from mls.config import DataConfig as PretrainingData
 from mls.core.losses import LOSSES
@@ -33,14 +33,24 @@ from mls.eval.data import LAYOUTS, folder_of
 from mls.eval.dense import frozen as frozen_dense
 from mls.eval.dense import run as dense
 from mls.eval.dense.prepare import content as dense_content
+from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import Dense, FrozenDense
 from mls.eval.outcome import Outcome
-from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
+from mls.eval.protocol import (
+    AnyProtocol,
+    Frozen,
+    Supervised,
+    fingerprint,
+    load_protocol,
+    scenes_identity,
+    to_yaml,
+)
 from mls.eval.training import Training
 from mls.eval.weights import Weights, read
 from mls.files import file_name, remove_unfinished, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
 from mls.locks import Lock, locked
+from mls.models import card_of_name, untrained
 from mls.recipes import load_config
 from mls.results import Results
 
@@ -49,7 +59,12 @@ FREE_AND_YOUNGER = [("engine", "timeout_minutes"), ("engine", "deterministic"), 
 FREE_AND_YOUNGER += [("monitor", f"guard{key}") for key in ("", "_images", "_fall", "_every_epochs")]
 YOUNGER_AT = {("model", "final_momentum"): None, ("optim", "final_weight_decay"): None, ("optim", "clip_norm"): None}
 YOUNGER_AT |= {("optim", "layer_decay"): 1.0}  # left out of a run's identity at these values
-YOUNGER = {"info_nce_weight", "windows", "regions"}  # keys of objective.* that stored results do not know
+YOUNGER = {
+    "info_nce_weight",
+    "windows",
+    "regions",
+    "oracle_share",
+}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
     "multilabel": supervised.run,
@@ -341,7 +356,24 @@ class Evaluation(Cell):
 
     def save(self, folder: Path, outcome: Outcome) -> None:
         if outcome.weights:
-            save_classifier(outcome.weights, folder)
+            save_classifier(outcome.weights, folder, self.about_classifier())
+
+    def about_classifier(self) -> dict[str, Any]:
+        """What `mls predict` has to know beside the tensors. Images are standardised as they were here."""
+        protocol, of_file = self.protocol, self.source.file is not None
+        images = load_images(protocol) if isinstance(protocol, Dense | FrozenDense) else splits.load(protocol.data)
+        name = untrained(protocol.model.backbone) if self.weights == "random" else self.weights
+        known = dict(self.source.facts) if of_file else card_of_name(name)
+        if isinstance(protocol, Supervised | Frozen) and not of_file and not name.startswith("timm:"):
+            known |= {"mean": protocol.augment.mean, "std": protocol.augment.std}
+        return {
+            "task": protocol.task,
+            "classes": list(images.train.class_names),
+            "single_label": getattr(images.train, "single_label", None),
+            "weights": str(Path(self.weights).expanduser().absolute()) if of_file else name,
+            "weights_hash": self.source.hash,
+            **{key: known[key] for key in ("architecture", "mean", "std", "input_size")},
+        }
 
     def tidy(self, folder: Path, keep: bool) -> None:
         for rest in (folder / "state", folder / "weights") if keep else (folder,):
@@ -409,11 +441,11 @@ def trained(protocol: Supervised, weights: str | None, seed: int, root: Path) ->
     return training
 
 
-def save_classifier(weights: dict[str, Tensor], folder: Path) -> None:
+def save_classifier(weights: dict[str, Tensor], folder: Path, facts: dict[str, Any]) -> None:
     """What was tested: all of a classifier, or the linear layer alone where the features were frozen."""
     from safetensors.torch import save
 
-    write_atomically(folder / "classifier.safetensors", save(weights))
+    card.write(folder / "classifier.safetensors", save(weights), facts)
 
 
 def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
@@ -449,12 +481,14 @@ def config_hash(config: Config) -> str:
     if values["engine"]["augment"] == "device":  # as all were that do not know the key
         del values["engine"]["augment"]
     del values["run"]["auto"]
+    values["data"]["scenes"] = scenes_identity(values["data"]["scenes"])
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:
             del values["objective"][key]
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    images = "" if config.data.source == "scenes" else _images_of(config.data)  # scenes are made, not read
+    made = config.data.source == "scenes" and config.data.scenes.objects is None  # not read
+    images = "" if made else _images_of(config.data)
     return hashlib.sha256((text + images).encode()).hexdigest()[:8]
 
 

@@ -75,6 +75,8 @@ class ScenesConfig:
     test_count: int = positive(2000)
     size: int = positive(32)
     seed: int = any_seed(0)
+    style: Literal["standard", "easy", "hard"] = "standard"
+    objects: str | None = None  # class folders of photographs, which take the digits' place
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class DataConfig(ImagesConfig):
-    source: str = "auto"  # folder, list, coco, voc, tar, scenes, a plug-in's, or auto: found out from root
-    annotations: str | None = None  # COCO json or VOC split, where labels come from; a text list's image folder is root
+    source: str = "auto"  # folder, list, coco, voc, tar, parquet, huggingface, scenes, a plug-in's, or auto: by root
+    annotations: str | None = None  # COCO json, VOC or Hugging Face split; a text list's image folder is root
     batch_size: int = positive(256)  # images per step over all processes together
     limit: int | None = positive(None)  # only the first n images
     max_unreadable: float = share(0.01)  # share of images that may be broken before the run stops
@@ -227,6 +229,7 @@ class MLSOptions(MoCoOptions):
     classify_with: Literal["backbone", "projection"] = "projection"
     warmup_epochs: float = zero_or_more(0.0)  # InfoNCE alone for the first epochs
     pseudo_labels: Literal["matched", "random", "oracle"] = "matched"  # the last two are controls, not methods
+    oracle_share: float = share(1.0)  # of the positives of pseudo_labels=oracle; the others are random
 
     def check(self, config: Config) -> None:
         super().check(config)
@@ -292,6 +295,19 @@ class DenseCLOptions(MoCoOptions):
     def check(self, config: Config) -> None:
         super().check(config)
         no_windows(self)
+
+
+@_objective("slotcon")
+@dataclass(frozen=True)
+class SlotConOptions(ObjectiveConfig):
+    method: str = "slotcon"
+    prototypes: int = limited(256, low=2)
+    hidden: int = positive(4096)  # width of the hidden layers of head and predictor
+    temperature: float = positive(0.2)  # of the slots' InfoNCE
+    student_temperature: float = positive(0.1)
+    teacher_temperature: float = positive(0.07)
+    centre_momentum: float = share(0.9)
+    group_weight: float = share(0.5)  # the slots' InfoNCE has the rest
 
 
 def no_windows(options: MoCoOptions) -> None:

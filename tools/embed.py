@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
 from mls.errors import ConfigError
-from mls.files import atomic_file
+from mls.files import atomic_file, demand_pyarrow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +41,7 @@ def embed(
 
     if out.suffix not in (".parquet", ".npz"):
         raise ConfigError(f"--out {out} says no format: name it x.parquet or x.npz")
-    if out.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise ConfigError('a .parquet file needs pyarrow: pip install "mls[parquet]", or name it x.npz')
+    demand_pyarrow(out)
     source = source_from(images)
     stored, broken = stored_features(source, Embedder.of(weights), workers)
     readable = torch.ones(len(source), dtype=torch.bool)

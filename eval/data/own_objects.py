@@ -46,6 +46,8 @@ def read_coco(root: Path) -> DataSet[ObjectImages]:
         for name, of_part in rows.items():
             source = listed(f"coco {name}", folder, [paths[row] for row in of_part], file)
             parts[name] = objects_of(truth, [images[row] for row in of_part], source)
+        if not part:
+            parts["test"].images.odd = None  # pyright: ignore[reportAttributeAccessIssue]  (told of the training part)
     return data_set("coco", alike(parts), root)
 
 

@@ -22,7 +22,7 @@ from mls.data import Source
 from mls.data.annotated import VOC_CLASSES
 from mls.data.crops import decode
 from mls.data.listing import show
-from mls.data.scenes import CLASS_NAMES, ScenesSource
+from mls.data.scenes import ScenesSource
 from mls.errors import DataError, reason
 from mls.eval.data import DataSet, Layout, register
 from mls.eval.data.objects import another_size
@@ -199,7 +199,7 @@ def scenes(config: ScenesConfig) -> DataSet[RegionImages]:
         made = source.scenes
         assert made.masks is not None
         painted = (made.masks * (made.classes + 1)[..., None, None]).amax(1).to(torch.uint8)
-        return RegionImages(source, painted.__getitem__, ["ground", *CLASS_NAMES])
+        return RegionImages(source, painted.__getitem__, ["ground", *source.class_names])
 
     return DataSet("scenes_regions", split("train"), split("test"))
 

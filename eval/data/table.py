@@ -9,7 +9,6 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +22,7 @@ from mls.data.listing import FileSource, locate, printable, show
 from mls.data.unreadable import MOST
 from mls.errors import ConfigError, DataError, reason
 from mls.eval.data import DataSet, LabelledImages, Layout, register
+from mls.files import demand_pyarrow
 
 IMAGE = ("image", "path", "file", "filename", "file_name")  # names of the column that names the image; else the first
 PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
@@ -96,7 +96,6 @@ def read(root: Path | None, own: OwnLabels) -> tuple[DataSet, str]:
     train, test = part("train"), part("test")
     if train is None or test is None:
         raise DataError(f"{show(file)} has no row for {'test' if train else 'train'} in its column split: add some")
-    _refuse_unmeasurable(file, test)
     return DataSet("table", train, test, part("val")), _about_zero(table, own)
 
 
@@ -274,8 +273,7 @@ def rows_of(file: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _rows_of_parquet(file: Path) -> Iterator[tuple[int, list[str]]]:
-    if find_spec("pyarrow") is None:
-        raise ConfigError(f'{show(file)} needs pyarrow: pip install "mls[parquet]", or save the table as .csv')
+    demand_pyarrow(file)
     from pyarrow import ArrowException  # pyright: ignore
     from pyarrow.parquet import read_table as read_parquet  # pyright: ignore
 
@@ -356,11 +354,12 @@ def by_hash(images: Sequence[bytes], seed: int) -> list[str]:
     return ["test" if digest <= limit else "train" for digest in digests]
 
 
-def _refuse_unmeasurable(file: Path, test: LabelledImages) -> None:
-    truth = test.truth
+def refuse_unmeasurable(data: DataSet) -> None:
+    """Before anything is trained that could not be tested."""
+    test, truth = data.test, data.test.truth
     if truth.ndim == 2 and not ((truth > 0).any(0) & (truth < 0).any(0)).any():
         raise DataError(
-            f"{show(file)}: among the {len(test)} test images no class is known to be present in one and absent in "
+            f"{data.name}: among the {len(test)} test images no class is known to be present in one and absent in "
             "another, so nothing can be measured: write 0 where a class is absent, or say data.blank=absent"
         )
 

@@ -61,8 +61,7 @@ def _objects(part: Any) -> str:
 
 def _settle(protocol: Detection, data: DataSet[ObjectImages]) -> None:
     """Odd entries of the annotations are left out, and that is said once; or they are refused."""
-    found = {id(part.odd): part.odd for part in (data.train, data.test)}  # parts of one file have one list
-    lists = [odd for odd in found.values() if odd is not None and len(odd)]
+    lists = [part.odd for part in (data.train, data.test) if part.odd is not None and len(part.odd)]
     wrong = set().union(*(odd.found for odd in lists)) - {*AS_DETECTRON2}
     words = "; ".join(map(str, lists))
     check = command("mls data check --dataset", protocol.data.name, *filter(None, [protocol.data.root]))

@@ -80,7 +80,7 @@ class Method(nn.Module):
 
     >>> from mls.core.methods import names
     >>> names()
-    ['byol', 'densecl', 'knn_moco', 'mls', 'moco_v2', 'simsiam', 'supervised']
+    ['byol', 'densecl', 'knn_moco', 'mls', 'moco_v2', 'simsiam', 'slotcon', 'supervised']
     """
 
     def __init__(

@@ -22,6 +22,9 @@ from mls.core.method import Method
 from mls.core.products import ENTRIES
 from mls.data.loader import whole_batches
 from mls.engine.optim import scaled_lr
+from mls.models import backbones
+from mls.models.momentum import precision_on
+from mls.streams import initialisation
 
 Level = Literal["fine", "warning", "fails"]
 MANY_OWN, MANY_POSITIVES = 0.1, 0.05  # shares of the positives and of the dictionary's rows; the paper's k is 0.5 %
@@ -30,6 +33,7 @@ LEFT_OUT, NEARLY_FULL = 0.1, 0.8  # shares: of an epoch's images, of a memory or
 FILLING = 0.1  # share of a run after which its dictionary should be full
 USUAL_RATES = {"sgd": (1e-3, 3.0), "adamw": (1e-5, 5e-3), "lars": (0.1, 20.0)}  # peaks that the papers use
 LOGIT_TENSORS = 4  # of so many entries at once: cosines, labels, losses and their gradient
+KEPT_TIMES = 2  # views, keys, gradients of maps and workspaces, beside what the backward pass keeps: as much again
 MOMENTS = {"sgd": 1, "adamw": 2, "lars": 1}  # that an optimizer keeps of each parameter
 GIB = 2**30
 
@@ -267,9 +271,35 @@ def _warmup(plan: Plan) -> Iterator[Finding]:
 # -------------------------------------------------------------------------------------------------------- the machine
 
 
+def kept_of_image(config: Config, half: bool) -> int:
+    """Bytes that the backward pass through the backbone keeps of one image: the tensors that autograd saves, counted on
+    torch's meta device, where a tensor has a size and no values. 0: the network cannot be counted so.
+
+    >>> round(kept_of_image(Config(), half=True) / 2**20)  # ResNet-50, 224 pixels
+    42
+    """
+    dtype = torch.bfloat16 if half else torch.float32
+    found: dict[int, Tensor] = {}
+    sizes = [config.augment.size, *[config.augment.small_size] * config.augment.small_crops]
+    try:
+        with torch.device("meta"), initialisation(0):
+            network = backbones.build(config.model.backbone).to(dtype).train()
+            weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+
+        def keep(saved: Tensor) -> Tensor:
+            found[saved.untyped_storage()._cdata] = saved  # held, so that no storage gets the name of another
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            outputs = [network(torch.empty(2, 3, size, size, dtype=dtype, device="meta")) for size in sizes]
+    except Exception:  # an operation that has no answer there, of a network from elsewhere
+        return 0
+    kept = sum(saved.untyped_storage().nbytes() for key, saved in found.items() if key not in weights)
+    return kept // 2 if outputs else 0
+
+
 def memory(plan: Plan, sizes: Sizes, device: torch.device) -> Finding:
-    """The state of a run against the memory of its device. What images take on their way through the network is not
-    planned: it is measured by a step."""
+    """What a run needs, worked out before its first step, against the memory of its device. A step measures it."""
     most = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_memory()
     parts = {
         "encoders": sizes.encoders,
@@ -280,17 +310,21 @@ def memory(plan: Plan, sizes: Sizes, device: torch.device) -> Finding:
     parts["labels"] = sizes.labels
     if isinstance(plan.config.objective, MoCoOptions):
         parts["logits"] = 4 * LOGIT_TENSORS * min(plan.part * plan.config.dictionary.size, ENTRIES)
+    half = precision_on(device, plan.config.engine.precision) != "fp32"
+    parts[f"{plan.part} images"] = KEPT_TIMES * plan.part * kept_of_image(plan.config, half)
     words = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items() if size)
     words += f"; the {'GPU' if device.type == 'cuda' else 'machine'} has {in_units(most)}"
     needed = sum(parts.values())
     if needed <= NEARLY_FULL * most:
         return Finding("memory", "fine", words)
     level: Level = "fails" if needed > most else "warning"
-    return Finding("memory", level, f"{in_units(needed)} before any image: {words}", _less_memory(plan, sizes))
+    return Finding("memory", level, f"{in_units(needed)} are needed: {words}", _less_memory(plan, sizes, needed))
 
 
-def _less_memory(plan: Plan, sizes: Sizes) -> str:
+def _less_memory(plan: Plan, sizes: Sizes, needed: int) -> str:
     dictionary = plan.config.dictionary
+    if sizes.held < needed / 2:
+        return f"engine.accumulate={2 * plan.config.engine.accumulate}"
     if sizes.dictionary < sizes.held / 2:
         return ""
     if plan.world > 1 and not dictionary.sharded:

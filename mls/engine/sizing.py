@@ -12,13 +12,16 @@ import torch
 
 from mls.chunks import power_of_two, spaced
 from mls.config import SIZED, Config, MLSOptions, MoCoOptions, check
-from mls.data import Source
+from mls.core import methods
+from mls.data import Source, Views
 from mls.data.decode import Encoded, UnreadableImage
 from mls.data.loader import whole_batches
 from mls.data.sources import build_source
 from mls.distributed import Process, on_main
-from mls.errors import DataError, command
+from mls.engine import optim
+from mls.errors import ConfigError, DataError, command
 from mls.models import card_of, card_of_name
+from mls.models.momentum import precision_on
 
 FEWEST, FEW = 16, 1000  # images that can be trained on; below which published weights are a better start
 LOOKED_AT = 64  # images whose size is read
@@ -58,10 +61,49 @@ def sized(config: Config, process: Process, tell: Callable[[Config, Facts, list[
         facts = facts_of(build_source(config.data), process)
         made, choices = choose(config, facts)
         check(made)
+        if process.device.type == "cuda" and "data.batch_size" in config.run.auto:
+            made, choices = tried(config, facts, made, choices, lambda one: holds(one, process))
         tell(made, facts, choices)
         return made
 
     return on_main(decide)
+
+
+def tried(
+    config: Config, facts: Facts, made: Config, choices: list[Choice], holds: Callable[[Config], bool]
+) -> tuple[Config, list[Choice]]:
+    """With the batch halved until a step fits into the GPU's memory; what follows from the batch is chosen anew."""
+    parts = facts.processes * config.engine.accumulate
+    rest = replace(config, run=replace(config.run, auto=[key for key in config.run.auto if key != "data.batch_size"]))
+    while not holds(made):
+        before = made.data.batch_size
+        if before <= 2 * parts:
+            raise ConfigError("a step of one image does not fit into the GPU's memory: lower augment.size")
+        smaller = replace(rest, data=replace(rest.data, batch_size=before // (2 * parts) * parts))
+        made, others = choose(smaller, facts)
+        check(made)
+        words = f"a step with {before} did not fit into the GPU's memory, one with {made.data.batch_size} does"
+        choices = [Choice("data.batch_size", made.data.batch_size, words), *others]
+    return made, choices
+
+
+def holds(config: Config, process: Process) -> bool:
+    """Whether a step of one process' images fits into its GPU: tried, on noise."""
+    device = process.device
+    images = config.data.batch_size // (process.world * config.engine.accumulate)
+    try:
+        method = methods.build(config, precision_on(device, config.engine.precision)).to(device)
+        optimizer = optim.build(config, method, method.own_rates(), method.backbone)
+        views = [torch.randn(images, 3, view.size, view.size, device=device) for view in method.views().views]
+        boxes = [torch.zeros(images, 4, device=device) for _ in views]
+        out = method(Views(views, boxes, torch.arange(images, device=device)))
+        out.loss.backward()
+        optimizer.step()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
 
 
 def show(config: Config, facts: Facts, choices: list[Choice]) -> None:
@@ -105,8 +147,8 @@ def advice(config: Config, facts: Facts) -> str | None:
     if facts.images >= FEW or config.model.weights is not None:
         return None
     network = "resnet18" if facts.memory is None else "resnet50"
-    overrides = (f"model.backbone={network}", f"model.weights=torchvision:{network}", "optim.lr=0.03")
-    again = command("mls pretrain", config.data.root, *overrides)
+    changes = (f"data.root={config.data.root}", f"model.weights=torchvision:{network}")
+    again = command("mls pretrain mls_continue", *changes)
     return f"{facts.images:,} images are few to learn from nothing: published weights are a better start, {again}"
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mls import distributed
-from mls.config import Config, EngineConfig, to_dict
+from mls.config import Config, EngineConfig, ScenesConfig, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch, Source
@@ -30,7 +30,7 @@ from mls.distributed import Process
 from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints, Copied, non_finite
 from mls.engine.events import versions
-from mls.engine.findings import Plan, Sizes, at_start
+from mls.engine.findings import Plan, Sizes, at_start, memory
 from mls.engine.images import accept_other_images, hash_of_names, keep_names
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import between, cosine, epoch_of
@@ -271,7 +271,7 @@ class Trainer:
     def refresh(self, epoch: int) -> None:
         """What the method works out from the whole data set before this step, if anything. A signal ends it: a resume
         begins it anew."""
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         try:
             found = self.method.refresh(self.source, self.tell)
         except InterruptedError:
@@ -281,7 +281,8 @@ class Trainer:
         if not found:
             return
         seconds = round(time.monotonic() - began, 1)
-        self.session.events.write("refresh", step=self.step, epoch=epoch, seconds=seconds, **found)
+        cpu = round(time.process_time() - cpu, 1)
+        self.session.events.write("refresh", step=self.step, epoch=epoch, seconds=seconds, cpu_seconds=cpu, **found)
         words = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
         self.session.say(f"epoch {epoch}: refreshed from all images in {duration(seconds)}, {words}")
         if self.process.main:
@@ -421,8 +422,11 @@ class Trainer:
         for sentence in words:
             self.session.say(sentence)
         if self.step == 0:
-            plan = Plan(config, len(self.source), self.process.world)
-            for sentence in at_start(plan, Sizes.of(self.method, config)):
+            plan, sizes = Plan(config, len(self.source), self.process.world), Sizes.of(self.method, config)
+            needed = memory(plan, sizes, self.process.device)
+            if needed.level == "fine":
+                self.session.say(f"memory, estimated: {needed.measured}")
+            for sentence in [*([] if needed.level == "fine" else [needed.sentence]), *at_start(plan, sizes)]:
                 self.session.warn(sentence)
 
     # ------------------------------------------------------------------------------------------------ state
@@ -525,8 +529,10 @@ def last_words(run: Run, first: int, last: int, seconds: float) -> list[str]:
     words = [f"finished {last} steps in {duration(seconds)}{since}, {spent}"]
     if lines := summary(rows):
         words += ["", markdown_table(["", "first", "last", "by chance"], lines), ""]
-    protocol = ["linear_scenes"] if run.config.data.source == "scenes" else ["linear", "data.name=folder"]
-    protocol += [] if len(protocol) == 1 else ["data.root=/path/to/labelled/images"]
+    protocol = ["linear", "data.name=folder", "data.root=/path/to/labelled/images"]
+    if run.config.data.source == "scenes":
+        made, usual, keys = vars(run.config.data.scenes), vars(ScenesConfig()), ("size", "seed", "style", "objects")
+        protocol = ["linear_scenes", *(f"data.scenes.{key}={made[key]}" for key in keys if made[key] != usual[key])]
     commands = [
         command("mls report", run.path),
         command("mls eval run", *protocol, "--weights", run.path),

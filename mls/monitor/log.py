@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # it would load numpy and Pillow for commands that read a log
 
 DISK_FULL = "free some, and `mls pretrain --resume` goes on"
 # What no two runs have in common.
-TIMES = {"time", "images_per_second", "data_wait", "monitoring", "probes", "gpu_memory_gib"}
+TIMES = {"time", "images_per_second", "data_wait", "monitoring", "probes", "cpu_seconds", "gpu_memory_gib"}
 TAIL = 1 << 16  # bytes: a hundred rows
 LARGEST_STEP, LARGEST = 1 << 53, 1e300  # what is read: beyond them sums and differences overflow
 

@@ -32,6 +32,7 @@ class Window:
     def restart_clock(self) -> None:
         self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
         self.spent: dict[str, float] = dict.fromkeys(COSTS, 0.0)
+        self.cpu = time.process_time()
 
     @contextmanager
     def measuring(self, what: str = "monitoring") -> Iterator[None]:
@@ -61,6 +62,7 @@ class Window:
         values["steps_per_second"] = self.steps / spent
         values["data_wait"] = self.waited / spent
         values |= {what: seconds / spent for what, seconds in self.spent.items()}
+        values["cpu_seconds"] = (time.process_time() - self.cpu) / max(1, self.steps)  # of this process, a step
         self.sums, self.counts, self.pulls, self.labels = {}, {}, {}, {}
         self.restart_clock()
         return values

@@ -16,7 +16,7 @@ from torch import nn
 import mls
 from mls.config import AugmentConfig
 from mls.data.sources import hash_of_images
-from mls.errors import ConfigError, DataError
+from mls.errors import ConfigError
 from mls.eval import cells, extraction, frozen, load_protocol
 from mls.eval.data import LabelledImages
 from mls.eval.extraction import extract, features_of

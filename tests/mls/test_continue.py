@@ -69,6 +69,7 @@ def test_the_guard_measures_fixed_images_and_ignores_what_rises() -> None:
     network = load_backbone("resnet_tiny")
     values = [guard.measure(network, torch.device("cpu")) for guard in made if guard is not None]
     assert values[0] == values[1] and 1 < values[0]["guard/rankme"] <= 60
+    assert made[0].sample.ids.tolist() != sorted(made[0].sample.ids.tolist())  # else folders of classes were split
     made[0].start = values[0]
     assert not made[0].fallen({name: 1.05 * value for name, value in values[0].items()})
     assert "RankMe on fixed images is" in made[0].fallen({"guard/rankme": 0.8 * values[0]["guard/rankme"]})

@@ -35,6 +35,7 @@ def listed(cluster: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return line
 
 
+@pytest.mark.long
 def test_a_run_that_is_requeued_cancelled_and_submitted_again_equals_one_without_slurm(
     cluster: Any, listed: Callable[[str], str]
 ) -> None:
@@ -64,6 +65,7 @@ def test_a_run_that_is_requeued_cancelled_and_submitted_again_equals_one_without
     assert "| done " in listed("interrupted")
 
 
+@pytest.mark.long
 def test_two_nodes_of_two_processes_train_together(cluster: Any) -> None:
     nodes = ["--slurm", "nodes=2", "--slurm", "tasks_per_node=2", "--slurm", "gpus_per_node=2"]
     run = cluster.pretrain("four", "optim.epochs=1", *nodes)
@@ -74,6 +76,7 @@ def test_two_nodes_of_two_processes_train_together(cluster: Any) -> None:
     assert "on 4 × cpu" in cluster.logs(run.path)
 
 
+@pytest.mark.long
 def test_a_preempted_run_goes_on_with_all_ranks_at_the_same_step(cluster: Any) -> None:
     alone = cluster.alone("alone-with-two", processes=2)
     run = cluster.pretrain("preempted", "--slurm", "nodes=2", "--slurm", "cpus_per_task=4")

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.mark.long
 def test_everything_is_measured_side_by_side_in_one_run(mls_command: Command, tmp_path: Path) -> None:
     out = tmp_path / "matching.json"
     done = mls_command(
