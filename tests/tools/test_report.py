@@ -274,7 +274,7 @@ def test_what_replay_has_found_stands_on_the_page(synthetic_run: Make, page_of: 
     assert "backbone 5 4.5 99.0 25.0% 7 91.0 ± 0.5" in page.rows()
     assert "<img src=x" not in page.source and "not of trainings" in page.text
     (run.path / "replay.json").write_text('{"run": 3}')
-    assert "mls replay" not in page_of(run).text
+    assert Section(Card.of(run, "run"), Gallery()).replayed is None
 
 
 def test_labels_of_some_images_judge_a_run_that_knew_none(synthetic_run: Make, tmp_path: Path) -> None:
