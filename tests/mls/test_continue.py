@@ -23,7 +23,8 @@ from mls.recipes import load_config
 
 CONTINUED = """data.scenes.count=96 data.batch_size=32 optim.epochs=2 optim.layer_decay=0.5 optim.clip_norm=0.5
 optim.final_weight_decay=0.01 model.final_momentum=1.0 monitor.guard=warn monitor.guard_images=64
-monitor.guard_fall=0.01 monitor.moments=0 monitor.knn_every_epochs=0 monitor.linear_every_epochs=0 monitor.log_every=1""".split()
+monitor.guard_fall=0.01 monitor.moments=0 monitor.knn_every_epochs=0 monitor.linear_every_epochs=0
+monitor.log_every=1""".split()
 LOGGED = ("loss", "guard/rankme")
 
 
