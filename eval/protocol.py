@@ -170,7 +170,7 @@ AnyProtocol = Classification | Detection | Segmentation | FrozenDense
 
 def check(protocol: Classification) -> None:
     """Refuse combinations that cannot work, before anything is loaded."""
-    if protocol.data.shots and protocol.data.fraction < 1:
+    if isinstance(protocol, Supervised | Frozen) and protocol.data.shots and protocol.data.fraction < 1:
         raise ConfigError("data.shots and data.fraction both say how many images are learnt from: set one of them")
     if isinstance(protocol, Supervised):
         _check_training(protocol.training)
