@@ -98,6 +98,7 @@ def small(name: str, protocol: Dense) -> Dense:
     changes = REGIONS
     if isinstance(protocol, Detection):
         changes = [*BOXES, f"model.anchors={[8] if protocol.model.neck == 'c4' else [6, 9, 13]}"]
+        changes += ["model.masks=true"] if protocol.model.neck == "fpn" else []  # boxes alone are noise in three steps
     lr = protocol.training.lr * BATCH / protocol.training.batch_size
     fast = [
         "training.device=cpu",
