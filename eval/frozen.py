@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mls.distributed import start
 from mls.errors import ConfigError
 from mls.eval.data import LabelledImages
+from mls.eval.data.table import refuse_unmeasurable
 from mls.eval.extraction import Features, features_of
 from mls.eval.images import Batches
 from mls.eval.outcome import Outcome, metrics
@@ -67,6 +68,7 @@ def run(
     began = time.monotonic()
     protocol = with_statistics_of(weights, protocol)
     data = load(protocol.data)
+    refuse_unmeasurable(data)
     backbone = build_backbone(protocol, weights, seed, data.train)
     embed = lambda part, images: features_of(backbone, images, protocol, f"of {data.name} {part}", quiet=quiet)
     train = training_features(backbone, data.train, protocol, seed, quiet)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,10 @@ class Pretraining(Cell):
     @cached_property
     def config(self) -> Config:
         """Without the place of the run, which changes no number."""
-        overrides = applicable(self.recipe, self.overrides)  # rows of a table share some that not every method has
-        scenes = [f"data.scenes.seed={self.seed}"] * self.own_scenes
-        return load_config(self.recipe, [*overrides, *scenes, f"run.seed={self.seed}", "run.root=null"])
+        config = _loaded(self.recipe, tuple(self.overrides))
+        scenes = replace(config.data.scenes, seed=self.seed) if self.own_scenes else config.data.scenes
+        run, data = replace(config.run, seed=self.seed, root=None), replace(config.data, scenes=scenes)
+        return replace(config, run=run, data=data)
 
     def with_seed(self, seed: int) -> Pretraining:
         return replace(self, seed=seed, trunk=self.trunk and replace(self.trunk, seed=seed))
@@ -132,6 +133,11 @@ class Pretraining(Cell):
             if not reached():
                 raise
         return run
+
+
+@lru_cache(maxsize=64)  # the seeds of a row share it
+def _loaded(recipe: str, overrides: tuple[str, ...]) -> Config:
+    return load_config(recipe, applicable(recipe, overrides))  # rows of a table share some that not every method has
 
 
 def compare(rows: Mapping[str, Pretraining], seeds: int, root: Path) -> dict[str, list[Measured]]:

@@ -19,7 +19,7 @@ from mls.eval import prior_scores
 from mls.eval.boosted import BoostedClassifier
 from mls.eval.classifier import Classifier, Several, build_classifier
 from mls.eval.data import LabelledImages
-from mls.eval.data.table import OwnLabels
+from mls.eval.data.table import OwnLabels, refuse_unmeasurable
 from mls.eval.outcome import Outcome, for_file, metrics
 from mls.eval.protocol import Classification, DataConfig, Supervised, TrainingData
 from mls.eval.regimes import observe, split
@@ -59,6 +59,7 @@ def prepare(data: TrainingData, draw: int = 0) -> Prepared:
 @lru_cache(maxsize=1)  # the cells of a suite share it
 def _prepare(data: TrainingData, draw: int, own: OwnLabels | None) -> Prepared:
     found = load(data)
+    refuse_unmeasurable(found)
     train, val, rows, weak = found.train, found.val, torch.arange(len(found.train)), None
     drawn = train.observed
     if train.single_label:

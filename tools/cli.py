@@ -28,6 +28,7 @@ from mls.tools import (
     eval,
     export,
     jobs,
+    labels,
     maps,
     neighbours,
     predict,
@@ -80,6 +81,7 @@ for name, command in COMMANDS.items():
 app.add_typer(scenes.app, name="scenes")
 app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
+app.add_typer(labels.app, name="labels")
 app.add_typer(submit.app, name="submit")
 app.add_typer(box.app, name="slurm")
 app.add_typer(bench.app, name="bench")

@@ -77,7 +77,7 @@ def _draw_nearest(weights: str, source: Source, query: list[Path], k: int, out: 
         print(queries.describe(number))
         for image, cosine in pairs:
             print(f"  {cosine:.3f}  {source.describe(image)}")
-        lines.append(gallery_row(queries.read(number), number, source, pairs))
+        lines.append(gallery_row(queries, number, source, pairs))
     draw(lines).save(out)
     print(out)
 
@@ -191,8 +191,7 @@ def _draw(first: EmbeddedSource, second: EmbeddedSource, pairs: list[Pair], fold
     if not pairs:
         return ""
     shown = [
-        gallery_row(second.source.read(pair.second), pair.second, first.source, [(pair.first, pair.cosine)])
-        for pair in pairs[:SHOWN]
+        gallery_row(second.source, pair.second, first.source, [(pair.first, pair.cosine)]) for pair in pairs[:SHOWN]
     ]
     path = folder / f"leaks-{slug(second.source.name)}.png"
     draw(shown).save(path)

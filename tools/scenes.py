@@ -103,5 +103,5 @@ def contact_sheet(scenes: Scenes, names: Sequence[str]) -> Image:
             if digit >= 0:
                 x0, y0, x1, y1 = (zoom * value for value in box)
                 draw.rectangle((left + x0, top + y0, left + x1 - 1, top + y1 - 1), outline="yellow")
-                draw.text((left + x0 + 3, top + y0 + 1), names[digit], fill="yellow")
+                draw.text((left + x0 + 3, top + y0 + 1), names[int(digit)], fill="yellow")
     return sheet

@@ -96,7 +96,6 @@ def read(root: Path | None, own: OwnLabels) -> tuple[DataSet, str]:
     train, test = part("train"), part("test")
     if train is None or test is None:
         raise DataError(f"{show(file)} has no row for {'test' if train else 'train'} in its column split: add some")
-    _refuse_unmeasurable(file, test)
     return DataSet("table", train, test, part("val")), _about_zero(table, own)
 
 
@@ -355,11 +354,12 @@ def by_hash(images: Sequence[bytes], seed: int) -> list[str]:
     return ["test" if digest <= limit else "train" for digest in digests]
 
 
-def _refuse_unmeasurable(file: Path, test: LabelledImages) -> None:
-    truth = test.truth
+def refuse_unmeasurable(data: DataSet) -> None:
+    """Before anything is trained that could not be tested."""
+    test, truth = data.test, data.test.truth
     if truth.ndim == 2 and not ((truth > 0).any(0) & (truth < 0).any(0)).any():
         raise DataError(
-            f"{show(file)}: among the {len(test)} test images no class is known to be present in one and absent in "
+            f"{data.name}: among the {len(test)} test images no class is known to be present in one and absent in "
             "another, so nothing can be measured: write 0 where a class is absent, or say data.blank=absent"
         )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mls import distributed
-from mls.config import Config, EngineConfig, to_dict
+from mls.config import Config, EngineConfig, ScenesConfig, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch, Source
@@ -529,8 +529,10 @@ def last_words(run: Run, first: int, last: int, seconds: float) -> list[str]:
     words = [f"finished {last} steps in {duration(seconds)}{since}, {spent}"]
     if lines := summary(rows):
         words += ["", markdown_table(["", "first", "last", "by chance"], lines), ""]
-    protocol = ["linear_scenes"] if run.config.data.source == "scenes" else ["linear", "data.name=folder"]
-    protocol += [] if len(protocol) == 1 else ["data.root=/path/to/labelled/images"]
+    protocol = ["linear", "data.name=folder", "data.root=/path/to/labelled/images"]
+    if run.config.data.source == "scenes":
+        made, usual, keys = vars(run.config.data.scenes), vars(ScenesConfig()), ("size", "seed", "style", "objects")
+        protocol = ["linear_scenes", *(f"data.scenes.{key}={made[key]}" for key in keys if made[key] != usual[key])]
     commands = [
         command("mls report", run.path),
         command("mls eval run", *protocol, "--weights", run.path),

@@ -51,6 +51,7 @@ class Seen:
     series: Mapping[str, Points]
     moment: Moment | None = None
     nuisance: Mapping[str, float] = field(default_factory=dict)  # percentiles of matches, by what they are alike in
+    precision: tuple[float, float] | None = None  # of the matches and by chance, by labels that the run did not know
 
     def values(self, name: str) -> list[float]:
         return [value for _, value in self.series.get(name, ()) if value is not None]
@@ -239,6 +240,7 @@ def labels_against_truth(seen: Seen) -> Finding | None:
     precision, chance = seen.late("labels/precision"), seen.late("labels/precision_chance")
     if known and known.precision:
         precision, chance = next(iter(known.precision.values()))[-1], known.chance
+    precision, chance = seen.precision or (precision, chance)
     if precision is None or chance is None:
         if seen.moment is None:
             return None

@@ -138,7 +138,6 @@ HOSTILE = {
     "an open quote": (HEADER + 'a/0.png,"1,0\n', "line [23] is no CSV"),
     "no rows": (HEADER, "has a header and no rows"),
     "nothing": ("", "has no columns"),
-    "positives alone": (HEADER + "".join(f"{paths(n)},1,\n" for n in range(10)), "so nothing can be measured: write 0"),
     "an empty part": ("image,cat,split\na/0.png,1,train\n", "has no row for test in its column split"),
 }  # fmt: skip
 
@@ -150,6 +149,14 @@ def test_what_is_wrong_with_a_table_is_one_sentence_with_its_line(folder: Path, 
         read(None, OwnLabels(str(write(folder, text))))
     assert "labels.csv" in str(error.value)
     assert len(str(error.value)) < 500
+
+
+def test_positives_alone_cannot_be_tested_on(folder: Path) -> None:
+    file = write(folder, HEADER + "".join(f"{paths(number)},1,\n" for number in range(10)))
+    for name in ("knn", "own_labels"):
+        protocol = load_protocol(name, ["data.name=table", f"data.labels_file={file}"])
+        with pytest.raises(DataError, match="so nothing can be measured: write 0 where a class is absent"):
+            evaluation(protocol, "random:resnet_tiny").measure(folder / name, quiet=True)
 
 
 def test_a_file_that_is_no_parquet_and_keys_of_other_data_are_refused(folder: Path) -> None:

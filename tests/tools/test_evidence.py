@@ -62,6 +62,7 @@ def test_arms_with_windows_share_their_start_and_differ_in_their_labels_alone() 
         (lambda: chosen(["labels"], only=["own"]), "unknown arm 'own'"),
         (lambda: chosen(["labels"], variants=["objective.k=3"]), "write a name, a colon and overrides"),
         (lambda: arms_of("mls_scenes_tiny", [], {}), "mls_scenes_tiny has no labels from regions"),
+        (lambda: arms_of("mls_regions_coco_r50", [], {}), "mls_regions_coco_r50 trains on data.source=coco"),
     ],
 )
 def test_what_is_no_study_is_refused(arguments: Callable[[], object], words: str) -> None:

@@ -28,7 +28,7 @@ UNTRAINED, MOCO, WINDOWS = "untrained", "MoCo-v2", "+ windows"
 OWN, RANDOM, ORACLE = "+ own region labels", "+ random labels", "+ oracle labels"
 PLAIN = ("objective.windows.count=0",)  # an arm without windows has nothing to share with the others
 CONTROL = ("objective.labels_from=backbone",)  # as many rows as the lists give, without making lists
-# Each question's arms; MoCo with windows, own labels and the oracle are in all of them.
+# Each question's arms; those of ALWAYS are in all of them.
 ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     "labels": {
         UNTRAINED: ("objective.method=moco_v2", *PLAIN),
@@ -59,7 +59,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "dense": {
         "DenseCL": ("objective.method=densecl", *PLAIN),
-        "SlotCon": ("objective.method=slotcon",),
+        "SlotCon": ("objective.method=slotcon", "objective.prototypes=32", "objective.hidden=256"),
     },
 }
 ALWAYS = (WINDOWS, OWN, ORACLE)
@@ -146,7 +146,6 @@ def chosen(
 def arms_of(recipe: str, overrides: Sequence[str], arms: Mapping[str, Sequence[str]]) -> dict[str, Pretraining]:
     """The cells of one seed. All that train alike until the warm-up ends go on from one run's checkpoint."""
     from mls.config import MLSOptions
-    from mls.data.sources import build_source
     from mls.eval.pretraining import Pretraining
     from mls.recipes import load_config
 
@@ -156,15 +155,23 @@ def arms_of(recipe: str, overrides: Sequence[str], arms: Mapping[str, Sequence[s
             f"{recipe} has no labels from regions, which this study is about: name a recipe such as "
             "mls_regions_scenes_tiny, or add objective.labels_from=regions"
         )
-    images = base.data.scenes.count if base.data.source == "scenes" else len(build_source(base.data))
+    if base.data.source != "scenes":
+        raise ConfigError(
+            f"{recipe} trains on data.source={base.data.source}, which the study does not probe: compose scenes of "
+            "photographs with mls_regions_photographs_tiny data.scenes.objects=FOLDER"
+        )
+    images, listed = base.data.scenes.count, base.objective.regions
     steps = int(base.objective.warmup_epochs * (images // base.data.batch_size))
+    # Where each image has k rows or more among its neighbours, controls of as many rows need no lists.
+    plenty = listed.neighbours * base.dictionary.size > 4 * base.objective.k * images and listed.choose == "nearest"
     trunk = Pretraining("until labels", recipe, overrides, own_scenes=True)
 
     def cell(name: str, changes: Sequence[str]) -> Pretraining:
         other = any(one.startswith("objective.windows.") for one in changes)
         other |= any(one.startswith("objective.method=") and one != "objective.method=moco_v2" for one in changes)
         shares = {} if other or steps == 0 else {"trunk": trunk, "trunk_steps": steps}
-        return Pretraining(name, recipe, [*overrides, *changes], trained=name != UNTRAINED, own_scenes=True, **shares)
+        overridden = [*overrides, *(one for one in changes if plenty or one not in CONTROL)]
+        return Pretraining(name, recipe, overridden, trained=name != UNTRAINED, own_scenes=True, **shares)
 
     return {name: cell(name, changes) for name, changes in arms.items()}
 
@@ -182,7 +189,8 @@ def measured(cells: Mapping[str, Pretraining], seeds: Sequence[int], folder: Pat
 def finished(cells: Mapping[str, Pretraining], seeds: Sequence[int], folder: Path) -> Found:
     """Those that the folder has; nothing is trained."""
     stored = {name: {seed: cell.with_seed(seed).stored(folder) for seed in seeds} for name, cell in cells.items()}
-    return {name: {seed: one for seed, one in several.items() if one} for name, several in stored.items()}
+    there = {name: {seed: one for seed, one in several.items() if one} for name, several in stored.items()}
+    return {name: several for name, several in there.items() if several}
 
 
 def of(found: Found, arm: str, metric: str) -> dict[int, float]:
@@ -224,7 +232,8 @@ def tables(found: Found, folder: Path, heading: str, note: str) -> list[Table]:
         rows.append(Row([arm], values))
     cost = (Column("CPU s a step", "cpu", 2, scale=1), Column("to MoCo's", "ratio", 2, scale=1))
     columns = (Column("seeds", "n"), *PROBES, *OVERLAP, *cost)
-    return [Table([heading], columns, rows), differences(found, note)]
+    pairs = differences(found, note)
+    return [Table([heading], columns, rows), pairs] if pairs.rows else [Table([heading], columns, rows, note)]
 
 
 def differences(found: Found, note: str) -> Table:
@@ -234,6 +243,7 @@ def differences(found: Found, note: str) -> Table:
     from mls.tables import Column, Row, Table
 
     pairs = [
+        (MOCO, UNTRAINED),
         (WINDOWS, MOCO),
         *((arm, WINDOWS) for arm in found if arm not in (UNTRAINED, MOCO, WINDOWS)),
         (OWN, RANDOM),
@@ -272,20 +282,23 @@ def figure(found: Found) -> Figure:
 
     drawn = Figure(figsize=(7, 4.5), layout="constrained")
     axes = drawn.subplots()
-    base, mixtures = of(found, WINDOWS, "linear"), []
+    base = of(found, WINDOWS, "linear")
+    mixtures: list[tuple[float, float]] = []
     for arm in found:
         overlap, linear = of(found, arm, "overlap"), of(found, arm, "linear")
         seeds = sorted(overlap.keys() & linear.keys() & base.keys())
         if not seeds:
             continue
-        points = [(overlap[seed], 100 * (linear[seed] - base[seed])) for seed in seeds]
-        mean = tuple(map(statistics.fmean, zip(*points, strict=True)))
+        across = [overlap[seed] for seed in seeds]
+        up = [100 * (linear[seed] - base[seed]) for seed in seeds]
+        x, y = statistics.fmean(across), statistics.fmean(up)
         mixed = arm == RANDOM or "oracle" in arm
-        mixtures += [mean] * mixed
-        colour = "0.5" if mixed else None
-        dots = axes.scatter(*zip(*points, strict=True), s=14, alpha=0.6, color=colour)
-        axes.scatter(*mean, s=60, marker="_" if mixed else "D", color=dots.get_facecolor()[0], label=arm)
-        axes.annotate(arm.removeprefix("+ "), mean, xytext=(6, 4), textcoords="offset points", fontsize=8)
+        mixtures += [(x, y)] * mixed
+        dots = axes.scatter(across, up, s=14, alpha=0.6, color="0.5" if mixed else None)
+        axes.scatter([x], [y], s=60, marker="_" if mixed else "D", color=dots.get_facecolor()[0])
+        side, apart = ("right", -8) if x > 0.75 else ("left", 6)
+        text = arm.removeprefix("+ ")
+        axes.annotate(text, (x, y), xytext=(apart, 4), textcoords="offset points", fontsize=8, ha=side)
     if mixtures:
         axes.plot(*zip(*sorted(mixtures), strict=True), color="0.7", zorder=0)
     axes.axhline(0, color="0.85", zorder=0)
@@ -299,15 +312,15 @@ def _tell(found: Found, base: Config, folder: Path, quick: bool, show: bool) -> 
     from mls.tables import Format, render, terminal_width
 
     seeds = sorted({seed for several in found.values() for seed in several})
-    if not seeds:
+    if not found:
         raise ConfigError(f"{folder} has no finished arm of these: leave --show out to train them")
     note = f"{base.run.recipe}, {base.optim.epochs} epochs; mAP in per cent on unseen scenes, mean ± std over seeds "
     note += f"{', '.join(map(str, seeds))}; differences of pairs with the same seed: mean ± half of a 95 % interval, "
     note += "two-sided t-test; CPU time of the training process, one thread, with the search of neighbours"
     both = tables(found, folder, "arm (--quick: too short to show anything)" if quick else "arm", note)
-    text = "\n\n".join(map(render, both)) + "\n"
+    text, records = "\n\n".join(map(render, both)) + "\n", ",\n".join(render(one, Format.json) for one in both)
     write_atomically(folder / "evidence.md", text.encode())
-    write_atomically(folder / "evidence.json", "[{},\n{}]".format(*(render(one, Format.json) for one in both)).encode())
+    write_atomically(folder / "evidence.json", f"[{records}]\n".encode())
     figure(found).savefig(folder / "gain_against_overlap.png", dpi=150)
     print(text if show else "\n\n".join(render(one, width=terminal_width()) for one in both))
     if not show:

@@ -86,7 +86,8 @@ class Gallery:
     meaning: str = ""
 
 
-def of_run(card: Card, source: Source | None, why: str) -> Gallery:
+def of_run(card: Card, source: Source | None, why: str, labels: Any = None) -> Gallery:
+    """`labels`: a tensor [images, classes], NaN where an image has none; None: no image has any."""
     from mls.engine.gallery import last_moment, meaning
     from mls.monitor import moments
 
@@ -96,22 +97,16 @@ def of_run(card: Card, source: Source | None, why: str) -> Gallery:
             found.moments = [last_moment(card.run, card.odd.append)]
         except UserError as error:  # the page is made all the same
             found.missing = str(error)
-    labels = _labels(source)
     found.shown = [_of_moment(moment, labels) for moment in found.moments]
     return found
-
-
-def _labels(source: Source | None) -> Any:  # a tensor or None
-    from mls.engine.trainer import watched_labels
-
-    return None if source is None else watched_labels(source)
 
 
 def _of_moment(moment: Moment, labels: Any) -> Shown:
     def matched(query: int, match: Any, regions: tuple[int, int] | None) -> Matched:
         shared = None
         if labels is not None and max(query, match.id) < len(labels):
-            shared = bool((labels[query] * labels[match.id]).sum() > 0)
+            both = (labels[query] * labels[match.id]).sum()
+            shared = None if both.isnan() else bool(both > 0)
         return Matched(*match, shared=shared, regions=regions if regions and min(regions) >= 0 else None)
 
     def lists(query: Query) -> dict[str, list[Matched]]:

@@ -3,6 +3,7 @@ without knowing which are matches: `mls report --judged FILE` gives the precisio
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,9 @@ from mls.errors import DataError
 from mls.monitor.moments import LEVELS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mls.data import Source
     from mls.monitor.labels import LabelStatistics
     from mls.monitor.moments import Moment
 
@@ -44,6 +48,31 @@ NAMES = {
     "regions": "regions",
     "pixels": "nearest in pixels",
 }
+
+
+def true_labels(source: Source, table: Path | None) -> Tensor | None:
+    """[images, classes]: of the source, or of the images that a table names, where the others have NaN. None: there are
+    none."""
+    import torch
+
+    from mls.data.listing import FileSource
+    from mls.engine.trainer import watched_labels
+    from mls.eval.data.table import read_table
+
+    if table is None:
+        found = watched_labels(source)
+        return None if found is None else found.cpu()
+    if not isinstance(source, FileSource):
+        raise DataError(f"--labels {table} names files, and {source.name} has none: leave it out")
+    root = Path(os.fsdecode(source.root))
+    read = read_table(table, root)
+    found = torch.full((len(source), len(read.classes)), torch.nan)
+    places = [(image, read.places[name]) for image, name in enumerate(source.relative_paths) if name in read.places]
+    if not places:
+        raise DataError(f"{table} names no image that the run has seen: give names relative to {root}")
+    images, rows = map(list, zip(*places, strict=True))
+    found[images] = torch.from_numpy(read.cells[rows] == 1).float()
+    return found
 
 
 def memories(moment: Moment) -> list[str]:

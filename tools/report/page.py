@@ -33,6 +33,9 @@ from mls.tools.report.gallery import (
 from mls.tools.report.labels import Pair, pairs_to_judge
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mls.data import Source
     from mls.monitor.labels import LabelStatistics
     from mls.monitor.moments import Moment
     from mls.monitor.nuisance import Nuisance
@@ -76,7 +79,9 @@ class Section:
 
         first = next(iter(self.nuisances.values()), [])  # of the memory that gives the labels
         percentiles = {nuisance.name: nuisance.percentile for nuisance in first}
-        return verdict(Seen(self.card.config, self.card.log.steps_and_values(), self.moment, percentiles))
+        judged = next(iter(self.quality.values()), None)
+        known = (judged.precision[-1], judged.chance) if judged and self.card.labels else None
+        return verdict(Seen(self.card.config, self.card.log.steps_and_values(), self.moment, percentiles, known))
 
     @property
     def moment(self) -> Moment | None:
@@ -158,32 +163,36 @@ def _section(card: Card, atlas: Atlas, source: int | None, why: str) -> Section:
     from mls.errors import UserError
 
     typer.echo(f"finding the matches of {card.label}", err=True)
-    section = Section(card, of_run(card, None if source is None else atlas.sources[source], why))
+    opened = None if source is None else atlas.sources[source]
+    truth = None if opened is None else labels.true_labels(opened, card.labels)
+    section = Section(card, of_run(card, opened, why, truth))
     section.gallery.source = source or 0
     section.region_box = region_boxes_of(card.config, card.odd.append)
-    if source is None or not section.gallery.moments:
+    if opened is None or section.moment is None:
         return section
+    if card.labels is not None and truth is not None:
+        known = [not truth[query.id].isnan().any() for query in section.moment.queries]
+        card.odd.append(f"{facts.clip(str(card.labels))} labels {sum(known)} of the {len(known)} queries")
     try:
-        _look_at_pixels(section, atlas.sources[source])
+        _look_at_pixels(section, opened, truth)
     except UserError as error:
         card.odd.append(f"what matches have in common was not measured: {facts.clip(str(error))}")
     return section
 
 
-def _look_at_pixels(section: Section, source: Any) -> None:
+def _look_at_pixels(section: Section, source: Source, truth: Tensor | None) -> None:
     """What needs the images themselves, or their labels: what matches have in common, and the rows that look most
     alike."""
-    from mls.engine.trainer import watched_labels
     from mls.monitor.labels import label_statistics
     from mls.monitor.nuisance import Thumbnails, nuisances, pixel_nearest
 
     moment, mirrored = section.gallery.moments[-1], section.card.config.augment.flip > 0
-    thumbnails, truth = Thumbnails.of_moment(moment, source, mirrored), watched_labels(source)
+    thumbnails = Thumbnails.of_moment(moment, source, mirrored)
     for memory in labels.memories(moment):
         matches = [query.matches.get(memory, []) for query in moment.queries]
         section.nuisances[memory] = nuisances(moment, matches, thumbnails)
         by_query = {f"{nuisance.name} percentile": nuisance.by_query for nuisance in section.nuisances[memory]}
-        if truth is not None and (found := label_statistics(moment, matches, truth.cpu(), by_query)) is not None:
+        if truth is not None and (found := label_statistics(moment, matches, truth, by_query)) is not None:
             section.quality[memory] = found
     nearest = pixel_nearest(thumbnails, MATCHES)
     section.pairs = pairs_to_judge(moment, {n: [(c.id, c.box) for c in found] for n, found in enumerate(nearest)})
