@@ -94,13 +94,13 @@ class Share:
 
 
 def top_cells(labels: Labels, scores: Float[Tensor, "images classes"]) -> Bool[Tensor, "images classes"]:
-    """Of each class with enough labels the images that score highest, half as many as are labelled. Those that are
-    known to be without it do not count."""
+    """Of each class with enough labels the images that score highest: a tenth as many as are labelled, more of a few.
+    Those that are known to be without it do not count."""
     top = torch.zeros(labels.shape, dtype=torch.bool)
     for column in range(labels.shape[1]):
         if (count := int((labels[:, column] > 0).sum())) >= LEAST:
             ranked = scores[:, column].masked_fill(labels[:, column] < 0, -1)
-            top[ranked.topk(count // 2).indices, column] = True
+            top[ranked.topk(min(max(LEAST, count // 10), count // 2)).indices, column] = True
     return top
 
 
@@ -139,7 +139,8 @@ def examine(features: Features, labels: Labels, seed: int = 0) -> Missing:
     others = (labels > 0).sum(1, keepdim=True) - (labels > 0).int() > 0
     labelled = torch.full((labels.shape[1],), torch.nan)
     for column, of_class in by_class.items():
-        labelled[column] = 1 - of_class.value
+        wrong = of_class.of * of_class.value + LEAST * rate.value  # few cells: towards that of all classes
+        labelled[column] = 1 - wrong / (of_class.of + LEAST)
     expected = 1 - (1 - rate.value) * (1 - HIDDEN)
     return Missing(rate, control, expected, by_class, share(top & ~others), share(top & others), scores, labelled)
 
@@ -150,10 +151,10 @@ def examine(features: Features, labels: Labels, seed: int = 0) -> Missing:
 def likelihood(missing: Missing, labels: Labels) -> Float[Tensor, "images classes"]:
     """Of each unknown cell the probability that it is a positive, P(y | x, unlabelled) = (1 - c) / c · g / (1 - g):
     c is the share of its class that is labelled, g the out-of-fold probability of being labelled (Elkan and Noto 2008).
-    0 for all other cells, and for classes with too few labels to say."""
+    0 for all other cells, and for classes with too few labels to say; above 1 where g is larger than c."""
     share = missing.labelled.clamp(0.02, 0.98)
     odds = (1 - share) / share * missing.scores / (1 - missing.scores).clamp(min=1e-6)
-    return odds.clamp(max=1.0).masked_fill(labels != 0, 0.0).nan_to_num(0.0)
+    return odds.masked_fill(labels != 0, 0.0).nan_to_num(0.0)
 
 
 def audit_chances(
@@ -162,7 +163,7 @@ def audit_chances(
     """With which chance each unknown cell is drawn into a sample of about `count`: in proportion to its likelihood, and
     none with none."""
     unknown = labels == 0
-    weight = (likely + 0.02) * unknown
+    weight = (likely.clamp(max=1.0) + 0.02) * unknown
     chances = weight * count / weight.sum().clamp(min=1e-9)
     return chances.clamp(max=1.0)
 

@@ -118,12 +118,12 @@ def _rate_lines(missing: Missing, images: LabelledImages) -> list[str]:
         "  if positives are labelled whatever they look like; exact if all of those cells are positives",
         f"  control, {HIDDEN:.0%} of the labels hidden: {missing.control}; expected {100 * missing.expected:.0f} %",
         f"  in images without another label {missing.alone}, with one {missing.beside}"
-        + (": they differ" if _apart(missing.alone, missing.beside) else ""),
+        + (": a rule, such as one label an image, or wrong high scores" if _apart(missing) else ""),
     ]
 
 
-def _apart(one: Any, other: Any) -> bool:
-    return one.low > other.high or other.low > one.high
+def _apart(missing: Missing) -> bool:
+    return missing.alone.low > missing.beside.high or missing.beside.low > missing.alone.high
 
 
 def _audit_lines(before: Sequence[dict[str, str]]) -> list[str]:
@@ -218,7 +218,9 @@ def _write(
         place = (cell_text(name_of(images, row)), images.class_names[column])
         if place not in named:
             chance = f"{sample[row, column]:.6g}" if (row, column) in sample else ""
-            rows.writerow(dict(zip(COLUMNS, (*place, "", f"{likely[row, column]:.3f}", chance), strict=True)))
+            rows.writerow(
+                dict(zip(COLUMNS, (*place, "", f"{min(1.0, float(likely[row, column])):.3f}", chance), strict=True))
+            )
     write_atomically(answers, text.getvalue().encode())
 
 
@@ -235,7 +237,7 @@ def _page(
 ) -> str:
     items = []
     for row, column in rows:
-        words = f"<b>{html.escape(images.class_names[column])}</b> {likely[row, column]:.2f}"
+        words = f"<b>{html.escape(images.class_names[column])}</b> {min(1.0, float(likely[row, column])):.2f}"
         name = html.escape(name_of(images, row))
         items.append(f'<li><img src="{_picture(images, row)}" alt="{name}">{words}<br>{name}</li>')
     text = html.escape("\n\n".join(["\n".join(lines), *tables]))
