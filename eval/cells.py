@@ -29,14 +29,22 @@ from mls.data.sources import build_source, hash_of_images
 from mls.engine import sizing
 from mls.errors import ConfigError
 from mls.eval import frozen, splits, supervised
-from mls.eval.data import folder_of
+from mls.eval.data import LAYOUTS, folder_of
 from mls.eval.dense import frozen as frozen_dense
 from mls.eval.dense import run as dense
 from mls.eval.dense.prepare import content as dense_content
 from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import Dense, FrozenDense
 from mls.eval.outcome import Outcome
-from mls.eval.protocol import AnyProtocol, Frozen, Supervised, fingerprint, load_protocol, to_yaml
+from mls.eval.protocol import (
+    AnyProtocol,
+    Frozen,
+    Supervised,
+    fingerprint,
+    load_protocol,
+    scenes_identity,
+    to_yaml,
+)
 from mls.eval.training import Training
 from mls.eval.weights import Weights, read
 from mls.files import file_name, remove_unfinished, runs_folder, write_atomically
@@ -47,8 +55,16 @@ from mls.recipes import load_config
 from mls.results import Results
 
 # Keys that change no number, and that stored results do not know.
-FREE_AND_YOUNGER = (("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments"))
-YOUNGER = {"info_nce_weight", "windows", "regions"}  # keys of objective.* that stored results do not know
+FREE_AND_YOUNGER = [("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments")]
+FREE_AND_YOUNGER += [("monitor", f"guard{key}") for key in ("", "_images", "_fall", "_every_epochs")]
+YOUNGER_AT = {("model", "final_momentum"): None, ("optim", "final_weight_decay"): None, ("optim", "clip_norm"): None}
+YOUNGER_AT |= {("optim", "layer_decay"): 1.0}  # left out of a run's identity at these values
+YOUNGER = {
+    "info_nce_weight",
+    "windows",
+    "regions",
+    "oracle_share",
+}  # keys of objective.* that stored results do not know
 
 RUNNERS: dict[str, Callable[..., Outcome]] = {
     "multilabel": supervised.run,
@@ -303,7 +319,7 @@ class Evaluation(Cell):
     def stored(self, root: Path) -> Measured | None:
         found = super().stored(root)
         data = self.protocol.data
-        if found is not None or data.name == "folder" or not data.check_sizes:
+        if found is not None or LAYOUTS[data.name].own or not data.check_sizes:
             return found
         # Version 0.1 did not look at the content of the data; of a published size it can be trusted. Nor did it say
         # of which network "random" was, and it called random networks of timm by their published name. What a loss
@@ -327,7 +343,7 @@ class Evaluation(Cell):
             "dataset": protocol.data.name,
             **({"loss": protocol.training.loss} if isinstance(protocol, Supervised) else {}),
             **({"backend": protocol.backend} if isinstance(protocol, Dense) else {}),
-            "root": str(folder_of(protocol.data.name, protocol.data.root)) if protocol.data.name == "folder" else None,
+            "root": str(folder_of(protocol.data.name, protocol.data.root)) if LAYOUTS[protocol.data.name].own else None,
             "content": self.content,
             "settings": fingerprint(protocol),
             "weights": self.recipe or self.source.name,
@@ -459,15 +475,20 @@ def config_hash(config: Config) -> str:
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
     for section, key in FREE_AND_YOUNGER:
         del values[section][key]
+    for (section, key), usual in YOUNGER_AT.items():
+        if values[section][key] == usual:
+            del values[section][key]
     if values["engine"]["augment"] == "device":  # as all were that do not know the key
         del values["engine"]["augment"]
     del values["run"]["auto"]
+    values["data"]["scenes"] = scenes_identity(values["data"]["scenes"])
     usual = to_dict(replace(config, objective=type(config.objective)()))["objective"]
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:
             del values["objective"][key]
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    images = "" if config.data.source == "scenes" else _images_of(config.data)  # scenes are made, not read
+    made = config.data.source == "scenes" and config.data.scenes.objects is None  # not read
+    images = "" if made else _images_of(config.data)
     return hashlib.sha256((text + images).encode()).hexdigest()[:8]
 
 

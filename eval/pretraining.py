@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,11 @@ from torch import nn
 
 from mls import engine
 from mls.config import Config
-from mls.data.scenes import ScenesSource, make_scenes
+from mls.data.scenes import ScenesSource, scenes_of
 from mls.engine import Run
+from mls.engine.branch import create_branch
+from mls.engine.checkpoint import Checkpoints
+from mls.errors import Stopped
 from mls.eval.cells import Cell, Measured, config_hash, over_seeds, values_over_seeds
 from mls.eval.outcome import Outcome
 from mls.files import slug
@@ -43,12 +46,22 @@ class Pretraining(Cell):
     overrides: Sequence[str]
     seed: int = 0
     trained: bool = True  # False: the network as it was initialised
+    own_scenes: bool = False  # other scenes with every seed
+    trunk: Pretraining | None = (
+        None  # it goes on from this one's step `trunk_steps`: rows of a table may share the start
+    )
+    trunk_steps: int = 0
 
     @cached_property
     def config(self) -> Config:
         """Without the place of the run, which changes no number."""
-        overrides = applicable(self.recipe, self.overrides)  # rows of a table share some that not every method has
-        return load_config(self.recipe, [*overrides, f"run.seed={self.seed}", "run.root=null"])
+        config = _loaded(self.recipe, tuple(self.overrides))
+        scenes = replace(config.data.scenes, seed=self.seed) if self.own_scenes else config.data.scenes
+        run, data = replace(config.run, seed=self.seed, root=None), replace(config.data, scenes=scenes)
+        return replace(config, run=run, data=data)
+
+    def with_seed(self, seed: int) -> Pretraining:
+        return replace(self, seed=seed, trunk=self.trunk and replace(self.trunk, seed=seed))
 
     def placed(self, root: Path, name: str | None) -> Config:
         return replace(self.config, run=replace(self.config.run, root=str(root), name=name))
@@ -59,7 +72,8 @@ class Pretraining(Cell):
 
     @property
     def name(self) -> str:
-        return f"{slug(self.row)}-seed{self.seed}-{config_hash(self.config)}"
+        start = f"-{self.trunk_steps}-of-{config_hash(self.trunk.config)}" if self.trunk else ""
+        return f"{slug(self.row)}-seed{self.seed}-{config_hash(self.config)}{start}"
 
     @property
     def dataset(self) -> str:
@@ -69,7 +83,10 @@ class Pretraining(Cell):
         return root / self.name
 
     def facts(self) -> dict[str, Any]:
-        settings = config_hash(replace(self.config, run=replace(self.config.run, seed=0)))
+        alike = replace(self.config, run=replace(self.config.run, seed=0))
+        if self.own_scenes:
+            alike = replace(alike, data=replace(alike.data, scenes=replace(alike.data.scenes, seed=0)))
+        settings = config_hash(alike)
         common = {"protocol": self.recipe, "task": "pretraining", "dataset": self.dataset, "weights": self.row}
         return {**common, "settings": settings}
 
@@ -90,16 +107,41 @@ class Pretraining(Cell):
         if not self.trained:
             backbone = untrained(self.config, ScenesSource(self.config.data.scenes))
             return Outcome(probe_on_scenes(backbone, self.config), "untrained", None, time.monotonic() - began)
-        run = engine.finish(self.placed(folder.parent, self.name), quiet)
+        run = self.run(folder.parent, quiet)
         values = online_knn(run)
         if run.config.data.source == "scenes":
             print("  probing (linear and kNN)", file=sys.stderr)
             values = probe_on_scenes(load_backbone(run.path), run.config)
         return Outcome(values | label_overlap(run), "after the last step", None, time.monotonic() - began)
 
+    def run(self, root: Path, quiet: bool) -> Run:
+        """The finished run, trained now or found."""
+        config = self.placed(root, self.name)
+        if self.trunk is not None and not (root / self.name / "config.yaml").is_file():
+            parent = self.trunk.up_to(self.trunk_steps, root, quiet)
+            create_branch(parent, self.trunk_steps, [f"run.name={self.name}", f"run.root={root}"], config)
+        return engine.finish(config, quiet)
+
+    def up_to(self, steps: int, root: Path, quiet: bool) -> Run:
+        """The run with a checkpoint of this step, where it stops."""
+        run, config = Run(root / self.name), self.placed(root, self.name)
+        reached = lambda: steps in Checkpoints(run.checkpoints, 1).steps()
+        try:
+            if not reached():
+                engine.finish(replace(config, engine=replace(config.engine, max_steps=steps)), quiet)
+        except Stopped:
+            if not reached():
+                raise
+        return run
+
+
+@lru_cache(maxsize=64)  # the seeds of a row share it
+def _loaded(recipe: str, overrides: tuple[str, ...]) -> Config:
+    return load_config(recipe, applicable(recipe, overrides))  # rows of a table share some that not every method has
+
 
 def compare(rows: Mapping[str, Pretraining], seeds: int, root: Path) -> dict[str, list[Measured]]:
-    return over_seeds({name: [replace(cell, seed=seed) for seed in range(seeds)] for name, cell in rows.items()}, root)
+    return over_seeds({name: [cell.with_seed(seed) for seed in range(seeds)] for name, cell in rows.items()}, root)
 
 
 def table_of(found: Mapping[str, Sequence[Measured]], heading: str, columns: Sequence[Column], note: str) -> Table:
@@ -127,9 +169,7 @@ def probe_on_scenes(backbone: nn.Module, config: Config) -> dict[str, float]:
 
 def scene_type_map(config: Config) -> float:
     """The mAP of predicting each class by its frequency in the scene's type, which the background alone shows."""
-    scenes = config.data.scenes
-    train = make_scenes(scenes.count, "train", scenes.size, scenes.seed)
-    test = make_scenes(scenes.test_count, "test", scenes.size, scenes.seed)
+    train, test = (scenes_of(config.data.scenes, split)[0] for split in ("train", "test"))
     types = int(train.types.max()) + 1
     frequencies = torch.stack([train.labels[train.types == one].mean(0) for one in range(types)])
     return float(mean_average_precision(frequencies[test.types], test.labels))

@@ -31,6 +31,7 @@ class DataConfig(DataSetConfig):
     seed: int = limited(1200, low=0, high=2**32 - 1)  # of the split and of drawn labels: the papers' number
     validation: float = share(0.2)  # share of train held out to choose on, where no split is published for it
     shots: int | None = positive(None)  # train on so many images a class; the run's seed is the draw
+    fraction: float = limited(1.0, above=0, high=1)  # train on this share of the labelled images, drawn likewise
     test_crop: Literal["squash", "centre"] = "squash"  # the whole image scaled to a square, or its middle square
     test_resize: float = limited(1.0, low=1)  # centre: the short side is this many times augment.size before the crop
 
@@ -169,6 +170,8 @@ AnyProtocol = Classification | Detection | Segmentation | FrozenDense
 
 def check(protocol: Classification) -> None:
     """Refuse combinations that cannot work, before anything is loaded."""
+    if protocol.data.shots and protocol.data.fraction < 1:
+        raise ConfigError("data.shots and data.fraction both say how many images are learnt from: set one of them")
     if isinstance(protocol, Supervised):
         _check_training(protocol.training)
 
@@ -240,6 +243,14 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def scenes_identity(scenes: dict[str, Any]) -> dict[str, Any]:
+    """Of data.scenes what tells them apart: younger keys where they are set, and of a folder that there is one, since
+    the hash of the images says the rest."""
+    younger = {"style": "standard", "objects": None}
+    found = {key: value for key, value in scenes.items() if key not in younger or value != younger[key]}
+    return found | ({"objects": True} if "objects" in found else {})
+
+
 def fingerprint(protocol: AnyProtocol) -> str:
     """Tells two protocols apart; where the data lies and how it is loaded does not count."""
     from mls.core.losses import LOSSES  # loads torch, which a list of protocols does without
@@ -250,6 +261,9 @@ def fingerprint(protocol: AnyProtocol) -> str:
     of_place = ("root", "workers", "check_sizes", "odd", "max_unreadable")
     for key in (*of_place, "labels_file", "answers", "classes", "zero", "blank"):
         values["data"].pop(key, None)
+    values["data"]["scenes"] = scenes_identity(values["data"]["scenes"])
+    if values["data"].get("fraction") == 1:  # a key that is younger than stored results
+        values["data"].pop("fraction")
     # Options of other losses, and what only suites use, change nothing in a run.
     if isinstance(protocol, Supervised):
         values["options_of"] = protocol.loss_options()

@@ -21,11 +21,11 @@ from mls.eval.classifier import Classifier, Several, build_classifier
 from mls.eval.data import LabelledImages
 from mls.eval.data.table import OwnLabels, refuse_unmeasurable
 from mls.eval.outcome import Outcome, for_file, metrics
-from mls.eval.protocol import Classification, Supervised, TrainingData
+from mls.eval.protocol import Classification, DataConfig, Supervised, TrainingData
 from mls.eval.regimes import observe, split
 from mls.eval.splits import load, own_labels
 from mls.eval.training import Training, build_loss
-from mls.frozen.probe import few_shot
+from mls.frozen.probe import few_shot, share_of
 from mls.models import card_of, untrained
 from mls.streams import derive
 
@@ -73,10 +73,22 @@ def _prepare(data: TrainingData, draw: int, own: OwnLabels | None) -> Prepared:
     elif val is None and data.validation:
         rows, held_out = split(len(train), data.validation, data.seed)
         train, val, drawn, weak = found.train.part(rows), found.train.part(held_out), drawn[rows], drawn[held_out]
-    if data.shots:
-        few = few_shot(train.truth, data.shots, draw, multilabel=not train.single_label)
+    if is_drawn(data):
+        few = few_of(data, train.truth, draw)
         train, drawn, rows = train.part(few), drawn[few], rows[few]
     return Prepared(train, drawn, val, found.test, weak, rows)
+
+
+def is_drawn(data: DataConfig) -> bool:
+    """Whether some of the images are learnt from, drawn by the seed."""
+    return data.shots is not None or data.fraction < 1
+
+
+def few_of(data: DataConfig, truth: Truth, draw: int) -> Int64[Tensor, "rows"]:
+    """The rows that are learnt from."""
+    if data.shots:
+        return few_shot(truth, data.shots, draw, multilabel=truth.ndim == 2)
+    return share_of(truth, data.fraction, draw)
 
 
 def run(
@@ -99,7 +111,7 @@ def run(
 
 def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path | None) -> Training:
     """The classifier with its data, not trained yet (or as far as the folder knows)."""
-    prepared = prepare(protocol.data, seed if protocol.data.shots else 0)
+    prepared = prepare(protocol.data, seed if is_drawn(protocol.data) else 0)
     select = protocol.training.select
     if select != "last" and prepared.val is None:
         raise ConfigError(f"training.select={select} has no validation part: raise data.validation above 0")
@@ -171,7 +183,8 @@ def test(training: Training) -> dict[str, float]:
 
 
 def _prepared(training: Training) -> Prepared:
-    return prepare(training.protocol.data, training.seed if training.protocol.data.shots else 0)
+    data = training.protocol.data
+    return prepare(data, training.seed if is_drawn(data) else 0)
 
 
 def _measure(training: Training, images: LabelledImages, truth: Truth) -> dict[str, float]:

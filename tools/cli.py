@@ -29,6 +29,7 @@ from mls.tools import (
     export,
     jobs,
     labels,
+    maps,
     neighbours,
     predict,
     pretrain,
@@ -40,6 +41,7 @@ from mls.tools import (
     scenes,
     submit,
     verify_resume,
+    worth,
 )
 
 app = typer.Typer(
@@ -61,7 +63,9 @@ COMMANDS = {
     "replay": replay.replay,
     "results": results.results,
     "embed": embed.embed,
+    "maps": maps.maps,
     "predict": predict.predict,
+    "worth": worth.worth,
     "neighbours": neighbours.neighbours,
     "regions": regions.regions,
     "leakcheck": neighbours.leakcheck,

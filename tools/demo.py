@@ -23,6 +23,9 @@ CONTROLS: dict[str, tuple[str, list[str]]] = {
         ["objective.pseudo_labels=oracle", "objective.normalise=balanced", "objective.weight=2"],
     ),
     "supervised": ("mls_scenes_tiny", ["objective.method=supervised"]),
+    # At twice the resolution, which windows need: to be compared with each other. `mls bench evidence` is the study.
+    "MoCo-v2 with windows, finer": ("mls_regions_scenes_tiny", ["objective.method=moco_v2"]),
+    "MLS with regions, finer": ("mls_regions_scenes_tiny", []),
 }
 QUICK = ["data.scenes.count=1536", "data.scenes.test_count=500", "optim.epochs=6", "dictionary.size=1024"]
 QUICK += ["objective.warmup_epochs=1"]
@@ -41,8 +44,8 @@ def demo(
 ) -> None:
     """Pretrain on the embedded scenes with MoCo-v2 and with MLS, and compare the backbones.
 
-    `--controls` adds MLS with random and with oracle pseudo-labels, the same network trained with the true labels, and
-    what the scene's type alone, its background, would tell.
+    `--controls` adds MLS with random and with oracle pseudo-labels, the same network trained with the true labels, what
+    the scene's type alone, its background, would tell, and windows and region labels in a network of finer maps.
 
     Needs no data and no GPU. What is finished is not done again: interrupt it and call it again.
 

@@ -3,6 +3,7 @@ pseudo-labels from, and a picture of the regions that matched."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from mls.config import AugmentConfig, RegionsConfig
+    from mls.config import AugmentConfig, Config, MLSOptions, RegionsConfig
     from mls.core.neighbour_lists import NeighbourLists
     from mls.data import Source
     from mls.frozen.match_picture import RegionPair
@@ -36,6 +37,9 @@ def regions(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw which region matched which, for some images.")
     ] = None,
+    cost: Annotated[
+        int | None, typer.Option(metavar="IMAGES", min=2, help="What a RECIPE would cost on so many; nothing is run.")
+    ] = None,
 ) -> None:
     """Write, for each image, the images whose regions match its own, for `objective.labels_from=regions`.
 
@@ -49,7 +53,11 @@ def regions(
         mls regions torchvision:resnet50 size=96 --dataset /data/coco --out coco.safetensors
 
         mls pretrain mls_regions_scenes_tiny objective.regions.lists=neighbours.safetensors
+
+        mls regions mls_regions_coco_r50 --cost 118287
     """
+    if cost is not None:
+        return _tell_cost(weights, options or [], cost)
     from mls.frozen.match_picture import draw_pairs
 
     backbone, augment, wanted, source = _given(weights, options or [], dataset)
@@ -63,12 +71,52 @@ def regions(
         print(picture)
 
 
+def _tell_cost(recipe: str, overrides: list[str], images: int) -> None:
+    from mls.config import MLSOptions
+    from mls.engine.sizing import Facts, choose
+    from mls.errors import ConfigError
+    from mls.recipes import load_config
+    from mls.tables import print_table
+
+    config = load_config(recipe, overrides)
+    if config.run.auto:  # as on a GPU of 80 GiB with photographs of 480 pixels
+        config, _ = choose(config, Facts(images, 480, 80.0))
+    if not isinstance(config.objective, MLSOptions) or config.objective.labels_from != "regions":
+        raise ConfigError(f"{recipe} has no labels from regions: name a recipe such as mls_regions_coco_r50")
+    print_table([f"{recipe}, {images:,} images", "computed"], costs(config, config.objective, images))
+
+
+def costs(config: Config, objective: MLSOptions, images: int) -> list[list[str]]:
+    """By the pixels that go through the network, where a backward pass is two forward ones, and by the sizes of what is
+    kept."""
+    from mls.core.regions import BUDGET, SAMPLE
+    from mls.models import backbones
+
+    options, windows = objective.regions, objective.windows
+    pixels = lambda size: (size / config.augment.size) ** 2  # of a crop
+    step = 4 * (1 + windows.count * pixels(windows.size))  # forward passes: the query's and backward, the key's
+    rest, every = config.optim.epochs - objective.warmup_epochs, options.every_epochs
+    rounds = 0 if options.lists or rest <= 0 else 1 + (math.ceil(rest / every) - 1 if every else 0)
+    a_round = options.grid**2 * pixels(options.size) * (1 + 2 * min(SAMPLE, images) / images)
+    width = options.whiten or backbones.build(config.model.backbone).feature_dim
+    kept, megabytes = min(options.neighbours, images - 1), lambda count: f"{count / 1e6:,.0f} MB"
+    return [
+        ["a step, over one without windows", f"{step / 4:.2f} times"],
+        ["searches of neighbours", f"{rounds}, {a_round:.2f} forward passes of the images each"],
+        ["  share of all forward and backward passes", f"{rounds * a_round / (step * config.optim.epochs):.1%}"],
+        ["features of all regions, while they are compared", megabytes(4 * images * options.grid**2 * width)],
+        ["products that exist at once, on a GPU", megabytes(4 * BUDGET["cuda"])],
+        ["lists, on each GPU and in every checkpoint", megabytes(6 * images * kept)],
+        ["neighbours among the dictionary's rows, of an image", f"{kept * config.dictionary.size / images:.1f}"],
+    ]
+
+
 def _neighbours(
     backbone: Backbone, augment: AugmentConfig, options: RegionsConfig, source: Source, name: str
 ) -> tuple[NeighbourLists, Float[Tensor, "images regions dim"]]:
     """The lists with all that they follow from, and the features of all regions."""
     from mls.core.neighbour_lists import NeighbourLists
-    from mls.core.regions import RegionEncoder, neighbours_of_all
+    from mls.core.regions import RegionEncoder, most_alike, neighbours_of_all
     from mls.data.loader import worker_count
     from mls.data.sources import hash_of_images
     from mls.distributed import start
@@ -83,7 +131,7 @@ def _neighbours(
     keys = {key: value for key, value in asdict(options).items() if key not in NOT_OPTIONS}
     identity = {"images": hash_of_images(source), "weights": hash_of_weights(backbone), "name": name, **keys}
     identity |= {"mean": [*augment.mean], "std": [*augment.std], "grey": augment.grey == 1}
-    return NeighbourLists.of(found, identity), features.cpu()
+    return NeighbourLists.of(found, identity, most_alike(features, found.indices)), features.cpu()
 
 
 def _given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,31 +57,37 @@ def preview(
     size: Annotated[int, typer.Option(help="Side of the scenes in pixels.")] = 32,
     seed: Annotated[int, typer.Option(help="Another seed makes other scenes.")] = 0,
     easy: Annotated[bool, typer.Option("--easy", help="The easier style: stronger textures, always in type.")] = False,
+    hard: Annotated[bool, typer.Option("--hard", help="The harder style, for 64 pixels.")] = False,
+    objects: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Class folders of photographs in the digits' place.")
+    ] = None,
 ) -> None:
     """Draw one sheet of scenes with their boxes and classes.
 
     Example:
 
         mls scenes preview --out scenes.png --count 40
+
+        mls scenes preview --objects /data/photographs --size 64
     """
-    from mls.data.scenes import EASY, STANDARD, make_scenes
+    from mls.config import ScenesConfig
+    from mls.data.scenes import scenes_of
     from mls.errors import DataError
 
     out = out.expanduser()
-    scenes = make_scenes(count, split, size, seed, EASY if easy else STANDARD)
+    style = "hard" if hard else "easy" if easy else "standard"
+    scenes, names = scenes_of(ScenesConfig(count, count, size, seed, style, objects), split)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(scenes).save(out)
+        contact_sheet(scenes, names).save(out)
     except (OSError, ValueError) as error:  # Pillow's ValueError: a suffix that is no image format
         raise DataError(f"cannot write {out} ({error}): choose another --out that ends in .png or .jpg") from error
-    print(f"{out}: {count} scenes of {size} pixels, boxes drawn around what is seen of each digit")
+    print(f"{out}: {count} scenes of {size} pixels, boxes drawn around what is seen of each object")
 
 
-def contact_sheet(scenes: Scenes) -> Image:
+def contact_sheet(scenes: Scenes, names: Sequence[str]) -> Image:
     """The scenes side by side, enlarged by a whole number, each box with its class."""
     from PIL import Image, ImageDraw
-
-    from mls.data.scenes import CLASS_NAMES
 
     size = scenes.images.shape[-1]
     zoom = max(1, SHOWN // size)
@@ -96,5 +103,5 @@ def contact_sheet(scenes: Scenes) -> Image:
             if digit >= 0:
                 x0, y0, x1, y1 = (zoom * value for value in box)
                 draw.rectangle((left + x0, top + y0, left + x1 - 1, top + y1 - 1), outline="yellow")
-                draw.text((left + x0 + 3, top + y0 + 1), CLASS_NAMES[digit], fill="yellow")
+                draw.text((left + x0 + 3, top + y0 + 1), names[int(digit)], fill="yellow")
     return sheet

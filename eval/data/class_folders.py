@@ -124,4 +124,4 @@ def held_out(
 
 
 DOWNLOAD = "put train/CLASS/FILES with test/CLASS/FILES into one folder, or CLASS/FILES alone"
-register("folder", Layout(read, "folder", DOWNLOAD))
+register("folder", Layout(read, "folder", DOWNLOAD, own=True))

@@ -6,11 +6,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +22,7 @@ from mls.data import Source
 from mls.data.annotated import VOC_CLASSES
 from mls.data.crops import decode
 from mls.data.listing import show
-from mls.data.scenes import CLASS_NAMES, ScenesSource
+from mls.data.scenes import ScenesSource
 from mls.errors import DataError, reason
 from mls.eval.data import DataSet, Layout, register
 from mls.eval.data.objects import another_size
@@ -64,37 +67,48 @@ class RegionImages:
 @dataclass(frozen=True)
 class IndexedFiles:
     """Palette or grey PNGs: the numbers that are in them. `first`: the number of the first class; a smaller one is
-    void, and those above move down. `void`: another number that is void."""
+    void, and those above move down. `void`: other numbers that are void. `values`: the number of each class, where they
+    do not follow on `first`."""
 
     paths: list[Path]
     classes: int
     first: int = 0
-    void: int = VOID
+    void: int | tuple[int, ...] = VOID
+    values: tuple[int, ...] = ()
+    fix: str = "convert or unpack the annotations again"
+
+    @cached_property
+    def table(self) -> NDArray[np.int16]:
+        """The class of each number; -1: unknown."""
+        table = np.full(1 << 16, -1, np.int16)
+        table[: self.first] = VOID
+        table[list(self.values) or slice(self.first, self.first + self.classes)] = np.arange(self.classes)
+        table[[self.void] if isinstance(self.void, int) else list(self.void)] = VOID
+        return table
 
     def __call__(self, row: int) -> UInt8[Tensor, "height width"]:
         file = show(self.paths[row])
         try:
             with Image.open(self.paths[row]) as image:
-                numbers = torch.from_numpy(np.array(image, np.uint8 if image.mode == "1" else None))
+                numbers = np.array(image, np.uint8 if image.mode == "1" else None)
         except Exception as error:  # Pillow has its own kinds for a damaged file
-            raise DataError(f"{file} cannot be read ({reason(error)}): unpack the annotations again") from None
-        if numbers.dtype != torch.uint8 or numbers.ndim != 2:
-            kind = f"{list(numbers.shape)} of {str(numbers.dtype).removeprefix('torch.')}"
-            raise DataError(f"{file} holds no class numbers ({kind}): unpack the annotations again")
-        labels = torch.where(numbers < self.first, VOID, numbers - self.first) if self.first else numbers
-        labels = labels if self.void == VOID else torch.where(labels == self.void, VOID, labels)
-        unknown = labels[(labels >= self.classes) & (labels != VOID)]
+            raise DataError(f"{file} cannot be read ({reason(error)}): {self.fix}") from None
+        if numbers.dtype not in (np.uint8, np.uint16) or numbers.ndim != 2:
+            kind = f"{list(numbers.shape)} of {numbers.dtype}"
+            raise DataError(f"{file} holds no class numbers ({kind}): {self.fix}")
+        labels = self.table[numbers]
+        unknown = numbers[labels < 0]
         if len(unknown):
-            example, last = int(unknown[0]) + self.first, self.first + self.classes - 1
+            known = f"go from {self.first} to {self.first + self.classes - 1}"
+            known = f"are {', '.join(map(str, self.values))}"[:200] if self.values else known
             raise DataError(
-                f"{file} has {len(unknown)} pixels of unknown classes, such as {example}; they go from {self.first} to "
-                f"{last}: convert or unpack the annotations again"
+                f"{file} has {len(unknown)} pixels of unknown classes, such as {unknown[0]}; they {known}: {self.fix}"
             )
-        return labels
+        return torch.from_numpy(labels.astype(np.uint8))
 
 
 def _listed(
-    name: str, root: Path, paths: list[str], labels: list[Path], classes: list[str], named_by: Path, **numbers: int
+    name: str, root: Path, paths: list[str], labels: list[Path], classes: list[str], named_by: Path, **numbers: Any
 ) -> RegionImages:
     """`numbers`: first and void of IndexedFiles."""
     source = every_image(name, root, [os.fsencode(path) for path in paths], named_by)
@@ -185,7 +199,7 @@ def scenes(config: ScenesConfig) -> DataSet[RegionImages]:
         made = source.scenes
         assert made.masks is not None
         painted = (made.masks * (made.classes + 1)[..., None, None]).amax(1).to(torch.uint8)
-        return RegionImages(source, painted.__getitem__, ["ground", *CLASS_NAMES])
+        return RegionImages(source, painted.__getitem__, ["ground", *source.class_names])
 
     return DataSet("scenes_regions", split("train"), split("test"))
 

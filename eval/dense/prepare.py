@@ -31,13 +31,32 @@ def load_images(protocol: Dense | FrozenDense) -> DataSet[Any]:
     found = _load(without_workers(protocol.data))
     wanted = ObjectImages if protocol.task in OF_OBJECTS else RegionImages
     if not isinstance(found.train, wanted):
-        fitting = "coco2017, voc0712, scenes_objects" if wanted is ObjectImages else "cityscapes, scenes_regions"
+        fitting = (
+            "coco, yolo, coco2017, scenes_objects" if wanted is ObjectImages else "masks, cityscapes, scenes_regions"
+        )
         raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
     if isinstance(protocol, Detection):
         if protocol.model.masks and found.train.everything.outlines is None:  # pyright: ignore[reportAttributeAccessIssue]
             raise DataError(f"{protocol.data.name} has boxes and no masks: set model.masks=false")
         _settle(protocol, found)
+    if data_sets.LAYOUTS[protocol.data.name].own and distributed.rank() == 0:
+        _say(summary(found))
     return found
+
+
+def summary(data: DataSet[Any]) -> str:
+    """What was found in the user's own data.
+
+    >>> summary(objects.scenes(ScenesConfig(count=3, test_count=2)))
+    'scenes_objects: 3 training images with 4 objects, 2 test images with 3 objects, 10 classes'
+    """
+    parts = {"training": data.train, "validation": data.val, "test": data.test}
+    told = [f"{len(part)} {name} images{_objects(part)}" for name, part in parts.items() if part is not None]
+    return f"{data.name}: {', '.join(told)}, {len(data.train.class_names)} classes"
+
+
+def _objects(part: Any) -> str:
+    return f" with {len(part.everything)} objects" if isinstance(part, ObjectImages) else ""
 
 
 def _settle(protocol: Detection, data: DataSet[ObjectImages]) -> None:
@@ -46,7 +65,7 @@ def _settle(protocol: Detection, data: DataSet[ObjectImages]) -> None:
     wrong = set().union(*(odd.found for odd in lists)) - {*AS_DETECTRON2}
     words = "; ".join(map(str, lists))
     check = command("mls data check --dataset", protocol.data.name, *filter(None, [protocol.data.root]))
-    if protocol.backend == "detectron2" and wrong:
+    if protocol.backend == "detectron2" and wrong and not data_sets.LAYOUTS[data.name].own:
         raise DataError(f"{words}; detectron2 would learn from them: repair them ({check} lists all)")
     if protocol.data.odd == "refuse" and wrong:
         raise DataError(f"{words}: repair them ({check} lists all), or set data.odd=drop")

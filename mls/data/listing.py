@@ -113,6 +113,10 @@ class FileSource:
         return multi_hot_of(ids, self.pairs, len(self), len(self.class_names))
 
     @property
+    def root(self) -> bytes:
+        return self._root
+
+    @property
     def relative_paths(self) -> Names:
         return self._paths
 

@@ -66,6 +66,12 @@ class SceneStyle:
 
 STANDARD = SceneStyle()
 EASY = SceneStyle(types=6, in_type=1.0, texture=0.3, clutter=0.1)
+# For 64 pixels: more and smaller digits among strong blotches, and any digit in any type: the ground tells nothing.
+HARD = SceneStyle(
+    in_type=0.0, clutter=0.8, noise=0.04, cells=3, objects=(2, 4), extent=(0.24, 0.34), tilt=20.0, contrast=0.35
+)
+PHOTOGRAPHS = SceneStyle(in_type=0.0, clutter=0.6, extent=(0.4, 0.5))
+STYLES = {"standard": STANDARD, "easy": EASY, "hard": HARD}
 
 
 @dataclass
@@ -73,7 +79,7 @@ class Scenes:
     """Scenes with their annotations. Objects that are completely hidden are left out."""
 
     images: UInt8[Tensor, "scenes 3 size size"]
-    labels: Float[Tensor, "scenes 10"]  # 1 if at least one digit of the class is visible
+    labels: Float[Tensor, "scenes classes"]  # 1 if at least one object of the class is visible
     boxes: Int64[Tensor, "scenes objects 4"]  # x0 y0 x1 y1 around the visible pixels, half-open; zeros in padding
     classes: Int64[Tensor, "scenes objects"]  # -1 in padding, which is at the end
     types: Int64[Tensor, " scenes"]
@@ -92,18 +98,19 @@ class Scenes:
 
 
 @dataclass(frozen=True)
-class Digits:
-    """One split's handwritten digits, sorted by class. No digit image is in both splits, nor
-    therefore in both training and test scenes."""
+class Instances:
+    """What one split's scenes are composed of, sorted by class. No image of one is in both splits, nor therefore in
+    both training and test scenes."""
 
-    glyphs: Float[Tensor, "digits 1 glyph glyph"]
-    numbers: Int64[Tensor, " digits"]  # rows of sklearn.datasets.load_digits
+    glyphs: Float[Tensor, "objects channels glyph glyph"]  # one channel: ink, which the scene colours; three: RGB
+    numbers: Int64[Tensor, " objects"]  # where each comes from: rows of sklearn.datasets.load_digits, or of the folder
     starts: Int64[Tensor, " classes"]  # where each class begins
     counts: Int64[Tensor, " classes"]
+    names: tuple[str, ...] = tuple(CLASS_NAMES)
 
 
 @cache
-def digits(split: str) -> Digits:
+def digits(split: str) -> Instances:
     """60 % of the digits for training, 40 % for testing, for every seed of the scenes."""
     if split not in SPLITS:
         raise unknown_name("split of the scenes", split, SPLITS, DataError)
@@ -117,7 +124,7 @@ def digits(split: str) -> Digits:
     pixels = torch.from_numpy(images).float()[numbers].view(-1, 1, 8, 8) / 16
     with _one_thread():
         glyphs = F.interpolate(pixels, size=(GLYPH, GLYPH), mode="bicubic", align_corners=False)
-    return Digits(glyphs, numbers, counts.cumsum(0) - counts, counts)
+    return Instances(glyphs, numbers, counts.cumsum(0) - counts, counts)
 
 
 def _pixels_and_classes() -> tuple[Float64[np.ndarray, "digits 64"], Int64[np.ndarray, " digits"]]:
@@ -148,14 +155,15 @@ def make_scenes(
     seed: int = 0,
     style: SceneStyle = STANDARD,
     masks: bool = False,
+    instances: Instances | None = None,
 ) -> Scenes:
-    """The first `count` scenes of an endless series that split, size, seed and style determine.
+    """The first `count` scenes of an endless series that the arguments determine; without `instances` of digits.
 
     >>> scenes = make_scenes(3, split="test", masks=True)
     >>> scenes.images.shape, scenes.masks.shape
     (torch.Size([3, 3, 32, 32]), torch.Size([3, 3, 32, 32]))
     """
-    return Scenes.join(list(scene_chunks(count, split, size, seed, style, masks)))
+    return Scenes.join(list(scene_chunks(count, split, size, seed, style, masks, instances)))
 
 
 def scene_chunks(
@@ -165,6 +173,7 @@ def scene_chunks(
     seed: int = 0,
     style: SceneStyle = STANDARD,
     masks: bool = False,
+    instances: Instances | None = None,
 ) -> Iterator[Scenes]:
     """The scenes of `make_scenes` a chunk at a time, for sets that are larger than the memory."""
     if split not in SPLITS:
@@ -175,10 +184,21 @@ def scene_chunks(
         raise DataError(f"scenes of {size} pixels are too small to show digits: ask for {SMALLEST} or more")
     for index, start in enumerate(range(0, count, CHUNK)):
         with _one_thread():
-            made = _draw(generator(seed, "scenes", split, index), digits(split), size, style)
+            made = _draw(generator(seed, "scenes", split, index), instances or digits(split), size, style)
         if not masks:
             made.masks = None
         yield made.first(count - start)
+
+
+def scenes_of(config: ScenesConfig, split: str, masks: bool = False) -> tuple[Scenes, tuple[str, ...]]:
+    """The scenes of a configuration and the names of their classes."""
+    instances, style = digits(split), STYLES[config.style]
+    if config.objects is not None:
+        from mls.data.photographs import photographs
+
+        instances, style = photographs(config.objects, split), PHOTOGRAPHS
+    count = config.count if split == "train" else config.test_count
+    return make_scenes(count, split, config.size, config.seed, style, masks, instances), instances.names
 
 
 class ScenesSource:
@@ -188,9 +208,9 @@ class ScenesSource:
     name = "scenes"
 
     def __init__(self, config: ScenesConfig, split: str = "train", masks: bool = False) -> None:
-        count = config.count if split == "train" else config.test_count
-        self.split, self.class_names = split, list(CLASS_NAMES)
-        self.scenes = make_scenes(count, split, config.size, config.seed, masks=masks)
+        self.split = split
+        self.scenes, names = scenes_of(config, split, masks)
+        self.class_names = list(names)
         self.labels = self.scenes.labels
 
     def __len__(self) -> int:
@@ -222,36 +242,49 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _draw(stream: Generator, digits: Digits, size: int, style: SceneStyle) -> Scenes:
+def _draw(stream: Generator, instances: Instances, size: int, style: SceneStyle) -> Scenes:
     """One chunk. Random draws that depend on the size come last, so that a scene has the same objects at every size."""
     types = torch.randint(style.types, (CHUNK,), generator=stream)
-    classes = _choose_classes(stream, types, style)
-    alpha = _place(stream, digits, classes, size, style)  # the opacity of each digit at each pixel
-    images = _paint(stream, _background(stream, types, size, style), alpha, style)
+    classes = _choose_classes(stream, types, len(instances.names), style)
+    sampled = _place(stream, instances, classes, size, style)
+    ground = lambda: _background(stream, types, size, style)
+    if sampled.shape[2] == 1:
+        alpha = _opacity(sampled[:, :, 0]) * (classes >= 0)[..., None, None]
+        images = _paint(stream, ground(), alpha, style)
+    else:
+        alpha = sampled[:, :, 3] * (classes >= 0)[..., None, None]
+        images = ground()
+        for j in range(classes.shape[1]):  # what is sampled near an edge is darker by its alpha already
+            cover, there = alpha[:, j, None], (classes[:, j] >= 0)[:, None, None, None]
+            images = images * (1 - cover) + sampled[:, j, :3] * there
     images += style.noise * torch.randn(images.shape, generator=stream)
     masks = alpha > 0.5
     covered = masks.flip(1).cumsum(1).flip(1) - masks.long() > 0  # by an object that is painted later
-    return _describe((images.clamp(0, 1) * 255).round().to(torch.uint8), masks & ~covered, classes, types)
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8)
+    return _describe(pixels, masks & ~covered, classes, types, len(instances.names))
 
 
-def _choose_classes(stream: Generator, types: Int64[Tensor, " n"], style: SceneStyle) -> Int64[Tensor, "n objects"]:
+def _choose_classes(
+    stream: Generator, types: Int64[Tensor, " n"], names: int, style: SceneStyle
+) -> Int64[Tensor, "n objects"]:
     low, high = style.objects
     shape = (len(types), high)
     number = torch.randint(low, high + 1, (len(types), 1), generator=stream)
     column = torch.randint(style.classes_per_type, shape, generator=stream)
-    any_class = torch.randint(len(CLASS_NAMES), shape, generator=stream)
+    any_class = torch.randint(names, shape, generator=stream)
     in_type = torch.rand(shape, generator=stream) < style.in_type
     classes = torch.where(in_type, type_classes(style)[types[:, None], column], any_class)
     return torch.where(torch.arange(high) < number, classes, -1)
 
 
 def _place(
-    stream: Generator, digits: Digits, classes: Int64[Tensor, "n objects"], size: int, style: SceneStyle
-) -> Float[Tensor, "n objects size size"]:
+    stream: Generator, instances: Instances, classes: Int64[Tensor, "n objects"], size: int, style: SceneStyle
+) -> Float[Tensor, "n objects channels size size"]:
+    """The ink of each digit at each pixel, or each photograph's RGB and where it is."""
     n, most = classes.shape
     uniform = lambda low, high: low + (high - low) * torch.rand(n, most, generator=stream)
-    counts = digits.counts[classes.clamp(min=0)]
-    instance = digits.starts[classes.clamp(min=0)] + (uniform(0, 1) * counts).long().minimum(counts - 1)
+    counts = instances.counts[classes.clamp(min=0)]
+    instance = instances.starts[classes.clamp(min=0)] + (uniform(0, 1) * counts).long().minimum(counts - 1)
     cell = torch.rand(n, style.cells**2, generator=stream).argsort(1)[:, :most]
     half = uniform(*style.extent)  # of the digit's square; the image reaches from -1 to 1
     width = 2 / style.cells
@@ -264,9 +297,16 @@ def _place(
     across = torch.stack([cos, sin, -(cos * x + sin * y)], -1) * (aspect / half)[..., None]
     down = torch.stack([-sin, cos, sin * x - cos * y], -1) / half[..., None]
     grid = F.affine_grid(torch.stack([across, down], -2).flatten(0, 1), [n * most, 1, size, size], align_corners=False)
-    ink = F.grid_sample(digits.glyphs[instance.flatten()], grid, align_corners=False).view(n, most, size, size)
-    alpha = (14 * (ink - 0.45)).sigmoid() - 1 / (1 + math.exp(14 * 0.45))  # sharp edges, and 0 without ink
-    return alpha.clamp(min=0) * (classes >= 0)[..., None, None]
+    glyphs = instances.glyphs[instance.flatten()]
+    if glyphs.shape[1] == 3:
+        glyphs = torch.cat([glyphs.float() / 255, torch.ones_like(glyphs[:, :1], dtype=torch.float)], dim=1)
+    return F.grid_sample(glyphs, grid, align_corners=False).view(n, most, -1, size, size)
+
+
+def _opacity(ink: Float[Tensor, "n objects size size"]) -> Float[Tensor, "n objects size size"]:
+    """Sharp edges, and 0 without ink."""
+    alpha = (14 * (ink - 0.45)).sigmoid() - 1 / (1 + math.exp(14 * 0.45))
+    return alpha.clamp(min=0)
 
 
 def _background(
@@ -317,6 +357,7 @@ def _describe(
     masks: Bool[Tensor, "n objects size size"],
     classes: Int64[Tensor, "n objects"],
     types: Int64[Tensor, " n"],
+    names: int,
 ) -> Scenes:
     """Boxes and labels of the visible objects; hidden objects are dropped, padding is at the end."""
     visible = masks.any(3).any(2)
@@ -329,7 +370,7 @@ def _describe(
     low = [torch.where(line, position, size).amin(2) for line in (columns, lines)]
     high = [torch.where(line, position, -1).amax(2) + 1 for line in (columns, lines)]
     boxes = torch.stack([*low, *high], -1) * visible[..., None]
-    labels = F.one_hot(classes + 1, len(CLASS_NAMES) + 1)[..., 1:].amax(1).float()
+    labels = F.one_hot(classes + 1, names + 1)[..., 1:].amax(1).float()
     return Scenes(images, labels, boxes, classes, types, masks)
 
 

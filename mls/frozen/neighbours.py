@@ -27,7 +27,7 @@ from mls.data.unreadable import Unreadable, reason_of
 from mls.errors import DataError, reason
 from mls.frozen.features import BLOCK, CachedFeatures, cached_features, embed, embed_batches, hash_of_weights
 from mls.frozen.index import Index, build
-from mls.frozen.match_picture import GalleryRow
+from mls.frozen.match_picture import GalleryRow, file_name
 from mls.models import card_of, load_backbone
 from mls.models.spatial import DenseFeatures
 
@@ -258,10 +258,11 @@ def near_duplicates(first: EmbeddedSource, second: EmbeddedSource, threshold: fl
 # ------------------------------------------------------------------------------------------------- pictures
 
 
-def gallery_row(query: Any, query_id: int, source: Source, found: Sequence[tuple[int, float]]) -> GalleryRow:
-    """A row of `gallery.draw`: a query (as `Source.read` returns it) and the images found for it."""
-    pictures = [_pixels(source.read(i)) for i, _ in found]
-    return GalleryRow(_pixels(query), pictures, [cosine for _, cosine in found], None, query_id, [i for i, _ in found])
+def gallery_row(queries: Source, number: int, source: Source, found: Sequence[tuple[int, float]]) -> GalleryRow:
+    """A row of `match_picture.draw`: an image and those that were found for it."""
+    pictures, name = [_pixels(source.read(i)) for i, _ in found], file_name(queries.describe(number))
+    ids, cosines = [i for i, _ in found], [cosine for _, cosine in found]
+    return GalleryRow(_pixels(queries.read(number)), pictures, cosines, None, number, ids, name=name)
 
 
 def _pixels(image: Any) -> UInt8[np.ndarray, "height width 3"]:

@@ -11,6 +11,7 @@ from mls.eval.pretraining import PROBES, Pretraining, table_of
 from mls.recipes import load_config
 from mls.results import Results
 from mls.tables import render
+from mls.tools.bench.evidence import QUIET
 
 FEW = ["data.scenes.count=256", "data.scenes.test_count=200", "data.batch_size=64", "dictionary.size=128"]
 FEW += ["optim.epochs=1", "engine.threads=1"]
@@ -95,3 +96,22 @@ def test_a_key_younger_than_stored_results_counts_only_where_it_is_set() -> None
     plain, half = load_config("mls_scenes_tiny"), load_config("mls_scenes_tiny", ["objective.info_nce_weight=0.5"])
     assert config_hash(plain) == "a3515859"  # as before there was objective.info_nce_weight
     assert config_hash(half) != config_hash(plain)
+
+
+def test_a_row_that_goes_on_from_a_shared_start_equals_one_trained_from_its_own(tmp_path: Path) -> None:
+    few = [*FEW, "data.scenes.count=64", "data.batch_size=16", "dictionary.size=64", "monitor.log_every=1", *QUIET]
+    few += ["objective.windows.count=1", "objective.regions.size=16", "objective.windows.size=16", "objective.k=3"]
+    few += ["objective.labels_from=regions", "objective.warmup_epochs=0.5"]
+    trunk = Pretraining("start", "mls_scenes_tiny", few, own_scenes=True)
+    changes = {"windows": ["objective.method=moco_v2"], "own": []}
+    for row, change in changes.items():
+        own = Pretraining(row, "mls_scenes_tiny", [*few, *change], own_scenes=True)
+        shared = replace(own, trunk=trunk, trunk_steps=2)
+        assert shared.with_seed(1).config.data.scenes.seed == 1 == shared.with_seed(1).trunk.config.run.seed  # type: ignore[union-attr]
+        assert shared.facts() == shared.with_seed(1).facts() and shared.key != own.key
+        logs = [cell.run(tmp_path, quiet=True).metrics() for cell in (own, shared)]
+        losses = [[line["loss"] for line in log if "loss" in line] for log in logs]
+        assert losses[0] == losses[1] and len(losses[0]) == 4
+    start = tmp_path / trunk.name
+    assert sorted(file.name for file in (start / "checkpoints").iterdir()) == ["step-00000002.pt"]
+    assert not (start / "DONE").exists()

@@ -239,6 +239,11 @@ def test_controls_choose_rows_by_chance_or_by_true_label() -> None:
     chance = method_of(config_of("objective.pseudo_labels=random"), labels)(views_of()).matched_ids
     assert chance is not None
     assert not torch.equal(chance, matched)
+    mixed = method_of(config_of("objective.pseudo_labels=oracle", "objective.oracle_share=0.5"), labels)(views_of())
+    assert mixed.matched_ids is not None
+    right = (mixed.matched_ids % 4 == (torch.arange(100, 108) % 4)[:, None]).float().mean()
+    assert 0.4 < right < 0.9  # half of them, and a quarter of the other half by chance
+    assert all(len(set(rows.tolist())) == len(rows) for rows in mixed.matched_ids)
     with pytest.raises(ConfigError, match="oracle needs images with labels"):
         method_of(config_of("objective.pseudo_labels=oracle"))(views_of())
 

@@ -197,6 +197,17 @@ def test_a_loader_that_is_slower_than_the_steps_is_told(loaded: float, level: st
     assert found.level == level and found.override.startswith("data.workers=") == (level == "warning")
 
 
+def test_a_step_that_does_not_fit_into_a_gpu_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*some: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measured._Steps, "timed", full)
+    monkeypatch.setattr(measured, "LOADER_SECONDS", 0.01)
+    plan = plan_of("data.workers=0", "data.scenes.count=256")
+    found, (finding,) = measured.speed(plan, build_source(plan.config.data), CPU)
+    assert found is None and (finding.level, finding.override) == ("fails", "engine.accumulate=2")
+
+
 def test_everything_is_told_as_json(
     photographs: Callable[..., Config],
     tmp_path: Path,

@@ -6,6 +6,7 @@ from mls.tools.bench import (
     ablations,
     analyse,
     downstream,
+    evidence,
     faults,
     input,
     matching,
@@ -21,6 +22,7 @@ app = typer.Typer(help="Studies and measurements, each one command.", no_args_is
 app.command("ablations")(ablations.ablations)
 app.command("analyse")(analyse.analyse)
 app.command("downstream")(downstream.downstream)
+app.command("evidence")(evidence.evidence)
 app.command("faults")(faults.bench)
 app.command("input")(input.bench)
 app.command("matching")(matching.bench)

@@ -49,4 +49,4 @@ class BYOL(Method):
         return StepOutput(loss, scalars)
 
     def after_step(self, outputs: list[StepOutput]) -> None:
-        self.pair.update(self.config.model.momentum)
+        self.pair.update(self.momentum)

@@ -29,7 +29,7 @@ Control = Callable[[QueriedRows, Int64[Tensor, "batch"], int], Matches]
 def control(config: Config, dictionary: Dictionary, image_labels: Tensor | None) -> Control | None:
     """What gives the pseudo-labels of `objective.pseudo_labels=random` or `oracle`; None for a method's own."""
     assert isinstance(config.objective, MLSOptions)
-    kind = config.objective.pseudo_labels
+    kind, share = config.objective.pseudo_labels, config.objective.oracle_share
     if kind == "matched":
         return None
     if dictionary.sharding.world > 1:
@@ -43,7 +43,14 @@ def control(config: Config, dictionary: Dictionary, image_labels: Tensor | None)
         if rows.exclude is not None:
             scores = scores.masked_fill(rows.exclude[:, :], -torch.inf)
         best = scores.topk(k, dim=1)
-        return Matches(best.indices, best.values)
+        if kind == "random" or share == 1:
+            return Matches(best.indices, best.values)
+        drawn = torch.rand(scores.shape, generator=stream).to(scores)
+        others = drawn.masked_fill(scores.isneginf(), -torch.inf).scatter(1, best.indices, -torch.inf).topk(k, dim=1)
+        by_label = (torch.rand(best.indices.shape, generator=stream) < share).to(ids.device)
+        return Matches(
+            torch.where(by_label, best.indices, others.indices), torch.where(by_label, best.values, others.values)
+        )
 
     return by_score
 

@@ -171,9 +171,9 @@ class MoCo(Method):
 
     @torch.no_grad()
     def after_step(self, outputs: list[StepOutput]) -> None:
-        self.pair.update(self.config.model.momentum)
+        self.pair.update(self.momentum)
         if self.windows is not None:
-            self.windows.heads.update(self.config.model.momentum)
+            self.windows.heads.update(self.momentum)
         for out in outputs:
             self.dictionary.enqueue(**vars(out.keys))
         self.draw_orders()
