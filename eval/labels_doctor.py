@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int8
@@ -28,7 +29,8 @@ HIDDEN = 0.3  # of the labelled positives, in the control
 Z, DRAWS = 1.96, 400  # of 95 % intervals; bootstrap samples
 # Losses that train a linear layer; `left out` is the assumed negative's without unknown labels.
 COMPARED = ("an", "left out", "wan", "em", "ll_r", "asl", "gr", "role")
-Features, Labels = Float[Tensor, "images dim"], Int8[Tensor, "images classes"]
+Features: TypeAlias = Float[Tensor, "images dim"]
+Labels: TypeAlias = Int8[Tensor, "images classes"]
 
 
 def scores_of(

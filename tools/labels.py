@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="What is missing in your own labels.", no_args_is_help=True)
 
-COLUMNS = ("image", "class", "value", "likely", "chance")
+COLUMNS: tuple[str, ...] = ("image", "class", "value", "likely", "chance")
 SIDE, SHOWN = 160, 8  # pixels of a picture on the page; classes in the printed table
 STYLE = """body{font:14px sans-serif;margin:24px;max-width:1200px}table{border-collapse:collapse}
 td,th{padding:2px 12px 2px 0;text-align:left}ol{display:flex;flex-wrap:wrap;gap:12px;padding:0;list-style:none}
@@ -117,8 +117,12 @@ def _rate_lines(missing: Missing, images: LabelledImages) -> list[str]:
         f"missing: at most {missing.rate} of the positives, by {missing.rate.of} cells that score highest",
         "  if positives are labelled whatever they look like; exact if all of those cells are positives",
         f"  control, {HIDDEN:.0%} of the labels hidden: {missing.control}; expected {100 * missing.expected:.0f} %",
-        f"  in images without another label {missing.alone}, with one {missing.beside}"
-        + (": a rule, such as one label an image, or wrong high scores" if _apart(missing) else ""),
+        f"  in images without another label {missing.alone}, with one {missing.beside}",
+        *(
+            ["  these differ: by a rule, such as one label an image, or by wrong high scores"]
+            if _apart(missing)
+            else []
+        ),
     ]
 
 
