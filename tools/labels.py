@@ -55,17 +55,17 @@ def doctor(
     from mls.errors import ConfigError
     from mls.eval import labels_doctor, load_protocol
 
-    table, *overrides = arguments
+    file, *overrides = arguments
     out = out.expanduser()
     out.mkdir(parents=True, exist_ok=True)
     answers = out / "answers.csv"
     if answers.is_file():
         overrides.append(f"data.answers={answers.absolute()}")
-    protocol = load_protocol("linear", ["data.name=table", f"data.labels_file={table}", *overrides])
-    images, features, asked = _features(protocol, weights or protocol.model.weights)
+    protocol = load_protocol("linear", ["data.name=table", f"data.labels_file={file}", *overrides])
+    images, table, features, asked = _features(protocol, weights or protocol.model.weights)
     if images.single_label or not bool((images.truth == 0).any()):
         raise ConfigError("no label is unknown, so none is missing: data.zero=unknown asks whether the zeros are right")
-    missing = labels_doctor.examine(features, images.truth)
+    missing = labels_doctor.examine(features, images.truth, table)
     likely = labels_doctor.likelihood(missing, images.truth)
     before = _read(answers) if answers.is_file() else []
     lines = [*_rate_lines(missing, images), *_audit_lines(before)]
@@ -82,8 +82,11 @@ def doctor(
     print(f"{out / 'suspects.html'}: their pictures")
 
 
-def _features(protocol: Frozen, weights: str) -> tuple[LabelledImages, Tensor, tuple[Tensor, Tensor]]:
-    """The training images with their features, and features and labels of the validation part."""
+def _features(protocol: Frozen, weights: str) -> tuple[LabelledImages, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The training images, their labels without answers, their features, and those of the validation part with its
+    labels."""
+    from dataclasses import replace
+
     from mls.eval.extraction import features_of
     from mls.eval.frozen import build_backbone
     from mls.eval.regimes import split
@@ -92,13 +95,14 @@ def _features(protocol: Frozen, weights: str) -> tuple[LabelledImages, Tensor, t
 
     protocol = with_statistics_of(weights, protocol)
     data = load(protocol.data)
+    before = load(replace(protocol.data, answers=None)).train.truth if protocol.data.answers else data.train.truth
     backbone = build_backbone(protocol, weights, 0, data.train)
     whole = features_of(backbone, data.train, protocol, f"of {data.name} train").features.float()
     if data.val is not None:
         asked = features_of(backbone, data.val, protocol, f"of {data.name} val").features.float()
-        return data.train, whole, (asked, data.val.truth)
+        return data.train, before, whole, (asked, data.val.truth)
     rows, held = split(len(data.train), protocol.data.validation, protocol.data.seed)
-    return data.train.part(rows), whole[rows], (whole[held], data.train.truth[held])
+    return data.train.part(rows), before[rows], whole[rows], (whole[held], data.train.truth[held])
 
 
 # ------------------------------------------------------------------------------------------------------ what is said

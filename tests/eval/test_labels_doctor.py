@@ -90,6 +90,16 @@ def test_a_sample_with_chances_counts_what_is_missing_whatever_the_model_is_wort
         assert sum(low <= true <= high for _, low, high in found) >= 85
 
 
+def test_answers_about_the_likeliest_do_not_lower_the_rate(examined) -> None:
+    features, truth, labels, missing = examined[HIDE]
+    answered = labels.clone().flatten()
+    first = likelihood(missing, labels).flatten().topk(100).indices
+    answered[first] = truth.flatten()[first]
+    after = examine(features, answered.view_as(labels), labels).rate
+    assert after.low < HIDE < after.high
+    assert examine(features, answered.view_as(labels)).rate.value < after.value  # as if they had been in the table
+
+
 def test_one_label_an_image_shows_as_a_rate_that_depends_on_other_labels() -> None:
     features, truth = made()
     first = ((truth > 0).int().cumsum(1) == 1) & (truth > 0)
