@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int8
@@ -28,7 +29,8 @@ HIDDEN = 0.3  # of the labelled positives, in the control
 Z, DRAWS = 1.96, 400  # of 95 % intervals; bootstrap samples
 # Losses that train a linear layer; `left out` is the assumed negative's without unknown labels.
 COMPARED = ("an", "left out", "wan", "em", "ll_r", "asl", "gr", "role")
-Features, Labels = Float[Tensor, "images dim"], Int8[Tensor, "images classes"]
+Features: TypeAlias = Float[Tensor, "images dim"]
+Labels: TypeAlias = Int8[Tensor, "images classes"]
 
 
 def scores_of(
@@ -93,21 +95,21 @@ class Share:
         return f"{100 * self.value:.0f} % ({100 * self.low:.0f} to {100 * self.high:.0f})"
 
 
-def top_cells(labels: Labels, scores: Float[Tensor, "images classes"]) -> Bool[Tensor, "images classes"]:
-    """Of each class with enough labels the images that score highest, half as many as are labelled. Those that are
-    known to be without it do not count."""
+def top_cells(labels: Labels, table: Labels, scores: Float[Tensor, "images classes"]) -> Bool[Tensor, "images classes"]:
+    """Of each class with enough labels in the table the images that score highest: a tenth as many as are labelled,
+    more of a few. Those that are known to be without it do not count."""
     top = torch.zeros(labels.shape, dtype=torch.bool)
     for column in range(labels.shape[1]):
-        if (count := int((labels[:, column] > 0).sum())) >= LEAST:
+        if (count := int((table[:, column] > 0).sum())) >= LEAST:
             ranked = scores[:, column].masked_fill(labels[:, column] < 0, -1)
-            top[ranked.topk(count // 2).indices, column] = True
+            top[ranked.topk(min(max(LEAST, count // 10), count // 2)).indices, column] = True
     return top
 
 
-def missing_of(labels: Labels, top: Bool[Tensor, "images classes"]) -> Share:
-    """The share of the positives that is not labelled, of all classes together. The interval is a bootstrap's over
+def missing_of(table: Labels, top: Bool[Tensor, "images classes"]) -> Share:
+    """The share of the positives that the table has not, of all classes together. The interval is a bootstrap's over
     images: labels of one image are not independent."""
-    unlabelled, of = (top & (labels == 0)).sum(1).double(), top.sum(1).double()
+    unlabelled, of = (top & (table <= 0)).sum(1).double(), top.sum(1).double()
     draws = torch.randint(len(of), (DRAWS, len(of)), generator=generator(0, "labels doctor bootstrap"))
     rates = unlabelled[draws].sum(1) / of[draws].sum(1).clamp(min=1)
     low, high = rates.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -126,20 +128,25 @@ class Missing:
     labelled: Float[Tensor, "classes"]  # the share of a class' positives that is labelled; NaN: too few to say
 
 
-def examine(features: Features, labels: Labels, seed: int = 0) -> Missing:
+def examine(features: Features, labels: Labels, table: Labels | None = None, seed: int = 0) -> Missing:
+    """`table`: the labels without answers to questions about the likeliest, which were not drawn by chance: a positive
+    that was answered was missing. Default: there are none."""
+    table = labels if table is None else table
     scores = out_of_fold(features, labels, seed)
-    top = top_cells(labels, scores)
-    rate = missing_of(labels, top)
-    hidden = torch.rand(labels.shape, generator=generator(seed, "labels doctor control")) < HIDDEN
-    fewer = labels.masked_fill((labels > 0) & hidden, 0)
-    control = missing_of(fewer, top_cells(fewer, out_of_fold(features, fewer, seed)))
-    share = lambda cells: Share.wilson(int((cells & (labels == 0)).sum()), int(cells.sum()))
+    top = top_cells(labels, table, scores)
+    rate = missing_of(table, top)
+    hidden = (table > 0) & (torch.rand(labels.shape, generator=generator(seed, "labels doctor control")) < HIDDEN)
+    fewer, fewer_in_table = labels.masked_fill(hidden, 0), table.masked_fill(hidden, 0)
+    control_top = top_cells(fewer, fewer_in_table, out_of_fold(features, fewer, seed))
+    control = missing_of(fewer_in_table, control_top)
+    share = lambda cells: Share.wilson(int((cells & (table <= 0)).sum()), int(cells.sum()))
     columns = torch.eye(labels.shape[1], dtype=torch.bool)
     by_class = {column: share(top & columns[column]) for column in top.any(0).nonzero()[:, 0].tolist()}
-    others = (labels > 0).sum(1, keepdim=True) - (labels > 0).int() > 0
+    others = (table > 0).sum(1, keepdim=True) - (table > 0).int() > 0
     labelled = torch.full((labels.shape[1],), torch.nan)
     for column, of_class in by_class.items():
-        labelled[column] = 1 - of_class.value
+        wrong = of_class.of * of_class.value + LEAST * rate.value  # few cells: towards that of all classes
+        labelled[column] = 1 - wrong / (of_class.of + LEAST)
     expected = 1 - (1 - rate.value) * (1 - HIDDEN)
     return Missing(rate, control, expected, by_class, share(top & ~others), share(top & others), scores, labelled)
 
@@ -150,10 +157,10 @@ def examine(features: Features, labels: Labels, seed: int = 0) -> Missing:
 def likelihood(missing: Missing, labels: Labels) -> Float[Tensor, "images classes"]:
     """Of each unknown cell the probability that it is a positive, P(y | x, unlabelled) = (1 - c) / c · g / (1 - g):
     c is the share of its class that is labelled, g the out-of-fold probability of being labelled (Elkan and Noto 2008).
-    0 for all other cells, and for classes with too few labels to say."""
+    0 for all other cells, and for classes with too few labels to say; above 1 where g is larger than c."""
     share = missing.labelled.clamp(0.02, 0.98)
     odds = (1 - share) / share * missing.scores / (1 - missing.scores).clamp(min=1e-6)
-    return odds.clamp(max=1.0).masked_fill(labels != 0, 0.0).nan_to_num(0.0)
+    return odds.masked_fill(labels != 0, 0.0).nan_to_num(0.0)
 
 
 def audit_chances(
@@ -162,7 +169,7 @@ def audit_chances(
     """With which chance each unknown cell is drawn into a sample of about `count`: in proportion to its likelihood, and
     none with none."""
     unknown = labels == 0
-    weight = (likely + 0.02) * unknown
+    weight = (likely.clamp(max=1.0) + 0.02) * unknown
     chances = weight * count / weight.sum().clamp(min=1e-9)
     return chances.clamp(max=1.0)
 

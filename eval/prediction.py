@@ -25,7 +25,7 @@ from mls.data import Source
 from mls.data.decode import decode
 from mls.data.listing import FileSource
 from mls.data.sources import hash_of_images
-from mls.data.unreadable import Unreadable, unreadable_in
+from mls.data.unreadable import readable
 from mls.distributed import start
 from mls.errors import CheckpointError, ConfigError, Stopped
 from mls.eval.boosted import BoostedClassifier
@@ -119,7 +119,7 @@ def predict(classifier: str | Path, images: str | Path | Source, quiet: bool = F
     source = source_from(str(images)) if isinstance(images, str | Path) else images
     if isinstance(kept.protocol, Dense):
         raise ConfigError(f"{kept.folder} is of {kept.protocol.task}: name a folder with --out (Python: predict_dense)")
-    ids = readable(source, quiet)
+    ids = readable(source, range(len(source)), quiet=quiet)
     score, protocol = _scorer(kept)
     truth = torch.zeros(len(source), dtype=torch.int64)
     batches = Batches(LabelledImages(source, truth, kept.class_names), protocol, 0, start().device)
@@ -133,12 +133,6 @@ def predict(classifier: str | Path, images: str | Path | Source, quiet: bool = F
     facts |= {"crop": [protocol.augment.size, protocol.data.test_crop, protocol.data.test_resize]}
     found = cached_features(facts, len(ids), compute, f"predictions for {source.name}", quiet, BLOCK)
     return Predictions([source.describe(number) for number in ids], kept.class_names, found.features)
-
-
-def readable(source: Source, quiet: bool) -> list[int]:
-    unreadable = Unreadable(len(source))
-    unreadable.note(unreadable_in(source, range(len(source)), quiet))
-    return [number for number in range(len(source)) if number not in unreadable.found]
 
 
 def _scorer(kept: Kept) -> tuple[Callable[[Tensor], Tensor], Supervised | Frozen]:
@@ -193,7 +187,7 @@ def predict_dense(
     source = source_from(str(images)) if isinstance(images, str | Path) else images
     if not isinstance(kept.protocol, Dense):
         raise ConfigError(f"{kept.folder} gives scores of classes: write them with --out preds.csv, or .parquet")
-    network, ids = _network(kept), readable(source, quiet)
+    network, ids = _network(kept), readable(source, range(len(source)), quiet=quiet)
     _begin(out, {"classifier": kept.facts["sha256"], "images": hash_of_images(source, torch.tensor(ids))})
     folder, found = _Folder(out, kept, _names(source, ids), draw), out / "found.jsonl"
     done = _whole_lines(found)

@@ -168,9 +168,11 @@ Classification = Supervised | Frozen
 AnyProtocol = Classification | Detection | Segmentation | FrozenDense
 
 
-def check(protocol: Classification) -> None:
+def check(protocol: Classification | FrozenDense) -> None:
     """Refuse combinations that cannot work, before anything is loaded."""
-    if isinstance(protocol, Supervised | Frozen) and protocol.data.shots and protocol.data.fraction < 1:
+    if isinstance(protocol, FrozenDense):
+        return
+    if protocol.data.shots and protocol.data.fraction < 1:
         raise ConfigError("data.shots and data.fraction both say how many images are learnt from: set one of them")
     if isinstance(protocol, Supervised):
         _check_training(protocol.training)

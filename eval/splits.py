@@ -12,7 +12,7 @@ import torch
 from mls import distributed
 from mls.config import ScenesConfig
 from mls.data.listing import locate
-from mls.data.unreadable import Unreadable, say, unreadable_in
+from mls.data.unreadable import readable, say
 from mls.errors import ConfigError, DataError
 from mls.eval import data as data_sets
 from mls.eval.data import DataSet, LabelledImages, class_folders, folder_of, scenes, table
@@ -94,8 +94,5 @@ def _own(name: str, root: str | None, own: OwnLabels) -> DataSet:
 
 
 def _readable(images: LabelledImages, own: OwnLabels) -> LabelledImages:
-    numbers = images.numbers()
-    unreadable = Unreadable(len(numbers), own.most_unreadable, key="data.max_unreadable")
-    unreadable.note(unreadable_in(images.images, numbers))
-    rows = [row for row, number in enumerate(numbers) if number not in unreadable.found]
-    return images if len(rows) == len(numbers) else images.part(torch.tensor(rows))
+    rows = readable(images.images, images.numbers(), own.most_unreadable, "data.max_unreadable")
+    return images if len(rows) == len(images) else images.part(torch.tensor(rows))

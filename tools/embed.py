@@ -22,9 +22,15 @@ def embed(
     weights: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run, a weights file or a backbone's name.")],
     images: Annotated[str, typer.Argument(metavar="IMAGES", help="What data.root can be.")],
     out: Annotated[Path, typer.Option(help="x.parquet, or x.npz.")],
+    dense: Annotated[
+        bool, typer.Option("--dense", help="A feature for each place of the map, not their mean.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; default: the cores that may be used.")] = None,
 ) -> None:
     """Write id, path and features of every image: of the middle square, as evaluation sees it.
+
+    With --dense the features are the map (rows × columns × width, fp16): an array of that shape in x.npz, a list of
+    all its numbers in x.parquet, whose metadata has the shape.
 
     Features are kept in $MLS_CACHE a block at a time: stopped anyhow, the same command goes on, and of a .parquet file
     memory does not grow with the images. An image that cannot be read is named and left out.
@@ -34,6 +40,8 @@ def embed(
         mls embed runs/my-run /data/images --out features.parquet
 
         mls embed torchvision:resnet50 /data/images --out features.npz
+
+        mls embed runs/my-run /data/images --dense --out maps.parquet
     """
     import torch
 
@@ -43,25 +51,30 @@ def embed(
         raise ConfigError(f"--out {out} says no format: name it x.parquet or x.npz")
     demand_pyarrow(out)
     source = source_from(images)
-    stored, broken = stored_features(source, Embedder.of(weights), workers)
+    embedder = Embedder.of(weights)
+    grid = embedder.grid() if dense else None
+    stored, broken = stored_features(source, embedder, workers, grid)
+    shape = (*(grid or ()), stored.features.shape[1])
+    features = stored.features.view(len(source), *shape)
     readable = torch.ones(len(source), dtype=torch.bool)
     readable[broken] = False
     ids = readable.nonzero()[:, 0]
     with atomic_file(out.expanduser()) as file:
-        (_parquet if out.suffix == ".parquet" else _npz)(file, source, stored.features, ids)
+        (_parquet if out.suffix == ".parquet" else _npz)(file, source, features, ids)
     told = f" ({len(broken)} that cannot be read are left out)" if broken else ""
-    print(f"{out}: {len(ids):,} images, {stored.features.shape[1]} features each{told}")
+    print(f"{out}: {len(ids):,} images, {' × '.join(map(str, shape))} features each{told}")
 
 
 def _parquet(file: BinaryIO, source: Source, features: Tensor, ids: Tensor) -> None:
     import pyarrow as pa  # pyright: ignore
     from pyarrow.parquet import ParquetWriter  # pyright: ignore
 
-    width = features.shape[1]
-    vectors = pa.list_(pa.float32(), width)
-    schema = pa.schema([("id", pa.int64()), ("path", pa.string()), ("features", vectors)])
+    shape, width = features.shape[1:], features[0].numel()
+    kind = pa.float16() if len(shape) > 1 else pa.float32()
+    schema = pa.schema([("id", pa.int64()), ("path", pa.string()), ("features", pa.list_(kind, width))])
+    schema = schema.with_metadata({"shape": ",".join(map(str, shape))})
     with ParquetWriter(file, schema) as writer:
-        for rows in ids.split(ROWS):
+        for rows in ids.split(max(1, ROWS * shape[-1] // width)):
             values = pa.FixedSizeListArray.from_arrays(pa.array(features[rows].reshape(-1).numpy()), width)
             paths = [source.describe(int(row)) for row in rows]
             writer.write_table(pa.table([pa.array(rows.numpy()), pa.array(paths), values], schema))

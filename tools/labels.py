@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="What is missing in your own labels.", no_args_is_help=True)
 
-COLUMNS = ("image", "class", "value", "likely", "chance")
+COLUMNS: tuple[str, ...] = ("image", "class", "value", "likely", "chance")
 SIDE, SHOWN = 160, 8  # pixels of a picture on the page; classes in the printed table
 STYLE = """body{font:14px sans-serif;margin:24px;max-width:1200px}table{border-collapse:collapse}
 td,th{padding:2px 12px 2px 0;text-align:left}ol{display:flex;flex-wrap:wrap;gap:12px;padding:0;list-style:none}
@@ -55,17 +55,17 @@ def doctor(
     from mls.errors import ConfigError
     from mls.eval import labels_doctor, load_protocol
 
-    table, *overrides = arguments
+    file, *overrides = arguments
     out = out.expanduser()
     out.mkdir(parents=True, exist_ok=True)
     answers = out / "answers.csv"
     if answers.is_file():
         overrides.append(f"data.answers={answers.absolute()}")
-    protocol = load_protocol("linear", ["data.name=table", f"data.labels_file={table}", *overrides])
-    images, features, asked = _features(protocol, weights or protocol.model.weights)
+    protocol = load_protocol("linear", ["data.name=table", f"data.labels_file={file}", *overrides])
+    images, table, features, asked = _features(protocol, weights or protocol.model.weights)
     if images.single_label or not bool((images.truth == 0).any()):
         raise ConfigError("no label is unknown, so none is missing: data.zero=unknown asks whether the zeros are right")
-    missing = labels_doctor.examine(features, images.truth)
+    missing = labels_doctor.examine(features, images.truth, table)
     likely = labels_doctor.likelihood(missing, images.truth)
     before = _read(answers) if answers.is_file() else []
     lines = [*_rate_lines(missing, images), *_audit_lines(before)]
@@ -82,8 +82,11 @@ def doctor(
     print(f"{out / 'suspects.html'}: their pictures")
 
 
-def _features(protocol: Frozen, weights: str) -> tuple[LabelledImages, Tensor, tuple[Tensor, Tensor]]:
-    """The training images with their features, and features and labels of the validation part."""
+def _features(protocol: Frozen, weights: str) -> tuple[LabelledImages, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """The training images, their labels without answers, their features, and those of the validation part with its
+    labels."""
+    from dataclasses import replace
+
     from mls.eval.extraction import features_of
     from mls.eval.frozen import build_backbone
     from mls.eval.regimes import split
@@ -92,13 +95,14 @@ def _features(protocol: Frozen, weights: str) -> tuple[LabelledImages, Tensor, t
 
     protocol = with_statistics_of(weights, protocol)
     data = load(protocol.data)
+    before = load(replace(protocol.data, answers=None)).train.truth if protocol.data.answers else data.train.truth
     backbone = build_backbone(protocol, weights, 0, data.train)
     whole = features_of(backbone, data.train, protocol, f"of {data.name} train").features.float()
     if data.val is not None:
         asked = features_of(backbone, data.val, protocol, f"of {data.name} val").features.float()
-        return data.train, whole, (asked, data.val.truth)
+        return data.train, before, whole, (asked, data.val.truth)
     rows, held = split(len(data.train), protocol.data.validation, protocol.data.seed)
-    return data.train.part(rows), whole[rows], (whole[held], data.train.truth[held])
+    return data.train.part(rows), before[rows], whole[rows], (whole[held], data.train.truth[held])
 
 
 # ------------------------------------------------------------------------------------------------------ what is said
@@ -117,13 +121,17 @@ def _rate_lines(missing: Missing, images: LabelledImages) -> list[str]:
         f"missing: at most {missing.rate} of the positives, by {missing.rate.of} cells that score highest",
         "  if positives are labelled whatever they look like; exact if all of those cells are positives",
         f"  control, {HIDDEN:.0%} of the labels hidden: {missing.control}; expected {100 * missing.expected:.0f} %",
-        f"  in images without another label {missing.alone}, with one {missing.beside}"
-        + (": they differ" if _apart(missing.alone, missing.beside) else ""),
+        f"  in images without another label {missing.alone}, with one {missing.beside}",
+        *(
+            ["  these differ: by a rule, such as one label an image, or by wrong high scores"]
+            if _apart(missing)
+            else []
+        ),
     ]
 
 
-def _apart(one: Any, other: Any) -> bool:
-    return one.low > other.high or other.low > one.high
+def _apart(missing: Missing) -> bool:
+    return missing.alone.low > missing.beside.high or missing.beside.low > missing.alone.high
 
 
 def _audit_lines(before: Sequence[dict[str, str]]) -> list[str]:
@@ -218,7 +226,9 @@ def _write(
         place = (cell_text(name_of(images, row)), images.class_names[column])
         if place not in named:
             chance = f"{sample[row, column]:.6g}" if (row, column) in sample else ""
-            rows.writerow(dict(zip(COLUMNS, (*place, "", f"{likely[row, column]:.3f}", chance), strict=True)))
+            rows.writerow(
+                dict(zip(COLUMNS, (*place, "", f"{min(1.0, float(likely[row, column])):.3f}", chance), strict=True))
+            )
     write_atomically(answers, text.getvalue().encode())
 
 
@@ -235,7 +245,7 @@ def _page(
 ) -> str:
     items = []
     for row, column in rows:
-        words = f"<b>{html.escape(images.class_names[column])}</b> {likely[row, column]:.2f}"
+        words = f"<b>{html.escape(images.class_names[column])}</b> {min(1.0, float(likely[row, column])):.2f}"
         name = html.escape(name_of(images, row))
         items.append(f'<li><img src="{_picture(images, row)}" alt="{name}">{words}<br>{name}</li>')
     text = html.escape("\n\n".join(["\n".join(lines), *tables]))

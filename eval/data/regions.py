@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,13 @@ class RegionImages:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def some(self, rows: Sequence[int]) -> RegionImages:
+        """Of one's own files."""
+        images: Any = self.images
+        assert isinstance(self.labels, IndexedFiles)
+        labels = replace(self.labels, paths=[self.labels.paths[row] for row in rows])
+        return replace(self, images=images.some(rows), labels=labels)
 
     def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
         return decode(self.images.read(row))

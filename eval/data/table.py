@@ -404,4 +404,4 @@ def _short(text: str) -> str:
 
 
 DOWNLOAD = "name your table with data.labels_file=labels.csv"
-register("table", Layout(lambda _: read(None, OwnLabels())[0], "", DOWNLOAD))
+register("table", Layout(lambda _: read(None, OwnLabels())[0], "", DOWNLOAD, own=True))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from mls import distributed
 from mls.config import AugmentConfig, ScenesConfig
 from mls.data.truth import AS_DETECTRON2
+from mls.data.unreadable import readable
 from mls.errors import DataError, command
 from mls.eval import data as data_sets
-from mls.eval.data import DataSet, objects, regions
+from mls.eval.data import DataSet, LabelledImages, objects, regions
 from mls.eval.data.content import content_hash
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
@@ -24,6 +26,7 @@ from mls.models.backbones import Backbone
 from mls.streams import initialisation
 
 SCENES = {"scenes_objects": objects.scenes, "scenes_regions": regions.scenes}
+Facts = tuple[str, str | None, bool, ScenesConfig, float]
 OF_OBJECTS = ("detection", "objects")  # tasks
 
 
@@ -78,15 +81,27 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def without_workers(data: DataSetConfig) -> tuple[str, str | None, bool, ScenesConfig]:
+def without_workers(data: DataSetConfig) -> Facts:
     folder = None if data.name in SCENES else str(data_sets.folder_of(data.name, data.root).absolute())
-    return data.name, folder, data.check_sizes, data.scenes
+    return data.name, folder, data.check_sizes, data.scenes, data.max_unreadable
 
 
 @lru_cache(maxsize=2)  # shared by the cells of a suite
-def _load(facts: tuple[str, str | None, bool, ScenesConfig]) -> DataSet[Any]:
-    name, root, check_sizes, scenes = facts
-    return SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
+def _load(facts: Facts) -> DataSet[Any]:
+    name, root, check_sizes, scenes, most = facts
+    found = SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
+    if data_sets.LAYOUTS[name].own:
+        parts = {part: _readable(getattr(found, part), most) for part in ("train", "test", "val")}
+        found = replace(found, **parts)
+    return found
+
+
+def _readable(images: Any, most: float) -> Any:
+    """One's own images without those that cannot be read."""
+    if images is None or isinstance(images, LabelledImages):
+        return images
+    rows = readable(images.images, range(len(images)), most, "data.max_unreadable")
+    return images if len(rows) == len(images) else images.some(rows)
 
 
 def content(protocol: Dense | FrozenDense) -> str:
@@ -98,7 +113,7 @@ def content(protocol: Dense | FrozenDense) -> str:
 
 
 @lru_cache(maxsize=8)
-def _content(facts: tuple[str, str | None, bool, ScenesConfig]) -> str:
+def _content(facts: Facts) -> str:
     return content_hash(_load(facts))
 
 

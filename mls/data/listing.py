@@ -101,6 +101,12 @@ class FileSource:
     def __len__(self) -> int:
         return len(self._paths)
 
+    def some(self, images: Sequence[int]) -> FileSource:
+        """These images alone, without labels."""
+        found = FileSource(self.name, Path(os.fsdecode(self._root)), [self._paths[image] for image in images])
+        found.odd, found.ignored = self.odd, self.ignored
+        return found
+
     @cached_property
     def labels(self) -> Float[Tensor, "images classes"] | None:
         if self.class_names is None or self.pairs is None:

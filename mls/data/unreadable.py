@@ -90,6 +90,15 @@ def unreadable_in(source: Source, images: Sequence[int], quiet: bool = False) ->
     return found
 
 
+def readable(
+    source: Source, images: Sequence[int], most: float = MOST, key: str = "", quiet: bool = False
+) -> list[int]:
+    """The places in `images` of those that can be read; the others are named."""
+    unreadable = Unreadable(len(images), most, key=key)
+    unreadable.note(unreadable_in(source, images, quiet))
+    return [place for place, image in enumerate(images) if image not in unreadable.found]
+
+
 class _Chunks(Dataset[list[tuple[int, str]]]):
     def __init__(self, source: Source, images: Sequence[int]) -> None:
         self.source, self.images = source, images

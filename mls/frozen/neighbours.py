@@ -4,6 +4,7 @@ features.py and searched by index.py."""
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +25,15 @@ from mls.data.crops import UnreadableImage, decode
 from mls.data.sources import build_source, hash_of_images
 from mls.data.unreadable import Unreadable, reason_of
 from mls.errors import DataError, reason
-from mls.frozen.features import CachedFeatures, cached_features, embed, embed_batches, hash_of_weights
+from mls.frozen.features import BLOCK, CachedFeatures, cached_features, embed, embed_batches, hash_of_weights
 from mls.frozen.index import Index, build
 from mls.frozen.match_picture import GalleryRow, file_name
 from mls.models import card_of, load_backbone
+from mls.models.spatial import DenseFeatures
 
 SIDE = 16  # pixels of a thumbnail
 CALIBRATION_IMAGES = 200  # of which altered copies are made
+MAPS = 16  # images whose maps are written together
 ROWS = 4096  # of features that are looked at together
 SPARE = 64  # neighbours that are asked for beyond k, at most
 RECALL = 0.95  # share of the altered copies that lie above the threshold
@@ -60,23 +63,38 @@ class Embedder:
         statistics: dict[str, Any] = {key: tuple(facts[key]) for key in ("mean", "std") if key in facts}
         return cls(load_backbone(weights), AugmentConfig(size=size or facts.get("input_size", 224), **statistics))
 
+    @torch.no_grad()
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of its maps."""
+        size = self.augment.size
+        rows, columns = DenseFeatures(self.network).eval()(torch.zeros(1, 3, size, size)).shape[2:]
+        return rows, columns
 
-def stored_features(source: Source, embedder: Embedder, workers: int | None = None) -> tuple[CachedFeatures, list[int]]:
-    """Of all images of a source, computed once, and which of them cannot be read: their rows are zeros."""
+
+def stored_features(
+    source: Source, embedder: Embedder, workers: int | None = None, grid: tuple[int, int] | None = None
+) -> tuple[CachedFeatures, list[int]]:
+    """Of all images of a source, computed once, and which of them cannot be read: their rows are zeros. With the `grid`
+    of the embedder's maps a row for each place, image by image, row by row, in fp16."""
     from mls.distributed import start
 
-    device = start().device
+    device, each = start().device, math.prod(grid or ())
     augment, count = embedder.augment, len(source)
-    facts = {"images": hash_of_images(source), "weights": hash_of_weights(embedder.network)}
+    network = embedder.network if grid is None else DenseFeatures(embedder.network)
+    facts: dict[str, Any] = {"images": hash_of_images(source), "weights": hash_of_weights(embedder.network)}
     facts |= {"size": augment.size, "statistics": [*augment.mean, *augment.std]}
+    facts |= {} if grid is None else {"maps": grid}
 
     def compute(first: int) -> Generator[Tensor, None, None]:
-        usual = min(8, len(os.sched_getaffinity(0)) - 1) if count - first > 2000 else 0
+        ids = range(first // each, count)
+        usual = min(8, len(os.sched_getaffinity(0)) - 1) if len(ids) > 2000 else 0
         several = usual if workers is None else workers
-        return embed_batches(embedder.network, source, range(first, count), augment, device, 64, several, skip=True)
+        for found in embed_batches(network, source, ids, augment, device, 64, several, skip=True):
+            yield found if grid is None else found.flatten(2).transpose(1, 2).flatten(0, 1)
 
-    stored = cached_features(facts, count, compute, f"features of {source.name}")
-    return stored, left_out(source, stored.features)
+    title, block = f"{'maps' if grid else 'features'} of {source.name}", MAPS * each if grid else BLOCK
+    stored = cached_features(facts, count * each, compute, title, block=block, half=grid is not None)
+    return stored, left_out(source, stored.features, each)
 
 
 def left_out(source: Source, features: Float[Tensor, "rows dim"], each: int = 1) -> list[int]:

@@ -17,7 +17,7 @@ from mls.tools.labels import doctor
 HIDE = 0.4
 
 
-def made(noise: float = 0.15, images: int = 450, classes: int = 4) -> tuple[Tensor, Tensor]:
+def made(noise: float = 0.15, images: int = 450, classes: int = 6) -> tuple[Tensor, Tensor]:
     """Features that tell classes apart up to noise, and the truth: a fifth of each class is present."""
     draws = torch.Generator().manual_seed(0)
     features = torch.randn(images, 16, generator=draws)
@@ -54,9 +54,9 @@ def test_the_rate_is_the_known_one_and_none_where_nothing_is_missing(examined) -
     whole, missing = examined[0.0][3], examined[HIDE][3]
     assert whole.rate.value < 0.05
     assert missing.rate.low < HIDE < missing.rate.high
-    assert missing.rate.high - missing.rate.low < 0.2
+    assert missing.rate.high - missing.rate.low < 0.4
     for one in (whole, missing):  # a known share is found again
-        assert one.control.value == pytest.approx(one.expected, abs=0.15)
+        assert one.control.value == pytest.approx(one.expected, abs=0.2)
     assert whole.alone.high > 0 and missing.beside.low < HIDE < missing.beside.high
 
 
@@ -88,6 +88,16 @@ def test_a_sample_with_chances_counts_what_is_missing_whatever_the_model_is_wort
             found.append(audited([(bool(truth[i, j] > 0), float(chances[i, j])) for i, j in drawn]))
         assert sum(total for total, _, _ in found) / 100 == pytest.approx(true, rel=0.1)
         assert sum(low <= true <= high for _, low, high in found) >= 85
+
+
+def test_answers_about_the_likeliest_do_not_lower_the_rate(examined) -> None:
+    features, truth, labels, missing = examined[HIDE]
+    answered = labels.clone().flatten()
+    first = likelihood(missing, labels).flatten().topk(100).indices
+    answered[first] = truth.flatten()[first]
+    after = examine(features, answered.view_as(labels), labels).rate
+    assert after.low < HIDE < after.high
+    assert examine(features, answered.view_as(labels)).rate.value < after.value  # as if they had been in the table
 
 
 def test_one_label_an_image_shows_as_a_rate_that_depends_on_other_labels() -> None:

@@ -52,6 +52,24 @@ def coco_of_roboflow(root: Path) -> None:
             image(root / part / f"{number}.png")
 
 
+def test_an_image_that_cannot_be_read_is_left_out_with_its_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLS_CACHE", str(tmp_path / "cache"))
+    coco_of_cvat(tmp_path / "coco")
+    whole = load_images(load_protocol("detection", ["data.name=coco", f"data.root={tmp_path / 'coco'}"]))
+    broken = Path(whole.train.describe(2))
+    broken.write_bytes(broken.read_bytes()[:60])
+    settings = ["data.name=coco", f"data.root={tmp_path / 'coco'}", "data.max_unreadable=0.5"]  # another key: read anew
+    found = load_images(load_protocol("detection", settings)).train
+    assert len(found) == len(whole.train) - 1 == len(found.images)
+    assert [found.describe(row) for row in range(len(found))] == [
+        whole.train.describe(row) for row in range(len(whole.train)) if row != 2
+    ]
+    assert len(found.everything) == len(whole.train.everything) - len(whole.train.objects(2))
+    assert f"skipped an image that cannot be read: {broken}" in capfd.readouterr().err
+
+
 def coco_of_cvat(root: Path) -> None:
     text(root / "annotations" / "instances_default.json", instances(10))
     for number in range(1, 11):
