@@ -18,6 +18,8 @@ from mls.frozen.probe import knn_scores
 from mls.monitor.online import Sample, features_of, metric_of, statistics_of_main
 from mls.streams import generator
 
+FOLDS = 5
+
 
 @dataclass
 class Guard:
@@ -32,8 +34,7 @@ class Guard:
         if config.monitor.guard == "off":
             return None
         order = torch.randperm(len(source), generator=generator(config.run.seed, "guard"))
-        # In this order: the last are asked of the others, and in folders the images of a class follow each other.
-        ids = order[: config.monitor.guard_images]
+        ids = order[: config.monitor.guard_images]  # in this order: in folders the images of a class follow each other
         labels = labels_of(source, ids) if source.class_names is not None else None
         sample = Sample(source, ids, torch.zeros(len(ids), 0) if labels is None else labels)
         workers = 0 if config.data.source == "scenes" else worker_count(config.data.workers)
@@ -47,11 +48,13 @@ class Guard:
         if found is not None:
             features, labels = nn.functional.normalize(found[0], dim=1), found[1]
             values["guard/rankme"] = rank_me(features)
-            bank = int(0.8 * len(features))
             if labels.shape[1]:
                 metric, measure = metric_of(labels)
-                scores = knn_scores(features[:bank], labels[:bank], features[bank:])
-                values[f"guard/knn_{metric}"] = float(measure(scores, labels[bank:]))
+                parts = torch.arange(len(features)).tensor_split(FOLDS)  # each is asked of the others: all images count
+                rest = [torch.cat([other for other in parts if other is not part]) for part in parts]
+                asked = zip(rest, parts, strict=True)
+                scores = [knn_scores(features[some], labels[some], features[part]) for some, part in asked]
+                values[f"guard/knn_{metric}"] = float(measure(torch.cat(scores), labels))
         return distributed.from_main(values)
 
     def fallen(self, values: dict[str, float]) -> str:

@@ -13,6 +13,7 @@ from mls.config import AugmentConfig, Config, OptimConfig
 from mls.data.scenes import ScenesSource
 from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints
+from mls.engine.events import read
 from mls.engine.schedule import between
 from mls.engine.sizing import Facts, choose
 from mls.errors import DivergedError, Stopped
@@ -59,11 +60,18 @@ def test_a_continued_run_resumes_exactly_and_its_guard_still_knows_the_start(sta
     assert groups[0]["weight_decay"] == between(6, 6, 5e-4, 0.01)
 
 
-def test_a_guard_that_is_crossed_ends_the_run_with_what_fell(start: Path, tiny: list[str]) -> None:
-    with pytest.raises(
-        DivergedError, match=r"after epoch \d .* on fixed images is .* below the .* of the start: lower optim.lr"
-    ):
-        run(tiny, "lost", f"model.weights={start}", "monitor.guard=stop", "monitor.guard_fall=0.0", "optim.lr=30")
+def test_a_guard_that_is_crossed_warns_or_ends_the_run_with_what_fell(
+    start: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    falling = iter([50.0, 48.0, 40.0] * 2)
+    monkeypatch.setattr(Guard, "measure", lambda *_: {"guard/rankme": next(falling)})
+    changes = [f"model.weights={start}", "monitor.guard_fall=0.1", "data.scenes.count=32"]
+    warned = run(tiny, "warned", *changes)
+    sentence = "RankMe on fixed images is 40, 20 % below the 50 of the start"
+    (told,) = [event for event in read(warned.path / "events.jsonl") if event["event"] == "forgotten"]
+    assert (told["what"], told["epoch"]) == (sentence, 2)
+    with pytest.raises(DivergedError, match=f"after epoch 2 {sentence}: lower optim.lr"):
+        run(tiny, "ended", *changes, "monitor.guard=stop")
 
 
 def test_the_guard_measures_fixed_images_and_ignores_what_rises() -> None:
