@@ -461,6 +461,8 @@ def config_hash(config: Config) -> str:
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:
             del values["objective"][key]
+    if (regions := values["objective"].get("regions", {})).get("novelty") == 0.0:  # younger than the rest of them
+        del regions["novelty"]
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     made = config.data.source == "scenes" and config.data.scenes.objects is None  # not read
     images = "" if made else _images_of(config.data)
