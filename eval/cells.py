@@ -21,7 +21,7 @@ import yaml
 from torch import Tensor
 
 import mls
-from mls import distributed, engine
+from mls import card, distributed, engine
 from mls.config import Config, to_dict
 from mls.config import DataConfig as PretrainingData
 from mls.core.losses import LOSSES
@@ -29,10 +29,11 @@ from mls.data.sources import build_source, hash_of_images
 from mls.engine import sizing
 from mls.errors import ConfigError
 from mls.eval import frozen, splits, supervised
-from mls.eval.data import folder_of
+from mls.eval.data import LAYOUTS, folder_of
 from mls.eval.dense import frozen as frozen_dense
 from mls.eval.dense import run as dense
 from mls.eval.dense.prepare import content as dense_content
+from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import Dense, FrozenDense
 from mls.eval.outcome import Outcome
 from mls.eval.protocol import (
@@ -49,11 +50,15 @@ from mls.eval.weights import Weights, read
 from mls.files import file_name, remove_unfinished, runs_folder, write_atomically
 from mls.frameworks import installed as frameworks
 from mls.locks import Lock, locked
+from mls.models import card_of_name, untrained
 from mls.recipes import load_config
 from mls.results import Results
 
 # Keys that change no number, and that stored results do not know.
-FREE_AND_YOUNGER = (("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments"))
+FREE_AND_YOUNGER = [("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments")]
+FREE_AND_YOUNGER += [("monitor", f"guard{key}") for key in ("", "_images", "_fall", "_every_epochs")]
+YOUNGER_AT = {("model", "final_momentum"): None, ("optim", "final_weight_decay"): None, ("optim", "clip_norm"): None}
+YOUNGER_AT |= {("optim", "layer_decay"): 1.0}  # left out of a run's identity at these values
 YOUNGER = {
     "info_nce_weight",
     "windows",
@@ -314,7 +319,7 @@ class Evaluation(Cell):
     def stored(self, root: Path) -> Measured | None:
         found = super().stored(root)
         data = self.protocol.data
-        if found is not None or data.name == "folder" or not data.check_sizes:
+        if found is not None or LAYOUTS[data.name].own or not data.check_sizes:
             return found
         # Version 0.1 did not look at the content of the data; of a published size it can be trusted. Nor did it say
         # of which network "random" was, and it called random networks of timm by their published name. What a loss
@@ -338,7 +343,7 @@ class Evaluation(Cell):
             "dataset": protocol.data.name,
             **({"loss": protocol.training.loss} if isinstance(protocol, Supervised) else {}),
             **({"backend": protocol.backend} if isinstance(protocol, Dense) else {}),
-            "root": str(folder_of(protocol.data.name, protocol.data.root)) if protocol.data.name == "folder" else None,
+            "root": str(folder_of(protocol.data.name, protocol.data.root)) if LAYOUTS[protocol.data.name].own else None,
             "content": self.content,
             "settings": fingerprint(protocol),
             "weights": self.recipe or self.source.name,
@@ -351,7 +356,24 @@ class Evaluation(Cell):
 
     def save(self, folder: Path, outcome: Outcome) -> None:
         if outcome.weights:
-            save_classifier(outcome.weights, folder)
+            save_classifier(outcome.weights, folder, self.about_classifier())
+
+    def about_classifier(self) -> dict[str, Any]:
+        """What `mls predict` has to know beside the tensors. Images are standardised as they were here."""
+        protocol, of_file = self.protocol, self.source.file is not None
+        images = load_images(protocol) if isinstance(protocol, Dense | FrozenDense) else splits.load(protocol.data)
+        name = untrained(protocol.model.backbone) if self.weights == "random" else self.weights
+        known = dict(self.source.facts) if of_file else card_of_name(name)
+        if isinstance(protocol, Supervised | Frozen) and not of_file and not name.startswith("timm:"):
+            known |= {"mean": protocol.augment.mean, "std": protocol.augment.std}
+        return {
+            "task": protocol.task,
+            "classes": list(images.train.class_names),
+            "single_label": getattr(images.train, "single_label", None),
+            "weights": str(Path(self.weights).expanduser().absolute()) if of_file else name,
+            "weights_hash": self.source.hash,
+            **{key: known[key] for key in ("architecture", "mean", "std", "input_size")},
+        }
 
     def tidy(self, folder: Path, keep: bool) -> None:
         for rest in (folder / "state", folder / "weights") if keep else (folder,):
@@ -419,11 +441,11 @@ def trained(protocol: Supervised, weights: str | None, seed: int, root: Path) ->
     return training
 
 
-def save_classifier(weights: dict[str, Tensor], folder: Path) -> None:
+def save_classifier(weights: dict[str, Tensor], folder: Path, facts: dict[str, Any]) -> None:
     """What was tested: all of a classifier, or the linear layer alone where the features were frozen."""
     from safetensors.torch import save
 
-    write_atomically(folder / "classifier.safetensors", save(weights))
+    card.write(folder / "classifier.safetensors", save(weights), facts)
 
 
 def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
@@ -453,6 +475,9 @@ def config_hash(config: Config) -> str:
     values = to_dict(replace(config, run=replace(config.run, plugins=[])))
     for section, key in FREE_AND_YOUNGER:
         del values[section][key]
+    for (section, key), usual in YOUNGER_AT.items():
+        if values[section][key] == usual:
+            del values[section][key]
     if values["engine"]["augment"] == "device":  # as all were that do not know the key
         del values["engine"]["augment"]
     del values["run"]["auto"]

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from mls.distributed import start
 from mls.errors import ConfigError
 from mls.eval.data import LabelledImages
+from mls.eval.data.table import refuse_unmeasurable
 from mls.eval.extraction import Features, features_of
 from mls.eval.images import Batches
 from mls.eval.outcome import Outcome, metrics
 from mls.eval.protocol import Frozen
 from mls.eval.splits import load
-from mls.eval.supervised import with_statistics_of
+from mls.eval.supervised import few_of, is_drawn, with_statistics_of
 from mls.frozen import probe
 from mls.frozen.probe.linear import Progress
 from mls.frozen.untrained import STATISTICS_IMAGES, with_batch_statistics
@@ -67,6 +68,7 @@ def run(
     began = time.monotonic()
     protocol = with_statistics_of(weights, protocol)
     data = load(protocol.data)
+    refuse_unmeasurable(data)
     backbone = build_backbone(protocol, weights, seed, data.train)
     embed = lambda part, images: features_of(backbone, images, protocol, f"of {data.name} {part}", quiet=quiet)
     train = training_features(backbone, data.train, protocol, seed, quiet)
@@ -101,8 +103,8 @@ def training_features(
         for number in range(1 + protocol.features.passes)
     ]
     first, labels, parts = passes[0], passes[0].labels, [one.features for one in passes]
-    if protocol.data.shots:
-        rows = probe.few_shot(labels, protocol.data.shots, draw=seed, multilabel=labels.ndim == 2)
+    if is_drawn(protocol.data):
+        rows = few_of(protocol.data, labels, seed)
         labels, parts = labels[rows], [features[rows] for features in parts]
     if len(parts) == 1:  # still memory-mapped, unless few images were chosen
         return replace(first, features=parts[0], labels=labels)

@@ -22,9 +22,16 @@ from mls.recipes import Kind, build, find, read_yaml, shipped, with_bases
 
 @dataclass(frozen=True)
 class DataConfig(DataSetConfig):
+    # One's own labels (eval/data/table.py): a .csv or .parquet file of `table`, a text list of `folder`
+    labels_file: str | None = None
+    answers: str | None = None  # a filled-in list of `mls labels doctor`, which stands above the table
+    classes: tuple[str, ...] = ()  # columns of a table that are classes; default: all that are left
+    zero: Literal["auto", "absent", "unknown"] = "auto"  # what 0 says; auto: absent, unless the table has -1 for that
+    blank: Literal["unknown", "absent"] = "unknown"  # what a cell without a value says
     seed: int = limited(1200, low=0, high=2**32 - 1)  # of the split and of drawn labels: the papers' number
     validation: float = share(0.2)  # share of train held out to choose on, where no split is published for it
     shots: int | None = positive(None)  # train on so many images a class; the run's seed is the draw
+    fraction: float = limited(1.0, above=0, high=1)  # train on this share of the labelled images, drawn likewise
     test_crop: Literal["squash", "centre"] = "squash"  # the whole image scaled to a square, or its middle square
     test_resize: float = limited(1.0, low=1)  # centre: the short side is this many times augment.size before the crop
 
@@ -161,8 +168,12 @@ Classification = Supervised | Frozen
 AnyProtocol = Classification | Detection | Segmentation | FrozenDense
 
 
-def check(protocol: Classification) -> None:
+def check(protocol: Classification | FrozenDense) -> None:
     """Refuse combinations that cannot work, before anything is loaded."""
+    if isinstance(protocol, FrozenDense):
+        return
+    if protocol.data.shots and protocol.data.fraction < 1:
+        raise ConfigError("data.shots and data.fraction both say how many images are learnt from: set one of them")
     if isinstance(protocol, Supervised):
         _check_training(protocol.training)
 
@@ -248,9 +259,13 @@ def fingerprint(protocol: AnyProtocol) -> str:
     from mls.eval import prior_scores
 
     values = _plain(asdict(protocol))
-    for key in ("root", "workers", "check_sizes", "odd"):
+    # Which labels are read tells the content of the data.
+    of_place = ("root", "workers", "check_sizes", "odd", "max_unreadable")
+    for key in (*of_place, "labels_file", "answers", "classes", "zero", "blank"):
         values["data"].pop(key, None)
     values["data"]["scenes"] = scenes_identity(values["data"]["scenes"])
+    if values["data"].get("fraction") == 1:  # a key that is younger than stored results
+        values["data"].pop("fraction")
     # Options of other losses, and what only suites use, change nothing in a run.
     if isinstance(protocol, Supervised):
         values["options_of"] = protocol.loss_options()

@@ -117,6 +117,8 @@ def load_suite(name: str | Path) -> Suite:
 
 def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], None] = print) -> Comparison:
     """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
+    if suite.source and any(one.startswith("data.name=") for one in part.overrides):
+        raise ConfigError("the columns of a paper's table name their data sets: use the suite own_labels for your own")
     columns = suite.tiny if part.tiny else suite.columns
     rows = chosen_rows(suite, part.weights, part.tiny, part.only, part.overrides)
     found = Comparison(suite, columns, rows, part.tiny, overrides=part.overrides)

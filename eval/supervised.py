@@ -19,12 +19,13 @@ from mls.eval import prior_scores
 from mls.eval.boosted import BoostedClassifier
 from mls.eval.classifier import Classifier, Several, build_classifier
 from mls.eval.data import LabelledImages
+from mls.eval.data.table import OwnLabels, refuse_unmeasurable
 from mls.eval.outcome import Outcome, for_file, metrics
-from mls.eval.protocol import Classification, Supervised, TrainingData
+from mls.eval.protocol import Classification, DataConfig, Supervised, TrainingData
 from mls.eval.regimes import observe, split
-from mls.eval.splits import load
+from mls.eval.splits import load, own_labels
 from mls.eval.training import Training, build_loss
-from mls.frozen.probe import few_shot
+from mls.frozen.probe import few_shot, share_of
 from mls.models import card_of, untrained
 from mls.streams import derive
 
@@ -49,11 +50,16 @@ class Trained(Outcome):
     training: Training
 
 
-@lru_cache(maxsize=1)  # the cells of a suite share it
 def prepare(data: TrainingData, draw: int = 0) -> Prepared:
     """Labels are drawn on all training images, then a part is held out: the order of the published code. `draw` counts
     where few images a class are drawn."""
+    return _prepare(data, draw, own_labels(data))
+
+
+@lru_cache(maxsize=1)  # the cells of a suite share it
+def _prepare(data: TrainingData, draw: int, own: OwnLabels | None) -> Prepared:
     found = load(data)
+    refuse_unmeasurable(found)
     train, val, rows, weak = found.train, found.val, torch.arange(len(found.train)), None
     drawn = train.observed
     if train.single_label:
@@ -67,10 +73,22 @@ def prepare(data: TrainingData, draw: int = 0) -> Prepared:
     elif val is None and data.validation:
         rows, held_out = split(len(train), data.validation, data.seed)
         train, val, drawn, weak = found.train.part(rows), found.train.part(held_out), drawn[rows], drawn[held_out]
-    if data.shots:
-        few = few_shot(train.truth, data.shots, draw, multilabel=not train.single_label)
+    if is_drawn(data):
+        few = few_of(data, train.truth, draw)
         train, drawn, rows = train.part(few), drawn[few], rows[few]
     return Prepared(train, drawn, val, found.test, weak, rows)
+
+
+def is_drawn(data: DataConfig) -> bool:
+    """Whether some of the images are learnt from, drawn by the seed."""
+    return data.shots is not None or data.fraction < 1
+
+
+def few_of(data: DataConfig, truth: Truth, draw: int) -> Int64[Tensor, "rows"]:
+    """The rows that are learnt from."""
+    if data.shots:
+        return few_shot(truth, data.shots, draw, multilabel=truth.ndim == 2)
+    return share_of(truth, data.fraction, draw)
 
 
 def run(
@@ -93,7 +111,7 @@ def run(
 
 def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path | None) -> Training:
     """The classifier with its data, not trained yet (or as far as the folder knows)."""
-    prepared = prepare(protocol.data, seed if protocol.data.shots else 0)
+    prepared = prepare(protocol.data, seed if is_drawn(protocol.data) else 0)
     select = protocol.training.select
     if select != "last" and prepared.val is None:
         raise ConfigError(f"training.select={select} has no validation part: raise data.validation above 0")
@@ -101,6 +119,13 @@ def prepare_training(protocol: Supervised, weights: str, seed: int, folder: Path
         raise ConfigError("training.select=weak is for labels that are drawn, but data.labels=full: use best")
     if protocol.training.linear_select == "best" and prepared.val is None:
         raise ConfigError("training.linear_select=best has no validation part: raise data.validation above 0")
+    single = prepared.train.single_label
+    if prepared.val is not None and single != protocol.metric.startswith("top"):
+        have = "one class" if single else "several classes"
+        raise ConfigError(
+            f"metric={protocol.metric} is not of images with {have} each, as in {protocol.data.name}: set "
+            f"metric={'top1' if single else 'map'}"
+        )
     protocol = with_statistics_of(weights, protocol)
     networks = build_networks(protocol, weights, len(prepared.train.class_names), seed)
     training = Training(protocol, networks, prepared.train, prepared.observed, validate, seed, folder)
@@ -158,7 +183,8 @@ def test(training: Training) -> dict[str, float]:
 
 
 def _prepared(training: Training) -> Prepared:
-    return prepare(training.protocol.data, training.seed if training.protocol.data.shots else 0)
+    data = training.protocol.data
+    return prepare(data, training.seed if is_drawn(data) else 0)
 
 
 def _measure(training: Training, images: LabelledImages, truth: Truth) -> dict[str, float]:

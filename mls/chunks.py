@@ -1,4 +1,4 @@
-"""Large arrays a part at a time: how many rows fit into a budget of memory, the parts, and a few rows of many."""
+"""Sizes: how many rows of a large array fit into a budget of memory, its parts, a few rows of many, powers of two."""
 
 from __future__ import annotations
 
@@ -32,3 +32,12 @@ def spaced(count: int, most: int) -> list[int]:
     """
     step = (count - 1) / max(1, min(count, most) - 1)
     return [round(number * step) for number in range(min(count, most))]
+
+
+def power_of_two(most: float) -> int:
+    """The largest that is no larger, and at least 1.
+
+    >>> power_of_two(100), power_of_two(0.5)
+    (64, 1)
+    """
+    return 1 << max(0, int(most).bit_length() - 1)

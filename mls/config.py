@@ -90,8 +90,8 @@ class ImagesConfig:
 
 @dataclass(frozen=True)
 class DataConfig(ImagesConfig):
-    source: str = "auto"  # folder, list, coco, voc, tar, scenes, a plug-in's, or auto: found out from root
-    annotations: str | None = None  # COCO json or VOC split, where labels come from; a text list's image folder is root
+    source: str = "auto"  # folder, list, coco, voc, tar, parquet, huggingface, scenes, a plug-in's, or auto: by root
+    annotations: str | None = None  # COCO json, VOC or Hugging Face split; a text list's image folder is root
     batch_size: int = positive(256)  # images per step over all processes together
     limit: int | None = positive(None)  # only the first n images
     max_unreadable: float = share(0.01)  # share of images that may be broken before the run stops
@@ -129,6 +129,7 @@ class ModelConfig:
     hidden: int | None = positive(None)  # width of the head's hidden layer; default: the backbone's feature width
     head_norm: Literal["none", "batch"] = "none"
     momentum: float = share(0.995)  # of the key encoder
+    final_momentum: float | None = share(None)  # reached by a half cosine at the end of the run; default: it stays
     key_norm: Literal["shuffle", "split", "sync", "none"] = "shuffle"
     key_group: int = positive(32)  # images that share statistics under key_norm=split
 
@@ -320,7 +321,10 @@ class OptimConfig:
     name: Literal["sgd", "adamw", "lars"] = "sgd"
     lr: float = positive(0.3)  # per 256 images; the scaled value is printed
     scale_lr: bool = True
+    layer_decay: float = limited(1.0, above=0, high=1)  # times lr, once for every stage between a layer and the heads
+    clip_norm: float | None = positive(None)  # a longer gradient is scaled down to this length; default: none is
     weight_decay: float = zero_or_more(1e-4)
+    final_weight_decay: float | None = zero_or_more(None)  # reached as model.final_momentum is; default: it stays
     decay_norm_and_bias: bool = True
     momentum: float = share(0.9)
     nesterov: bool = False
@@ -359,8 +363,14 @@ class MonitorConfig:
         12
     )  # times at which what 60 fixed queries match is kept (mls/monitor/moments.py); 0: never
     knn_images: int = positive(2000)  # images embedded for both, train and held out together
+    # What is the start of a run still worth? Its RankMe and kNN on fixed images, and what became of them.
+    guard: Literal["off", "warn", "stop"] = "off"  # what is done where one has fallen
+    guard_images: int = limited(500, low=50)
+    guard_fall: float = share(0.1)  # more than this share of the start's number
+    guard_every_epochs: int = positive(1)
     tensorboard: bool = False
     wandb: str | None = None  # project name
+    mlflow: str | None = None  # experiment name
 
 
 @dataclass(frozen=True)

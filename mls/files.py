@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,6 +113,12 @@ def read_json(path: Path, advice: str, error: type[UserError] = DataError, most:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError, MemoryError) as wrong:
         raise error(f"{path} cannot be read as JSON ({reason(wrong)}): {advice}") from None
+
+
+def demand_pyarrow(file: Path) -> None:
+    """Before anything is computed for a .parquet file."""
+    if file.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
+        raise ConfigError(f'{file} needs pyarrow: pip install "mls[parquet]", or choose another format')
 
 
 def runs_folder() -> Path:

@@ -45,3 +45,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def watched(images: int, most: int = 60) -> list[int]:
+    """A few images of a data set, the same in every run, in which people look at what is matched."""
+    return torch.randperm(images, generator=generator(0, "moments"))[:most].tolist()

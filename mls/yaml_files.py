@@ -52,8 +52,8 @@ def dump(values: Any) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def read(path: Path) -> tuple[Any, dict[str, int]]:
-    """What a file holds, and the line of every dotted key."""
+def read(path: Path, numbered: bool = False) -> tuple[Any, dict[str, int]]:
+    """What a file holds, and the line of every dotted key. `numbered`: a key may be a whole number, such as a class."""
     try:
         with open(path, "rb") as file:
             content = file.read(MOST_BYTES + 1)
@@ -63,10 +63,10 @@ def read(path: Path) -> tuple[Any, dict[str, int]]:
         raise ConfigError(f"{path} is not UTF-8 text (line {line}): save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {reason(error)}") from None
-    return parse(text, str(path))
+    return parse(text, str(path), numbered)
 
 
-def parse(text: str, where: str) -> tuple[Any, dict[str, int]]:
+def parse(text: str, where: str, numbered: bool = False) -> tuple[Any, dict[str, int]]:
     if len(text) > MOST_BYTES:
         raise ConfigError(f"{where} is longer than {MOST_BYTES:,} characters: no configuration is")
     lines: dict[str, int] = {}
@@ -75,7 +75,7 @@ def parse(text: str, where: str) -> tuple[Any, dict[str, int]]:
         loader: Any = _Loader(text)  # type: ignore[call-arg]
         try:
             node = loader.get_single_node()
-            _note_lines(loader, node, where, "", lines)
+            _note_lines(loader, node, where, "", lines, str | int if numbered else str)
             return None if node is None else loader.construct_document(node), lines
         finally:
             loader.dispose()
@@ -116,29 +116,33 @@ def _check_size(text: str, where: str) -> None:
             raise ConfigError(f"{here}: more than {most}: no configuration has so many")
 
 
-def _note_lines(loader: Any, node: yaml.Node | None, where: str, prefix: str, lines: dict[str, int]) -> None:
+def _note_lines(
+    loader: Any, node: yaml.Node | None, where: str, prefix: str, lines: dict[str, int], kinds: Any
+) -> None:
     """The line of every key that holds a value; a key twice in one place would hide the first."""
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
-            _note_lines(loader, item, where, f"{prefix}[].", {})  # a list is one value, its mappings have keys too
+            _note_lines(
+                loader, item, where, f"{prefix}[].", {}, kinds
+            )  # a list is one value, its mappings have keys too
     if not isinstance(node, yaml.MappingNode):
         return
-    seen: dict[str, int] = {}
+    seen: dict[Any, int] = {}
     for key, value in node.value:
         line = key.start_mark.line + 1
         merges = key.tag == "tag:yaml.org,2002:merge"
         name = "<<" if merges else loader.construct_object(key) if isinstance(key, yaml.ScalarNode) else None
-        if not isinstance(name, str):
+        if not isinstance(name, kinds) or isinstance(name, bool):
             raise ConfigError(f"{where} (line {line}): a key is a word; put one such as yes, null or 1 in quotes")
         if name in seen:
             raise ConfigError(f"{where} has {prefix}{name} twice (lines {seen[name]} and {line}): keep one of them")
         seen[name] = line
         if merges:  # what is merged has the lines of where it was written
             for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                _note_lines(loader, merged, where, prefix, inner := {})
+                _note_lines(loader, merged, where, prefix, inner := {}, kinds)
                 lines |= {one: at for one, at in inner.items() if one not in lines}
         elif isinstance(value, yaml.MappingNode):
-            _note_lines(loader, value, where, f"{prefix}{name}.", lines)
+            _note_lines(loader, value, where, f"{prefix}{name}.", lines, kinds)
         else:
             lines[f"{prefix}{name}"] = line
-            _note_lines(loader, value, where, f"{prefix}{name}", {})
+            _note_lines(loader, value, where, f"{prefix}{name}", {}, kinds)

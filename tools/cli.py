@@ -28,7 +28,10 @@ from mls.tools import (
     eval,
     export,
     jobs,
+    labels,
+    maps,
     neighbours,
+    predict,
     pretrain,
     regions,
     replay,
@@ -38,6 +41,7 @@ from mls.tools import (
     scenes,
     submit,
     verify_resume,
+    worth,
 )
 
 app = typer.Typer(
@@ -59,6 +63,9 @@ COMMANDS = {
     "replay": replay.replay,
     "results": results.results,
     "embed": embed.embed,
+    "maps": maps.maps,
+    "predict": predict.predict,
+    "worth": worth.worth,
     "neighbours": neighbours.neighbours,
     "regions": regions.regions,
     "leakcheck": neighbours.leakcheck,
@@ -74,6 +81,7 @@ for name, command in COMMANDS.items():
 app.add_typer(scenes.app, name="scenes")
 app.add_typer(data.app, name="data")
 app.add_typer(eval.app, name="eval")
+app.add_typer(labels.app, name="labels")
 app.add_typer(submit.app, name="submit")
 app.add_typer(box.app, name="slurm")
 app.add_typer(bench.app, name="bench")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mls.data.check import Report
 
 SHOWN = 3  # examples of a kind in the table
+LISTED = 50  # files of formats that are not read
 
 app = typer.Typer(help="Check a set of images, or pack it so that it loads faster.", no_args_is_help=True)
 
@@ -61,6 +62,7 @@ def check(
         print(json.dumps({"images": report.images, "unreadable": report.unreadable, "found": report.found}, indent=1))
     else:
         _show(name if dataset else parts[0][0].name, report)
+        _list([image for image, _ in report.found.get("ignored", ())], src)
     counts = {
         f"{report.unreadable} of {report.images} images cannot be read: repair or remove them": report.unreadable,
         f"damaged or changed shards: {report.shards}: pack or download them again": report.shards,
@@ -102,7 +104,8 @@ def pack(
     with counting("packing", len(images)) as advance:
         made = pack(images, dst, Packing(short_side, quality, per_shard), _workers(workers), advance)
     if ignored := getattr(images, "ignored", ()):
-        print(f"{missed(ignored)}; first: {printable(ignored[0])}", file=sys.stderr)
+        print(missed(ignored), file=sys.stderr)
+        _list([printable(path) for path in ignored], src)
     shards = made["shards"].values()
     size = sum(shard["bytes"] for shard in shards) / 2**20
     print(f"{sum(shard['images'] for shard in shards)} images in {len(shards)} shards, {size:.0f} MiB: {dst}")
@@ -111,6 +114,13 @@ def pack(
         print(f"left out {image}: {reason}", file=sys.stderr)
     if left_out:
         print(f"{len(left_out)} images cannot be read: left out, listed in {dst / 'manifest.json'}", file=sys.stderr)
+
+
+def _list(ignored: list[str], src: str) -> None:
+    for path in ignored[:LISTED]:
+        print(f"ignored {path}", file=sys.stderr)
+    if len(ignored) > LISTED:
+        print(f"and {len(ignored) - LISTED} more: `mls data check {src} --json` lists all", file=sys.stderr)
 
 
 def _parts(name: str, src: str) -> tuple[str, list[tuple[Source, dict[str, Any]]]]:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
-from mls.chunks import chunks
-from mls.errors import ConfigError, DataError
-from mls.files import atomic_file
+from mls.errors import ConfigError
+from mls.files import atomic_file, demand_pyarrow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,16 +16,21 @@ if TYPE_CHECKING:
     from mls.data import Source
 
 ROWS = 4096  # written at a time
-MOST_BROKEN = 0.01  # share of images that may be broken, as data.max_unreadable
 
 
 def embed(
     weights: Annotated[str, typer.Argument(metavar="RUN|WEIGHTS", help="A run, a weights file or a backbone's name.")],
     images: Annotated[str, typer.Argument(metavar="IMAGES", help="What data.root can be.")],
     out: Annotated[Path, typer.Option(help="x.parquet, or x.npz.")],
+    dense: Annotated[
+        bool, typer.Option("--dense", help="A feature for each place of the map, not their mean.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(help="Processes; default: the cores that may be used.")] = None,
 ) -> None:
     """Write id, path and features of every image: of the middle square, as evaluation sees it.
+
+    With --dense the features are the map (rows × columns × width, fp16): an array of that shape in x.npz, a list of
+    all its numbers in x.parquet, whose metadata has the shape.
 
     Features are kept in $MLS_CACHE a block at a time: stopped anyhow, the same command goes on, and of a .parquet file
     memory does not grow with the images. An image that cannot be read is named and left out.
@@ -39,6 +40,8 @@ def embed(
         mls embed runs/my-run /data/images --out features.parquet
 
         mls embed torchvision:resnet50 /data/images --out features.npz
+
+        mls embed runs/my-run /data/images --dense --out maps.parquet
     """
     import torch
 
@@ -46,35 +49,32 @@ def embed(
 
     if out.suffix not in (".parquet", ".npz"):
         raise ConfigError(f"--out {out} says no format: name it x.parquet or x.npz")
-    if out.suffix == ".parquet" and find_spec("pyarrow") is None:
-        raise ConfigError('a .parquet file needs pyarrow: pip install "mls[parquet]", or name it x.npz')
+    demand_pyarrow(out)
     source = source_from(images)
-    stored = stored_features(source, Embedder.of(weights), lambda *_: None, workers)
-    ids = torch.cat([number + torch.nonzero(rows.any(1))[:, 0] for number, rows in _blocks(stored.features)])
-    left_out = len(source) - len(ids)
-    for row in sorted(set(range(len(source))) - set(ids.tolist())) if left_out else ():
-        print(f"skipped {source.describe(row)}, which cannot be read", file=sys.stderr)
-    if left_out > max(1, MOST_BROKEN * len(source)):
-        raise DataError(f"{left_out} of {len(source)} images cannot be read: `mls data check` lists them, repair them")
+    embedder = Embedder.of(weights)
+    grid = embedder.grid() if dense else None
+    stored, broken = stored_features(source, embedder, workers, grid)
+    shape = (*(grid or ()), stored.features.shape[1])
+    features = stored.features.view(len(source), *shape)
+    readable = torch.ones(len(source), dtype=torch.bool)
+    readable[broken] = False
+    ids = readable.nonzero()[:, 0]
     with atomic_file(out.expanduser()) as file:
-        (_parquet if out.suffix == ".parquet" else _npz)(file, source, stored.features, ids)
-    told = f" ({left_out} that cannot be read are left out)" if left_out else ""
-    print(f"{out}: {len(ids):,} images, {stored.features.shape[1]} features each{told}")
-
-
-def _blocks(features: Tensor) -> Iterator[tuple[int, Tensor]]:
-    return ((rows.start, features[rows]) for rows in chunks(len(features), ROWS))
+        (_parquet if out.suffix == ".parquet" else _npz)(file, source, features, ids)
+    told = f" ({len(broken)} that cannot be read are left out)" if broken else ""
+    print(f"{out}: {len(ids):,} images, {' × '.join(map(str, shape))} features each{told}")
 
 
 def _parquet(file: BinaryIO, source: Source, features: Tensor, ids: Tensor) -> None:
     import pyarrow as pa  # pyright: ignore
     from pyarrow.parquet import ParquetWriter  # pyright: ignore
 
-    width = features.shape[1]
-    vectors = pa.list_(pa.float32(), width)
-    schema = pa.schema([("id", pa.int64()), ("path", pa.string()), ("features", vectors)])
+    shape, width = features.shape[1:], features[0].numel()
+    kind = pa.float16() if len(shape) > 1 else pa.float32()
+    schema = pa.schema([("id", pa.int64()), ("path", pa.string()), ("features", pa.list_(kind, width))])
+    schema = schema.with_metadata({"shape": ",".join(map(str, shape))})
     with ParquetWriter(file, schema) as writer:
-        for rows in ids.split(ROWS):
+        for rows in ids.split(max(1, ROWS * shape[-1] // width)):
             values = pa.FixedSizeListArray.from_arrays(pa.array(features[rows].reshape(-1).numpy()), width)
             paths = [source.describe(int(row)) for row in rows]
             writer.write_table(pa.table([pa.array(rows.numpy()), pa.array(paths), values], schema))

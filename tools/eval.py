@@ -63,6 +63,8 @@ def run(
     if measured.stored_before:
         print(f"measured on {measured.date}, not run again; --again runs it")
     print(f"{root / 'results.jsonl'}: stored as {row['run']}")
+    if (root / "eval" / row["run"] / "classifier.safetensors").is_file():
+        print(f"mls predict {root / 'eval' / row['run']} IMAGES --out preds.csv   (what it says of other images)")
     picture = root / "eval" / row["run"] / "found.png"
     if picture.is_file():
         print(f"{picture}: some test images, what was found in them and what is true")

@@ -69,14 +69,15 @@ def _draw_nearest(weights: str, source: Source, query: list[Path], k: int, out: 
         numbers = list(range(len(query)))
         found = embedded.nearest(embed(embedded.embedder.network, queries, numbers, embedded.embedder.augment), k)
     else:
-        numbers = list(range(0, len(source), max(1, len(source) // QUERIES)))[:QUERIES]
+        readable = embedded.readable(range(len(source)))
+        numbers = readable[:: max(1, len(readable) // QUERIES)][:QUERIES]
         found = embedded.nearest_others(numbers, k)
     lines = []
     for number, pairs in zip(numbers, found, strict=True):
         print(queries.describe(number))
         for image, cosine in pairs:
             print(f"  {cosine:.3f}  {source.describe(image)}")
-        lines.append(gallery_row(queries.read(number), number, source, pairs))
+        lines.append(gallery_row(queries, number, source, pairs))
     draw(lines).save(out)
     print(out)
 
@@ -94,7 +95,7 @@ def _draw_figure(run: str, k: int, out: Path) -> None:
     print(f"{out}: boxes in the whole images; {crops}: the crops")
 
 
-def weights_and_source(run: str, dataset: str | None) -> tuple[str, Source]:
+def weights_and_source(run: str, dataset: str | None, option: str = "--dataset") -> tuple[str, Source]:
     """The weights, and the data set that was named or else the run's."""
     from mls.errors import ConfigError
     from mls.frozen.neighbours import source_from
@@ -102,7 +103,7 @@ def weights_and_source(run: str, dataset: str | None) -> tuple[str, Source]:
     weights, source = _weights_and_data(run)
     source = source_from(dataset) if dataset is not None else source
     if source is None:
-        raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with --dataset")
+        raise ConfigError(f"{run} is no run folder, so it does not say where to look: name the images with {option}")
     return weights, source
 
 
@@ -190,8 +191,7 @@ def _draw(first: EmbeddedSource, second: EmbeddedSource, pairs: list[Pair], fold
     if not pairs:
         return ""
     shown = [
-        gallery_row(second.source.read(pair.second), pair.second, first.source, [(pair.first, pair.cosine)])
-        for pair in pairs[:SHOWN]
+        gallery_row(second.source, pair.second, first.source, [(pair.first, pair.cosine)]) for pair in pairs[:SHOWN]
     ]
     path = folder / f"leaks-{slug(second.source.name)}.png"
     draw(shown).save(path)

@@ -116,7 +116,7 @@ def _neighbours(
 ) -> tuple[NeighbourLists, Float[Tensor, "images regions dim"]]:
     """The lists with all that they follow from, and the features of all regions."""
     from mls.core.neighbour_lists import NeighbourLists
-    from mls.core.regions import RegionEncoder, neighbours_of_all
+    from mls.core.regions import RegionEncoder, most_alike, neighbours_of_all
     from mls.data.loader import worker_count
     from mls.data.sources import hash_of_images
     from mls.distributed import start
@@ -131,7 +131,7 @@ def _neighbours(
     keys = {key: value for key, value in asdict(options).items() if key not in NOT_OPTIONS}
     identity = {"images": hash_of_images(source), "weights": hash_of_weights(backbone), "name": name, **keys}
     identity |= {"mean": [*augment.mean], "std": [*augment.std], "grey": augment.grey == 1}
-    return NeighbourLists.of(found, identity), features.cpu()
+    return NeighbourLists.of(found, identity, most_alike(features, found.indices)), features.cpu()
 
 
 def _given(

@@ -96,6 +96,7 @@ class Layout:
     download: str  # what to download and where to put it: completes "FILE is missing: "
     sizes: dict[str, int] = field(default_factory=dict)  # published counts: classes, train, test, val
     boxes: Callable[[Path, LabelledImages], list[Located]] | None = None  # of each image, where labels have places
+    own: bool = False  # the user's own data: its name says nothing of its content
 
 
 LAYOUTS = Registry[Layout]("data set", DataError)
@@ -112,7 +113,7 @@ def build(name: str, root: str | Path | None = None, check_sizes: bool = True) -
     """The data set `name` from `root` (default: its folder under $MLS_DATA). Another number of images or classes than
     published is an error, unless `check_sizes` is False."""
     layout, folder = LAYOUTS[name], folder_of(name, root)
-    if layout.folder and not folder.is_dir():
+    if layout.folder and not (folder.exists() if layout.own else folder.is_dir()):
         raise DataError(f"{folder} is missing: {layout.download}, or set data.root")
     try:
         data = layout.read(folder)
@@ -172,9 +173,12 @@ from mls.eval.data import (  # noqa: E402
     nus,
     objects,
     openimages,
+    own_masks,
+    own_objects,
     pets,
     regions,
     scenes,
+    table,
     vaw,
     vispr,
     voc_coco,
@@ -195,5 +199,5 @@ __all__ = [
     "register",
 ]
 __all__ += ["by_torchvision", "cifar", "class_folders", "flowers", "imagenet", "indoor67", "pets"]
-__all__ += ["coco_objects", "objects", "regions", "voc_objects"]
-__all__ += ["cub", "formatted", "nus", "openimages", "scenes", "vaw", "vispr", "voc_coco", "wider"]
+__all__ += ["coco_objects", "objects", "own_masks", "own_objects", "regions", "voc_objects"]
+__all__ += ["cub", "formatted", "nus", "openimages", "scenes", "table", "vaw", "vispr", "voc_coco", "wider"]

@@ -17,13 +17,13 @@ WRONG = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowEr
 
 
 @contextmanager
-def parsing(file: Path, what: str) -> Iterator[None]:
+def parsing(file: Path, what: str, fix: str = "download it again") -> Iterator[None]:
     """Whatever goes wrong with the content of `file` becomes one sentence. A missing file is for the caller."""
     try:
         yield
     except WRONG as error:
         reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{show(file)} is not a whole {what} ({reason}): download it again") from None
+        raise DataError(f"{show(file)} is not a whole {what} ({reason}): {fix}") from None
 
 
 def corners(boxes: Sequence[Sequence[float]]) -> Int64[np.ndarray, "boxes 4"]:

@@ -1,12 +1,18 @@
-"""`folder`: any data set with a folder for each class. ImageNet, which has one too, is in imagenet.py."""
+"""`folder`: any data set with a folder for each class, or a text list of images with a class each. ImageNet, which has
+folders too, is in imagenet.py."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
-from mls.data.listing import LOOKED_FOR, FileSource, list_images, printable, show
+import torch
+
+from mls.data.listing import LOOKED_FOR, FileSource, is_image, list_images, printable, show
 from mls.errors import DataError
 from mls.eval.data import DataSet, LabelledImages, Layout, register
 from mls.eval.data.one_class import by_folder, first_folders
@@ -40,6 +46,40 @@ def read(root: Path) -> DataSet:
     )
 
 
+def read_list(file: Path, root: Path | None) -> DataSet:
+    """Lines `PATH CLASS`, or `PATH` alone where the folder of the image is its class; paths are relative to `root`, by
+    default the list's folder. A fifth of each class is the test, as of class folders."""
+    folder, classes = file.parent if root is None else root, dict[bytes, bytes]()
+    for number, line in enumerate(file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        if not (text := line.strip()) or text.startswith(b"#"):
+            continue
+        path, *rest = [text] if is_image(text) else re.split(rb"[\t,;]\s*|\s+(?=\S+$)", text, maxsplit=1)
+        name = rest[0] if rest else os.path.basename(os.path.dirname(path))
+        where = f"{show(file)} line {number}"
+        if not is_image(path) or not name:
+            raise DataError(f"{where} is not PATH CLASS, nor the path of an image in its class's folder: correct it")
+        path = os.path.relpath(os.path.join(os.fsencode(folder), path), os.fsencode(folder))
+        if path.split(b"/")[0] == b"..":
+            raise DataError(f"{where} names {printable(path)}, which lies outside {show(folder)}: set data.root")
+        if path in classes:
+            raise DataError(f"{where} names {printable(path)} again: keep one of the lines")
+        if not os.path.isfile(os.path.join(os.fsencode(folder), path)):
+            raise DataError(
+                f"{where} names {printable(path)}, which is not under {show(folder)}: correct it, or data.root"
+            )
+        classes[path] = name
+    if not classes:
+        raise DataError(f"{show(file)} names no image: write PATH CLASS, one image a line")
+    names = sorted(set(classes.values()))
+    parts = held_out(list(classes), file, classes.__getitem__)
+
+    def part(phase: str, paths: list[bytes]) -> LabelledImages:
+        truth = torch.tensor([names.index(classes[path]) for path in paths])
+        return LabelledImages(FileSource(f"folder {phase}", folder, paths), truth, [printable(name) for name in names])
+
+    return DataSet("folder", part("train", parts[0]), part("test", parts[1]))
+
+
 def images_in(folder: Path) -> list[bytes]:
     """The sorted paths CLASS/... of all images below a folder."""
     if not folder.is_dir():
@@ -60,7 +100,9 @@ def labelled(name: str, root: Path, paths: list[bytes], classes: list[bytes]) ->
     )
 
 
-def held_out(paths: list[bytes], root: Path) -> tuple[list[bytes], list[bytes]]:
+def held_out(
+    paths: list[bytes], root: Path, class_of: Callable[[bytes], bytes] = lambda path: path.partition(b"/")[0]
+) -> tuple[list[bytes], list[bytes]]:
     """Train and test.
 
     >>> train, test = held_out([b"ant/%d.jpg" % i for i in range(10)] + [b"bee/1.jpg", b"bee/2.jpg"], Path("insects"))
@@ -69,7 +111,7 @@ def held_out(paths: list[bytes], root: Path) -> tuple[list[bytes], list[bytes]]:
     """
     of_class: dict[bytes, list[bytes]] = defaultdict(list)
     for path in paths:
-        of_class[path.partition(b"/")[0]].append(path)
+        of_class[class_of(path)].append(path)
     chosen: set[bytes] = set()
     for name, images in of_class.items():
         if len(images) < 2:
@@ -82,4 +124,4 @@ def held_out(paths: list[bytes], root: Path) -> tuple[list[bytes], list[bytes]]:
 
 
 DOWNLOAD = "put train/CLASS/FILES with test/CLASS/FILES into one folder, or CLASS/FILES alone"
-register("folder", Layout(read, "folder", DOWNLOAD))
+register("folder", Layout(read, "folder", DOWNLOAD, own=True))

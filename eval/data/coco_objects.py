@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from mls.data.listing import show
+from mls.data.listing import FileSource, show
 from mls.data.truth import CocoTruth, coco_truth, entry_name, odd_outline, size_of
 from mls.errors import DataError
 from mls.eval.data import DataSet, Layout, register
@@ -34,27 +34,32 @@ def _split(folder: Path, phase: str) -> ObjectImages:
     with parsing(file, "COCO instances file"):
         truth = coco_truth(json.loads(file.read_bytes()), file)
         images = sorted(truth.images.values(), key=lambda image: image["id"])
-        row = {image["id"]: i for i, image in enumerate(images)}
-        column = {category: j for j, category in enumerate(sorted(truth.names))}
-        sizes = torch.tensor([[int(image["height"]), int(image["width"])] for image in images]).view(-1, 2)
-        found, outlines = _with_outlines(sorted(truth.objects, key=lambda one: row[one["image_id"]]), truth)
-        rows = np.array([row[one["image_id"]] for one in found], np.int64)
-        boxes = torch.tensor([one["bbox"] for one in found], dtype=torch.float32).view(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        everything = Objects(
-            boxes,
-            torch.tensor([column[one["category_id"]] for one in found], dtype=torch.int64),
-            torch.tensor([float(one["area"]) for one in found], dtype=torch.float32),
-            torch.tensor([bool(one.get("iscrowd", 0)) for one in found], dtype=torch.bool),
-            torch.zeros(len(found), dtype=torch.bool),
-            outlines,
-        )
         paths = [os.fsencode(f"{phase}/{image['file_name']}") for image in images]
+        return objects_of(truth, images, every_image(f"coco2017 {phase}", folder, paths, file))
+
+
+def objects_of(truth: CocoTruth, images: list[dict[str, Any]], source: FileSource) -> ObjectImages:
+    """Some images of an instances file with their objects."""
+    row = {image["id"]: i for i, image in enumerate(images)}
+    column = {category: j for j, category in enumerate(sorted(truth.names))}
+    sizes = torch.tensor([[int(image["height"]), int(image["width"])] for image in images]).view(-1, 2)
+    mine = [one for one in truth.objects if one["image_id"] in row]
+    found, outlines = _with_outlines(sorted(mine, key=lambda one: row[one["image_id"]]), truth)
+    rows = np.array([row[one["image_id"]] for one in found], np.int64)
+    boxes = torch.tensor([one["bbox"] for one in found], dtype=torch.float32).view(-1, 4)
+    areas = [float(one.get("area", one["bbox"][2] * one["bbox"][3])) for one in found]
+    boxes[:, 2:] += boxes[:, :2]
+    everything = Objects(
+        boxes,
+        torch.tensor([column[one["category_id"]] for one in found], dtype=torch.int64),
+        torch.tensor(areas, dtype=torch.float32),
+        torch.tensor([bool(one.get("iscrowd", 0)) for one in found], dtype=torch.bool),
+        torch.zeros(len(found), dtype=torch.bool),
+        outlines,
+    )
     starts = torch.from_numpy(np.searchsorted(rows, np.arange(len(images) + 1)))
-    source = every_image(f"coco2017 {phase}", folder, paths, file)
-    names = [truth.names[category] for category in sorted(truth.names)]
     source.odd = truth.odd
-    return ObjectImages(source, sizes, everything, starts, names)
+    return ObjectImages(source, sizes, everything, starts, [truth.names[category] for category in column])
 
 
 def _with_outlines(
@@ -72,13 +77,13 @@ def _with_outlines(
                 truth.odd.note("broken mask", entry_name(one, truth.images), wrong)
             else:
                 whole.append(one)
-                outlines.append(_run_lengths(one["segmentation"], height, width))
+                outlines.append(run_lengths_of(one["segmentation"], height, width))
             progress(number)
     truth.odd.refuse_most()
     return whole, outlines
 
 
-def _run_lengths(shape: dict[str, Any] | list[Any], height: int, width: int) -> RunLengths:
+def run_lengths_of(shape: dict[str, Any] | list[Any], height: int, width: int) -> RunLengths:
     from faster_coco_eval import mask
 
     if isinstance(shape, list):

@@ -45,7 +45,8 @@ def _parts(value: Any) -> Sequence[Any]:
         folder = os.path.commonpath(value.paths)
         names = "\n".join(os.path.relpath(path, folder) for path in value.paths)
         files = _files(len(value.paths), value.paths.__getitem__)
-        return [os.fsencode(names), files, str(value.first).encode()]  # a reader's `void` is its own, always
+        numbers = (value.values, value.void) if value.values else value.first  # a published layout's void stays
+        return [os.fsencode(names), files, str(numbers).encode()]
     if isinstance(value, PixelSource):
         return [value.images]
     if dataclasses.is_dataclass(value):

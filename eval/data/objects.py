@@ -4,7 +4,7 @@ voc_objects.py), and the embedded scenes."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -67,6 +67,11 @@ class ObjectImages:
 
     def objects(self, row: int) -> Objects:
         return self.everything.some(slice(int(self.starts[row]), int(self.starts[row + 1])))
+
+    def some(self, rows: Sequence[int]) -> ObjectImages:
+        everything, starts = gather([self.objects(row) for row in rows])
+        images: Any = self.images
+        return replace(self, images=images.some(rows), sizes=self.sizes[rows], everything=everything, starts=starts)
 
     def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
         pixels = decode(self.images.read(row))

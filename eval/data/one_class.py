@@ -33,20 +33,24 @@ def listed(
     return LabelledImages(every_image(name, folder, paths, named_by), truth, class_names)
 
 
-def every_image(name: str, folder: Path, paths: Sequence[bytes], named_by: Path) -> FileSource:
+def every_image(name: str, folder: Path, paths: Sequence[bytes], named_by: Path, own: bool = False) -> FileSource:
     """Listed images of which none is named twice and none is missing. Each folder is listed once: asking for every file
-    by itself takes minutes on a shared disk."""
-    source = listed_images(name, [folder], paths, named_by)
+    by itself takes minutes on a shared disk. `own`: the user's, who can correct them and not download them again."""
+    if own and not paths:
+        raise DataError(f"{show(named_by)} lists no images: add some")
+    source = FileSource(name, folder, paths) if own else listed_images(name, [folder], paths, named_by)
     path, times = Counter(paths).most_common(1)[0]
     if times > 1:
-        raise DataError(f"{show(named_by)} names {printable(path)} {times} times: download it again")
+        fix = "name it once" if own else "download it again"
+        raise DataError(f"{show(named_by)} names {printable(path)} {times} times: {fix}")
     parts = [path.rpartition(b"/") for path in paths]
     found = {parent: _names_in(os.path.join(os.fsencode(folder), parent)) for parent in {part[0] for part in parts}}
     missing = [path for path, (parent, _, file) in zip(paths, parts, strict=True) if file not in found[parent]]
     if missing:
+        fix = "put them there, or correct their names" if own else "unpack the images again"
         raise DataError(
             f"{len(missing)} of the {len(paths)} images that {show(named_by)} names are not in {show(folder)} "
-            f"(first: {printable(missing[0])}): unpack the images again"
+            f"(first: {printable(missing[0])}): {fix}"
         )
     return source
 

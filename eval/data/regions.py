@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -39,6 +42,13 @@ class RegionImages:
     def __len__(self) -> int:
         return len(self.images)
 
+    def some(self, rows: Sequence[int]) -> RegionImages:
+        """Of one's own files."""
+        images: Any = self.images
+        assert isinstance(self.labels, IndexedFiles)
+        labels = replace(self.labels, paths=[self.labels.paths[row] for row in rows])
+        return replace(self, images=images.some(rows), labels=labels)
+
     def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
         return decode(self.images.read(row))
 
@@ -64,37 +74,48 @@ class RegionImages:
 @dataclass(frozen=True)
 class IndexedFiles:
     """Palette or grey PNGs: the numbers that are in them. `first`: the number of the first class; a smaller one is
-    void, and those above move down. `void`: another number that is void."""
+    void, and those above move down. `void`: other numbers that are void. `values`: the number of each class, where they
+    do not follow on `first`."""
 
     paths: list[Path]
     classes: int
     first: int = 0
-    void: int = VOID
+    void: int | tuple[int, ...] = VOID
+    values: tuple[int, ...] = ()
+    fix: str = "convert or unpack the annotations again"
+
+    @cached_property
+    def table(self) -> NDArray[np.int16]:
+        """The class of each number; -1: unknown."""
+        table = np.full(1 << 16, -1, np.int16)
+        table[: self.first] = VOID
+        table[list(self.values) or slice(self.first, self.first + self.classes)] = np.arange(self.classes)
+        table[[self.void] if isinstance(self.void, int) else list(self.void)] = VOID
+        return table
 
     def __call__(self, row: int) -> UInt8[Tensor, "height width"]:
         file = show(self.paths[row])
         try:
             with Image.open(self.paths[row]) as image:
-                numbers = torch.from_numpy(np.array(image, np.uint8 if image.mode == "1" else None))
+                numbers = np.array(image, np.uint8 if image.mode == "1" else None)
         except Exception as error:  # Pillow has its own kinds for a damaged file
-            raise DataError(f"{file} cannot be read ({reason(error)}): unpack the annotations again") from None
-        if numbers.dtype != torch.uint8 or numbers.ndim != 2:
-            kind = f"{list(numbers.shape)} of {str(numbers.dtype).removeprefix('torch.')}"
-            raise DataError(f"{file} holds no class numbers ({kind}): unpack the annotations again")
-        labels = torch.where(numbers < self.first, VOID, numbers - self.first) if self.first else numbers
-        labels = labels if self.void == VOID else torch.where(labels == self.void, VOID, labels)
-        unknown = labels[(labels >= self.classes) & (labels != VOID)]
+            raise DataError(f"{file} cannot be read ({reason(error)}): {self.fix}") from None
+        if numbers.dtype not in (np.uint8, np.uint16) or numbers.ndim != 2:
+            kind = f"{list(numbers.shape)} of {numbers.dtype}"
+            raise DataError(f"{file} holds no class numbers ({kind}): {self.fix}")
+        labels = self.table[numbers]
+        unknown = numbers[labels < 0]
         if len(unknown):
-            example, last = int(unknown[0]) + self.first, self.first + self.classes - 1
+            known = f"go from {self.first} to {self.first + self.classes - 1}"
+            known = f"are {', '.join(map(str, self.values))}"[:200] if self.values else known
             raise DataError(
-                f"{file} has {len(unknown)} pixels of unknown classes, such as {example}; they go from {self.first} to "
-                f"{last}: convert or unpack the annotations again"
+                f"{file} has {len(unknown)} pixels of unknown classes, such as {unknown[0]}; they {known}: {self.fix}"
             )
-        return labels
+        return torch.from_numpy(labels.astype(np.uint8))
 
 
 def _listed(
-    name: str, root: Path, paths: list[str], labels: list[Path], classes: list[str], named_by: Path, **numbers: int
+    name: str, root: Path, paths: list[str], labels: list[Path], classes: list[str], named_by: Path, **numbers: Any
 ) -> RegionImages:
     """`numbers`: first and void of IndexedFiles."""
     source = every_image(name, root, [os.fsencode(path) for path in paths], named_by)

@@ -1,18 +1,21 @@
-"""Data sets registered with detectron2: COCO's and VOC's layouts through its own readers, the embedded scenes as files
-that are written for it. Its evaluators read the same files; their results get our metrics' names here."""
+"""Data sets registered with detectron2: COCO's and VOC's layouts through its own readers, the embedded scenes and
+the user's own data as files that are written for it. Its evaluators read the same files; their results get our metrics'
+names here."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from mls.data.listing import FileSource
 from mls.errors import ConfigError
-from mls.eval.data import DataSet, folder_of
+from mls.eval.data import LAYOUTS, DataSet, folder_of
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.voc_objects import devkit
 from mls.eval.dense.coco_ap import as_coco
@@ -27,33 +30,45 @@ NO_DETECTIONS = {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
 SPLITS = {"train": "train2017", "test": "val2017"}
 
 
-def write_scenes(data: DataSet[ObjectImages], root: Path) -> None:
-    """The scenes in COCO's layout, with the pixels that every back-end is given."""
+def written(data: DetectionData) -> bool:
+    """Whether the annotations are written for detectron2: of the embedded scenes, and of the user's own data."""
+    return data.name in SCENES or LAYOUTS[data.name].own
+
+
+def write(data: DataSet[ObjectImages], root: Path) -> None:
+    """In COCO's layout, with the pixels that every back-end is given: the user's files, the scenes as new ones."""
     for split, name in SPLITS.items():
         images: ObjectImages = getattr(data, split)
         content = as_coco(images)
         (root / name).mkdir(parents=True, exist_ok=True)
         for row, entry in enumerate(content["images"]):
-            entry["file_name"] = f"{row:06d}.png"
-            Image.fromarray(images.pixels(row).permute(1, 2, 0).numpy()).save(root / name / entry["file_name"])
+            if isinstance(images.images, FileSource):
+                entry["file_name"] = os.fsdecode(
+                    images.images.path(row)
+                )  # absolute: detectron2 puts no folder before it
+            else:
+                entry["file_name"] = f"{row:06d}.png"
+                Image.fromarray(images.pixels(row).permute(1, 2, 0).numpy()).save(root / name / entry["file_name"])
         for one in content["annotations"]:
-            one["segmentation"] = {**one["segmentation"], "counts": one["segmentation"]["counts"].decode()}
+            if "segmentation" in one:
+                one["segmentation"] = {**one["segmentation"], "counts": _text(one["segmentation"]["counts"])}
         (root / "annotations").mkdir(exist_ok=True)
         write_atomically(detectron2_train.annotations_of(root, name), json.dumps(content).encode())
 
 
-def register(data: DetectionData, scenes: Path) -> tuple[list[str], str]:
-    """Returns detectron2's names of the training sets and of the test set."""
+def _text(counts: str | bytes) -> str:
+    return counts.decode() if isinstance(counts, bytes) else counts
+
+
+def register(data: DetectionData, state: Path) -> tuple[list[str], str]:
+    """Returns detectron2's names of the training sets and of the test set. `state`: where `write` has written."""
     if data.name == "voc0712":
         root = devkit(folder_of(data.name, data.root))
         *train, test = [_register_voc(root, *part) for part in ((2007, "trainval"), (2012, "trainval"), (2007, "test"))]
         return train, test
-    if data.name == "coco2017":
-        root = folder_of(data.name, data.root)
-    elif data.name in SCENES:
-        root = scenes
-    else:
+    if data.name != "coco2017" and not written(data):
         raise ConfigError(f"detectron2 cannot read {data.name}: set backend=torchvision")
+    root = state if written(data) else folder_of(data.name, data.root)
     train, test = (detectron2_train.register_coco(root, split) for split in SPLITS.values())
     return [train], test
 

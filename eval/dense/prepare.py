@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from mls import distributed
 from mls.config import AugmentConfig, ScenesConfig
 from mls.data.truth import AS_DETECTRON2
+from mls.data.unreadable import readable
 from mls.errors import DataError, command
 from mls.eval import data as data_sets
-from mls.eval.data import DataSet, objects, regions
+from mls.eval.data import DataSet, LabelledImages, objects, regions
 from mls.eval.data.content import content_hash
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
@@ -24,6 +26,7 @@ from mls.models.backbones import Backbone
 from mls.streams import initialisation
 
 SCENES = {"scenes_objects": objects.scenes, "scenes_regions": regions.scenes}
+Facts = tuple[str, str | None, bool, ScenesConfig, float]
 OF_OBJECTS = ("detection", "objects")  # tasks
 
 
@@ -31,13 +34,32 @@ def load_images(protocol: Dense | FrozenDense) -> DataSet[Any]:
     found = _load(without_workers(protocol.data))
     wanted = ObjectImages if protocol.task in OF_OBJECTS else RegionImages
     if not isinstance(found.train, wanted):
-        fitting = "coco2017, voc0712, scenes_objects" if wanted is ObjectImages else "cityscapes, scenes_regions"
+        fitting = (
+            "coco, yolo, coco2017, scenes_objects" if wanted is ObjectImages else "masks, cityscapes, scenes_regions"
+        )
         raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
     if isinstance(protocol, Detection):
         if protocol.model.masks and found.train.everything.outlines is None:  # pyright: ignore[reportAttributeAccessIssue]
             raise DataError(f"{protocol.data.name} has boxes and no masks: set model.masks=false")
         _settle(protocol, found)
+    if data_sets.LAYOUTS[protocol.data.name].own and distributed.rank() == 0:
+        _say(summary(found))
     return found
+
+
+def summary(data: DataSet[Any]) -> str:
+    """What was found in the user's own data.
+
+    >>> summary(objects.scenes(ScenesConfig(count=3, test_count=2)))
+    'scenes_objects: 3 training images with 4 objects, 2 test images with 3 objects, 10 classes'
+    """
+    parts = {"training": data.train, "validation": data.val, "test": data.test}
+    told = [f"{len(part)} {name} images{_objects(part)}" for name, part in parts.items() if part is not None]
+    return f"{data.name}: {', '.join(told)}, {len(data.train.class_names)} classes"
+
+
+def _objects(part: Any) -> str:
+    return f" with {len(part.everything)} objects" if isinstance(part, ObjectImages) else ""
 
 
 def _settle(protocol: Detection, data: DataSet[ObjectImages]) -> None:
@@ -46,7 +68,7 @@ def _settle(protocol: Detection, data: DataSet[ObjectImages]) -> None:
     wrong = set().union(*(odd.found for odd in lists)) - {*AS_DETECTRON2}
     words = "; ".join(map(str, lists))
     check = command("mls data check --dataset", protocol.data.name, *filter(None, [protocol.data.root]))
-    if protocol.backend == "detectron2" and wrong:
+    if protocol.backend == "detectron2" and wrong and not data_sets.LAYOUTS[data.name].own:
         raise DataError(f"{words}; detectron2 would learn from them: repair them ({check} lists all)")
     if protocol.data.odd == "refuse" and wrong:
         raise DataError(f"{words}: repair them ({check} lists all), or set data.odd=drop")
@@ -59,15 +81,27 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def without_workers(data: DataSetConfig) -> tuple[str, str | None, bool, ScenesConfig]:
+def without_workers(data: DataSetConfig) -> Facts:
     folder = None if data.name in SCENES else str(data_sets.folder_of(data.name, data.root).absolute())
-    return data.name, folder, data.check_sizes, data.scenes
+    return data.name, folder, data.check_sizes, data.scenes, data.max_unreadable
 
 
 @lru_cache(maxsize=2)  # shared by the cells of a suite
-def _load(facts: tuple[str, str | None, bool, ScenesConfig]) -> DataSet[Any]:
-    name, root, check_sizes, scenes = facts
-    return SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
+def _load(facts: Facts) -> DataSet[Any]:
+    name, root, check_sizes, scenes, most = facts
+    found = SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
+    if data_sets.LAYOUTS[name].own:
+        parts = {part: _readable(getattr(found, part), most) for part in ("train", "test", "val")}
+        found = replace(found, **parts)
+    return found
+
+
+def _readable(images: Any, most: float) -> Any:
+    """One's own images without those that cannot be read."""
+    if images is None or isinstance(images, LabelledImages):
+        return images
+    rows = readable(images.images, range(len(images)), most, "data.max_unreadable")
+    return images if len(rows) == len(images) else images.some(rows)
 
 
 def content(protocol: Dense | FrozenDense) -> str:
@@ -79,7 +113,7 @@ def content(protocol: Dense | FrozenDense) -> str:
 
 
 @lru_cache(maxsize=8)
-def _content(facts: tuple[str, str | None, bool, ScenesConfig]) -> str:
+def _content(facts: Facts) -> str:
     return content_hash(_load(facts))
 
 

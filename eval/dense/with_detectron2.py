@@ -20,7 +20,7 @@ from mls.errors import DataError, DivergedError
 from mls.eval.dense import detectron2_data
 from mls.eval.dense.detectron2_config import RECIPES, configuration, refuse_unknown_to_detectron2
 from mls.eval.dense.loop import LOG_EVERY, SAVE_EVERY, check_batch_size, check_precision
-from mls.eval.dense.prepare import SCENES, backbone_source, load_images
+from mls.eval.dense.prepare import backbone_source, load_images
 from mls.eval.dense.schema import Detection
 from mls.eval.outcome import Outcome, for_file
 from mls.exporting import to_detectron2
@@ -57,11 +57,11 @@ def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[
     def write() -> None:
         state.mkdir(parents=True, exist_ok=True)
         to_detectron2.write(source, state, state)
-        if protocol.data.name in SCENES:
-            detectron2_data.write_scenes(data, state / "scenes")
+        if detectron2_data.written(protocol.data):
+            detectron2_data.write(data, state / "data")
 
     distributed.on_main(write)
-    train, test = detectron2_data.register(protocol.data, state / "scenes")
+    train, test = detectron2_data.register(protocol.data, state / "data")
     recipe, classes = state / RECIPES[protocol.model.neck], len(data.train.class_names)
     cfg = configuration(protocol, recipe, train, test, classes, device.type, world)
     return cfg, learnt

@@ -42,6 +42,8 @@ class Nearest:
     scores: Float[Tensor, "batch count"]  # -inf: no row was left
     all_scores: Float[Tensor, "some"]  # of all rows with all queries, sorted; of very many an even sample
     own: float = 0.0  # share of the query's own image among as many nearest rows, where training lets these match
+    # Of lists found by regions the numbers of the query's region and of the match's that are most alike; -1: not known.
+    regions: Int64[Tensor, "batch count 2"] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Method(nn.Module):
         """`image_labels` are for controls that are no methods (supervised training, oracle pseudo-labels)."""
         super().__init__()
         self.config = config
+        self.momentum = config.model.momentum  # of a key encoder; set before each step where it is scheduled
 
     @property
     def backbone(self) -> Backbone:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float16, Int32, Int64
+from jaxtyping import Float16, Int16, Int32, Int64
 from torch import Tensor
 
 from mls.core.matching import Matches
 from mls.errors import CheckpointError, reason
 from mls.files import write_atomically
+from mls.streams import watched
 
 
 @dataclass(frozen=True)
@@ -24,24 +25,29 @@ class NeighbourLists:
     ids: Int32[Tensor, "images neighbours"]
     scores: Float16[Tensor, "images neighbours"]
     identity: dict[str, Any]  # plain values: of which weights, which data, made how
+    # For people: of the `watched` images and each of their neighbours the numbers of the two regions most alike.
+    regions: Int16[Tensor, "watched neighbours 2"] | None = None
 
     @classmethod
-    def of(cls, found: Matches, identity: dict[str, Any]) -> NeighbourLists:
-        return cls(found.indices.int(), found.scores.half(), identity)
+    def of(cls, found: Matches, identity: dict[str, Any], regions: Tensor | None = None) -> NeighbourLists:
+        return cls(found.indices.int(), found.scores.half(), identity, None if regions is None else regions.short())
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        regions = {} if self.regions is None else {"regions": self.regions}
+        return {name: one.cpu() for name, one in {"ids": self.ids, "scores": self.scores, **regions}.items()}
 
     def save(self, path: Path) -> None:
         from safetensors.torch import save
 
-        tensors = {"ids": self.ids.cpu().contiguous(), "scores": self.scores.cpu().contiguous()}
+        tensors = {name: one.contiguous() for name, one in self.tensors.items()}
         about = {"identity": json.dumps(self.identity, sort_keys=True)}
         write_atomically(path, save(tensors, about | {"sha256": self._hash()}))
 
     def _hash(self) -> str:
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode())
-        for tensor in (self.ids, self.scores):
-            digest.update(
-                f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes()
-            )
+        for tensor in self.tensors.values():
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     @classmethod
@@ -52,7 +58,8 @@ class NeighbourLists:
         try:
             with safe_open(path, "pt") as file:
                 about = file.metadata() or {}
-                lists = cls(file.get_tensor("ids"), file.get_tensor("scores"), json.loads(about["identity"]))
+                names = {"ids", "scores", *file.keys()}
+                lists = cls(identity=json.loads(about["identity"]), **{one: file.get_tensor(one) for one in names})
         except Exception as error:  # the file system's errors, safetensors' own, and a file of other tensors
             raise CheckpointError(
                 f"{path} holds no neighbour lists ({reason(error)}): `mls regions` writes them"
@@ -62,7 +69,19 @@ class NeighbourLists:
         return lists
 
     def to(self, device: torch.device | str) -> NeighbourLists:
-        return NeighbourLists(self.ids.to(device), self.scores.to(device), self.identity)
+        regions = None if self.regions is None else self.regions.to(device)
+        return NeighbourLists(self.ids.to(device), self.scores.to(device), self.identity, regions)
+
+    def most_alike(
+        self, queries: Int64[Tensor, "batch"], images: Int64[Tensor, "batch count"]
+    ) -> Int64[Tensor, "batch count 2"] | None:
+        """The numbers of a query's region and of an image's that are most alike; -1: not known of these two."""
+        if self.regions is None:
+            return None
+        of_query = queries[:, None] == torch.tensor(watched(len(self.ids)), device=queries.device)  # [batch, watched]
+        in_list = self.ids[queries][:, None] == images[:, :, None]  # [batch, count, neighbours]
+        found = self.regions[of_query.int().argmax(1)[:, None], in_list.int().argmax(2)].long()
+        return found.masked_fill(~(of_query.any(1)[:, None] & in_list.any(2))[:, :, None], -1)
 
     def least(self, average: float) -> float:
         """The score that so many neighbours of an image reach on average.

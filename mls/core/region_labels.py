@@ -15,7 +15,7 @@ from torch import Tensor
 from mls.config import Config, MLSOptions
 from mls.core.matching import Matches
 from mls.core.neighbour_lists import NeighbourLists
-from mls.core.regions import RegionEncoder, Tell, neighbours_of_all
+from mls.core.regions import RegionEncoder, Tell, most_alike, neighbours_of_all
 from mls.data import Source
 from mls.data.loader import worker_count
 from mls.data.sources import hash_of_images
@@ -56,9 +56,10 @@ class RegionLabels:
             return {}
         augment, workers = self.config.augment, worker_count(self.config.data.workers)
         encoder = RegionEncoder.fitted(backbone, source, augment, self.options, self.device, self.precision, workers)
-        found, _ = neighbours_of_all(encoder, source, tell)
+        found, features = neighbours_of_all(encoder, source, tell)
         before, self.least = self.lists, None
-        self.lists = NeighbourLists.of(found, {"step": step, "images": self.images})
+        identity = {"step": step, "images": self.images}
+        self.lists = NeighbourLists.of(found, identity, most_alike(features, found.indices))
         values = {"regions/score": float(found.scores[:, 0].mean())}
         if before is not None:
             new, old = (lists.ids[:, : self.objective.k] for lists in (self.lists, before))
@@ -85,8 +86,7 @@ class RegionLabels:
     def state_dict(self) -> dict[str, Any]:
         if self.lists is None:
             return {}
-        tensors = {"ids": self.lists.ids.cpu(), "scores": self.lists.scores.cpu()}  # never written to: no copies
-        return {"identity": self.lists.identity, **({} if self.file else tensors)}
+        return {"identity": self.lists.identity, **({} if self.file else self.lists.tensors)}  # never written to
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.least = None

@@ -26,6 +26,7 @@ from mls.distributed import gather, rank, world
 from mls.errors import UserError
 from mls.models import Backbone, Encoder, Precision
 from mls.models.finite import finite
+from mls.streams import watched
 
 SAMPLE = 2000  # images that the statistics of the features are taken from
 BATCH = 64  # images whose windows go through the network together
@@ -238,6 +239,17 @@ def neighbours_of_all(
     found = nearest_images(features[:images], own.to(features.device), count, tell, whole, weight)
     indices, scores = gather([found.indices, found.scores])
     return Matches(indices[:images], scores[:images]), features[:images]
+
+
+def most_alike(
+    features: Float[Tensor, "images regions dim"], neighbours: Int64[Tensor, "images neighbours"]
+) -> Int64[Tensor, "watched neighbours 2"]:
+    """For people, of the `watched` images and each of their neighbours the two regions of the highest product."""
+    found = []
+    for query in watched(len(features)):
+        products = torch.einsum("rd,nsd->nrs", features[query], features[neighbours[query]])
+        found.append(torch.stack(torch.unravel_index(products.flatten(1).argmax(1), products.shape[1:]), dim=1))
+    return torch.stack(found)
 
 
 def best_pairs(

@@ -71,7 +71,8 @@ class Report:
 
     @property
     def odd_truth(self) -> int:
-        return sum(len(self.found.get(kind, ())) for kind in TRUTH if kind not in truth.AS_DETECTRON2)
+        fine = (*truth.AS_DETECTRON2, *truth.PART_OF)
+        return sum(len(self.found.get(kind, ())) for kind in TRUTH if kind not in fine)
 
     def add(self, other: Report) -> None:
         """Of another part of the data set."""

@@ -101,6 +101,12 @@ class FileSource:
     def __len__(self) -> int:
         return len(self._paths)
 
+    def some(self, images: Sequence[int]) -> FileSource:
+        """These images alone, without labels."""
+        found = FileSource(self.name, Path(os.fsdecode(self._root)), [self._paths[image] for image in images])
+        found.odd, found.ignored = self.odd, self.ignored
+        return found
+
     @cached_property
     def labels(self) -> Float[Tensor, "images classes"] | None:
         if self.class_names is None or self.pairs is None:
@@ -111,6 +117,10 @@ class FileSource:
         """Of these images alone, without the matrix of all."""
         assert self.class_names is not None and self.pairs is not None
         return multi_hot_of(ids, self.pairs, len(self), len(self.class_names))
+
+    @property
+    def root(self) -> bytes:
+        return self._root
 
     @property
     def relative_paths(self) -> Names:

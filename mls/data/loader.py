@@ -58,9 +58,13 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         return (self.last - self.first + 1) * len(self.slots)
 
 
+def whole_batches(images: int, config: Config) -> int:
+    """Of an epoch: its last, incomplete batch is left out."""
+    return images // config.data.batch_size
+
+
 def steps_per_epoch(source: Source, config: Config) -> int:
-    """The last, incomplete batch of an epoch is left out."""
-    count = len(source) // config.data.batch_size
+    count = whole_batches(len(source), config)
     if count == 0:
         raise DataError(
             f"{source.name} has {len(source)} images, fewer than one batch: "

@@ -1,5 +1,6 @@
 """Where images come from: `build_source` chooses from the configuration. Folders and lists are in listing.py, COCO and
-VOC in annotated.py, tar shards in tar.py, the embedded scenes in scenes.py. No source needs labels."""
+VOC in annotated.py, tar shards in tar.py, tables in parquet.py and huggingface.py, the embedded scenes in scenes.py. No
+source needs labels."""
 
 from __future__ import annotations
 
@@ -44,6 +45,20 @@ def build_source(config: DataConfig, split: str = "train") -> Source:
     return SOURCES[detect(config) if config.source == "auto" else config.source](config)
 
 
+@register("parquet")
+def parquet(config: DataConfig) -> Source:
+    from mls.data.parquet import from_parquet  # where it is asked for: pyarrow is an extra
+
+    return from_parquet(config)
+
+
+@register("huggingface")
+def huggingface(config: DataConfig) -> Source:
+    from mls.data.huggingface import from_huggingface
+
+    return from_huggingface(config)
+
+
 @register("scenes")
 def scenes(config: DataConfig, split: str = "train") -> Source:
     from mls.data.scenes import ScenesSource
@@ -70,8 +85,13 @@ def detect(config: DataConfig) -> str:
         return "voc"
     if (root / "train2017").is_dir() and any(root.glob("annotations/instances_*.json")):
         return "coco"
-    if root.is_dir() and any(root.glob("*.tar")) and not list_images(root):
-        return "tar"
+    if root.suffix == ".parquet":
+        return "parquet"
+    if root.is_dir() and any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return "huggingface"
+    for kind, pattern in (("tar", "*.tar"), ("parquet", "**/*.parquet")):
+        if root.is_dir() and any(root.glob(pattern)) and not list_images(root):
+            return kind
     return "folder"
 
 

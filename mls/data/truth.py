@@ -31,8 +31,10 @@ KINDS = {  # of an entry: what is done with it
     "unknown class": LEFT_OUT,
     "broken mask": LEFT_OUT,
     "no area": f"{LEFT_OUT}, as detectron2 does",
+    "no label file": f"the image is {LEFT_OUT}; an empty file says that nothing is there",
 }
 AS_DETECTRON2 = ("no area", "unknown image")  # its reader leaves these out, too
+PART_OF = ("unknown image", "no label file")  # kinds of entries that a part of a data set has
 FOR_CLASSES = ("no area", "overhanging")  # kinds that say nothing against the class of an object
 SLACK = 2.0  # pixels that a box may be larger than its image: published files round
 LARGEST = 100_000  # pixels of a side: more is no image
@@ -61,7 +63,7 @@ class Odd:
         return f"{show(self.file)} has {len(self)} odd {word} of {self.entries:,}: {', '.join(kinds)}"
 
     def refuse_most(self) -> None:
-        of_others = len(self.found.get("unknown image", ()))  # a part of a data set has fewer images than objects
+        of_others = sum(len(self.found.get(kind, ())) for kind in PART_OF)
         if len(self) - of_others > MOST * self.entries:
             raise DataError(f"{self}; so many are no accident: is it another format, or another data set's file?")
 
@@ -135,7 +137,7 @@ def coco_truth(content: Any, file: Path, for_classes: bool = False) -> CocoTruth
 def by_id(entries: Sequence[dict[str, Any]], file: Path) -> dict[Any, dict[str, Any]]:
     found = {entry["id"]: entry for entry in entries}
     if len(found) < len(entries):
-        raise DataError(f"{show(file)} gives one id to several images or categories: download it again")
+        raise DataError(f"{show(file)} gives one id to several images or categories: correct it, or download it again")
     return found
 
 

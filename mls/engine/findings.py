@@ -15,11 +15,16 @@ from typing import Literal
 
 import torch
 
+from mls.chunks import power_of_two
 from mls.config import Config, MLSOptions, MoCoOptions, runs_root
 from mls.core import methods
 from mls.core.method import Method
 from mls.core.products import ENTRIES
+from mls.data.loader import whole_batches
 from mls.engine.optim import scaled_lr
+from mls.models import backbones
+from mls.models.momentum import precision_on
+from mls.streams import initialisation
 
 Level = Literal["fine", "warning", "fails"]
 MANY_OWN, MANY_POSITIVES = 0.1, 0.05  # shares of the positives and of the dictionary's rows; the paper's k is 0.5 %
@@ -28,6 +33,7 @@ LEFT_OUT, NEARLY_FULL = 0.1, 0.8  # shares: of an epoch's images, of a memory or
 FILLING = 0.1  # share of a run after which its dictionary should be full
 USUAL_RATES = {"sgd": (1e-3, 3.0), "adamw": (1e-5, 5e-3), "lars": (0.1, 20.0)}  # peaks that the papers use
 LOGIT_TENSORS = 4  # of so many entries at once: cosines, labels, losses and their gradient
+KEPT_TIMES = 2  # views, keys, gradients of maps and workspaces, beside what the backward pass keeps: as much again
 MOMENTS = {"sgd": 1, "adamw": 2, "lars": 1}  # that an optimizer keeps of each parameter
 GIB = 2**30
 
@@ -94,7 +100,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return self.images // self.config.data.batch_size
+        return whole_batches(self.images, self.config)
 
     @property
     def total(self) -> int:
@@ -133,7 +139,7 @@ def _batch(plan: Plan) -> list[Finding]:
             return [Finding("batch", "fails", f"{words}: start fewer processes")]
         return [Finding("batch", "fails", words, f"data.batch_size={larger}")]
     if plan.images < batch:
-        smaller = parts * _power_of_two(plan.images / 8 / parts)
+        smaller = parts * power_of_two(plan.images / 8 / parts)
         words = f"{plan.images:,} images are fewer than one batch of {batch:,}"
         override = f"data.batch_size={smaller}" if smaller <= plan.images else ""
         return [Finding("steps an epoch", "fails", words, override)]
@@ -223,13 +229,8 @@ def _positives(plan: Plan, options: MLSOptions) -> Iterator[Finding]:
 
 def _of_size(plan: Plan, rows: float) -> str:
     """A smaller dictionary: at most so many rows, but a batch, in equal parts for the processes."""
-    size = max(plan.world * _power_of_two(rows / plan.world), plan.config.data.batch_size)
+    size = max(plan.world * power_of_two(rows / plan.world), plan.config.data.batch_size)
     return f"dictionary.size={size}"
-
-
-def _power_of_two(most: float) -> int:
-    """The largest that is no larger, and at least 1."""
-    return 1 << max(0, int(most).bit_length() - 1)
 
 
 # ------------------------------------------------------------------------------------------------------- the schedule
@@ -270,9 +271,35 @@ def _warmup(plan: Plan) -> Iterator[Finding]:
 # -------------------------------------------------------------------------------------------------------- the machine
 
 
+def kept_of_image(config: Config, half: bool) -> int:
+    """Bytes that the backward pass through the backbone keeps of one image: the tensors that autograd saves, counted on
+    torch's meta device, where a tensor has a size and no values. 0: the network cannot be counted so.
+
+    >>> round(kept_of_image(Config(), half=True) / 2**20)  # ResNet-50, 224 pixels
+    42
+    """
+    dtype = torch.bfloat16 if half else torch.float32
+    found: dict[int, Tensor] = {}
+    sizes = [config.augment.size, *[config.augment.small_size] * config.augment.small_crops]
+    try:
+        with torch.device("meta"), initialisation(0):
+            network = backbones.build(config.model.backbone).to(dtype).train()
+            weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+
+        def keep(saved: Tensor) -> Tensor:
+            found[saved.untyped_storage()._cdata] = saved  # held, so that no storage gets the name of another
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            outputs = [network(torch.empty(2, 3, size, size, dtype=dtype, device="meta")) for size in sizes]
+    except Exception:  # an operation that has no answer there, of a network from elsewhere
+        return 0
+    kept = sum(saved.untyped_storage().nbytes() for key, saved in found.items() if key not in weights)
+    return kept // 2 if outputs else 0
+
+
 def memory(plan: Plan, sizes: Sizes, device: torch.device) -> Finding:
-    """The state of a run against the memory of its device. What images take on their way through the network is not
-    planned: it is measured by a step."""
+    """What a run needs, worked out before its first step, against the memory of its device. A step measures it."""
     most = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_memory()
     parts = {
         "encoders": sizes.encoders,
@@ -283,17 +310,21 @@ def memory(plan: Plan, sizes: Sizes, device: torch.device) -> Finding:
     parts["labels"] = sizes.labels
     if isinstance(plan.config.objective, MoCoOptions):
         parts["logits"] = 4 * LOGIT_TENSORS * min(plan.part * plan.config.dictionary.size, ENTRIES)
+    half = precision_on(device, plan.config.engine.precision) != "fp32"
+    parts[f"{plan.part} images"] = KEPT_TIMES * plan.part * kept_of_image(plan.config, half)
     words = ", ".join(f"{name} {in_units(size)}" for name, size in parts.items() if size)
     words += f"; the {'GPU' if device.type == 'cuda' else 'machine'} has {in_units(most)}"
     needed = sum(parts.values())
     if needed <= NEARLY_FULL * most:
         return Finding("memory", "fine", words)
     level: Level = "fails" if needed > most else "warning"
-    return Finding("memory", level, f"{in_units(needed)} before any image: {words}", _less_memory(plan, sizes))
+    return Finding("memory", level, f"{in_units(needed)} are needed: {words}", _less_memory(plan, sizes, needed))
 
 
-def _less_memory(plan: Plan, sizes: Sizes) -> str:
+def _less_memory(plan: Plan, sizes: Sizes, needed: int) -> str:
     dictionary = plan.config.dictionary
+    if sizes.held < needed / 2:
+        return f"engine.accumulate={2 * plan.config.engine.accumulate}"
     if sizes.dictionary < sizes.held / 2:
         return ""
     if plan.world > 1 and not dictionary.sharded:

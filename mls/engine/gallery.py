@@ -26,7 +26,7 @@ from mls.engine.images import accept_other_images
 from mls.engine.schedule import epoch_of
 from mls.engine.trainer import method_state, watched_labels
 from mls.errors import CheckpointError, DataError
-from mls.frozen.match_picture import RED, YELLOW, Box, GalleryRow, Pixels, boxed, draw
+from mls.frozen.match_picture import RED, YELLOW, Box, GalleryRow, Pixels, boxed, draw, file_name
 from mls.monitor import moments
 from mls.monitor.matches import MomentTaker
 from mls.monitor.moments import Moment
@@ -64,7 +64,8 @@ def rows_of(
         pictures = [_pixels(row_crop(source, config, match.id, match.box)) for match in found]
         shared = None if labels is None else ((labels[ids] * labels[query.id]).sum(1) > 0).tolist()
         scores, shown = [match.score for match in found], _pixels(row_crop(source, config, query.id, query.box))
-        lines.append(GalleryRow(shown, pictures, scores, shared, query.id, ids, query.box, boxes))
+        name = file_name(source.describe(query.id))
+        lines.append(GalleryRow(shown, pictures, scores, shared, query.id, ids, query.box, boxes, name))
     return lines
 
 

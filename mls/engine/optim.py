@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mls.config import Config
 from mls.core.method import OwnRate
+from mls.models.stages import stages
 
 
 def scaled_lr(config: Config) -> float:
@@ -21,17 +22,23 @@ def scaled_lr(config: Config) -> float:
     return config.optim.lr * (config.data.batch_size / 256 if config.optim.scale_lr else 1.0)
 
 
-def build(config: Config, network: nn.Module, own: Sequence[OwnRate] = ()) -> torch.optim.Optimizer:
-    """Parameters with a rate of their own get no weight decay."""
+def build(
+    config: Config, network: nn.Module, own: Sequence[OwnRate] = (), backbone: nn.Module | None = None
+) -> torch.optim.Optimizer:
+    """Parameters with a rate of their own get no weight decay. `backbone`: the part of the network whose stages
+    `optim.layer_decay` counts."""
     optim, lr = config.optim, scaled_lr(config)
     apart = {id(parameter) for rate in own for parameter in rate.parameters}
     learning = [p for p in network.parameters() if p.requires_grad and id(p) not in apart]
-    weights = [p for p in learning if p.ndim > 1 or optim.decay_norm_and_bias]
-    rest = [p for p in learning if not (p.ndim > 1 or optim.decay_norm_and_bias)]
-    groups = [
-        {"params": weights, "weight_decay": optim.weight_decay, "share": 1.0},
-        {"params": rest, "weight_decay": 0.0, "share": 1.0, "adapt": False},
-    ]
+    below = list(reversed(stages(backbone))) if backbone is not None and optim.layer_decay < 1 else []
+    distance = {id(p): far for far, stage in enumerate(below, start=1) for p in stage}
+    groups: list[dict[str, object]] = []
+    for far in range(len(below) + 1):
+        here = [p for p in learning if distance.get(id(p), 0) == far]
+        decayed, share = [p for p in here if p.ndim > 1 or optim.decay_norm_and_bias], optim.layer_decay**far
+        rest = [p for p in here if not (p.ndim > 1 or optim.decay_norm_and_bias)]
+        groups.append({"params": decayed, "weight_decay": optim.weight_decay, "share": share})
+        groups.append({"params": rest, "weight_decay": 0.0, "share": share, "adapt": False})
     groups += [
         {"params": rate.parameters, "weight_decay": 0.0, "share": rate.multiplier, "adapt": False} for rate in own
     ]
@@ -44,9 +51,12 @@ def build(config: Config, network: nn.Module, own: Sequence[OwnRate] = ()) -> to
     return LARS(groups, lr=lr, momentum=optim.momentum)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float | None = None) -> None:
+    """And the weight decay of those groups that have one, where it is scheduled."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["share"]
+        if weight_decay is not None and group["adapt"]:
+            group["weight_decay"] = weight_decay
 
 
 class LARS(torch.optim.Optimizer):

@@ -27,6 +27,15 @@ def stepwise(step: int, falls: Sequence[int], warmup: int = 0) -> float:
     return 10.0 ** -sum(step > fall for fall in falls)
 
 
+def between(step: int, total: int, first: float, last: float) -> float:
+    """From `first` to `last` along half a cosine, as BYOL's momentum and DINO's weight decay go; step counts from 1.
+
+    >>> [round(between(step, 4, 0.99, 1.0), 4) for step in (1, 3, 4, 5)]
+    [0.99, 0.995, 0.9985, 1.0]
+    """
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - 1) / total)))
+
+
 def epoch_of(step: int, steps_per_epoch: int) -> int:
     """The epoch a step belongs to; both count from 1."""
     return (step - 1) // steps_per_epoch + 1

@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 
-from mls.chunks import spaced
+from mls.chunks import power_of_two, spaced
 from mls.config import SIZED, Config, MLSOptions, MoCoOptions, check
-from mls.data import Source
+from mls.core import methods
+from mls.data import Source, Views
 from mls.data.decode import Encoded, UnreadableImage
+from mls.data.loader import whole_batches
 from mls.data.sources import build_source
 from mls.distributed import Process, on_main
-from mls.errors import DataError, command
+from mls.engine import optim
+from mls.errors import ConfigError, DataError, command
+from mls.models import card_of, card_of_name
+from mls.models.momentum import precision_on
 
 FEWEST, FEW = 16, 1000  # images that can be trained on; below which published weights are a better start
 LOOKED_AT = 64  # images whose size is read
@@ -56,10 +61,49 @@ def sized(config: Config, process: Process, tell: Callable[[Config, Facts, list[
         facts = facts_of(build_source(config.data), process)
         made, choices = choose(config, facts)
         check(made)
+        if process.device.type == "cuda" and "data.batch_size" in config.run.auto:
+            made, choices = tried(config, facts, made, choices, lambda one: holds(one, process))
         tell(made, facts, choices)
         return made
 
     return on_main(decide)
+
+
+def tried(
+    config: Config, facts: Facts, made: Config, choices: list[Choice], holds: Callable[[Config], bool]
+) -> tuple[Config, list[Choice]]:
+    """With the batch halved until a step fits into the GPU's memory; what follows from the batch is chosen anew."""
+    parts = facts.processes * config.engine.accumulate
+    rest = replace(config, run=replace(config.run, auto=[key for key in config.run.auto if key != "data.batch_size"]))
+    while not holds(made):
+        before = made.data.batch_size
+        if before <= 2 * parts:
+            raise ConfigError("a step of one image does not fit into the GPU's memory: lower augment.size")
+        smaller = replace(rest, data=replace(rest.data, batch_size=before // (2 * parts) * parts))
+        made, others = choose(smaller, facts)
+        check(made)
+        words = f"a step with {before} did not fit into the GPU's memory, one with {made.data.batch_size} does"
+        choices = [Choice("data.batch_size", made.data.batch_size, words), *others]
+    return made, choices
+
+
+def holds(config: Config, process: Process) -> bool:
+    """Whether a step of one process' images fits into its GPU: tried, on noise."""
+    device = process.device
+    images = config.data.batch_size // (process.world * config.engine.accumulate)
+    try:
+        method = methods.build(config, precision_on(device, config.engine.precision)).to(device)
+        optimizer = optim.build(config, method, method.own_rates(), method.backbone)
+        views = [torch.randn(images, 3, view.size, view.size, device=device) for view in method.views().views]
+        boxes = [torch.zeros(images, 4, device=device) for _ in views]
+        out = method(Views(views, boxes, torch.arange(images, device=device)))
+        out.loss.backward()
+        optimizer.step()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
 
 
 def show(config: Config, facts: Facts, choices: list[Choice]) -> None:
@@ -103,8 +147,8 @@ def advice(config: Config, facts: Facts) -> str | None:
     if facts.images >= FEW or config.model.weights is not None:
         return None
     network = "resnet18" if facts.memory is None else "resnet50"
-    overrides = (f"model.backbone={network}", f"model.weights=torchvision:{network}", "optim.lr=0.03")
-    again = command("mls pretrain", config.data.root, *overrides)
+    changes = (f"data.root={config.data.root}", f"model.weights=torchvision:{network}")
+    again = command("mls pretrain mls_continue", *changes)
     return f"{facts.images:,} images are few to learn from nothing: published weights are a better start, {again}"
 
 
@@ -119,12 +163,8 @@ def _short_side(source: Source) -> int:
     return int(median(sides)) if sides else PAPER.augment.size
 
 
-def _power_of_two(most: float) -> int:
-    return 1 << max(0, int(most).bit_length() - 1)
-
-
 def _steps(config: Config, facts: Facts) -> int:
-    return config.optim.epochs * max(1, facts.images // config.data.batch_size)
+    return config.optim.epochs * max(1, whole_batches(facts.images, config))
 
 
 def _size(config: Config, facts: Facts) -> tuple[int, str]:
@@ -141,6 +181,9 @@ def _blur(config: Config, facts: Facts) -> tuple[float, str]:
 
 
 def _backbone(config: Config, facts: Facts) -> tuple[str, str]:
+    if config.model.weights is not None:
+        facts_of_start = card_of(config.model.weights) or card_of_name(config.model.weights)
+        return facts_of_start["architecture"], "what model.weights are weights of"
     if facts.memory is None:
         return "resnet_tiny", "minutes on a CPU, where resnet50 takes weeks: a trial, use a GPU for more"
     return "resnet50", "as the paper"
@@ -158,7 +201,7 @@ def _batch(config: Config, facts: Facts) -> tuple[int, str]:
             limit, why = fits, f"what {facts.memory:.0f} GiB hold"
     if isinstance(config.objective, MoCoOptions) and "dictionary.size" not in config.run.auto:
         limit = min(limit, config.dictionary.size)
-    return max(_power_of_two(max(limit, 2)) // parts, 1) * parts, why
+    return max(power_of_two(max(limit, 2)) // parts, 1) * parts, why
 
 
 def _key_group(config: Config, facts: Facts) -> tuple[int, str]:
@@ -169,7 +212,7 @@ def _key_group(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _dictionary(config: Config, facts: Facts) -> tuple[int, str]:
     """A quarter of the images at most: then a query meets an older row of its own in 3 of 100 steps."""
-    rows, batch = _power_of_two(facts.images / 4), config.data.batch_size
+    rows, batch = power_of_two(facts.images / 4), config.data.batch_size
     if rows >= PAPER.dictionary.size:
         return max(PAPER.dictionary.size, batch), "as the paper"
     if batch > rows:
@@ -186,9 +229,14 @@ def _k(config: Config, facts: Facts) -> tuple[int, str]:
 def _epochs(config: Config, facts: Facts) -> tuple[int, str]:
     if facts.memory is None:
         seen = ON_CPU * (32 / config.augment.size) ** 2
-        return min(400, max(20, round(seen / facts.images))), "about ten minutes on two cores with the tiny network"
-    epochs = min(800, max(200, round(ON_GPU / facts.images)))
-    return epochs, "fewer images, more epochs: 200 to 800"
+        epochs = min(400, max(20, round(seen / facts.images)))
+        why = "about ten minutes on two cores with the tiny network"
+    else:
+        epochs = min(800, max(200, round(ON_GPU / facts.images)))
+        why = "fewer images, more epochs: 200 to 800"
+    if config.model.weights is not None:
+        return max(5, epochs // 4), f"a quarter of the {epochs} from nothing: model.weights are a start"
+    return epochs, why
 
 
 def _warmup(config: Config, facts: Facts) -> tuple[float, str]:

@@ -25,32 +25,34 @@ from mls.data.augment import Augment
 from mls.data.formats import missed
 from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
+from mls.data.unreadable import Unreadable
 from mls.distributed import Process
 from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints, Copied, non_finite
 from mls.engine.events import versions
-from mls.engine.findings import Plan, Sizes, at_start
+from mls.engine.findings import Plan, Sizes, at_start, memory
 from mls.engine.images import accept_other_images, hash_of_names, keep_names
 from mls.engine.run import Run, refuse_another_configuration
-from mls.engine.schedule import cosine, epoch_of
+from mls.engine.schedule import between, cosine, epoch_of
 from mls.engine.session import Saving, Session
-from mls.errors import CheckpointError, DataError, DivergedError, Stopped, command
+from mls.errors import CheckpointError, DivergedError, Stopped, command
 from mls.files import CHECKPOINTS_FULL, write_atomically
 from mls.locks import Lock
 from mls.models import Encoder, save_backbone
 from mls.models.any_size import refuse_size
 from mls.models.momentum import HALF, precision_on
 from mls.monitor import moments
+from mls.monitor.guard import Guard
 from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
 from mls.monitor.matches import MomentTaker, moment_epochs
 from mls.monitor.online import OnlineProbes
+from mls.monitor.verdict import WAITING
 from mls.monitor.window import Window
 from mls.progress import duration, for_people, summary
 from mls.recipes import from_dict
 from mls.tables import markdown_table
 
-MUCH_WAITING = 0.2  # share of the time spent waiting for data that is worth a hint
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
 
 
@@ -80,7 +82,7 @@ class Trainer:
             self.method.to(memory_format=torch.channels_last)
         self.plan = self.method.views()
         self.refuse_sizes()
-        self.optimizer = optim.build(config, self.method, self.method.own_rates())
+        self.optimizer = optim.build(config, self.method, self.method.own_rates(), self.method.backbone)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=precision == "fp16")
         self.augment = self.build_augment()
         if config.engine.compile:
@@ -96,10 +98,12 @@ class Trainer:
         self.step = 0  # steps taken
         self.window = Window(process.device)
         self.terms: set[str] | None = set()  # parts of the loss that have acted; None: not known of an older checkpoint
-        self.unreadable: dict[int, str] = {}  # why, by image
+        most, listed = self.config.data.max_unreadable, self.run.path / "unreadable.txt"
+        self.unreadable = Unreadable(len(self.source), most, self.session.say, listed, "data.max_unreadable")
         self.bad_in_a_row = 0
         self.bad_steps = 0
         self.log_offset = 0
+        self.guarded: dict[str, float] = {}  # what the start was worth
         self.restore()
 
     def build_augment(self) -> Augment:
@@ -131,6 +135,7 @@ class Trainer:
             self.open_log(stack)
             stack.enter_context(self.session.running(self.run.name, self.quiet))
             self.probes = OnlineProbes.build(self.config, self.source)
+            self.guard = self.build_guard()
             self.moment_epochs = moment_epochs(self.config.optim.epochs, self.config.monitor.moments)
             where = self.process.device, HALF.get(self.precision, torch.float32)
             self.take_moment = MomentTaker(self.config, self.source, self.plan, *where, self.labels)
@@ -155,7 +160,8 @@ class Trainer:
         """One optimizer update, or none where a loss or gradient is not finite."""
         self.step += 1
         epoch = epoch_of(self.step, self.steps_per_epoch)
-        optim.set_lr(self.optimizer, self.lr(self.step))
+        optim.set_lr(self.optimizer, self.lr(self.step), self.weight_decay(self.step))
+        self.method.momentum = self.momentum(self.step)
         self.method.set_progress(self.step, epoch, self.steps_per_epoch)
         self.refresh(epoch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -164,12 +170,12 @@ class Trainer:
 
         outputs: list[StepOutput] = []
         for number, batch in enumerate(micro_batches):
-            self.note_unreadable(batch)
+            self.unreadable.note(batch.unreadable)
             views = self.augment(batch)
             with self.no_sync_until_last(number, len(micro_batches)):
                 out = self.forward(views)
                 if logging:
-                    with self.window.monitoring():
+                    with self.window.measuring():
                         out.scalars |= out.measure()
                         self.window.pulls = self.window.pulls if number else gradient_norms(out)
                 self.scaler.scale(out.loss / len(micro_batches)).backward()
@@ -183,10 +189,11 @@ class Trainer:
             self.skip_step(epoch, micro_batches)
         else:
             self.bad_in_a_row = 0
+            self.clip_gradient()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             if logging and self.process.main:
-                with self.window.monitoring():
+                with self.window.measuring():
                     self.window.labels = self.label_quality(outputs[0])
             self.note_terms(outputs[0])
             self.method.after_step(outputs)
@@ -197,29 +204,54 @@ class Trainer:
         epoch = epoch_of(step, self.steps_per_epoch)
         epoch_ends = step % self.steps_per_epoch == 0
         values: dict[str, float] = {}
-        if self.logs():
-            values |= self.measurements()
         if epoch_ends and epoch in self.moment_epochs:
             self.keep_moment(epoch)
         if epoch_ends and self.probes is not None:
-            with self.window.monitoring():
+            with self.window.measuring("probes"):
                 values |= self.probes(self.method.backbone, epoch, self.process.device)
+        if epoch_ends and self.guard is not None and epoch % monitor.guard_every_epochs == 0:
+            with self.window.measuring("probes"):
+                values |= self.guard.measure(self.method.backbone, self.process.device)
+        if self.process.main and (step % monitor.health_every == 0 or step == self.total):
+            with self.window.measuring():
+                values |= self.method.health()
+        if self.logs():  # last, so that the cost of all that is measured at this step is told here
+            values |= self.measurements()
         if self.process.main:
-            if step % monitor.health_every == 0 or step == self.total:
-                with self.window.monitoring():
-                    values |= self.method.health()
-            if values.get("data_wait", 0.0) > MUCH_WAITING and step >= self.hint_from:
+            if values.get("data_wait", 0.0) > WAITING and step >= self.hint_from:
                 self.hint_from = math.inf
                 share = f"{values['data_wait']:.0%} of the time goes into waiting for data"
                 self.session.say(f"{share}: {remedy(self.source, self.config)}")
             if values:
                 self.refuse_if_another_trains()
-                with self.window.monitoring():
+                with self.window.measuring():
                     self.log.write(step, epoch, values)
                 self.session.progress.update(step, epoch, for_people(values))
+        if self.guard is not None:
+            self.heed(self.guard.fallen(values), epoch)
         every = self.config.engine.milestone_epochs
         # Skipped steps may mean that what was learnt before them is worth nothing: no good checkpoint goes for them.
         self.session.end_step(bool(every) and epoch_ends and epoch % every == 0, doubtful=self.bad_in_a_row > 0)
+
+    def build_guard(self) -> Guard | None:
+        """What the start is worth is measured before the first step, and is part of the state."""
+        guard = Guard.build(self.config, self.source)
+        if guard is not None:
+            guard.start = self.guarded or guard.measure(self.method.backbone, self.process.device)
+            self.guarded = guard.start
+            self.session.say(f"the start on {len(guard.sample.ids)} fixed images: {guard.told(guard.start)}")
+        return guard
+
+    def heed(self, fallen: str, epoch: int) -> None:
+        """Where the run has unlearnt more than its guard allows. All processes have the same numbers."""
+        if not fallen:
+            return
+        self.session.events.write("forgotten", step=self.step, epoch=epoch, what=fallen)
+        if self.config.monitor.guard == "stop":
+            raise DivergedError(f"after epoch {epoch} {fallen}: {self.remedy_for_divergence()}")
+        self.session.warn(
+            f"after epoch {epoch} {fallen}: a lower optim.lr or optim.layer_decay keeps more of the start"
+        )
 
     def logs(self) -> bool:
         """Is a line of the log due at this step? At the last one always, so that a run's end is in its log."""
@@ -266,6 +298,20 @@ class Trainer:
     def lr(self, step: int) -> float:
         warmup = round(self.config.optim.warmup_epochs * self.steps_per_epoch)
         return optim.scaled_lr(self.config) * cosine(step, self.total, warmup, self.config.optim.final_lr)
+
+    def weight_decay(self, step: int) -> float | None:
+        first, last = self.config.optim.weight_decay, self.config.optim.final_weight_decay
+        return None if last is None else between(step, self.total, first, last)
+
+    def momentum(self, step: int) -> float:
+        first, last = self.config.model.momentum, self.config.model.final_momentum
+        return first if last is None else between(step, self.total, first, last)
+
+    def clip_gradient(self) -> None:
+        if (most := self.config.optim.clip_norm) is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, most)
 
     def no_sync_until_last(self, number: int, count: int) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.forward, DistributedDataParallel) and number < count - 1:
@@ -319,21 +365,6 @@ class Trainer:
                 f"it was not saved: {self.remedy_for_divergence()}"
             )
 
-    def note_unreadable(self, batch: Batch) -> None:
-        for image, reason in batch.unreadable:
-            if image in self.unreadable:
-                continue
-            self.unreadable[image] = reason
-            with open(self.run.path / "unreadable.txt", "a", errors="surrogateescape") as file:
-                file.write(reason + "\n")
-            self.session.say(f"skipped an image that cannot be read: {reason}")
-        limit = self.config.data.max_unreadable * len(self.source)
-        if len(self.unreadable) > limit:
-            raise DataError(
-                f"{len(self.unreadable)} of {len(self.source)} images cannot be read (listed in "
-                f"{self.run.path / 'unreadable.txt'}): repair them, or raise data.max_unreadable"
-            )
-
     # ------------------------------------------------------------------------------------------------ what is measured
 
     def label_quality(self, out: StepOutput) -> dict[str, float]:
@@ -346,7 +377,7 @@ class Trainer:
 
         if not (self.process.main or self.method.saves_together):
             return
-        with self.window.monitoring():
+        with self.window.measuring():
             moment = self.take_moment(self.method, self.step, epoch)
             if moment is not None and self.process.main:
                 self.refuse_if_another_trains()
@@ -366,7 +397,7 @@ class Trainer:
         values["lr"] = self.lr(self.step)
         values |= self.method.measurements()
         values["skipped_steps"] = float(self.bad_steps)
-        values["unreadable_images"] = float(len(self.unreadable))
+        values["unreadable_images"] = float(len(self.unreadable.found))
         values["images_per_second"] = self.config.data.batch_size * values.pop("steps_per_second")
         if self.process.device.type == "cuda":
             values["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.process.device) / 2**30
@@ -391,8 +422,11 @@ class Trainer:
         for sentence in words:
             self.session.say(sentence)
         if self.step == 0:
-            plan = Plan(config, len(self.source), self.process.world)
-            for sentence in at_start(plan, Sizes.of(self.method, config)):
+            plan, sizes = Plan(config, len(self.source), self.process.world), Sizes.of(self.method, config)
+            needed = memory(plan, sizes, self.process.device)
+            if needed.level == "fine":
+                self.session.say(f"memory, estimated: {needed.measured}")
+            for sentence in [*([] if needed.level == "fine" else [needed.sentence]), *at_start(plan, sizes)]:
                 self.session.warn(sentence)
 
     # ------------------------------------------------------------------------------------------------ state
@@ -413,11 +447,12 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "window": self.window.state_dict(),
             "log_offset": self.log_offset,
-            "unreadable": list(self.unreadable.items()),
+            "unreadable": list(self.unreadable.found.items()),
             "bad_steps": self.bad_steps,
             "bad_in_a_row": self.bad_in_a_row,
             "decided": self.decided,
             "terms": sorted(self.terms or ()),
+            **({"guarded": self.guarded} if self.guarded else {}),
             "images": len(self.source),
             "names": self.names,
             "versions": versions(),
@@ -435,9 +470,10 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
         self.log_offset = state["log_offset"]
-        self.unreadable = dict(state["unreadable"])
+        self.unreadable.found = dict(state["unreadable"])
         self.bad_steps, self.bad_in_a_row = state["bad_steps"], state.get("bad_in_a_row", 0)
         self.terms = set(state["terms"]) if "terms" in state else None
+        self.guarded = state.get("guarded", {})
 
     def export_backbone(self, state: dict[str, Any]) -> None:
         """From the copy of a state, while training goes on."""
@@ -489,6 +525,7 @@ def last_words(run: Run, first: int, last: int, seconds: float) -> list[str]:
     share = lambda name: f"{fmean([row[name] for row in of_now if row.get(name) is not None] or [0.0]):.1%}"
     since = "" if first == 1 else f" (since step {first})"
     spent = f"{share('data_wait')} of the time waiting for data, {share('monitoring')} measuring for the log"
+    spent += f", {share('probes')} in online probes" if any("probes" in row for row in of_now) else ""
     words = [f"finished {last} steps in {duration(seconds)}{since}, {spent}"]
     if lines := summary(rows):
         words += ["", markdown_table(["", "first", "last", "by chance"], lines), ""]

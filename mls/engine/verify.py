@@ -40,7 +40,7 @@ def verify(config: Config, folder: Path, steps: int) -> list[Part]:
     """What the two runs differ in; of several ranks the first compares, the others give nothing."""
     main = os.environ.get("RANK", "0") == "0"
     engine = replace(config.engine, max_steps=steps, checkpoint_every=max(1, steps // 4), milestone_epochs=None)
-    monitor = replace(config.monitor, log_every=1, tensorboard=False, wandb=None)
+    monitor = replace(config.monitor, log_every=1, tensorboard=False, wandb=None, mlflow=None)
     # Each part of a run: the step after which it ends, and how.
     parts = {"undisturbed": [(0, 0)], "disturbed": [(steps // 3 + 1, signal.SIGKILL), (2 * steps // 3, signal.SIGTERM)]}
     parts["disturbed"].append((0, 0))

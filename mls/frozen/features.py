@@ -62,18 +62,15 @@ def embed_batches(
     device: torch.device | str = "cpu",
     batch: int = 250,
     workers: int = 0,
-    skipped: Callable[[int, str], None] | None = None,
+    skip: bool = False,
 ) -> Generator[Float[Tensor, "batch dim"], None, None]:
-    """The features of `embed`, a batch at a time; `workers` processes read and decode. Those of an image that cannot be
-    read are zeros and it is told to `skipped`, without which it is an error."""
+    """The features of `embed`, a batch at a time; `workers` processes read and decode. An image that cannot be read is
+    an error, or with `skip` a row of zeros."""
     unreadable: list[int] = []  # rows of the present batch
 
     def pixels() -> Iterator[UInt8[Tensor, "batch 3 size size"]]:
-        for images, broken in in_workers(WholeImages(source, ids, config.size, batch, skipped is not None), workers):
+        for images, broken in in_workers(WholeImages(source, ids, config.size, batch, skip), workers):
             unreadable[:] = [row for row, _, _ in broken]
-            for _, index, why in broken:
-                assert skipped is not None
-                skipped(index, why)
             yield images
 
     for features in embed_pixels(backbone, pixels(), config, device, source.name):

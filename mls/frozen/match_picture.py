@@ -31,11 +31,22 @@ class GalleryRow:
     match_ids: list[int]
     query_box: Box | None = None  # where the crops lie in their images; None: not known
     match_boxes: Sequence[Box] | None = None
+    name: str = ""  # of the query's file
+
+
+def file_name(described: str) -> str:
+    """Of what a source says of an image; "" where it is in no file of its own.
+
+    >>> file_name("/data/coco/000000000009.jpg"), file_name("a.tar:b/1.png"), file_name("scene 3 of the train split")
+    ('000000000009.jpg', '1.png', '')
+    """
+    name = described.replace(":", "/").rpartition("/")[2]
+    return name if "." in name else ""
 
 
 def draw(rows: list[GalleryRow], cell: int = CELL, frame: int = FRAME) -> Image.Image:
     """One line a query: its crop framed red, its matches framed yellow with their cosines below; a green tick where
-    the images share a true label. The columns have heads, the queries the numbers of their images."""
+    the images share a true label. The columns have heads, the queries the names of their files or else numbers."""
     side = cell + 2 * frame
     pitch = side + GAP
     across = 1 + max((len(row.matches) for row in rows), default=0)
@@ -51,7 +62,10 @@ def draw(rows: list[GalleryRow], cell: int = CELL, frame: int = FRAME) -> Image.
         top = HEADER + line * (pitch + CAPTION)
         picture.paste(framed(row.query, RED), (MARGIN, top))
         name = (MARGIN + side // 2, top + side + CAPTION // 2)
-        pen.text(name, f"image {row.query_id}", fill=INK, font=font, anchor="mm")
+        text = row.name or f"image {row.query_id}"
+        while font.getlength(text) > side:
+            text = f"…{text.lstrip('…')[1:]}"  # the end of a file's name tells more
+        pen.text(name, text, fill=INK, font=font, anchor="mm")
         for number, (match, score) in enumerate(zip(row.matches, row.scores, strict=True)):
             left = MARGIN + (number + 1) * pitch + 2 * GAP
             picture.paste(framed(match, YELLOW), (left, top))

@@ -4,8 +4,9 @@ features.py and searched by index.py."""
 from __future__ import annotations
 
 import io
+import math
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,24 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
+from mls.chunks import chunks
 from mls.config import AugmentConfig, DataConfig
 from mls.data import Source
 from mls.data.crops import UnreadableImage, decode
 from mls.data.sources import build_source, hash_of_images
+from mls.data.unreadable import Unreadable, reason_of
 from mls.errors import DataError, reason
-from mls.frozen.features import CachedFeatures, cached_features, embed, embed_batches, hash_of_weights
+from mls.frozen.features import BLOCK, CachedFeatures, cached_features, embed, embed_batches, hash_of_weights
 from mls.frozen.index import Index, build
-from mls.frozen.match_picture import GalleryRow
+from mls.frozen.match_picture import GalleryRow, file_name
 from mls.models import card_of, load_backbone
+from mls.models.spatial import DenseFeatures
 
 SIDE = 16  # pixels of a thumbnail
 CALIBRATION_IMAGES = 200  # of which altered copies are made
+MAPS = 16  # images whose maps are written together
+ROWS = 4096  # of features that are looked at together
+SPARE = 64  # neighbours that are asked for beyond k, at most
 RECALL = 0.95  # share of the altered copies that lie above the threshold
 
 
@@ -56,54 +63,80 @@ class Embedder:
         statistics: dict[str, Any] = {key: tuple(facts[key]) for key in ("mean", "std") if key in facts}
         return cls(load_backbone(weights), AugmentConfig(size=size or facts.get("input_size", 224), **statistics))
 
+    @torch.no_grad()
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of its maps."""
+        size = self.augment.size
+        rows, columns = DenseFeatures(self.network).eval()(torch.zeros(1, 3, size, size)).shape[2:]
+        return rows, columns
+
 
 def stored_features(
-    source: Source, embedder: Embedder, skipped: Callable[[int, str], None] | None = None, workers: int | None = None
-) -> CachedFeatures:
-    """Of all images of a source, computed once; `skipped` as for `embed_batches`."""
+    source: Source, embedder: Embedder, workers: int | None = None, grid: tuple[int, int] | None = None
+) -> tuple[CachedFeatures, list[int]]:
+    """Of all images of a source, computed once, and which of them cannot be read: their rows are zeros. With the `grid`
+    of the embedder's maps a row for each place, image by image, row by row, in fp16."""
     from mls.distributed import start
 
-    device = start().device
+    device, each = start().device, math.prod(grid or ())
     augment, count = embedder.augment, len(source)
-    facts = {"images": hash_of_images(source), "weights": hash_of_weights(embedder.network)}
+    network = embedder.network if grid is None else DenseFeatures(embedder.network)
+    facts: dict[str, Any] = {"images": hash_of_images(source), "weights": hash_of_weights(embedder.network)}
     facts |= {"size": augment.size, "statistics": [*augment.mean, *augment.std]}
-    if skipped is not None:  # rows of zeros are nobody else's features
-        facts["unreadable"] = "zeros"
+    facts |= {} if grid is None else {"maps": grid}
 
     def compute(first: int) -> Generator[Tensor, None, None]:
-        usual = min(8, len(os.sched_getaffinity(0)) - 1) if count - first > 2000 else 0
+        ids = range(first // each, count)
+        usual = min(8, len(os.sched_getaffinity(0)) - 1) if len(ids) > 2000 else 0
         several = usual if workers is None else workers
-        return embed_batches(embedder.network, source, range(first, count), augment, device, 64, several, skipped)
+        for found in embed_batches(network, source, ids, augment, device, 64, several, skip=True):
+            yield found if grid is None else found.flatten(2).transpose(1, 2).flatten(0, 1)
 
-    return cached_features(facts, count, compute, f"features of {source.name}")
+    title, block = f"{'maps' if grid else 'features'} of {source.name}", MAPS * each if grid else BLOCK
+    stored = cached_features(facts, count * each, compute, title, block=block, half=grid is not None)
+    return stored, left_out(source, stored.features, each)
+
+
+def left_out(source: Source, features: Float[Tensor, "rows dim"], each: int = 1) -> list[int]:
+    """Which images cannot be read, of whose `each` rows all are zeros: each is named, and too many are an error."""
+    unreadable, dark = Unreadable(len(source)), list[int]()
+    for part in chunks(len(source), ROWS // each or 1):
+        rows = features[part.start * each : part.stop * each].unflatten(0, (-1, each))
+        dark += (part.start + (~rows.flatten(1).any(1)).nonzero()[:, 0]).tolist()
+    unreadable.note((image, words) for image in dark if (words := reason_of(source, image)) is not None)
+    return list(unreadable.found)
 
 
 @dataclass
 class EmbeddedSource:
-    """A data set with its features, which are computed once and cached."""
+    """A data set with its features, which are computed once and cached. `broken`: images that cannot be read."""
 
     source: Source
     embedder: Embedder
     cached: CachedFeatures = field(init=False)
+    broken: set[int] = field(init=False)
     index: Index = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cached = stored_features(self.source, self.embedder)
+        self.cached, broken = stored_features(self.source, self.embedder)
+        self.broken = set(broken)
         self.index = build(self.cached.features, self.cached.folder / "ivfpq.index")
 
     def nearest(self, queries: EmbeddedSource | Float[Tensor, "batch dim"], k: int) -> list[list[tuple[int, float]]]:
-        """For each query the k nearest images of this data set: their numbers and cosines."""
+        """For each query the k nearest images of this data set that can be read: their numbers and cosines."""
         features = queries.cached.features if isinstance(queries, EmbeddedSource) else queries
-        found = self.index.search(features, min(k, len(self.source)))
-        return [
-            list(zip(ids.tolist(), cosines.tolist(), strict=True))
-            for ids, cosines in zip(found.indices, found.scores, strict=True)
-        ]
+        more = k + min(len(self.broken), SPARE)  # a row of zeros has the cosine 0: few come before real ones
+        found = self.index.search(features, min(more, len(self.source)))
+        pairs = zip(found.indices.tolist(), found.scores.tolist(), strict=True)
+        return [[one for one in zip(*row, strict=True) if one[0] not in self.broken][:k] for row in pairs]
 
     def nearest_others(self, numbers: list[int], k: int) -> list[list[tuple[int, float]]]:
         """For each of these images the k nearest other images of this data set."""
         found = self.nearest(self.cached.features[numbers], k + 1)
         return [[pair for pair in pairs if pair[0] != own][:k] for own, pairs in zip(numbers, found, strict=True)]
+
+    def readable(self, numbers: Sequence[int]) -> list[int]:
+        return [number for number in numbers if number not in self.broken]
 
 
 def source_from(text: str) -> Source:
@@ -172,14 +205,15 @@ class Calibration:
 def calibrate(embedded: EmbeddedSource) -> Calibration:
     embedder = embedded.embedder
     chosen = torch.randperm(len(embedded.source), generator=torch.Generator().manual_seed(0))[:CALIBRATION_IMAGES]
-    images = [decode(embedded.source.read(int(i))) for i in chosen]
+    chosen = embedded.readable(chosen.tolist())
+    images = [decode(embedded.source.read(i)) for i in chosen]
     features = embedded.cached.features[chosen]
     cosines = []
     for alter in (compressed, cropped, brightened):
         altered = InMemorySource("altered copies", [""] * len(images), [alter(image) for image in images])
         of_copies = embed(embedder.network, altered, range(len(altered)), embedder.augment, batch=64)
         cosines.append(F.cosine_similarity(of_copies, features))
-    nearest = embedded.nearest_others(chosen.tolist(), 1) if len(embedded.source) > 1 else []
+    nearest = embedded.nearest_others(chosen, 1) if len(embedded.source) > 1 else []
     others = [score for ((_, score),) in nearest]
     return Calibration(torch.cat(cosines), torch.tensor(others))
 
@@ -214,17 +248,21 @@ class Pair:
 def near_duplicates(first: EmbeddedSource, second: EmbeddedSource, threshold: float) -> list[Pair]:
     """Each image of the second with its nearest image of the first, if their cosine reaches the threshold; largest
     cosine first."""
-    pairs = [Pair(found[0][0], number, found[0][1]) for number, found in enumerate(first.nearest(second, 1))]
+    nearest = [
+        (number, found[0]) for number, found in enumerate(first.nearest(second, 1)) if number not in second.broken
+    ]
+    pairs = [Pair(found[0], number, found[1]) for number, found in nearest]
     return sorted((pair for pair in pairs if pair.cosine >= threshold), key=lambda pair: -pair.cosine)
 
 
 # ------------------------------------------------------------------------------------------------- pictures
 
 
-def gallery_row(query: Any, query_id: int, source: Source, found: Sequence[tuple[int, float]]) -> GalleryRow:
-    """A row of `gallery.draw`: a query (as `Source.read` returns it) and the images found for it."""
-    pictures = [_pixels(source.read(i)) for i, _ in found]
-    return GalleryRow(_pixels(query), pictures, [cosine for _, cosine in found], None, query_id, [i for i, _ in found])
+def gallery_row(queries: Source, number: int, source: Source, found: Sequence[tuple[int, float]]) -> GalleryRow:
+    """A row of `match_picture.draw`: an image and those that were found for it."""
+    pictures, name = [_pixels(source.read(i)) for i, _ in found], file_name(queries.describe(number))
+    ids, cosines = [i for i, _ in found], [cosine for _, cosine in found]
+    return GalleryRow(_pixels(queries.read(number)), pictures, cosines, None, number, ids, name=name)
 
 
 def _pixels(image: Any) -> UInt8[np.ndarray, "height width 3"]:

@@ -1,4 +1,4 @@
-"""The metrics of a run: `metrics.jsonl` always, TensorBoard and W&B where asked for. Rank 0 writes, nobody else."""
+"""The metrics of a run: `metrics.jsonl` always, TensorBoard, W&B and MLflow where asked for. Rank 0 alone writes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mls.config import MonitorConfig
-from mls.errors import ConfigError
+from mls.errors import ConfigError, reason
 from mls.files import telling_disk_errors, write_atomically
 
 if TYPE_CHECKING:  # it would load numpy and Pillow for commands that read a log
     from mls.frozen.match_picture import Pixels
 
 DISK_FULL = "free some, and `mls pretrain --resume` goes on"
-TIMES = {
-    "time",
-    "images_per_second",
-    "data_wait",
-    "monitoring",
-    "cpu_seconds",
-    "gpu_memory_gib",
-}  # what no two runs have in common
+# What no two runs have in common.
+TIMES = {"time", "images_per_second", "data_wait", "monitoring", "probes", "cpu_seconds", "gpu_memory_gib"}
 TAIL = 1 << 16  # bytes: a hundred rows
 LARGEST_STEP, LARGEST = 1 << 53, 1e300  # what is read: beyond them sums and differences overflow
 
@@ -58,20 +52,26 @@ class MetricsLog:
             self.file.write(json.dumps({**facts, **row}).encode() + b"\n")
             self.file.flush()
         self.last |= {name: value for name, value in row.items() if value is not None}
-        for other in self.others:
-            other(step, values)
+        self._pass_on(lambda other: other(step, values))
 
     def show(self, step: int, name: str, picture: Callable[[], Pixels]) -> None:
         """To those who show pictures; else it is not even drawn."""
         if self.others:
             pixels = picture()
-            for other in self.others:
-                other.show(step, name, pixels)
+            self._pass_on(lambda other: other.show(step, name, pixels))
 
     def conclude(self) -> None:
         """The run is finished: its settings beside its last values, for tables of many runs."""
-        for other in self.others:
-            other.conclude(self.last)
+        self._pass_on(lambda other: other.conclude(self.last))
+
+    def _pass_on(self, to: Callable[[Any], Any]) -> None:
+        """What is only shown elsewhere ends no training: who fails gets nothing more."""
+        for other in list(self.others):
+            try:
+                to(other)
+            except Exception as error:  # of a server, a network, a disk
+                self.others.remove(other)
+                self.say(f"{type(other).__name__.strip('_')} gets nothing more of this run: {reason(error)}")
 
     def offset(self) -> int:
         """How long the file is now, safely on disk: a resume truncates to it."""
@@ -105,8 +105,7 @@ class MetricsLog:
 
     def close(self) -> None:
         self.file.close()
-        for other in self.others:
-            getattr(other, "close", lambda: None)()
+        self._pass_on(lambda other: other.close())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -167,6 +166,8 @@ def _other_loggers(folder: Path, config: MonitorConfig, run_name: str, settings:
         others.append(_TensorBoard(folder, settings))
     if config.wandb:
         others.append(_Wandb(folder, config.wandb, run_name, settings))
+    if config.mlflow:
+        others.append(_MLflow(folder, config.mlflow, run_name, settings))
     return others
 
 
@@ -189,8 +190,8 @@ class _TensorBoard:
 
     def conclude(self, last: Mapping[str, float]) -> None:
         """In the tab of hyper-parameters, which knows texts and numbers alone."""
-        plain = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in
-                 _flat(self.settings)}  # fmt: skip
+        known = (bool, int, float, str)
+        plain = {key: value if isinstance(value, known) else str(value) for key, value in _flat(self.settings)}
         self.writer.add_hparams(plain, {f"final/{name}": value for name, value in last.items()}, run_name=".")
 
     def close(self) -> None:
@@ -223,6 +224,53 @@ class _Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+class _MLflow:
+    """Where $MLFLOW_TRACKING_URI says."""
+
+    def __init__(self, folder: Path, experiment: str, run_name: str, settings: Mapping[str, Any]) -> None:
+        try:
+            from mlflow import MlflowClient  # pyright: ignore
+        except ImportError:
+            raise ConfigError(
+                f'monitor.mlflow={experiment} needs MLflow: pip install "mls[mlflow]", or unset monitor.mlflow'
+            ) from None
+        self.settings, kept = settings, folder / "mlflow_run"
+        try:
+            self.client = MlflowClient()
+            if kept.is_file():  # a resumed run goes on in the same run
+                self.run = kept.read_text().strip()
+                return self.client.update_run(self.run, status="RUNNING")
+            found = self.client.get_experiment_by_name(experiment)
+            place = found.experiment_id if found else self.client.create_experiment(experiment)
+            self.run = self.client.create_run(place, run_name=run_name).info.run_id
+        except Exception as error:  # of a server, a database, a network
+            raise ConfigError(
+                f"MLflow cannot be written to ({reason(error)}): set $MLFLOW_TRACKING_URI, or unset monitor.mlflow"
+            ) from None
+        write_atomically(kept, self.run.encode())
+
+    def __call__(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric  # pyright: ignore
+
+        now = int(1000 * time.time())
+        self.client.log_batch(self.run, metrics=[Metric(name, value, now, step) for name, value in values.items()])
+
+    def show(self, step: int, name: str, pixels: Pixels) -> None:
+        self.client.log_image(self.run, pixels, key=name, step=step)
+
+    def conclude(self, last: Mapping[str, float]) -> None:
+        """Parameters come last, since a resume may change those that compute nothing, and MLflow keeps the first."""
+        from mlflow.entities import Param  # pyright: ignore
+
+        flat = [Param(key, str(value)) for key, value in _flat(self.settings)]
+        self.client.log_batch(self.run, params=flat)
+        for name, value in last.items():
+            self.client.log_metric(self.run, f"final/{name}", value)
+
+    def close(self) -> None:
+        self.client.set_terminated(self.run)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -20,10 +20,10 @@ from mls.data import Batch, Source, ViewPlan, Views
 from mls.data.augment import Augment
 from mls.data.crops import CropDataset
 from mls.monitor.moments import LEVELS, Box, Crop, Hub, Labels, Match, Moment, Query, Share
-from mls.streams import generator
+from mls.streams import generator, watched
 
 SEED, EPOCH = 0, 1  # of the queries' crops, the same in every run
-QUERIES, RANDOM, HUBS = 60, 200, 12
+RANDOM, HUBS = 200, 12
 MOST = 100  # matches of a query that are kept, however many are positives
 
 
@@ -53,8 +53,8 @@ class MomentTaker:
     @cached_property
     def crops(self) -> Batch:
         """Of the queries: cut once, since they stay the same."""
-        chosen = torch.randperm(len(self.source), generator=generator(SEED, "moments"))[:QUERIES].tolist()
-        return CropDataset(self.source, self.augmented, SEED, plan=self.plan).__getitems__([(EPOCH, i) for i in chosen])
+        crops = CropDataset(self.source, self.augmented, SEED, plan=self.plan)
+        return crops.__getitems__([(EPOCH, image) for image in watched(len(self.source))])
 
     def __call__(self, method: Method, step: int, epoch: int) -> Moment | None:
         """None where the method holds nothing that matches, or its numbers are not finite."""
@@ -62,8 +62,7 @@ class MomentTaker:
         views = self.augment(self.crops)
         with evaluating(method), torch.compiler.set_stance("force_eager"):  # compiling for so few images takes longer
             first = method.matches(views, MOST)
-            other_view = replace(views, images=[views.images[1], views.images[0], *views.images[2:]])
-            second = None if first is None else method.matches(other_view, MOST)
+            second = None if first is None else method.matches(of_other_view(views), MOST)
         if first is None or second is None or not all(found.all_scores.isfinite().all() for found in by(first)):
             return None
         g, z = first.nearest.get("features"), first.nearest.get("projections")
@@ -72,7 +71,7 @@ class MomentTaker:
             epoch=epoch,
             k=max(found.slots.shape[1] for found in by(first)),
             rows=len(first.ids),
-            queries=_queries(views, first),
+            queries=queries_of(views, first),
             random=_random_rows(first, step),
             scores={
                 name: _quantiles(found.all_scores) for name, found in first.nearest.items() if len(found.all_scores)
@@ -84,6 +83,11 @@ class MomentTaker:
             labels=None if self.labels is None else labels_by_rank(self.labels, views.ids, first),
             seconds=round(time.perf_counter() - began, 3),
         )
+
+
+def of_other_view(views: Views) -> Views:
+    """The same images, asked about with their second view."""
+    return replace(views, images=[views.images[1], views.images[0], *views.images[2:]])
 
 
 def by(matched: MatchedRows) -> list[Nearest]:
@@ -108,10 +112,15 @@ def _boxes(boxes: Float[Tensor, "rows 4"]) -> list[Box]:
     return [(x0, y0, x1, y1) for x0, y0, x1, y1 in np.round(known.double().cpu().numpy(), 4).tolist()]
 
 
-def _queries(views: Views, matched: MatchedRows) -> list[Query]:
+def queries_of(views: Views, matched: MatchedRows) -> list[Query]:
     ids, boxes = views.ids.tolist(), _boxes(views.boxes[0])
     found = {name: matches_of(matched, nearest) for name, nearest in matched.nearest.items()}
-    return [Query(ids[i], boxes[i], {name: rows[i] for name, rows in found.items()}) for i in range(len(ids))]
+    queries = [Query(ids[i], boxes[i], {name: rows[i] for name, rows in found.items()}) for i in range(len(ids))]
+    listed = matched.nearest.get("regions")
+    if listed is None or listed.regions is None:
+        return queries
+    alike = [[(own, other) for own, other in rows] for rows in listed.regions.tolist()]
+    return [replace(query, regions=alike[i][: len(query.matches["regions"])]) for i, query in enumerate(queries)]
 
 
 def matches_of(matched: MatchedRows, nearest: Nearest) -> list[list[Match]]:

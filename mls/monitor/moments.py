@@ -62,6 +62,8 @@ class Query:
     id: Count
     box: Box
     matches: dict[Memory, list[Match]]  # nearest first; no rows of the query's own image
+    # Of each match of "regions" the numbers of the query's region and of its own that are most alike; -1: not known.
+    regions: list[tuple[int, int]] = Field(default_factory=list)
 
 
 @dataclass(frozen=True, config=CHECKED)
@@ -98,7 +100,7 @@ def path_of(run: Path, step: int) -> Path:
 def write(run: Path, moment: Moment) -> None:
     path = path_of(run, moment.step)
     path.parent.mkdir(exist_ok=True)
-    write_atomically(path, _fields().dump_json(moment))
+    write_atomically(path, _fields().dump_json(moment, exclude_defaults=True))
 
 
 def read(run: Path, say: Callable[[str], None] = print) -> list[Moment]:

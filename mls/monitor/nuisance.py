@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +43,23 @@ class Nuisance:
     by_query: list[float | None]  # None: the query has no match
 
 
-class Thumbnails:
-    """Crops of a source at SIDE × SIDE pixels. An image is decoded once for all its crops, as small as they allow."""
+class Among(NamedTuple):
+    """The random rows of other images than a query's, and how alike they are to it in each of WORDS."""
 
-    def __init__(self, source: Source, crops: Iterable[Placed]) -> None:
+    rows: list[Crop]
+    alike: dict[str, Float[Tensor, " rows"]]
+
+    def nearest(self, count: int) -> list[int]:
+        """The places of those with the nearest thumbnails, nearest first."""
+        return self.alike["thumbnail"].argsort(descending=True, stable=True)[:count].tolist()
+
+
+class Thumbnails:
+    """Crops of a source at SIDE × SIDE pixels, and their layouts and colours. An image is decoded once for all its
+    crops, as small as they allow. `mirrored`: views are flipped, so that a crop and its mirror image are alike in
+    layout and as thumbnails."""
+
+    def __init__(self, source: Source, crops: Iterable[Placed], mirrored: bool = False) -> None:
         by_image: dict[int, dict[Box, None]] = {}
         for crop in crops:
             by_image.setdefault(crop.id, {})[crop.box] = None
@@ -55,34 +69,48 @@ class Thumbnails:
             for box, thumbnail in zip(boxes, _thumbnails(source, image, list(boxes)), strict=True)
         ]
         self.places = {(image, box): place for place, (image, box, _) in enumerate(found)}
-        self.pixels = torch.stack([thumbnail for *_, thumbnail in found]).float() / 255
+        self.pixels, self.mirrored = torch.stack([thumbnail for *_, thumbnail in found]).float() / 255, mirrored
+        self.layouts, self.colours = _layout(self.pixels), self.pixels.mean((2, 3))
+        self.among: list[Among] = []  # of each query of a moment
 
     @classmethod
-    def of_moment(cls, moment: Moment, source: Source) -> Thumbnails:
+    def of_moment(cls, moment: Moment, source: Source, mirrored: bool) -> Thumbnails:
         """Of all its crops, once for all tables that are made of them."""
         matches = [match for query in moment.queries for found in query.matches.values() for match in found]
-        return cls(source, [*moment.queries, *matches, *moment.random])
+        made = cls(source, [*moment.queries, *matches, *moment.random], mirrored)
+        for query in moment.queries:
+            rows = [crop for crop in moment.random if crop.id != query.id]
+            made.among.append(Among(rows, made.similarities(query, rows)))
+        return made
 
-    def of(self, crops: Iterable[Placed]) -> Float[Tensor, "crops 3 side side"]:
-        return self.pixels[[self.places[crop.id, crop.box] for crop in crops]]
+    def of(self, crops: Iterable[Placed]) -> list[int]:
+        """Their places."""
+        return [self.places[crop.id, crop.box] for crop in crops]
+
+    def similarities(self, query: Placed, rows: Sequence[Placed]) -> dict[str, Float[Tensor, " rows"]]:
+        """How alike each row is to the query in each of WORDS; only their order counts."""
+        (own,), others = self.of([query]), self.of(rows)
+        views = self.pixels[own][None]
+        views = torch.cat([views, views.flip(3)]) if self.mirrored else views
+        boxes = torch.tensor([query.box, *(row.box for row in rows)])
+        return {
+            "layout": (self.layouts[others] @ _layout(views).T).amax(1),
+            "colour": -(self.colours[own] - self.colours[others]).norm(dim=1),
+            "geometry": -(boxes[:1] - boxes[1:]).norm(dim=1),
+            "thumbnail": -(views[:, None] - self.pixels[others]).flatten(2).norm(dim=2).amin(0),
+        }
 
 
-def nuisances(
-    moment: Moment, matches: Sequence[Sequence[Match]], thumbnails: Thumbnails, mirrored: bool
-) -> list[Nuisance]:
-    """The table of the `matches` of each query; empty where fewer than two queries have some. `mirrored`: views are
-    flipped, so that a crop and its mirror image are alike in layout and as thumbnails."""
+def nuisances(moment: Moment, matches: Sequence[Sequence[Match]], thumbnails: Thumbnails) -> list[Nuisance]:
+    """The table of the `matches` of each query; empty where fewer than two queries have some."""
     of_matches: dict[str, list[float | None]] = {name: [] for name in WORDS}
     of_nearest: dict[str, list[float | None]] = {name: [] for name in WORDS}
-    nearest = pixel_nearest(moment, thumbnails, moment.k, mirrored)
-    for query, found, rows in zip(moment.queries, matches, nearest, strict=True):
-        random = [crop for crop in moment.random if crop.id != query.id]
-        among = similarities(query, random, thumbnails, mirrored)
-        for crops, places in ((found, of_matches), (rows[: len(found)], of_nearest)):
-            alike = similarities(query, crops, thumbnails, mirrored)
-            for name in WORDS:
-                known = bool(crops and random)
-                places[name].append(float(percentiles(alike[name], among[name]).mean()) if known else None)
+    for query, found, among in zip(moment.queries, matches, thumbnails.among, strict=True):
+        alike, nearest = thumbnails.similarities(query, found), among.nearest(min(moment.k, len(found)))
+        for name, all_rows in among.alike.items():
+            for values, places in ((alike[name], of_matches), (all_rows[nearest], of_nearest)):
+                known = bool(found and among.rows)
+                places[name].append(float(percentiles(values, all_rows).mean()) if known else None)
     if sum(value is not None for value in of_matches["layout"]) < 2:
         return []
     return [Nuisance(name, *_mean_and_error(of_matches[name]), _mean_and_error(of_nearest[name])[0], of_matches[name])
@@ -94,29 +122,9 @@ def _mean_and_error(values: Sequence[float | None]) -> tuple[float, float]:
     return fmean(known), stdev(known) / len(known) ** 0.5
 
 
-def pixel_nearest(moment: Moment, thumbnails: Thumbnails, count: int, mirrored: bool) -> list[list[Crop]]:
+def pixel_nearest(thumbnails: Thumbnails, count: int) -> list[list[Crop]]:
     """For each query the random rows of other images with the nearest thumbnails, nearest first."""
-    found = []
-    for query in moment.queries:
-        rows = [crop for crop in moment.random if crop.id != query.id]
-        alike = similarities(query, rows, thumbnails, mirrored)["thumbnail"]
-        found.append([rows[place] for place in alike.argsort(descending=True, stable=True)[:count].tolist()])
-    return found
-
-
-def similarities(
-    query: Placed, rows: Sequence[Placed], thumbnails: Thumbnails, mirrored: bool
-) -> dict[str, Float[Tensor, " rows"]]:
-    """How alike each row is to the query in each of WORDS; only their order counts."""
-    own, others = thumbnails.of([query]), thumbnails.of(rows)
-    orientations = [own, own.flip(3)] if mirrored else [own]
-    boxes = torch.tensor([query.box, *(row.box for row in rows)])
-    return {
-        "layout": torch.stack([(_layout(one) * _layout(others)).sum(1) for one in orientations]).amax(0),
-        "colour": -(own - others).mean((2, 3)).norm(dim=1),
-        "geometry": -(boxes[:1] - boxes[1:]).norm(dim=1),
-        "thumbnail": torch.stack([-(one - others).flatten(1).norm(dim=1) for one in orientations]).amax(0),
-    }
+    return [[among.rows[place] for place in among.nearest(count)] for among in thumbnails.among]
 
 
 def _layout(thumbnails: Float[Tensor, "crops 3 side side"]) -> Float[Tensor, "crops cells"]:

@@ -4,8 +4,9 @@ classifier predict them from its features? The same probes as eval/ uses."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
@@ -24,6 +25,7 @@ from mls.streams import generator
 
 BATCH = 250  # images that a process embeds together
 DECODED = 25  # images that a worker decodes together
+Features = tuple[Float[Tensor, "images dim"], Tensor]  # and labels
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Sample:
     ids: Tensor
     labels: Tensor
     own: list[UInt8[Tensor, "batch 3 size size"]] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)  # of its own images the places of those that cannot be read
 
     @classmethod
     def of(cls, source: Source, ids: Tensor) -> Sample | None:
@@ -44,8 +47,12 @@ class Sample:
     def read(self, size: int, workers: int) -> None:
         batches = self.ids.split(BATCH)[distributed.rank() :: distributed.world()]
         ids = [number for batch in batches for number in batch.tolist()]
-        whole = WholeImages(self.source, ids, size, DECODED)
-        parts = [images for images, _ in in_workers(whole, workers if ids else 0)]
+        parts = []
+        for images, broken in in_workers(
+            WholeImages(self.source, ids, size, DECODED, skip=True), workers if ids else 0
+        ):
+            self.broken += [DECODED * len(parts) + row for row, _, _ in broken]
+            parts.append(images)
         self.own = list(torch.cat(parts).split(BATCH)) if parts else []
 
 
@@ -86,33 +93,41 @@ class OnlineProbes:
         due = {name: scores for name, (every, scores) in probes.items() if every and epoch % every == 0}
         if not due:
             return {}
-        with _statistics_of_main(backbone):
+        with statistics_of_main(backbone):
             bank, asked = (self._features(backbone, sample, device) for sample in (self.bank, self.asked))
         if bank is None or asked is None:
             return {}
-        labels, truth = self.bank.labels, self.asked.labels
-        one_each = bool((truth.sum(1) == 1).all()) and bool((labels.sum(1) == 1).all())
-        metric, measure = ("top1", top1) if one_each else ("map", mean_average_precision)
+        (bank, labels), (asked, truth) = bank, asked
+        metric, measure = metric_of(torch.cat([labels, truth]))
         return {f"{name}/{metric}": float(measure(scores(bank, labels, asked), truth)) for name, scores in due.items()}
 
-    def _features(
-        self, backbone: nn.Module, sample: Sample, device: torch.device
-    ) -> Float[Tensor, "images dim"] | None:
-        """None where they are not finite (the training itself judges whether it goes on), and for all but rank 0."""
-        if not sample.own:
-            sample.read(self.augment.size, self.workers)
-        own: list[Tensor] | None = None
-        with contextlib.suppress(NonFiniteError):
-            own = list(embed_pixels(backbone, sample.own, self.augment, device, sample.source.name))
-        of_all = distributed.objects(own)
-        if distributed.rank() != 0 or any(one is None for one in of_all):
-            return None
-        world, count = len(of_all), sum(map(len, of_all))
-        return torch.cat([of_all[number % world][number // world] for number in range(count)])
+    def _features(self, backbone: nn.Module, sample: Sample, device: torch.device) -> Features | None:
+        return features_of(backbone, sample, self.augment, self.workers, device)
+
+
+def features_of(
+    backbone: nn.Module, sample: Sample, augment: AugmentConfig, workers: int, device: torch.device
+) -> Features | None:
+    """With the labels, of all images that can be read (those that cannot, training lists). None where they are not
+    finite (the training itself judges whether it goes on), and for all but rank 0."""
+    if not sample.own:
+        sample.read(augment.size, workers)
+    own: list[Tensor] | None = None
+    with contextlib.suppress(NonFiniteError):
+        own = list(embed_pixels(backbone, sample.own, augment, device, sample.source.name))
+        for place in sample.broken:
+            own[place // BATCH][place % BATCH] = torch.nan
+    of_all = distributed.objects(own)
+    if distributed.rank() != 0 or any(one is None for one in of_all):
+        return None
+    world, count = len(of_all), sum(map(len, of_all))
+    features = torch.cat([of_all[number % world][number // world] for number in range(count)])
+    readable = ~features.isnan().any(1)
+    return features[readable], sample.labels[readable]
 
 
 @contextlib.contextmanager
-def _statistics_of_main(backbone: nn.Module) -> Iterator[None]:
+def statistics_of_main(backbone: nn.Module) -> Iterator[None]:
     """Each process has batch statistics of its own; what is probed has rank 0's, as what is exported."""
     if distributed.world() == 1:
         yield
@@ -126,6 +141,11 @@ def _statistics_of_main(backbone: nn.Module) -> Iterator[None]:
     finally:
         for buffer, before in zip(buffers, own, strict=True):
             buffer.copy_(before)
+
+
+def metric_of(labels: Tensor) -> tuple[str, Callable[[Tensor, Tensor], Any]]:
+    """Top-1 where every image has one label, else mAP."""
+    return ("top1", top1) if bool((labels.sum(1) == 1).all()) else ("map", mean_average_precision)
 
 
 def _linear_scores(bank: Tensor, labels: Tensor, asked: Tensor) -> Tensor:

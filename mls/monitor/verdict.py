@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 COSINE_OF_PROJECTIONS, COSINE_OF_FEATURES = 0.5, 0.95  # of two rows: features behind a ReLU are never spread as wide
 LOWEST_SPREAD = 0.1  # of a coordinate, where 1 is uniform on the sphere
-WAITING = 0.2  # share of the time
+WAITING = 0.2  # share of the time; from here on the run and `mls doctor` say so, too
 RISE = 0.1  # of the loss over its lowest tenth
 SKIPPED = 0.01  # share of the steps
 AT_CHANCE = 0.98  # of the loss of a network that tells nothing apart
@@ -24,6 +24,7 @@ PULL = 0.01  # of the multi-label term beside InfoNCE's
 PERCENTILE = 80.0  # of matches in the similarity of something that is not content; chance is 50
 OWN_IMAGE = 0.3  # share of the k nearest rows
 GAIN = 0.05  # of precision over chance: less is within the noise of 60 queries
+SENTENCES = 6  # of a verdict, where no more is wrong
 
 Points = Sequence[tuple[int, float | None]]  # (step, value); None: it was not finite
 Kind = Literal["bad", "good", "open"]
@@ -50,6 +51,7 @@ class Seen:
     series: Mapping[str, Points]
     moment: Moment | None = None
     nuisance: Mapping[str, float] = field(default_factory=dict)  # percentiles of matches, by what they are alike in
+    precision: tuple[float, float] | None = None  # of the matches and by chance, by labels that the run did not know
 
     def values(self, name: str) -> list[float]:
         return [value for _, value in self.series.get(name, ()) if value is not None]
@@ -77,22 +79,16 @@ def rule(function: Callable[[Seen], Finding | None]) -> Callable[[Seen], Finding
 
 
 def verdict(seen: Seen) -> list[Finding]:
-    """What is wrong, worst first; that nothing is, where nothing is; and what nobody can tell."""
+    """What is wrong, worst first; that nothing is, where nothing is; what nobody can tell; and what is in order, the
+    labels first, up to SENTENCES in all."""
     if not seen.step:
         return [Finding("unknown", "open", "Nothing has been logged yet.", "no row", "", "state")]
     found = [finding for check in RULES.values() if (finding := check(seen)) is not None]
-    if not any(finding.kind == "bad" for finding in found):
-        found.insert(0, healthy(seen))
-    return found
-
-
-def healthy(seen: Seen) -> Finding:
-    loss, chance = seen.late("loss/info_nce"), seen.late("chance/info_nce")
-    told = f"InfoNCE {loss:.2f}, chance {chance:.2f}" if loss is not None and chance is not None else "the loss falls"
-    sentence = "Training looks healthy: it learns, nothing has collapsed, and the data keep up."
-    if seen.nuisance:
-        sentence += " Matches are not chosen by layout, colour or place."
-    return Finding("healthy", "good", sentence, told, "no other rule applies", "curves")
+    faults, in_order = ([one for one in found if (one.kind == "good") == good] for good in (False, True))
+    if not any(finding.kind == "bad" for finding in faults):
+        sentence = "Training looks healthy: no rule finds a fault."
+        in_order.append(Finding("healthy", "good", sentence, f"{len(found)} rules", "each within its limit", "curves"))
+    return [*faults, *in_order[::-1][: max(0, SENTENCES - len(faults))]]
 
 
 @rule
@@ -108,7 +104,12 @@ def collapse(seen: Seen) -> Finding | None:
         sentence = f"The {memory} rows have collapsed: all images look alike to the network, and matches mean nothing."
         lower = f"optim.lr={seen.config.optim.lr / 3:.2g}"
         return Finding("collapse", "bad", sentence, measured, threshold, "chart-mean-cosine-of-two-rows", lower)
-    return None
+    known = {memory: seen.last(f"health/{memory}_cosine") for memory in limits}
+    measured = ", ".join(f"{memory} {cosine:.2f}" for memory, cosine in known.items() if cosine is not None)
+    threshold = " and ".join(f"{memory} below {limit:g}" for memory, limit in limits.items())
+    sentence = "Nothing has collapsed: different images have different features."
+    return Finding("no collapse", "good", sentence, f"mean cosine of two rows: {measured}", threshold,
+                   "chart-mean-cosine-of-two-rows") if measured else None  # fmt: skip
 
 
 @rule
@@ -127,7 +128,9 @@ def diverging(seen: Seen) -> Finding | None:
     first, lowest, last = tenths[0], min(tenths), fmean(values[-part:])
     rise = (last - lowest) / max(abs(lowest), (first - lowest) / 20, 1e-9)
     if rise < RISE:
-        return None
+        sentence = f"The loss goes from {first:.3g} to {last:.3g}, and does not rise again."
+        measured, threshold = f"{max(rise, 0.0):.0%} above its lowest tenth", f"below {RISE:.0%}"
+        return Finding("no divergence", "good", sentence, measured, threshold, "chart-loss")
     sentence = f"The loss rises again, from {lowest:.3g} to {last:.3g}: training diverges."
     return Finding(
         "diverging", "bad", sentence, f"{rise:.0%} above its lowest tenth", f"at least {RISE:.0%}", "chart-loss", lower
@@ -146,8 +149,12 @@ def _settled_loss(seen: Seen) -> list[float]:
 @rule
 def starving(seen: Seen) -> Finding | None:
     wait = seen.late("data_wait")
-    if wait is None or wait < WAITING:
+    if wait is None:
         return None
+    if wait < WAITING:
+        sentence = "The data keep up: training hardly waits for images."
+        return Finding("data keep up", "good", sentence, f"{wait:.1%} of the time", f"below {WAITING:.0%}",
+                       "chart-data-wait")  # fmt: skip
     workers = seen.config.data.workers
     override = "" if workers is None else f"data.workers={max(2, 2 * workers)}"  # by default all cores work already
     sentence = f"Training waits for images {wait:.0%} of the time: the network could learn that much faster."
@@ -171,7 +178,11 @@ def term_inactive(seen: Seen) -> Finding | None:
         return Finding(name, "bad", sentence, f"{term / others:.2%} of InfoNCE’s gradient", f"below {PULL:.0%}",
                        "chart-gradient-of-each-part",
                        "" if options.normalise == "positives" else "objective.normalise=positives")  # fmt: skip
-    return None
+    if term is None or not others:
+        return None
+    sentence = "Both parts of the loss pull."
+    return Finding("terms pull", "good", sentence, f"the multi-label term {term / others:.1%} of InfoNCE’s gradient",
+                   f"{PULL:.0%} or more", "chart-gradient-of-each-part")  # fmt: skip
 
 
 ALIKE = {
@@ -187,8 +198,12 @@ def labels_follow(seen: Seen) -> Finding | None:
     """The nuisance that matches are most alike in."""
     known = {name: seen.nuisance[name] for name in ALIKE if name in seen.nuisance}
     worst = max(known, key=lambda name: known[name], default=None)
-    if worst is None or known[worst] < PERCENTILE:
+    if worst is None:
         return None
+    if known[worst] < PERCENTILE:
+        sentence = f"Matches are not chosen by what is no content; they are most alike in {ALIKE[worst][1]}."
+        return Finding("labels follow nothing else", "good", sentence, f"percentile {known[worst]:.0f}, chance 50",
+                       f"below {PERCENTILE:.0f}", "nuisance")  # fmt: skip
     if worst == "thumbnail" and known.get("layout", 0.0) >= PERCENTILE:  # the same thing, with a name that says more
         worst = "layout"
     name, words = ALIKE[worst]
@@ -210,7 +225,9 @@ def labels_are_own_image(seen: Seen) -> Finding | None:
         return None
     share = next(iter(seen.moment.own.values()))  # of the memory that gives the labels
     if share < OWN_IMAGE:
-        return None
+        sentence = "Few of the nearest rows are crops of the query’s own image."
+        return Finding("labels are of others", "good", sentence, f"{share:.1%} of the k nearest rows",
+                       f"below {OWN_IMAGE:.0%}", "labels")  # fmt: skip
     sentence = f"{share:.0%} of the nearest rows are crops of the query’s own image: labels repeat what InfoNCE says."
     return Finding("labels are the own image", "bad", sentence, f"{share:.0%} of the k nearest rows",
                    f"at least {OWN_IMAGE:.0%}", "labels", "dictionary.own_rows=exclude")  # fmt: skip
@@ -223,6 +240,7 @@ def labels_against_truth(seen: Seen) -> Finding | None:
     precision, chance = seen.late("labels/precision"), seen.late("labels/precision_chance")
     if known and known.precision:
         precision, chance = next(iter(known.precision.values()))[-1], known.chance
+    precision, chance = seen.precision or (precision, chance)
     if precision is None or chance is None:
         if seen.moment is None:
             return None

@@ -12,6 +12,10 @@ from torch import Tensor
 
 from mls.core.method import StepOutput
 
+# Seconds that are no training: what a run says of itself, and the online probes, of which the configuration says how
+# many there are and on how many images.
+COSTS = ("monitoring", "probes")
+
 
 class Window:
     """Means since the last log line, kept on the device; reading them is what makes the CPU wait."""
@@ -26,15 +30,16 @@ class Window:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        self.began, self.steps, self.waited, self.monitored = time.perf_counter(), 0, 0.0, 0.0
+        self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
+        self.spent: dict[str, float] = dict.fromkeys(COSTS, 0.0)
         self.cpu = time.process_time()
 
     @contextmanager
-    def monitoring(self) -> Iterator[None]:
+    def measuring(self, what: str = "monitoring") -> Iterator[None]:
         """What is done here is done for the log alone, so the log says what it costs."""
         began = self._now()
         yield
-        self.monitored += self._now() - began
+        self.spent[what] += self._now() - began
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -56,7 +61,7 @@ class Window:
         spent = time.perf_counter() - self.began
         values["steps_per_second"] = self.steps / spent
         values["data_wait"] = self.waited / spent
-        values["monitoring"] = self.monitored / spent
+        values |= {what: seconds / spent for what, seconds in self.spent.items()}
         values["cpu_seconds"] = (time.process_time() - self.cpu) / max(1, self.steps)  # of this process, a step
         self.sums, self.counts, self.pulls, self.labels = {}, {}, {}, {}
         self.restart_clock()

@@ -1,14 +1,17 @@
 """The engine on real small data: what it writes, what it refuses, what it skips."""
 
+import contextlib
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +23,15 @@ import mls.config
 from mls import distributed
 from mls.config import MonitorConfig
 from mls.core import methods
+from mls.core.methods.mls import MLS
 from mls.data import Batch, Views
-from mls.engine import Run, Trainer, run_folder
+from mls.engine import Run, Trainer, run_folder, trainer
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.trainer import method_state
 from mls.errors import ConfigError, DataError, DivergedError, Stopped, UserError
-from mls.monitor.log import MetricsLog
+from mls.monitor import matches
+from mls.monitor.log import MetricsLog, read_metrics
+from mls.monitor.online import OnlineProbes
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
@@ -182,7 +188,7 @@ def test_waiting_for_data_is_answered_with_one_hint(
     much: float,
     hints: int,
 ) -> None:
-    monkeypatch.setattr("mls.engine.trainer.MUCH_WAITING", much)
+    monkeypatch.setattr("mls.engine.trainer.WAITING", much)
     folder = tmp_path / "images"
     folder.mkdir()
     for i in range(8):  # a large PNG has to be decoded whole
@@ -191,6 +197,34 @@ def test_waiting_for_data_is_answered_with_one_hint(
     mls.pretrain(mls.load_config("mls_scenes_tiny", [*settings, "optim.epochs=2", "monitor.log_every=1"]))
     said = re.sub(r"\s+", " ", capsys.readouterr().err)
     assert len(re.findall(r"\d+% of the time goes into waiting for data: set data\.workers=\d+", said)) == hints
+
+
+def test_what_only_the_log_wants_is_worked_out_no_more_often_than_it_is_due(
+    tiny: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cost of monitoring is counted: how long it takes is in the log, under `monitoring` and `probes`."""
+    counts: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *words, **named: (counts.update([name]), plain(*words, **named))[1])
+
+    counted(trainer, "gradient_norms")
+    for owner, name in ((MLS, "levels_of_chance"), (MLS, "matches"), (MLS, "health"), (OnlineProbes, "_features"),
+                        (matches, "CropDataset")):  # fmt: skip
+        counted(owner, name)
+    often = ["optim.epochs=4", "data.scenes.count=64", "monitor.log_every=5", "monitor.moments=3"]  # 16 steps
+    run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, *often, "monitor.knn_every_epochs=2"]), quiet=True)
+    assert counts == {
+        "gradient_norms": 4,  # steps 5, 10, 15 and the last one
+        "levels_of_chance": 4,
+        "matches": 2 * 3,  # two views at each moment
+        "CropDataset": 1,  # their crops are cut once
+        "health": 2,
+        "_features": 2 * 2,  # those that are learnt from and those that are asked
+    }
+    last = run.metrics()[-1]
+    assert last["step"] == 16 and last["monitoring"] > 0 and last["probes"] > 0  # of the last step, too
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -291,6 +325,38 @@ def test_wandb_gets_pictures_and_final_values(tmp_path: Path, monkeypatch: pytes
     log.conclude()
     log.close()
     assert logged[1] == (4, {"gallery": (2, 3, 3)}) and summary == {"final/loss": 0.5}
+
+
+def test_mlflow_gets_the_same_in_one_run_after_a_resume_too_and_its_failure_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    tell = lambda name: lambda run, *words, **named: calls.append((name, run, *words, *named.values()))
+    room = SimpleNamespace(**{name: tell(name) for name in ("log_batch", "log_image", "log_metric", "update_run")})
+    room.set_terminated, room.get_experiment_by_name = tell("set_terminated"), lambda name: None
+    room.create_experiment = lambda name: name
+    room.create_run = lambda place, run_name: SimpleNamespace(info=SimpleNamespace(run_id=f"{place}-{run_name}"))
+    entities = SimpleNamespace(Metric=lambda name, value, time, step: (name, value, step), Param=lambda *both: both)
+    monkeypatch.setitem(sys.modules, "mlflow", SimpleNamespace(MlflowClient=lambda: room))
+    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
+    made = lambda: MetricsLog(tmp_path, MonitorConfig(mlflow="study"), "run", {"data": {"limit": 3}})
+    with contextlib.closing(made()) as log:
+        log.write(4, 1, {"loss": 0.5})
+    log = made()
+    log.write(5, 1, {"loss": 0.5})
+    log.show(5, "gallery", lambda: np.zeros((2, 3, 3), np.uint8))
+    log.conclude()
+    assert [call[:2] for call in calls] == [(name, "study-run") for name in (
+        "log_batch", "set_terminated", "update_run", "log_batch", "log_image", "log_batch", "log_metric")]  # fmt: skip
+    assert calls[0][2] == [("loss", 0.5, 4)] and calls[5][2] == [("data.limit", "3")]
+    assert calls[4][3:] == ("gallery", 5) and calls[6][2:] == ("final/loss", 0.5)
+    told: list[str] = []
+    room.log_batch, log.say = lambda *words, **named: 1 / 0, told.append
+    log.write(6, 1, {"loss": 0.4})
+    log.write(7, 1, {"loss": 0.3})
+    log.close()
+    assert told == ["MLflow gets nothing more of this run: division by zero"]
+    assert [row["step"] for row in read_metrics(log.path)] == [4, 5, 6, 7]
 
 
 def test_port_in_use_is_one_sentence(

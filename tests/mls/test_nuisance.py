@@ -92,7 +92,8 @@ def shuffled(image: int) -> list[int]:
                                             ("geometry", anything), ("", anything)])  # fmt: skip
 def test_matches_that_follow_one_nuisance_are_told_by_it_alone(told: str, near: Any, source: Drawn) -> None:
     moment = moment_of(near, by_place=told == "geometry")
-    table = nuisances(moment, chosen(moment, "backbone", K), Thumbnails.of_moment(moment, source), mirrored=False)
+    thumbnails = Thumbnails.of_moment(moment, source, mirrored=False)
+    table = nuisances(moment, chosen(moment, "backbone", K), thumbnails)
     assert [row.name for row in table] == list(WORDS)
     for row in table:
         if row.name == told:
@@ -101,20 +102,21 @@ def test_matches_that_follow_one_nuisance_are_told_by_it_alone(told: str, near: 
             assert abs(row.percentile - 50) < max(6, 4 * row.error)
         assert row.percentile == pytest.approx(np.mean([value for value in row.by_query if value is not None]))
     assert table[-1].pixel_nearest > 97  # the competitor is chosen by thumbnails
-    assert nuisances(moment, [[] for _ in moment.queries], Thumbnails.of_moment(moment, source), False) == []
+    assert nuisances(moment, [[] for _ in moment.queries], thumbnails) == []
 
 
 def test_a_mirror_image_is_alike_in_layout_where_views_are_flipped(source: Drawn) -> None:
     flipped = replace(source, images=torch.cat([source.images, source.images.flip(3)]))
     moment = moment_of(lambda image: [image + IMAGES] * K)
-    of = Thumbnails.of_moment(moment, flipped)
-    plain, mirrored = (nuisances(moment, chosen(moment, "backbone", K), of, flips)[0] for flips in (False, True))
+    of = [Thumbnails.of_moment(moment, flipped, mirrored=flips) for flips in (False, True)]
+    plain, mirrored = (nuisances(moment, chosen(moment, "backbone", K), one)[0] for one in of)
     assert plain.percentile < 75 and mirrored.percentile > 90
 
 
 def test_thumbnails_are_of_the_boxes(source: Drawn) -> None:
     left, whole = Crop(3, (0.0, 0.0, 0.5, 1.0)), Crop(3, box())
-    found = Thumbnails(source, [left, whole]).of([whole, left, whole])
+    thumbnails = Thumbnails(source, [left, whole])
+    found = thumbnails.pixels[thumbnails.of([whole, left, whole])]
     assert torch.equal(found[0], found[2])
     half = source.images[3:4, :, :, :16].float() / 255
     expected = torch.nn.functional.interpolate(half, (8, 8), mode="bilinear", antialias=True)[0]
@@ -123,9 +125,9 @@ def test_thumbnails_are_of_the_boxes(source: Drawn) -> None:
 
 def test_pixel_nearest_rows_come_nearest_first_and_from_other_images(source: Drawn) -> None:
     moment = moment_of(anything)
-    of = Thumbnails.of_moment(moment, source)
-    for query, rows in zip(moment.queries, pixel_nearest(moment, of, 5, False), strict=True):
-        gaps = (of.of([query]) - of.of(rows)).flatten(1).norm(dim=1)
+    of = Thumbnails.of_moment(moment, source, mirrored=False)
+    for query, rows in zip(moment.queries, pixel_nearest(of, 5), strict=True):
+        gaps = (of.pixels[of.of([query])] - of.pixels[of.of(rows)]).flatten(1).norm(dim=1)
         assert len(rows) == 5 and query.id not in [row.id for row in rows] and bool((gaps.diff() >= 0).all())
 
 
@@ -187,3 +189,19 @@ def test_memories_are_joined_as_the_objective_says() -> None:
     ):
         rows = query.matches["features"]
         assert sorted(union) == sorted(rows) and both == [rows[2]]
+
+
+def test_random_rows_are_looked_at_once_for_all_tables_of_a_moment(
+    source: Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mls.monitor import nuisance
+
+    laid_out, plain = [], nuisance._layout
+    monkeypatch.setattr(nuisance, "_layout", lambda crops: (laid_out.append(len(crops)), plain(crops))[1])
+    moment = moment_of(anything)
+    thumbnails = Thumbnails.of_moment(moment, source, mirrored=False)
+    crops = len(thumbnails.pixels)
+    for _ in range(3):
+        nuisances(moment, chosen(moment, "backbone", K), thumbnails)
+    pixel_nearest(thumbnails, 5)
+    assert laid_out == [crops] + 4 * QUERIES * [1]  # the rest are queries, whose mirror images count, too

@@ -28,7 +28,7 @@ from mls.frozen.probe import (
     sgd_probe,
     svm_probe,
 )
-from mls.frozen.probe.design import principal_axes, standardised
+from mls.frozen.probe.design import LEADING, LeadingAxes, axes_for, leading_axes, principal_axes, standardised
 from mls.frozen.probe.linear import objective
 from mls.frozen.probe.solve import minimise
 from mls.streams import generator
@@ -221,6 +221,27 @@ def test_each_of_several_penalties_has_the_minimum_that_it_has_alone(multilabel:
         alone = minimise(design, objective(labels, design), [l2], axes, tolerance=1e-11)[0]
         assert torch.allclose(fit.loss, alone.loss, rtol=1e-7)
         assert torch.allclose(fit.weight, alone.weight, atol=1e-3 * float(alone.weight.abs().max()))
+
+
+@pytest.mark.parametrize("images", [80, 300])  # fewer than features, and more
+def test_leading_axes_lead_to_the_same_minimum(images: int) -> None:
+    features, numbers = drawn(images, dim=100)
+    design, labels = standardised(features.double()), read_labels(numbers)
+    some, every = leading_axes(design), principal_axes(design)
+    assert torch.allclose(some.squares[LEADING - 5 : LEADING], every.squares[-5:], rtol=1e-2)
+    identity = torch.eye(100, dtype=torch.float64)
+    assert torch.allclose(some.to_features(identity) @ (some.to_features(identity) / design.scale**2).T, identity)
+    assert torch.allclose(some.from_features(identity), some.to_features(identity).T)
+    fits = [minimise(design, objective(labels, design), [1e-2], axes, tolerance=1e-12)[0] for axes in (some, every)]
+    assert torch.allclose(fits[0].loss, fits[1].loss, rtol=1e-9)
+    assert torch.allclose(fits[0].weight, fits[1].weight, atol=1e-4 * float(fits[1].weight.abs().max()))
+
+
+def test_axes_are_all_worked_out_only_where_that_pays() -> None:
+    design = standardised(torch.randn(1100, 1100))
+    assert isinstance(axes_for(design, columns=20, penalties=1), LeadingAxes)
+    assert not isinstance(axes_for(design, columns=20, penalties=100), LeadingAxes)
+    assert not isinstance(axes_for(standardised(torch.randn(1100, 64)), columns=20, penalties=1), LeadingAxes)
 
 
 def test_gap_says_how_far_the_loss_is_above_its_minimum() -> None:

@@ -22,19 +22,29 @@ from mls.core.matching import Matches
 from mls.core.methods.mls import MLS
 from mls.core.neighbour_lists import NeighbourLists
 from mls.core.positives import Positives
-from mls.core.regions import RegionEncoder, best_pairs, chamfer, nearest_images, neighbours_of_all, region_boxes
+from mls.core.regions import (
+    RegionEncoder,
+    best_pairs,
+    chamfer,
+    most_alike,
+    nearest_images,
+    neighbours_of_all,
+    region_boxes,
+)
 from mls.data import ViewPlan, Views
 from mls.data.augment import GREY
 from mls.data.crops import CropDataset, moved
 from mls.data.scenes import ScenesSource
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
-from mls.engine.gallery import gallery
+from mls.engine.gallery import gallery, last_moment
+from mls.engine.replay import replay
 from mls.errors import CheckpointError, ConfigError, DataError, Stopped
 from mls.models.backbones import TinyResNet
 from mls.monitor.log import TIMES
 from mls.progress import TrainingProgress
 from mls.recipes import load_config
+from mls.streams import watched
 
 QUIET = lambda what, done, of: None
 RECIPE = "mls_regions_scenes_tiny"
@@ -216,6 +226,21 @@ def test_rows_are_positives_where_their_image_is_in_the_list(
         assert {rows[slot] for slot in chosen} == {rows[slot] for _, slot in hits}
 
 
+def test_of_watched_images_the_two_regions_that_are_most_alike_are_kept(tmp_path: Path) -> None:
+    features = unit(70, 4, 6)
+    found = nearest_images(features, torch.arange(70), 7, QUIET)
+    lists = NeighbourLists.of(found, {"images": "x"}, most_alike(features, found.indices))
+    lists.save(tmp_path / "lists")
+    queries = torch.tensor([watched(70)[5], next(image for image in range(70) if image not in watched(70))])
+    alike = NeighbourLists.open(tmp_path / "lists").most_alike(queries, found.indices[queries])
+    assert alike is not None and (alike[1] == -1).all()
+    for image, pair in zip(found.indices[queries[0]], alike[0].tolist(), strict=True):
+        assert tuple(pair) == best_pairs(features[queries[0]], features[image], 1)[0][:2]
+    stranger = next(image for image in range(70) if image not in found.indices[queries[0]])
+    assert lists.most_alike(queries[:1], torch.tensor([[stranger]])).tolist() == [[[-1, -1]]]  # type: ignore
+    assert lists_of(40, 7).most_alike(queries[:1], torch.tensor([[0]])) is None  # of an older file
+
+
 def test_lists_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:
     lists = lists_of(40, 7)
     lists.save(tmp_path / "lists.safetensors")
@@ -371,6 +396,22 @@ def test_the_gallery_shows_rows_of_listed_images(whole: Run) -> None:
     rows = gallery(whole, queries=6)
     assert any(row.match_ids for row in rows)
     assert all(image in listed[row.query_id] for row in rows for image in row.match_ids)
+
+
+def test_replay_takes_the_lists_that_the_run_has_found(whole: Run, tmp_path: Path) -> None:
+    queries = last_moment(whole).queries
+    assert any(query.regions for query in queries)
+    assert all(len(query.regions) == len(query.matches["regions"]) for query in queries)
+    found = {(one.labels_from, one.k): one for one in replay(whole, [2, 4]).settings}
+    assert list(found) == [(name, k) for name in ("regions", "backbone", "projection") for k in (2, 4)]
+    assert found["regions", 4].matches == np.mean([len(query.matches["regions"][:4]) for query in queries])
+    lists, plain = found["regions", 2], found["backbone", 2]
+    assert (lists.percentile, lists.two_views, lists.own) == (None, None, None)
+    assert plain.percentile is not None and plain.percentile > 50 and 0 <= (plain.two_views or 0) <= 1
+    with pytest.raises(Stopped):
+        pretrain(tmp_path, "young", "engine.max_steps=2")  # before its first lists
+    with pytest.raises(CheckpointError, match="holds no neighbour lists .* name a file of `mls regions` with --region"):
+        replay(Run(tmp_path / "young"), [2], ["regions"])
 
 
 def test_lists_of_a_file_are_used_as_they_are_and_no_others(whole: Run, tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ optim.epochs=2 monitor.log_every=1 monitor.knn_every_epochs=0 model.projection=1
 optim.lr=0.001 model.key_norm=sync engine.threads=1""".split()  # 10 steps an epoch
 
 
+@pytest.mark.long
 def test_a_sharded_run_goes_on_with_other_numbers_of_processes(tmp_path: Path, mls_command: Call) -> None:
     overrides = ["mls_scenes_tiny", *SHORT, f"run.root={tmp_path}", "--name", "run", "engine.max_steps=8"]
     done = mls_command("pretrain", *overrides, "dictionary.sharded=true", processes=2)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mls import engine
 from mls.config import SIZED, Config, check, flatten, to_yaml
-from mls.engine.sizing import Facts, advice, choose
+from mls.engine.sizing import Facts, advice, choose, tried
 from mls.errors import ConfigError, DataError
 from mls.eval.cells import config_hash
 from mls.recipes import load_config, of_folder, resolve
@@ -51,6 +51,23 @@ def test_explicit_values_win_and_the_others_follow_them() -> None:
     assert choose(load_config(FOLDER, ["dictionary.size=32"]), Facts(5000, 32, None))[0].data.batch_size == 32
 
 
+def test_a_batch_that_does_not_fit_is_halved_and_the_others_follow_it() -> None:
+    config, facts = load_config(FOLDER), Facts(20_000, 300, 24.0)
+    made, choices = choose(config, facts)
+    asked: list[int] = []
+
+    def holds(one: Config) -> bool:  # a device that holds 70 images
+        asked.append(one.data.batch_size)
+        return one.data.batch_size <= 70
+
+    found, told = tried(config, facts, made, choices, holds)
+    assert asked == [256, 128, 64] and found.data.batch_size == 64 and not found.run.auto
+    assert told[0].reason == "a step with 128 did not fit into the GPU's memory, one with 64 does"
+    assert found == choose(load_config(FOLDER, ["data.batch_size=64"]), facts)[0]
+    with pytest.raises(ConfigError, match="a step of one image does not fit"):
+        tried(config, facts, made, choices, lambda one: False)
+
+
 def test_only_sizes_may_be_auto_and_other_methods_have_other_sizes() -> None:
     with pytest.raises(ConfigError, match="augment.flip"):
         load_config(FOLDER, ["augment.flip=auto"])
@@ -72,7 +89,7 @@ def test_too_few_images_are_refused_and_few_get_advice() -> None:
     with pytest.raises(DataError, match="15 images are too few"):
         choose(load_config(FOLDER), Facts(15, 32, None))
     config = load_config(FOLDER, ["data.root=/a b"])
-    assert "'/a b' model.backbone=resnet18 model.weights=torchvision:resnet18" in (
+    assert "mls_continue 'data.root=/a b' model.weights=torchvision:resnet18" in (
         advice(config, Facts(412, 9, None)) or ""
     )
     assert advice(config, Facts(1000, 9, None)) is None

@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mls.results import Results
 
 FEW = ["data.scenes.count=200", "data.scenes.test_count=50", "training.epochs=1"]
 ROWS = ["--only", "an", "--only", "em"]
 
 
+@pytest.mark.long
 def test_four_evaluations_as_an_array_store_every_result_once(cluster: Any) -> None:
     wanted = ["scenes_single_positive", *FEW, *ROWS, "--seeds", "2", "--tiny"]
     done = cluster.mls("submit", "eval", *wanted, "--profile", "box", "--slurm", "concurrency=3")
@@ -29,6 +32,7 @@ def test_four_evaluations_as_an_array_store_every_result_once(cluster: Any) -> N
     assert "nothing to submit" in cluster.mls("submit", "eval", *wanted, "--profile", "box").stderr
 
 
+@pytest.mark.long
 def test_all_processes_of_a_profile_share_a_cell_if_its_task_can_be_shared(cluster: Any, tmp_path: Path) -> None:
     suite = tmp_path / "two.yaml"
     text = """title: Two
@@ -53,6 +57,7 @@ rows:
     assert "learns from frozen features in one process: leave out --whole" in refused.stderr
 
 
+@pytest.mark.long
 def test_a_sweep_is_one_array_with_evaluations_behind_each_run_and_one_table(cluster: Any, tmp_path: Path) -> None:
     suite = tmp_path / "small.yaml"
     options = ", ".join([*FEW, "training.loss=an", "seeds=1"])

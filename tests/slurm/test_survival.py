@@ -1,6 +1,8 @@
 """Runs under a real SLURM that are interrupted in every way it knows, and go on as if nothing had been."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from mls.engine import Run
 from mls.monitor.log import TIMES
 from mls.slurm import job_spec, submit
 from mls.slurm.profile import load_profile
+from mls.tools.runs import runs
 
 
 def numbers(run: Run) -> list[dict[str, Any]]:
@@ -17,10 +20,29 @@ def numbers(run: Run) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in run.metrics()]
 
 
-def test_a_run_that_is_requeued_cancelled_and_submitted_again_equals_one_without_slurm(cluster: Any) -> None:
+@pytest.fixture
+def listed(cluster: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """The line of a run in `mls runs`, which is called in this process: a short run would end before another one has
+    started."""
+    for name in ("SLURM_CONF", "PATH", "MLS_RUNS"):
+        monkeypatch.setenv(name, cluster.environment[name])
+
+    def line(run: str) -> str:
+        capsys.readouterr()
+        runs()
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {run} "))
+
+    return line
+
+
+@pytest.mark.long
+def test_a_run_that_is_requeued_cancelled_and_submitted_again_equals_one_without_slurm(
+    cluster: Any, listed: Callable[[str], str]
+) -> None:
     longer = "optim.epochs=20"
     alone, run = cluster.alone("alone", longer), cluster.pretrain("interrupted", longer)
     cluster.wait_until_it_trains(run)
+    assert re.search(r"\| running +\| \d+/320 +\| \d+:\d\d +\| \d:\d\d ago ", listed("interrupted"))
     cluster.signal(run, "--signal=USR2")  # saves and is requeued, with no checkpoint but this one
     (stopped,) = cluster.wait_for(lambda: cluster.history(run.path, "stopped"), "it stops")
     assert 20 <= stopped["saved"] < 320
@@ -34,14 +56,16 @@ def test_a_run_that_is_requeued_cancelled_and_submitted_again_equals_one_without
     cluster.wait_until_it_trains(run, saves[2] + 10)
     cluster.mls("cancel", "interrupted")
     cluster.wait_for(lambda: cluster.state(run.path) == "CANCELLED", "the job ends")
-    assert "cancelled" in cluster.jobs("interrupted")
+    assert "cancelled" in cluster.jobs("interrupted") and "| cancelled |" in listed("interrupted")
     assert saves[2] < job_spec.last_save(run.path) < 320
     cluster.mls("submit", "pretrain", "--resume", "interrupted", "--profile", "box")
     cluster.wait_until_done(run.path)
     assert numbers(run) == numbers(alone)
     assert "| done " in cluster.jobs("interrupted") and "320/320" in cluster.jobs("interrupted")
+    assert "| done " in listed("interrupted")
 
 
+@pytest.mark.long
 def test_two_nodes_of_two_processes_train_together(cluster: Any) -> None:
     nodes = ["--slurm", "nodes=2", "--slurm", "tasks_per_node=2", "--slurm", "gpus_per_node=2"]
     run = cluster.pretrain("four", "optim.epochs=1", *nodes)
@@ -52,6 +76,7 @@ def test_two_nodes_of_two_processes_train_together(cluster: Any) -> None:
     assert "on 4 × cpu" in cluster.logs(run.path)
 
 
+@pytest.mark.long
 def test_a_preempted_run_goes_on_with_all_ranks_at_the_same_step(cluster: Any) -> None:
     alone = cluster.alone("alone-with-two", processes=2)
     run = cluster.pretrain("preempted", "--slurm", "nodes=2", "--slurm", "cpus_per_task=4")

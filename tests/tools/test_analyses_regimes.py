@@ -98,6 +98,7 @@ def test_landscape_is_centred_on_the_loss_of_the_trained_classifier(tmp_path: Pa
         assert finding.numbers[f"{loss}/at_1"] > finding.numbers[f"{loss}/at_0"]
 
 
+@pytest.mark.long
 def test_proportion_trains_each_loss_on_each_share(tmp_path: Path) -> None:
     small = study(tmp_path, "training.epochs=2")
     finding = proportion(small)

@@ -1,5 +1,6 @@
 """The measuring command itself; what it measures is no test's business, since it depends on the machine."""
 
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -13,13 +14,18 @@ from mls.tools.bench.input import psnr_of_scaled_decoding, write_photographs
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def test_the_yardstick_and_ours_are_measured_on_the_same_files(mls_command: Command) -> None:
-    done = mls_command("bench", "input", "--count", "4", "--rounds", "1", "--no-step", COLUMNS="120")
+@pytest.mark.long
+def test_the_yardstick_and_ours_are_measured_on_the_same_files(mls_command: Command, tmp_path: Path) -> None:
+    kept = tmp_path / "input.json"
+    few = ("--count", "4", "--rounds", "1", "--no-step")
+    done = mls_command("bench", "input", *few, "--out", str(kept), COLUMNS="120")
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"│ (\S.*?) +│ +(-?[\d.]+)", done.stdout))  # a difference may be negative
     assert {"MoCo's pipeline", "torchvision v2", "ours", "ours, packed with --short-side 320"} <= set(rows)
     assert {"ours, engine.augment=device", "decoding alone", "augmentation", "boxes, EXIF"} <= set(rows)
     assert {"reading and headers", "decoding", "cutting two crops", "1/2", "1/4", "1/8", "Pillow"} <= set(rows)
+    seconds = {row["row"]: row["seconds an image"] for row in json.loads(kept.read_text())["rows"]}
+    assert seconds["decoding alone"] < seconds["ours, two normalised views"]
     for ends_with in ("normalised views", "uint8 crops"):
         assert f"two {ends_with}: 4 images, 640 × 480, quality 90" in done.stdout
     assert re.findall(r"│ ours +│ \d+ +│ ([\d.]+)", done.stdout) == ["1.00", "1.00"]

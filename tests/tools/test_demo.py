@@ -21,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("demo")
 
 
+@pytest.mark.long
 def test_demo_trains_probes_prints_a_table_and_is_not_done_twice(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +49,7 @@ def test_demo_trains_probes_prints_a_table_and_is_not_done_twice(
     assert (folder / "table.md").read_text() in again.out
 
 
+@pytest.mark.long
 def test_ablations_print_ours_beside_the_papers_and_go_on_where_they_stopped(
     folder: Path, mls_command: Command
 ) -> None:

@@ -70,6 +70,16 @@ def test_a_hostile_setting_is_found_and_its_override_helps(
     assert name not in again or again[name].level == "fine", again
 
 
+def test_a_run_that_starts_says_what_is_amiss_in_a_line_each() -> None:
+    plan = plan_of("dictionary.size=8192")
+    lines = findings.at_start(plan, Sizes.planned(plan.config, 1))
+    assert lines[0].startswith("dictionary: 8,192 rows, 6,000 images") and lines[0].endswith(
+        "; try dictionary.size=2048"
+    )
+    assert not any("\n" in line for line in lines)
+    assert findings.at_start(plan_of(), Sizes.planned(plan_of().config, 1)) == []
+
+
 def test_more_processes_than_images_need_fewer_processes() -> None:
     (found,) = findings.findings(plan_of(images=600, world=256))
     assert (found.level, found.override) == ("fails", "") and found.measured.endswith("start fewer processes")
@@ -195,6 +205,17 @@ def test_a_loader_that_is_slower_than_the_steps_is_told(loaded: float, level: st
     source = build_source(DataConfig(source="scenes", limit=64))
     found = measured._waiting(measured.Speed(loaded, 100.0, 8, 0.1), source, plan_of("data.workers=0"))
     assert found.level == level and found.override.startswith("data.workers=") == (level == "warning")
+
+
+def test_a_step_that_does_not_fit_into_a_gpu_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*some: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measured._Steps, "timed", full)
+    monkeypatch.setattr(measured, "LOADER_SECONDS", 0.01)
+    plan = plan_of("data.workers=0", "data.scenes.count=256")
+    found, (finding,) = measured.speed(plan, build_source(plan.config.data), CPU)
+    assert found is None and (finding.level, finding.override) == ("fails", "engine.accumulate=2")
 
 
 def test_everything_is_told_as_json(

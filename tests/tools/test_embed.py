@@ -37,9 +37,9 @@ def test_an_unreadable_image_is_named_and_left_out(photographs: Path, capsys: py
     assert found["features"].shape == (119, 128)
     embed("resnet_tiny", str(photographs), out, workers=0)
     assert "007.png" in capsys.readouterr().err  # from the cache, too
-    embedder = Embedder.of("resnet_tiny")
-    with pytest.raises(DataError, match="007.png"):  # zeros are nobody else's features
-        EmbeddedSource(source_from(str(photographs)), embedder)
+    embedded = EmbeddedSource(source_from(str(photographs)), Embedder.of("resnet_tiny"))
+    (near,) = embedded.nearest_others([6], IMAGES)  # it is nobody's neighbour
+    assert sorted(image for image, _ in near) == [number for number in range(IMAGES) if number not in (6, 7)]
 
 
 def test_many_unreadable_images_and_unknown_formats_are_refused(photographs: Path) -> None:
@@ -52,7 +52,8 @@ def test_many_unreadable_images_and_unknown_formats_are_refused(photographs: Pat
         embed("resnet_tiny", str(photographs), Path("x.csv"), workers=0)
 
 
-def test_parquet_holds_what_npz_holds(photographs: Path) -> None:
+@pytest.mark.parametrize("dense", [False, True])
+def test_parquet_holds_what_npz_holds(photographs: Path, dense: bool) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     from mls.config import AugmentConfig
     from mls.models import save_backbone
@@ -61,7 +62,14 @@ def test_parquet_holds_what_npz_holds(photographs: Path) -> None:
     save_backbone(photographs.parent, build("resnet_tiny"), {"architecture": "resnet_tiny"}, AugmentConfig(size=32))
     weights = str(photographs.parent / "backbone.safetensors")
     for name in ("x.npz", "x.parquet"):
-        embed(weights, str(photographs), photographs.parent / name, workers=0)
+        embed(weights, str(photographs), photographs.parent / name, dense, workers=0)
     table, arrays = parquet.read_table(photographs.parent / "x.parquet"), np.load(photographs.parent / "x.npz")
     assert table["path"].to_pylist() == arrays["path"].tolist()
-    assert np.array_equal(np.array(table["features"].to_pylist(), np.float32), arrays["features"])
+    kind, shape = (np.float16, (4, 4, 128)) if dense else (np.float32, (128,))
+    assert arrays["features"].shape == (IMAGES, *shape)
+    assert table.schema.metadata[b"shape"].decode() == ",".join(map(str, shape))
+    assert np.array_equal(np.array(table["features"].to_pylist(), kind), arrays["features"].reshape(IMAGES, -1))
+    if dense:  # the mean over places is the pooled feature
+        embed(weights, str(photographs), photographs.parent / "pooled.npz", workers=0)
+        pooled = np.load(photographs.parent / "pooled.npz")["features"]
+        assert np.allclose(arrays["features"].astype(np.float32).mean((1, 2)), pooled, atol=2e-3)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -10,7 +11,7 @@ import subprocess
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from io import BytesIO
@@ -27,6 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mls
+from mls.data.sources import build_source
 from mls.engine import Run
 from mls.errors import DataError, UserError
 from mls.locks import locked
@@ -35,7 +37,7 @@ from mls.monitor.log import rows_and_odd_lines
 from mls.tools.report import report
 from mls.tools.report.curves import CHARTS, MOST_POINTS, Axis, Log, _add, read_log
 from mls.tools.report.facts import Card, notes_of_recipe, tiles
-from mls.tools.report.gallery import Atlas, sources_of
+from mls.tools.report.gallery import Atlas, Gallery, sources_of
 from mls.tools.report.labels import KINDS, PAIRS
 from mls.tools.report.page import Section, _section
 
@@ -124,7 +126,20 @@ def runs(synthetic_run_of_module: Make) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def pages(runs: list[Run], page_of: Callable[..., Page]) -> dict[int, Page]:
-    return {count: page_of(*runs[:count]) for count in (1, 2, 6)}
+    """By the number of runs; 0: of one without labels."""
+    return {0: page_of(runs[1]), **{count: page_of(*runs[:count]) for count in (1, 2, 6)}}
+
+
+@pytest.fixture(scope="module")
+def by_regions(synthetic_run_of_module: Make, page_of: Callable[..., Page]) -> Page:
+    """Of a run whose labels come from regions, of which two match in each pair of images."""
+    run = synthetic_run_of_module("regions", "objective.labels_from=regions", "objective.regions.grid=3")
+    for moment in moments.read(run.path):
+        listed = lambda query: {"regions": query.matches["features"], **query.matches}
+        pairs = [(0, 8), (4, 2), (-1, -1), (1, 1), (2, 2)]
+        queries = [replace(query, matches=listed(query), regions=pairs) for query in moment.queries]
+        moments.write(run.path, replace(moment, queries=queries))
+    return page_of(run)
 
 
 # ------------------------------------------------------------------------------------------------ what the page holds
@@ -142,6 +157,9 @@ def test_the_command_prints_where_the_page_is_and_what_pairs_come_to(
     assert "Traceback" not in done.stderr
     with pytest.raises(UserError, match="0 runs were named: name one to 8, or --judged FILE"):
         report()
+    copies = [str(shutil.copytree(runs[-1].path, tmp_path / f"run{number}")) for number in range(9)]
+    with pytest.raises(UserError, match="9 runs were named: name one to 8"):
+        report(copies)
 
 
 def test_the_page_needs_nothing_but_itself_and_runs_only_its_own_script(pages: dict[int, Page]) -> None:
@@ -202,6 +220,21 @@ def test_numbers_are_those_of_the_files(runs: list[Run], pages: dict[int, Page])
         assert [match[0] for match in one[3]["features"]] == [match.id for match in query.matches["features"]]
         rows = [{(match.id, match.box) for match in matches} for matches in query.matches.values()]
         assert one[2] == len(rows[0] & rows[1]) / 5
+    for memory, words in (("features", "backbone (g)"), ("projections", "projection (z)")):
+        scores = [match.score for query in moment.queries for match in query.matches[memory]]
+        for x, y in zip(*page.data["runs"][0]["scores"][f"{words}, matches"].values(), strict=True):
+            below, up_to = (np.mean([f(round(score, 4), x) for score in scores]) for f in (operator.lt, operator.le))
+            assert below <= y / 100 + 0.01 <= up_to + 0.02
+        every = page.data["runs"][0]["scores"][f"{words}, all rows"]
+        assert dict(zip(every["y"], every["x"], strict=True))[50] == moment.scores[memory][10]
+    labels = sources_of([Card.of(runs[0], "first")])[0][0].labels
+    hits = [[bool((labels[q.id] * labels[m.id]).any()) for m in q.matches["features"]] for q in moment.queries]
+    for rank in (1, 2, 3, 5):
+        assert any(row.startswith(f"{rank} {np.mean(np.array(hits)[:, :rank]):.3f} ") for row in page.rows())
+    shares = f"{moment.agreement['features'].share:.3f} {moment.agreement['projections'].share:.3f}"
+    assert f"8 4 {shares} {moment.agreement_of_memories.share:.3f} 0.100 0.100" in page.rows()
+    most = Counter((match.id, match.box) for query in moment.queries for match in query.matches["features"])
+    assert any(row.startswith("Queries that match the most matched row") for row in page.rows()) and most
 
 
 def test_labels_are_judged_with_truth_and_without(pages: dict[int, Page]) -> None:
@@ -217,6 +250,56 @@ def test_labels_are_judged_with_truth_and_without(pages: dict[int, Page]) -> Non
     assert list(kinds) != list(KINDS) or [pair[0] for pair in pages[1].data["runs"][0]["pairs"][:3]] != list(KINDS)
 
 
+def test_regions_that_match_are_boxes_of_their_images(by_regions: Page) -> None:
+    lists = by_regions.data["runs"][0]["shown"][-1]["queries"][0][3]
+    corner, far = [0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]  # the first and the last window of the grid, half a side
+    assert [match[6:] for match in lists["regions"]][:3] == [
+        [[corner, far]],
+        [[[0.25, 0.25, 0.75, 0.75], [0.5, 0, 1, 0.5]]],
+        [],
+    ]
+    assert {len(match) for match in lists["features"]} == {6}
+    assert by_regions.data["memories"]["regions"] == "regions"
+
+
+def test_what_replay_has_found_stands_on_the_page(synthetic_run: Make, page_of: Callable[..., Page]) -> None:
+    from mls.engine.replay import Replay, Setting
+    from mls.monitor.nuisance import Nuisance
+
+    run, hostile = synthetic_run(labels=False), HOSTILE * 120
+    table = [Nuisance("layout", 91.0, 0.5, 80.0, [91.0])]
+    settings = [Setting(name, 5, 4.5, 99.0, 0.25, None, 7, None, table) for name in ("backbone", hostile)]
+    (run.path / "replay.json").write_text(json.dumps(asdict(Replay("run", 8, 256, 60, hostile, {"5": 0.4}, settings))))
+    page = page_of(run)
+    assert "backbone 5 4.5 99.0 25.0% 7 91.0 ± 0.5" in page.rows()
+    assert "<img src=x" not in page.source and "not of trainings" in page.text
+    (run.path / "replay.json").write_text('{"run": 3}')
+    assert "mls replay" not in page_of(run).text
+
+
+def test_labels_of_some_images_judge_a_run_that_knew_none(synthetic_run: Make, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(256):
+        Image.new("RGB", (16, 16), (number, 255 - number, 9)).save(images / f"{number:03d}.png")
+    near = lambda query: [(query + 2 * place) % 256 for place in range(1, 6)]  # of the same parity
+    run = synthetic_run("own", "data.source=folder", f"data.root={images}", labels=False, near=near)
+    table = tmp_path / "some.csv"
+    table.write_text("image,even,odd\n" + "".join(f"{n:03d}.png,{1 - n % 2},{n % 2}\n" for n in range(200)))
+    report([str(run.path)], tmp_path / "page.html", labels=table)
+    page = Page(tmp_path / "page.html")
+    labelled = sum(query.id < 200 for query in moments.read(run.path)[-1].queries)
+    assert f"some.csv labels {labelled} of the 60 queries" in page.text
+    assert "labels beat chance 100% of the matches share a true label" in page.text
+    assert any(row.startswith("5 1.000 1.000 ") for row in page.rows())
+    shared = {bool(match[5]) if match[5] is not None else None for match in page.data["runs"][0]["shown"][-1]["queries"]
+              for match in match[3]["features"]}  # fmt: skip
+    assert shared == {True, None}
+    table.write_text("image,even\nother.png,1\n")
+    with pytest.raises(UserError, match=r"other.png"):
+        report([str(run.path)], tmp_path / "page.html", labels=table)
+
+
 def test_several_runs_share_charts_and_only_what_computes_differs(pages: dict[int, Page]) -> None:
     assert "objective.k 5 4" in pages[2].rows()
     assert not any(row.startswith(("monitor.", "run.", "engine.")) for row in pages[2].rows())
@@ -230,7 +313,9 @@ def test_tiles_and_the_next_command(runs: list[Run], synthetic_run: Make) -> Non
     assert (first["State"].value, first["State"].note) == ("done", "8 steps, 4 epochs")
     assert first["Images/s"].value == "900"
     assert first["Data wait"].value == "1.0%"
-    assert first["Expected"].note.startswith("the recipe’s is not for this run: data.scenes.count, objective.k, ")
+    assert first["Expected"].note.startswith(
+        "the recipe’s numbers are not for this run: data.scenes.count, objective.k, "
+    )
     run = synthetic_run("it's a run")
     (run.path / "DONE").unlink()
     stopped = {tile.name: tile for tile in tiles(Card.of(run, "run"))}
@@ -262,9 +347,11 @@ def test_what_a_recipe_expects_stands_only_beside_runs_that_are_the_recipe(
     run = SimpleNamespace(path=Path("run"), config=mls.load_config("mls_coco_r50", overrides), done=False)
     card = Card("run", run, Log(step=100), [{"event": "start", "total": total}])  # pyright: ignore
     notes = {tile.name: tile.note for tile in tiles(card, now=0.0) if tile.name in ("Cost", "Expected")}
-    assert list(notes) == list(notes_of_recipe("mls_coco_r50")) == ["Cost", "Expected"]
-    for text, own in zip(notes.values(), ("118,287 images", "40.1 box AP"), strict=True):
-        assert text == f"the recipe’s is not for this run: {other}" if other else own in text
+    if other:
+        assert notes == {"Expected": f"the recipe’s numbers are not for this run: {other}"}
+    else:
+        assert list(notes) == list(notes_of_recipe("mls_coco_r50")) == ["Cost", "Expected"]
+        assert "118,287 images" in notes["Cost"] and "40.1 box AP" in notes["Expected"]
 
 
 def test_results_of_the_weights_stand_beside_the_run(synthetic_run: Make, page_of: Callable[..., Page]) -> None:
@@ -288,7 +375,11 @@ def test_a_run_without_anything_still_gets_a_page(page_of: Callable[..., Page], 
     assert "has no checkpoint yet" in text
     (fresh.path / "metrics.jsonl").write_text(json.dumps({"step": 3, "epoch": 1, "loss": 2.5}) + "\n[1]\n")
     (fresh.path / "backbone.json").write_text("[")
-    text = page_of(fresh).text
+    Image.new("RGB", (8, 8), "red").save(fresh.path / "maps.png")  # by `mls maps`
+    page = page_of(fresh)
+    (drawn,) = [given["src"] or "" for _, given in page.tags if given.get("class") == "maps"]
+    assert b64decode(drawn.partition(",")[2]) == (fresh.path / "maps.png").read_bytes()
+    text = page.text
     assert "not finished: step 3, epoch 1 of 16" in text
     assert "metrics.jsonl: left out 1 lines that hold no row, the first is line 2" in text
     with pytest.raises(UserError, match=r"cannot write .*page.html: No such file"):
@@ -326,14 +417,14 @@ def test_hostile_names_of_any_length_stay_text(synthetic_run: Make, page_of: Cal
 
 @pytest.mark.parametrize(("alike_in", "rule"), [("layout", "labels follow layout"), ("colour", "labels follow colour")])
 def test_matches_that_are_alike_in_nothing_but_pixels_are_told(synthetic_run: Make, alike_in: str, rule: str) -> None:
-    from mls.monitor.nuisance import Thumbnails, similarities
+    from mls.monitor.nuisance import Thumbnails
 
     run = synthetic_run()
     (source,), _ = sources_of([Card.of(run, "run")])
     moment = moments.read(run.path)[-1]
-    thumbnails = Thumbnails.of_moment(moment, source)
+    thumbnails = Thumbnails.of_moment(moment, source, mirrored=False)
     for query in moment.queries:
-        order = similarities(query, moment.random, thumbnails, mirrored=False)[alike_in].argsort(descending=True)
+        order = thumbnails.similarities(query, moment.random)[alike_in].argsort(descending=True)
         for found in query.matches.values():
             nearest = [moment.random[place] for place in order[: len(found)]]
             found[:] = [match._replace(id=crop.id, box=crop.box) for match, crop in zip(found, nearest, strict=True)]
@@ -341,6 +432,42 @@ def test_matches_that_are_alike_in_nothing_but_pixels_are_told(synthetic_run: Ma
     section = section_of(run)
     assert rule in [finding.rule for finding in section.findings]
     assert section_of(synthetic_run("other")).findings[0].rule == "healthy"
+
+
+@pytest.mark.parametrize(
+    ("rule", "row", "changes"),
+    [
+        ("collapse", {"health/projection_cosine": 0.9}, {}),
+        ("starving for data", {"data_wait": 0.5}, {}),
+        ("diverging", {"skipped_steps": 1.0}, {}),
+        ("term inactive", {"loss/info_nce": 7.6}, {}),
+        ("labels are the own image", {}, {"own": {"features": 0.6, "projections": 0.2}}),
+    ],
+)
+def test_a_run_folder_that_deserves_a_verdict_gets_it(
+    synthetic_run: Make, rule: str, row: dict[str, float], changes: dict[str, Any]
+) -> None:
+    run = synthetic_run(row=lambda step: row, **changes)
+    section = Section(Card.of(run, "run"), Gallery(moments=moments.read(run.path)))
+    assert [finding.rule for finding in section.findings if finding.kind == "bad"] == [rule]
+
+
+def test_the_scenes_with_the_paper_s_recipe_get_layout() -> None:
+    """Half of the queries of the last moment of `mls pretrain mls_scenes_tiny` (seed 0), and the first ten matches."""
+    from mls.monitor.nuisance import Thumbnails, nuisances
+    from mls.monitor.verdict import Seen, labels_follow
+
+    moment = moments._fields().validate_json((Path(__file__).parent / "moment_of_mls_scenes_tiny.json").read_bytes())
+    config = mls.load_config("mls_scenes_tiny")
+    table = nuisances(
+        moment,
+        [query.matches["features"] for query in moment.queries],
+        Thumbnails.of_moment(moment, build_source(config.data), mirrored=config.augment.flip > 0),
+    )
+    percentiles = {row.name: row.percentile for row in table}
+    found = labels_follow(Seen(config, {}, moment, percentiles))
+    assert found is not None and found.rule == "labels follow layout"
+    assert 92 < percentiles["layout"] < 97 and percentiles["colour"] < 65
 
 
 def section_of(run: Run) -> Section:
@@ -509,6 +636,13 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
     os.close(chromium.of)
 
 
+# Tells the colour of each line that marks an event in a curve, by its dashes.
+MARKS = """window.marked = []; const stroke = CanvasRenderingContext2D.prototype.stroke;
+CanvasRenderingContext2D.prototype.stroke = function (...all) {
+  if (String(this.getLineDash()) === "2,4") window.marked.push(this.strokeStyle);
+  return stroke.apply(this, all);
+};"""
+
 CONTRAST = """(() => {
   const style = getComputedStyle(document.documentElement), of = name => style.getPropertyValue("--" + name).trim();
   const light = text => {
@@ -538,6 +672,8 @@ def test_a_browser_shows_every_page_without_complaint(
         assert browser.js(shown) == browser.js("document.querySelectorAll('.plot').length") > 8
         colour = browser.js("getComputedStyle(document.body).backgroundColor")
         assert (sum(map(int, re.findall(r"\d+", colour))) < 200) == dark
+        strips = browser.js("getComputedStyle(document.querySelector('.list .matches')).flexWrap")
+        assert strips == ("nowrap" if width == 360 else "wrap")  # on a phone a list is a strip
     contrast = browser.js(CONTRAST)  # of what the charts draw, which no tool can see
     assert contrast["text"] >= 4.5
     assert min(contrast["lines"]) >= 3
@@ -547,8 +683,8 @@ def test_a_browser_shows_every_page_without_complaint(
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_everybody_can_use_the_page(browser: Chromium, pages: dict[int, Page], dark: bool) -> None:
     axe = Path(find_spec("axe_core_python").origin).parent / "axe.min.js"  # pyright: ignore
-    for page, width in ((pages[1], 360), (pages[6], 1440)) if dark else ((pages[2], 1440),):
-        browser.show(page.path, width, dark)
+    for number, page in enumerate(pages.values()):  # each at both widths and in both schemes
+        browser.show(page.path, 360 if (number + dark) % 2 else 1440, dark)
         browser.js(axe.read_text(encoding="utf-8"))
         tags = "{runOnly: ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa']}"
         found = browser.js(f"axe.run(document, {tags}).then(found => JSON.stringify(found.violations))")
@@ -617,19 +753,36 @@ def test_the_gallery_moves_through_moments_memories_and_runs(browser: Chromium, 
     assert browser.complaints() == []
 
 
+def test_a_tap_shows_the_regions_that_matched(browser: Chromium, by_regions: Page) -> None:
+    browser.show(by_regions.path)
+    click(browser, "#queries .match")
+    yellow = [dict(zip("xywh", map(float, box), strict=True)) for box in browser.js(
+        "[...document.querySelectorAll('#whole .region')].map(r => "
+        "['x', 'y', 'width', 'height'].map(n => r.getAttribute(n)))")]  # fmt: skip
+    assert [(box["w"], box["h"]) for box in yellow] == [(16, 16), (16, 16)]  # of scenes of 32 pixels
+    assert yellow[0]["x"] % 32 == yellow[0]["y"] % 32 == 0 and yellow[1]["x"] % 32 == yellow[1]["y"] % 32 == 16
+    assert "yellow: the region" in browser.js("document.querySelector('#whole').innerText")
+    assert browser.complaints() == []
+
+
 def test_curves_follow_the_axis_the_runs_that_are_ticked_and_the_pointer(
     browser: Chromium, pages: dict[int, Page]
 ) -> None:
+    script = browser.call("Page.addScriptToEvaluateOnNewDocument", source=MARKS)["identifier"]
     browser.show(pages[2].path)
+    browser.call("Page.removeScriptToEvaluateOnNewDocument", identifier=script)
     inked = """(() => { const c = document.querySelector('#chart-loss canvas');
         const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
         return d.filter((value, n) => n % 4 === 3 && value > 0).length; })()"""
     settle = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
     browser.js(settle)
-    both = browser.js(inked)
+    both, charts = browser.js(inked), browser.js("document.querySelectorAll('.plot[data-chart]').length")
+    assert browser.js("window.marked.length") == 4 * charts  # the end of one run; two stops and a resume of the other
+    browser.js("window.marked.length = 0")
     click(browser, "input[name=run][value='0']")
     browser.js(settle)
     assert 0 < browser.js(inked) < both
+    assert browser.js("[window.marked.length, new Set(window.marked).size]") == [3 * charts, 1]
     click(browser, "input[name=run][value='0']")
     for axis in ("epoch", "images", "hours"):
         click(browser, f"input[name=x][value={axis}]")

@@ -26,6 +26,9 @@ def bench(
     count: Annotated[int, typer.Option(min=1, help="Images.")] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Every row is measured once a round; medians are printed.")] = 7,
     step: Annotated[bool, typer.Option(help="Also time a ResNet-50 step and the augmentation before it.")] = True,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also keep each row's median seconds, as JSON.")
+    ] = None,
 ) -> None:
     """Measure the input pipeline in one worker process, all rows on the same files in turns.
 
@@ -44,6 +47,7 @@ def bench(
     from mls.data.loader import in_workers
     from mls.data.pack import Packing, pack
     from mls.data.sources import build_source
+    from mls.tools.bench.results import write_results
     from mls.tools.bench.rows import Race
 
     with TemporaryDirectory() as folder:
@@ -58,6 +62,10 @@ def bench(
     _show_quality()
     if step:
         _show_device()
+    if out is not None:
+        names = {row: row if isinstance(row, str) else ", ".join(row) for row in measured[0]}
+        seconds = {name: statistics.median(found[row] for found in measured) for row, name in names.items()}
+        write_results(out, [{"row": name, "seconds an image": spent} for name, spent in seconds.items()])
 
 
 def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> Path:

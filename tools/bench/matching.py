@@ -3,6 +3,7 @@ ResNet-50 step of the same run; what MLS adds to MoCo-v2's step; and the memory 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,13 +13,17 @@ if TYPE_CHECKING:
     from mls.tools.bench.searches import Search
 
 WIDTHS = (512, 2048)  # ResNet-18's and ResNet-50's features
+QUERIES = (16, 64, 256)
 SIZES = [4**power for power in range(6, 11)]  # 4,096 to 1,048,576 rows
 LIMITS = {4096: 0.03, 65536: 0.08}  # what MLS may add to a step, by dictionary size
 FUSED = (262_144, 256)  # rows and batch
 
 
 def bench(
-    batch: Annotated[int | None, typer.Option(min=1, help="Queries and images; default 16, on a GPU 256.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images of the step; default 16, on a GPU 256.")] = None,
+    queries: Annotated[
+        list[int] | None, typer.Option(min=1, help="Of a search. May be repeated. Default: 16, 64, 256.")
+    ] = None,
     max_rows: Annotated[int, typer.Option(min=4096, help="The largest dictionary; memory may allow less.")] = SIZES[-1],
     k: Annotated[int, typer.Option(min=1)] = 20,
     rounds: Annotated[int, typer.Option(min=1, help="All back-ends once a round, in turns; medians are printed.")] = 5,
@@ -27,8 +32,7 @@ def bench(
 ) -> None:
     """Measure the exact back-ends side by side, and the approximate index of the offline tools beside them.
 
-    Everything is measured on the CPU, and again on a GPU where there is one. Times are medians; the share of a step
-    compares numbers of one run on one machine.
+    Everything is measured on the CPU, and again on a GPU where there is one. Times are medians.
 
     Examples:
 
@@ -46,17 +50,17 @@ def bench(
             print("on a GPU: not measured, there is none")
             continue
         images = batch or (4 if quick else 256 if device == "cuda" else 16)
-        found[device] = _measure(device, images, min(max_rows, SIZES[1]) if quick else max_rows, k, rounds, quick)
+        rows = min(max_rows, SIZES[1]) if quick else max_rows
+        found[device] = _measure_steps(device, images, rows, k, quick) | _measure_searches(
+            device, queries or QUERIES, rows, k, rounds, WIDTHS[:1] if quick else WIDTHS
+        )
     if out is not None:
         write_results(out, found)
 
 
-def _measure(device: str, batch: int, max_rows: int, k: int, rounds: int, quick: bool) -> dict[str, Any]:
-    from dataclasses import asdict
-
+def _measure_steps(device: str, batch: int, max_rows: int, k: int, quick: bool) -> dict[str, Any]:
     import torch
 
-    from mls.tools.bench.searches import exponents, fits, searches
     from mls.tools.bench.steps import added_parts, fused_memory
 
     size = 64 if quick else 224
@@ -67,19 +71,27 @@ def _measure(device: str, batch: int, max_rows: int, k: int, rounds: int, quick:
         typer.echo(f"a ResNet-50 step with {rows:,} rows", err=True)
         parts.append(added_parts(device, batch, rows, k, size, rounds=2 if device == "cpu" else 10))
     _print_parts(parts)
-    step = parts[0]["MoCo-v2 step"]
-    found: list[Search] = []
-    for width in WIDTHS[:1] if quick else WIDTHS:
-        for count in [count for count in SIZES if count <= max_rows and fits(count, width, device)]:
-            typer.echo(f"searching {count:,} x {width}", err=True)
-            found += searches(device, batch, count, width, k, rounds)
-    _print_searches(found, step, k)
-    slopes = exponents(found)
-    print("time ~ rows^x: " + ", ".join(f"{name} x = {slope:.2f}" for name, slope in slopes.items()) + "\n")
     memory = fused_memory(device, *((65_536, 256) if quick else FUSED))
     _print_memory(memory)
-    searched = [asdict(search) for search in found]
-    return {"batch": batch, "k": k, "parts": parts, "searches": searched, "exponents": slopes, "memory": memory}
+    return {"batch": batch, "k": k, "parts": parts, "memory": memory}
+
+
+def _measure_searches(
+    device: str, queries: Sequence[int], max_rows: int, k: int, rounds: int, widths: Sequence[int]
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from mls.tools.bench.searches import exponents, fits, searches
+
+    found: list[Search] = []
+    for width in widths:
+        for count in [count for count in SIZES if count <= max_rows and fits(count, width, device)]:
+            typer.echo(f"searching {count:,} x {width}", err=True)
+            found += searches(device, queries, count, width, k, rounds)
+    _print_searches(found, k)
+    slopes = exponents(found)
+    print("time ~ rows^x: " + ", ".join(f"{name} x = {slope:.2f}" for name, slope in slopes.items()) + "\n")
+    return {"searches": [asdict(search) for search in found], "exponents": slopes}
 
 
 def _print_parts(parts: list[dict[str, float]]) -> None:
@@ -97,16 +109,18 @@ def _print_parts(parts: list[dict[str, float]]) -> None:
     print()
 
 
-def _print_searches(found: list[Search], step: float, k: int) -> None:
+def _print_searches(found: list[Search], k: int) -> None:
     from mls.tables import print_table
 
-    def line(search: Search) -> list[str]:
-        peak = f"{search.peak / 2**20:.1f} MiB"
-        note = "exact" if search.recall is None else f"recall@{k} {search.recall:.3f}, built in {search.built:.1f} s"
-        cost = [f"{1e3 * search.seconds:.1f} ms", f"{search.seconds / step:.2%}", peak]
-        return [str(search.width), f"{search.rows:,}", search.name, *cost, note]
+    exact = {(s.width, s.rows, s.queries): s.seconds for s in found if s.name == "torch"}
 
-    header = ["d", "rows", "back-end", "a search", "of a step", "peak memory", "answer"]
+    def line(search: Search) -> list[str]:
+        ratio = search.seconds / exact[search.width, search.rows, search.queries]
+        note = "exact" if search.recall is None else f"recall@{k} {search.recall:.3f}, built in {search.built:.1f} s"
+        cost = [f"{1e3 * search.seconds:.1f} ms", f"{ratio:.2f}", f"{search.peak / 2**20:.1f} MiB"]
+        return [str(search.width), f"{search.rows:,}", str(search.queries), search.name, *cost, note]
+
+    header = ["d", "rows", "queries", "back-end", "a search", "of torch's", "peak memory", "answer"]
     print(f"Finding the {k} nearest rows\n")
     print_table(header, list(map(line, found)))
     print()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mls.frozen.probe import Labels
 
 STRONG, WEAK = -0.5, -5.0  # decades between which the penalties lie
+FEW = (1, 3)  # penalties, beside the whole grid: where a single fit decides
 MANY = 10  # penalties where images have many labels: scikit-learn takes a minute for each
 NEIGHBOURS = (1, 5, 20, 200)
 SVM_COSTS, SVM_CLASSES = (0.01, 0.1, 1.0), 4
@@ -122,8 +123,24 @@ def drawn(images: int, dim: int, classes: int, several: bool) -> tuple[Tensor, T
 
 
 def single_label(images: int, dim: int, classes: int, penalties: int) -> list[Row]:
-    """All penalties of softmax regression."""
-    return logistic("softmax, top-1", penalties, *drawn(images, dim, classes, several=False))
+    """All penalties of softmax regression, and few of them, also on a fifth of the images."""
+    name, rows = "softmax, top-1", []
+    for count in (images, images // 5):
+        data = drawn(count, dim, classes, several=False)
+        for few in FEW:
+            rows += logistic(f"{name}, {count:,} images", few, *data, starts=(True,))
+    print(break_even(rows))
+    return rows + logistic(name, penalties, *drawn(images, dim, classes, several=False))
+
+
+def break_even(rows: Sequence[Row]) -> str:
+    """
+    >>> fast, slow = Time(1.0, 1.0), Time(2.0, 2.0)
+    >>> break_even([Row("1 penalty", fast, slow, [], []), Row("3 penalties", slow, fast, [], [])])
+    'scikit-learn is faster (CPU seconds) with: 3 penalties'
+    """
+    slower = [row.name for row in rows if row.ours.cpu > row.theirs.cpu]
+    return "scikit-learn is faster (CPU seconds) with: " + ("; ".join(slower) or f"none of {len(rows)} small grids")
 
 
 def multi_label(images: int, dim: int, classes: int, penalties: int) -> list[Row]:
@@ -131,7 +148,15 @@ def multi_label(images: int, dim: int, classes: int, penalties: int) -> list[Row
     return logistic("logistic a class, mAP", min(MANY, penalties), *drawn(images, dim, classes, several=True))
 
 
-def logistic(name: str, penalties: int, features: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> list[Row]:
+def logistic(
+    name: str,
+    penalties: int,
+    features: Tensor,
+    labels: Tensor,
+    test: Tensor,
+    truth: Tensor,
+    starts: Sequence[bool] = (False, True),
+) -> list[Row]:
     """Beside scikit-learn from zero each time, then beside scikit-learn from the last solution."""
     import torch
 
@@ -139,7 +164,7 @@ def logistic(name: str, penalties: int, features: Tensor, labels: Tensor, test: 
 
     grid = torch.logspace(STRONG, WEAK, penalties, dtype=torch.float64).tolist()
     kind, known, found = read_labels(labels), read_labels(truth), []
-    for warm in (False, True):
+    for warm in starts:
         (weight, bias), ours = timed(lambda: fit_linear(features, labels, grid))
         fits, theirs = timed(lambda: sklearn_grid(features.numpy(), labels.numpy(), grid, warm))  # noqa: B023 (at once)
         mine = [(w, b[0]) for w, b in zip(weight, bias, strict=True)]
@@ -149,7 +174,8 @@ def logistic(name: str, penalties: int, features: Tensor, labels: Tensor, test: 
         )
         gaps = (losses / losses.amin(dim=0) - 1).amax(dim=1)
         ours_reach, theirs_reach = ([known.measure(test @ w.float() + b.float()) for w, b in of] for of in answers)
-        title = f"{name}, {penalties} penalties, scikit-learn from {'the last one' if warm else 'zero'}"
+        grids = f"{penalties} {'penalty' if penalties == 1 else 'penalties'}"
+        title = f"{name}, {grids}, scikit-learn from {'the last one' if warm else 'zero'}"
         found.append(Row(title, ours, theirs, ours_reach, theirs_reach, " / ".join(f"{gap:.0e}" for gap in gaps)))
         typer.echo(f"— {title}", err=True)
     return found

@@ -40,8 +40,9 @@ def scale(
     """Measure the commands that list and read, on synthetic files of full size.
 
     tables: `mls results` of 100,000 rows, and 1,000 cells of a finished suite in the same store. jobs: `mls jobs` of
-    1,000 runs. listings: commands that only list. shards: the index of 1,000,000 images in tar shards. folders:
-    1,000,000 image files. probes: the online probes of 2,000 photographs, in the first epoch and in later ones.
+    1,000 runs. reports: `mls report` of 1,000,000 lines of log. listings: commands that only list. shards: the index of
+    1,000,000 images in tar shards. folders: 1,000,000 image files. probes: the online probes of 2,000 photographs, in
+    the first epoch and in later ones.
 
     Examples:
 
@@ -134,6 +135,31 @@ def jobs(place: Path, smaller: int) -> Iterator[Row]:
     yield Row("mls jobs", count, *command("jobs", MLS_RUNS=str(place)), target=5, note="200 lines of log each")
 
 
+def reports(place: Path, smaller: int) -> Iterator[Row]:
+    from mls.config import Config, to_yaml
+
+    count = 1_000_000 // smaller
+    (place / "config.yaml").write_text(to_yaml(Config()))
+    row = {"time": 1.7e9, **{f"loss/part{part}": 0.123456789 for part in range(20)}, "loss": 1.0, "lr": 0.1}
+    with open(place / "metrics.jsonl", "w") as log:
+        for step in range(1, count + 1):
+            log.write(json.dumps({"step": step, "epoch": step // 100, **row}) + "\n")
+    call = [sys.executable, "-m", "mls.tools", "report", str(place), "--out", str(place / "report.html")]
+    peak = 0
+
+    def work() -> None:
+        nonlocal peak
+        process = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, used = os.wait4(process.pid, 0)
+        peak, process.returncode = used.ru_maxrss, os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, call)
+
+    spent = timed(work)
+    note = f"{len(row) + 2} numbers each, peak {peak / 1024:.0f} MiB"
+    yield Row("mls report, lines of log", count, *spent, target=10, note=note)
+
+
 def listings(place: Path, smaller: int) -> Iterator[Row]:
     write_store(place / "results.jsonl", 10)
     for words in ("eval list", "eval list spml_voc2012", "results", "jobs", "config mls_scenes_tiny", "--help"):
@@ -209,6 +235,7 @@ def probes(place: Path, smaller: int) -> Iterator[Row]:
 CHAPTERS: dict[str, Callable[[Path, int], Iterator[Row]]] = {
     "tables": tables,
     "jobs": jobs,
+    "reports": reports,
     "listings": listings,
     "shards": shards,
     "folders": folders,

@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from mls.chunks import chunks
 from mls.core import matching
 from mls.frozen.index import Approximate
 from mls.tools.bench.memory import peak_bytes, peak_of_process
+from mls.tools.bench.timing import median_seconds
 
 GROUPS = 1000  # clusters of the synthetic rows
 SHARE = 0.3  # of the free memory that rows may take: they exist once, and the index beside them
@@ -27,6 +28,7 @@ SHARE = 0.3  # of the free memory that rows may take: they exist once, and the i
 @dataclass(frozen=True)
 class Search:
     name: str
+    queries: int
     width: int
     rows: int
     seconds: float
@@ -57,32 +59,29 @@ def features(count: int, width: int, seed: int, device: str = "cpu") -> Tensor:
     return out.to(device)
 
 
-def searches(device: str, batch: int, count: int, width: int, k: int, rounds: int) -> list[Search]:
-    rows, queries = features(count, width, 1, device), features(batch, width, 2, device)
-    times = matching.seconds_of_each(queries, rows, k, rounds)
-    found = []
-    for name in sorted(times, reverse=True):
-        matcher = matching.build(name)
-        peak = _peak(lambda matcher=matcher: matcher.topk(queries, rows, k), device)
-        found.append(Search(name, width, count, times[name], peak))
-    if device == "cpu":
-        found.append(_approximate(queries, rows, k, rounds))
+def searches(device: str, batches: Sequence[int], count: int, width: int, k: int, rounds: int) -> list[Search]:
+    """Each number of queries with each back-end; on a CPU the approximate index as well."""
+    rows, all_queries = features(count, width, 1, device), features(max(batches), width, 2, device)
+    began, found = time.perf_counter(), []
+    index = Approximate(rows) if device == "cpu" else None  # for data that do not change: building is no search
+    built = time.perf_counter() - began
+    for queries in map(all_queries.__getitem__, map(slice, batches)):
+        times = matching.seconds_of_each(queries, rows, k, rounds)
+        for name in sorted(times, reverse=True):
+            matcher = matching.build(name)
+            peak = _peak(lambda matcher=matcher, queries=queries: matcher.topk(queries, rows, k), device)
+            found.append(Search(name, len(queries), width, count, times[name], peak))
+        if index is not None:
+            found.append(_approximate(index, built, queries, rows, k, rounds))
     return found
 
 
-def _approximate(queries: Tensor, rows: Tensor, k: int, rounds: int) -> Search:
-    """It is built for data that do not change, so its building is no part of a search."""
-    began = time.perf_counter()
-    index = Approximate(rows)
-    built, times = time.perf_counter() - began, []
+def _approximate(index: Approximate, built: float, queries: Tensor, rows: Tensor, k: int, rounds: int) -> Search:
     exact = matching.build("torch").topk(queries, rows, k).indices
-    for _ in range(rounds):
-        began = time.perf_counter()
-        found = index.search(queries, k).indices
-        times.append(time.perf_counter() - began)
-    recall = (found[:, :, None] == exact[:, None]).any(2).float().mean().item()
+    seconds = median_seconds({"": lambda: index.search(queries, k)}, "cpu", rounds)[""]
+    recall = (index.search(queries, k).indices[:, :, None] == exact[:, None]).any(2).float().mean().item()
     peak = _peak(lambda: index.search(queries, k), "cpu")
-    return Search("IVF-PQ", rows.shape[1], len(rows), statistics.median(times), peak, recall, built)
+    return Search("IVF-PQ", len(queries), rows.shape[1], len(rows), seconds, peak, recall, built)
 
 
 def _peak(work: Callable[[], object], device: str) -> int:
@@ -91,14 +90,15 @@ def _peak(work: Callable[[], object], device: str) -> int:
 
 
 def exponents(found: list[Search]) -> dict[str, float]:
-    """How time grows with rows: the slope of a line through the logarithms, of the widest vectors measured.
+    """How time grows with rows: the slope of a line through the logarithms, of the widest vectors and most queries.
 
-    >>> exponents([Search("torch", 512, rows, 2.0 * rows, 0) for rows in (10, 100, 1000)])
+    >>> exponents([Search("torch", 1, 512, rows, 2.0 * rows, 0) for rows in (10, 100, 1000)])
     {'torch': 1.0}
     """
-    slopes, width = {}, max(search.width for search in found)
+    slopes, largest = {}, max((search.width, search.queries) for search in found)
     for name in dict.fromkeys(search.name for search in found):
-        points = [(math.log(s.rows), math.log(s.seconds)) for s in found if (s.name, s.width) == (name, width)]
+        of = [search for search in found if (search.name, (search.width, search.queries)) == (name, largest)]
+        points = [(math.log(search.rows), math.log(search.seconds)) for search in of]
         if len(points) > 1:
             slopes[name] = round(statistics.linear_regression(*zip(*points, strict=True)).slope, 6)
     return slopes

@@ -13,10 +13,11 @@ import typer
 JSON = "--out {json}"
 # What each is called with here. All together take less than half an hour on two cores.
 QUICK = {
-    "input": "--count 64 --rounds 3 --no-step",
+    "input": f"--count 64 --rounds 3 --no-step {JSON}",
     "matching": f"--quick {JSON}",
     "probe": f"--quick {JSON}",
     "saving": f"--size 4096 --backbone resnet18 {JSON}",
+    "step": f"--backbone resnet18 --rows 4096 --no-compiled {JSON}",
     "scale": f"--quick {JSON}",
 }
 MINUTES = 10.0  # after which one is given up

@@ -115,7 +115,7 @@ def _of_config(config: Config, world: int, job: Profile | None) -> Iterator[Find
     seconds = None
     if not any(finding.level == "fails" for finding in [*of_plan, of_memory]):
         speed, of_steps = measured.speed(plan, source, device)
-        seconds = speed.step
+        seconds = None if speed is None else speed.step
         yield from of_steps
     yield from measured.saving(plan, sizes, seconds, job)
     here = [name for name in FRAMEWORKS if not missing(name)]

@@ -27,11 +27,11 @@ from mls.data.loader import Loader, remedy, worker_count
 from mls.distributed import Process
 from mls.engine import optim
 from mls.engine.findings import Finding, Plan, Sizes, in_units, nearest_folder
-from mls.engine.trainer import MUCH_WAITING
 from mls.errors import reason
 from mls.frozen.features import embed
 from mls.frozen.neighbours import RECALL, InMemorySource, Thumbnail, brightened, compressed, cropped
 from mls.models.momentum import HALF, precision_on
+from mls.monitor.verdict import WAITING
 from mls.progress import duration
 from mls.slurm.profile import Profile
 
@@ -115,13 +115,17 @@ class Speed:
     step: float  # seconds of a step of the whole part
 
 
-def speed(plan: Plan, source: Source, device: torch.device) -> tuple[Speed, list[Finding]]:
+def speed(plan: Plan, source: Source, device: torch.device) -> tuple[Speed | None, list[Finding]]:
+    """None where a step does not fit into the memory of the GPU."""
     config = _timed(plan.config, min(plan.part, LOADER_BATCH))
     method = _method(plan, source, config, device)
     loaded, batches = _loaded(config, source, method, device)
     of = plan.part if device.type == "cuda" else min(plan.part, FIRST_TRY)
     work = _Steps(plan, method, device)
-    seconds = work.timed(_of_size(batches, of))
+    try:
+        seconds = work.timed(_of_size(batches, of))
+    except torch.OutOfMemoryError:
+        return None, [_too_large(plan, device)]
     if of < plan.part and seconds * plan.part / of * (STEPS + 1) < SECONDS:
         of = plan.part
         seconds = work.timed(_of_size(batches, of))
@@ -220,7 +224,7 @@ def _waiting(found: Speed, source: Source, plan: Plan) -> Finding:
     views = plan.total * plan.config.data.batch_size
     words += f": all {views:,} of the run in {duration(views / slowest)}"
     waiting = max(0.0, 1 - found.loaded / found.trained)
-    if waiting <= MUCH_WAITING:
+    if waiting <= WAITING:
         return Finding("loader against step", "fine", words)
     advice = remedy(source, plan.config)
     override = advice.split()[1] if advice.startswith("set data.workers=") else ""
@@ -234,6 +238,14 @@ def rounded(rate: float) -> str:
     ('12,346', '0.68')
     """
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def _too_large(plan: Plan, device: torch.device) -> Finding:
+    words = (
+        f"{plan.part:,} images of {plan.config.augment.size} pixels do not fit into the {device.type.upper()}'s memory"
+    )
+    parts = 2 * plan.config.engine.accumulate
+    return Finding("memory of a step", "fails", words, f"engine.accumulate={parts}" if plan.part % 2 == 0 else "")
 
 
 def _peak(device: torch.device) -> Finding:

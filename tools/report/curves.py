@@ -237,8 +237,8 @@ CHARTS = {
         Chart("Speed", "Over all processes.", {"images/s": "images_per_second"}, "images/s", low=0),
         Chart("Data wait", "Share of the time that training stood waiting for images.", {"wait": "data_wait"}, "share",
               low=0, span=0.1),
-        Chart("Monitoring", "Share of the time that went into this log.", {"monitoring": "monitoring"}, "share", low=0,
-              span=0.02),
+        Chart("Monitoring", "Share of the time that went into what every run measures of itself, and into the online "
+              "probes.", {"monitoring": "monitoring", "online probes": "probes"}, "share", low=0, span=0.02),
         Chart("Device memory", "The most that was in use.", {"memory": "gpu_memory_gib"}, "GiB", low=0),
     ],
 }  # fmt: skip

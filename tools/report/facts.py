@@ -44,10 +44,12 @@ class Card:
     log: Log = field(default_factory=Log)
     events: list[dict[str, Any]] = field(default_factory=list)
     odd: list[str] = field(default_factory=list)  # sentences about files that cannot be read
+    labels: Path | None = None  # a table with labels of some images
 
     @classmethod
-    def of(cls, run: Run, label: str) -> Card:
+    def of(cls, run: Run, label: str, labels: Path | None = None) -> Card:
         card = cls(clip(label), run, read_log(run.path / "metrics.jsonl"), events.read(run.path / "events.jsonl"))
+        card.labels = labels
         if card.log.odd:
             first = f"the first is line {card.log.first_odd}"
             card.odd.append(f"metrics.jsonl: left out {card.log.odd} lines that hold no row, {first}")
@@ -201,9 +203,9 @@ def _results(card: Card) -> list[Tile]:
     notes = notes_of_recipe(card.config.run.recipe)
     other = not_the_recipes(card, notes) if notes else ""
     found = [Tile("Result", got, f"online probes at {at}, on images held out")] if got else []
-    for name, words in notes.items():
-        found.append(Tile(name, "–" if other else "", f"the recipe’s is not for this run: {other}" if other else words))
-    return found
+    if other:
+        return [*found, Tile("Expected", "–", f"the recipe’s numbers are not for this run: {other}")]
+    return [*found, *(Tile(name, "", words) for name, words in notes.items())]
 
 
 def notes_of_recipe(recipe: str) -> dict[str, str]:

@@ -4,9 +4,11 @@ shown, of which the page cuts its crops. Pictures come from the data set, matche
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from io import BytesIO
+from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mls.errors import UserError
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from mls.config import Config
     from mls.data import Source
-    from mls.monitor.moments import Moment
+    from mls.monitor.moments import Moment, Query
 
 CELL = 96  # pixels of the longer side of a picture
 TINY = 64  # pictures up to this size, whose pixels are seen, are kept well
@@ -41,6 +43,7 @@ class Matched:
     score: float | None = None
     percentile: float | None = None
     shared: bool | None = None  # has it a true label in common with the query? None: not known
+    regions: tuple[int, int] | None = None  # numbers of the query's and its own that are most alike
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Gallery:
     meaning: str = ""
 
 
-def of_run(card: Card, source: Source | None, why: str) -> Gallery:
+def of_run(card: Card, source: Source | None, why: str, labels: Any = None) -> Gallery:
+    """`labels`: a tensor [images, classes], NaN where an image has none; None: no image has any."""
     from mls.engine.gallery import last_moment, meaning
     from mls.monitor import moments
 
@@ -93,29 +97,49 @@ def of_run(card: Card, source: Source | None, why: str) -> Gallery:
             found.moments = [last_moment(card.run, card.odd.append)]
         except UserError as error:  # the page is made all the same
             found.missing = str(error)
-    labels = _labels(source)
     found.shown = [_of_moment(moment, labels) for moment in found.moments]
     return found
 
 
-def _labels(source: Source | None) -> Any:  # a tensor or None
-    from mls.engine.trainer import watched_labels
-
-    return None if source is None else watched_labels(source)
-
-
 def _of_moment(moment: Moment, labels: Any) -> Shown:
-    def matched(query: int, match: Any) -> Matched:
+    def matched(query: int, match: Any, regions: tuple[int, int] | None) -> Matched:
         shared = None
         if labels is not None and max(query, match.id) < len(labels):
-            shared = bool((labels[query] * labels[match.id]).sum() > 0)
-        return Matched(match.id, match.box, match.age, match.score, match.percentile, shared)
+            both = (labels[query] * labels[match.id]).sum()
+            shared = None if both.isnan() else bool(both > 0)
+        return Matched(*match, shared=shared, regions=regions if regions and min(regions) >= 0 else None)
 
-    queries = [
-        Asked(q.id, q.box, {memory: [matched(q.id, m) for m in found[:MATCHES]] for memory, found in q.matches.items()})
-        for q in moment.queries
-    ]
-    return Shown(moment.step, moment.epoch, queries)
+    def lists(query: Query) -> dict[str, list[Matched]]:
+        alike = {"regions": query.regions}  # of the other memories there are none
+        return {
+            name: [
+                matched(query.id, match, regions)
+                for match, regions in zip_longest(found, alike.get(name, [])[:MATCHES])
+            ]
+            for name, found in ((name, found[:MATCHES]) for name, found in query.matches.items())
+        }
+
+    return Shown(moment.step, moment.epoch, [Asked(query.id, query.box, lists(query)) for query in moment.queries])
+
+
+def region_boxes_of(config: Config, say: Callable[[str], None]) -> Callable[[int, int, int], Box] | None:
+    """Of a run whose labels come from regions the box of a region in an image, by its number and the image's height and
+    width: of lists from a file as the file says."""
+    from mls.config import MLSOptions
+    from mls.core.neighbour_lists import NeighbourLists
+    from mls.core.regions import box_shares
+
+    if not isinstance(config.objective, MLSOptions) or config.objective.labels_from != "regions":
+        return None
+    options = config.objective.regions
+    if options.lists is not None:
+        try:
+            told = NeighbourLists.open(Path(options.lists).expanduser()).identity
+            options = replace(options, grid=int(told["grid"]), side=float(told["side"]))
+        except (UserError, KeyError, TypeError, ValueError) as error:
+            say(f"regions that matched are not shown: {clip(str(error))}")
+            return None
+    return lambda number, height, width: box_shares(height, width, options)[number]
 
 
 # ------------------------------------------------------------------------------------------------------- the pictures

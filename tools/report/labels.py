@@ -3,6 +3,7 @@ without knowing which are matches: `mls report --judged FILE` gives the precisio
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,9 +12,15 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mls.errors import DataError
+from mls.monitor.moments import LEVELS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mls.data import Source
     from mls.monitor.labels import LabelStatistics
     from mls.monitor.moments import Moment
 
@@ -33,6 +40,39 @@ class Statistic:
     name: str
     values: dict[str, str]
     beside: str
+
+
+NAMES = {
+    "features": "backbone (g)",
+    "projections": "projection (z)",
+    "regions": "regions",
+    "pixels": "nearest in pixels",
+}
+
+
+def true_labels(source: Source, table: Path | None) -> Tensor | None:
+    """[images, classes]: of the source, or of the images that a table names, where the others have NaN. None: there are
+    none."""
+    import torch
+
+    from mls.data.listing import FileSource
+    from mls.engine.trainer import watched_labels
+    from mls.eval.data.table import read_table
+
+    if table is None:
+        found = watched_labels(source)
+        return None if found is None else found.cpu()
+    if not isinstance(source, FileSource):
+        raise DataError(f"--labels {table} names files, and {source.name} has none: leave it out")
+    root = Path(os.fsdecode(source.root))
+    read = read_table(table, root)
+    found = torch.full((len(source), len(read.classes)), torch.nan)
+    places = [(image, read.places[name]) for image, name in enumerate(source.relative_paths) if name in read.places]
+    if not places:
+        raise DataError(f"{table} names no image that the run has seen: give names relative to {root}")
+    images, rows = map(list, zip(*places, strict=True))
+    found[images] = torch.from_numpy(read.cells[rows] == 1).float()
+    return found
 
 
 def memories(moment: Moment) -> list[str]:
@@ -67,6 +107,19 @@ def statistics(moment: Moment) -> list[Statistic]:
     return found
 
 
+def score_curves(moment: Moment) -> dict[str, dict[str, list[float]]]:
+    """Of the scores of all rows and of the matches which share (y, in per cent) lies below which score (x)."""
+    found = {}
+    for memory in [name for name in memories(moment) if name in moment.scores]:
+        scores = [match.score for query in moment.queries for match in query.matches[memory]]
+        if scores:
+            of_matches = np.quantile(scores, LEVELS).round(4).tolist()
+            for words, values in (("all rows", moment.scores[memory]), ("matches", of_matches)):
+                last = dict(zip(values, (round(100 * level) for level in LEVELS), strict=True))  # of equal scores
+                found[f"{NAMES.get(memory, memory)}, {words}"] = {"x": list(last), "y": list(last.values())}
+    return found
+
+
 KINDS_BY_RANK = {
     "precision": "precision",
     "recall": "recall",
@@ -85,6 +138,11 @@ def by_rank(statistics: Mapping[str, LabelStatistics]) -> list[tuple[int, list[s
 
     names = [(name, kind) for kind in KINDS_BY_RANK for name in statistics]
     return [(rank, [cell(getattr(statistics[name], kind), rank) for name, kind in names]) for rank in shown]
+
+
+def compared(statistics: Mapping[str, LabelStatistics]) -> list[str]:
+    """The names of all statistics that were held against the precision."""
+    return list(dict.fromkeys(name for one in statistics.values() for name in one.against_precision))
 
 
 # -------------------------------------------------------------------------------------------------- judged by a person

@@ -6,7 +6,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const one = (selector, of = document) => of.querySelector(selector);
 const all = (selector, of = document) => [...of.querySelectorAll(selector)];
 const several = data.runs.length > 1;
-const names = {features: "backbone (g)", projections: "projection (z)", regions: "regions", pixels: "nearest in pixels"};
+const names = data.memories;
 all(".scripted").forEach(part => { part.hidden = false; });
 
 // ------------------------------------------------------------------------------------------------------ the curves
@@ -81,33 +81,44 @@ function near(values, index) { // the last value at or before a place that this 
 
 function draw(place) {
   const chart = Object.values(data.charts.sections).flat().find(each => each.id === place.dataset.chart);
-  const shown = lines(chart), figure = place.closest("figure");
-  plots.get(place)?.destroy();
-  plots.delete(place);
-  if (!shown.length) return;
-  const points = uPlot.join(shown.map(line => [data.charts.xs[line.x][axis], line.y]));
+  const shown = lines(chart);
+  const points = shown.length ? uPlot.join(shown.map(line => [data.charts.xs[line.x][axis], line.y])) : [];
   if (chart.log) for (const values of points.slice(1)) values.forEach((value, n) => { if (value <= 0) values[n] = null; });
-  const text = {stroke: colour("soft"), font: "11px system-ui, sans-serif", grid: {stroke: colour("rule"), width: 1},
-    ticks: {stroke: colour("rule"), width: 1}};
   const series = shown.map(line => ({
     label: line.label, width: line.run === 0 && several ? 3 : 1.8, show: one(`input[name=run][value="${line.run}"]`).checked,
     stroke: several ? colour("c" + line.run % 8) : line.label === "chance" ? colour("soft") : colour("c" + line.kind),
     dash: line.label === "chance" ? CHANCE : several ? DASHES[line.kind % 4] : [],
     points: {show: line.y.length <= 12, size: 5},
   }));
-  const plot = new uPlot({
-    width: Math.max(200, place.clientWidth), height: HEIGHT, legend: {show: false},
-    scales: {x: {time: false}, y: chart.log ? {distr: 3} : {range: range(chart)}},
-    series: [{label: axis}, ...series],
-    axes: [{...text, size: 38, label: axis, labelSize: 14, labelGap: 0, labelFont: text.font, space: 60, values: (_, ticks) => ticks.map(short)},
-      {...text, size: 52, values: (_, ticks) => ticks.map(tick => tick == null ? "" : short(tick))}],
-    cursor: {sync: {key: "mls", scales: ["x", null]}, drag: {x: true, y: false}, y: false, points: {size: 7}},
-    hooks: {draw: [marks], setCursor: [readout(chart, shown, figure)]},
-  }, points, place);
-  plots.set(place, plot);
+  plot(place, chart, shown, points, series, axis, {sync: {key: "mls", scales: ["x", null]}}, [marks]);
 }
 
-const places = all(".plot"), redraw = () => places.forEach(draw);
+function drawScores(place) { // which share of the rows lies below which score, of one run
+  const chart = {curves: data.runs[place.dataset.scores].scores, span: 0, low: 0, high: 100};
+  const shown = Object.entries(chart.curves).map(([label, curve], kind) => ({label, kind, ...curve}));
+  const series = shown.map(line => ({label: line.label, width: 2, stroke: colour("c" + (line.kind >> 1)),
+    dash: line.kind % 2 ? [] : CHANCE, points: {show: false}}));
+  plot(place, chart, shown, uPlot.join(shown.map(line => [line.x, line.y])), series, "cosine", {}, []);
+}
+
+function plot(place, chart, shown, points, series, xLabel, cursor, draw) {
+  plots.get(place)?.destroy();
+  plots.delete(place);
+  if (!shown.length) return;
+  const text = {stroke: colour("soft"), font: "11px system-ui, sans-serif", grid: {stroke: colour("rule"), width: 1},
+    ticks: {stroke: colour("rule"), width: 1}};
+  plots.set(place, new uPlot({
+    width: Math.max(200, place.clientWidth), height: HEIGHT, legend: {show: false},
+    scales: {x: {time: false}, y: chart.log ? {distr: 3} : {range: range(chart)}},
+    series: [{label: xLabel}, ...series],
+    axes: [{...text, size: 38, label: xLabel, labelSize: 14, labelGap: 0, labelFont: text.font, space: 60, values: (_, ticks) => ticks.map(short)},
+      {...text, size: 52, values: (_, ticks) => ticks.map(tick => tick == null ? "" : short(tick))}],
+    cursor: {...cursor, drag: {x: true, y: false}, y: false, points: {size: 7}},
+    hooks: {draw, setCursor: [readout(chart, shown, place.closest("figure"))]},
+  }, points, place));
+}
+
+const places = all(".plot"), redraw = () => places.forEach(place => (place.dataset.scores ? drawScores : draw)(place));
 if (places.length) {
   const had = name => data.charts.xs.some(x => x[name]);
   all("input[name=x]").forEach(input => {
@@ -145,12 +156,14 @@ function crop(source, id, box, css = "") {
   return made;
 }
 
-function whole(source, id, box) {
+function whole(source, id, boxes) { // the crop red, the region that is most like the other's yellow
   const [sheet, x, y, w, h] = placeOf(source, id);
   const made = svg("svg", {viewBox: `${x} ${y} ${w} ${h}`, "aria-hidden": "true"});
   made.append(svg("use", {href: "#sheet" + sheet}));
-  const rect = {x: x + box[0] * w, y: y + box[1] * h, width: (box[2] - box[0]) * w, height: (box[3] - box[1]) * h, class: "box"};
-  made.append(svg("rect", rect), svg("rect", rect));
+  boxes.forEach((box, n) => {
+    const rect = {x: x + box[0] * w, y: y + box[1] * h, width: (box[2] - box[0]) * w, height: (box[3] - box[1]) * h};
+    made.append(svg("rect", {...rect, class: "box"}), svg("rect", {...rect, class: n ? "box region" : "box place"}));
+  });
   return made;
 }
 
@@ -158,11 +171,13 @@ const dialog = one("#whole");
 one("button", dialog).addEventListener("click", () => dialog.close());
 function open(source, query, match) {
   all("figure", dialog).forEach((figure, side) => {
-    const [id, box, age, score] = side ? match : [query[0], query[1]];
-    one("div", figure).replaceChildren(placeOf(source, id) ? whole(source, id, box) : "not shown");
+    const [id, box, age, score] = side ? match : [query[0], query[1]], regions = match[6];
+    const boxes = regions ? [box, regions[side]] : [box];
+    one("div", figure).replaceChildren(placeOf(source, id) ? whole(source, id, boxes) : "not shown");
     const facts = [side ? "match" : "query", data.names[source + ":" + id] || "image " + id];
     if (age != null) facts.push(`the row is ${age} steps old`);
-    if (score != null) facts.push(`cosine ${score}`);
+    if (score != null) facts.push(`${regions ? "score" : "cosine"} ${score}`);
+    if (regions) facts.push("red: the crop, yellow: the region that is most like the other’s");
     one("figcaption", figure).textContent = facts.join("; ");
   });
   dialog.showModal();

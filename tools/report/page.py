@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import time
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -21,16 +21,21 @@ from mls.tools.report.gallery import (
     SHOWN,
     WHOLE,
     Atlas,
+    Box,
     Gallery,
     Matched,
     Shown,
     of_run,
+    region_boxes_of,
     sources_of,
     wanted,
 )
 from mls.tools.report.labels import Pair, pairs_to_judge
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mls.data import Source
     from mls.monitor.labels import LabelStatistics
     from mls.monitor.moments import Moment
     from mls.monitor.nuisance import Nuisance
@@ -50,6 +55,23 @@ class Section:
     nuisances: dict[str, list[Nuisance]] = field(default_factory=dict)  # by memory
     quality: dict[str, LabelStatistics] = field(default_factory=dict)  # by memory; of images with labels
     pairs: list[Pair] = field(default_factory=list)
+    region_box: Callable[[int, int, int], Box] | None = None  # by number, of an image's height and width
+
+    @cached_property
+    def replayed(self) -> tuple[str, list[str], list[list[str]]] | None:
+        """What `mls replay` has left beside the run: its caption, header and lines."""
+        from mls.engine.replay import NOTE, read
+        from mls.tools.replay import table_of
+
+        found = read(self.card.run.path / "replay.json")
+        if found is None:
+            return None
+        caption = f"Step {found.step:,}, {found.queries} queries, {found.rows:,} rows. {NOTE}"
+        return caption, *table_of(found)
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, list[float]]]:
+        return labels.score_curves(self.moment) if self.moment else {}
 
     @cached_property
     def findings(self) -> list[Finding]:
@@ -57,7 +79,9 @@ class Section:
 
         first = next(iter(self.nuisances.values()), [])  # of the memory that gives the labels
         percentiles = {nuisance.name: nuisance.percentile for nuisance in first}
-        return verdict(Seen(self.card.config, self.card.log.steps_and_values(), self.moment, percentiles))
+        judged = next(iter(self.quality.values()), None)
+        known = (judged.precision[-1], judged.chance) if judged and self.card.labels else None
+        return verdict(Seen(self.card.config, self.card.log.steps_and_values(), self.moment, percentiles, known))
 
     @property
     def moment(self) -> Moment | None:
@@ -70,6 +94,14 @@ class Section:
     @cached_property
     def results(self) -> list[Mapping[str, Any]]:
         return facts.stored_results(self.card)
+
+    @cached_property
+    def maps(self) -> str:
+        """What `mls maps` has drawn into the run, for the page."""
+        file = self.card.run.path / "maps.png"
+        if not file.is_file() or file.stat().st_size > PICTURES:
+            return ""
+        return f"data:image/png;base64,{b64encode(file.read_bytes()).decode()}"
 
     @property
     def expected(self) -> list[tuple[str, str]]:
@@ -115,9 +147,10 @@ def _words(sections: Sequence[Section], atlas: Atlas) -> dict[str, Any]:
     charts = curves.drawn([card.log for card in cards], [card.axis for card in cards], [card.label for card in cards])
     data = {
         "charts": charts,
-        "runs": [_for_script(section) for section in sections],
+        "runs": [_for_script(section, atlas) for section in sections],
         "shown": SHOWN,
         "tiny": atlas.tiny,
+        "memories": labels.NAMES,
     }
     data |= {"places": {f"{s}:{i}": place for (s, i), place in atlas.places.items()}, "names": _names(atlas)}
     words: dict[str, Any] = {"sections": sections, "cards": cards, "charts": charts, "atlas": atlas, "facts": facts}
@@ -130,32 +163,38 @@ def _section(card: Card, atlas: Atlas, source: int | None, why: str) -> Section:
     from mls.errors import UserError
 
     typer.echo(f"finding the matches of {card.label}", err=True)
-    section = Section(card, of_run(card, None if source is None else atlas.sources[source], why))
+    opened = None if source is None else atlas.sources[source]
+    truth = None if opened is None else labels.true_labels(opened, card.labels)
+    section = Section(card, of_run(card, opened, why, truth))
     section.gallery.source = source or 0
-    if source is None or not section.gallery.moments:
+    section.region_box = region_boxes_of(card.config, card.odd.append)
+    if opened is None or section.moment is None:
         return section
+    if card.labels is not None and truth is not None:
+        known = [not truth[query.id].isnan().any() for query in section.moment.queries]
+        card.odd.append(f"{facts.clip(str(card.labels))} labels {sum(known)} of the {len(known)} queries")
     try:
-        _look_at_pixels(section, atlas.sources[source])
+        _look_at_pixels(section, opened, truth)
     except UserError as error:
         card.odd.append(f"what matches have in common was not measured: {facts.clip(str(error))}")
     return section
 
 
-def _look_at_pixels(section: Section, source: Any) -> None:
+def _look_at_pixels(section: Section, source: Source, truth: Tensor | None) -> None:
     """What needs the images themselves, or their labels: what matches have in common, and the rows that look most
     alike."""
-    from mls.engine.trainer import watched_labels
     from mls.monitor.labels import label_statistics
     from mls.monitor.nuisance import Thumbnails, nuisances, pixel_nearest
 
     moment, mirrored = section.gallery.moments[-1], section.card.config.augment.flip > 0
-    thumbnails, truth = Thumbnails.of_moment(moment, source), watched_labels(source)
+    thumbnails = Thumbnails.of_moment(moment, source, mirrored)
     for memory in labels.memories(moment):
         matches = [query.matches.get(memory, []) for query in moment.queries]
-        section.nuisances[memory] = nuisances(moment, matches, thumbnails, mirrored)
-        if truth is not None and (found := label_statistics(moment, matches, truth)) is not None:
+        section.nuisances[memory] = nuisances(moment, matches, thumbnails)
+        by_query = {f"{nuisance.name} percentile": nuisance.by_query for nuisance in section.nuisances[memory]}
+        if truth is not None and (found := label_statistics(moment, matches, truth, by_query)) is not None:
             section.quality[memory] = found
-    nearest = pixel_nearest(moment, thumbnails, MATCHES, mirrored)
+    nearest = pixel_nearest(thumbnails, MATCHES)
     section.pairs = pairs_to_judge(moment, {n: [(c.id, c.box) for c in found] for n, found in enumerate(nearest)})
     for query, found in zip(section.gallery.shown[-1].queries, nearest, strict=True):
         query.lists[PIXELS] = [Matched(crop.id, crop.box) for crop in found]
@@ -168,29 +207,39 @@ def _wanted(sections: Sequence[Section]) -> list[tuple[int, int]]:
     return [*found[:first], *judged, *found[first:]]
 
 
-def _for_script(section: Section) -> dict[str, Any]:
+def _for_script(section: Section, atlas: Atlas) -> dict[str, Any]:
     gallery = section.gallery
     return {
         "label": section.card.label,
         "source": gallery.source,
         "marks": _marks(section.card),
-        "shown": [_moment_data(shown) for shown in gallery.shown],
+        "shown": [_moment_data(shown, section, atlas) for shown in gallery.shown],
+        "scores": section.scores,
         "pairs": [[p.kind, *p.query, *p.other] for p in section.pairs],
     }
 
 
-def _moment_data(shown: Shown) -> dict[str, Any]:
-    def match(m: Matched) -> list[Any]:
+def _moment_data(shown: Shown, section: Section, atlas: Atlas) -> dict[str, Any]:
+    def match(query: int, m: Matched) -> list[Any]:
         score = None if m.score is None else round(m.score, 3)
         percentile = None if m.percentile is None else round(m.percentile, 1)
-        return [m.id, _short(m.box), m.age, score, percentile, None if m.shared is None else int(m.shared)]
+        shared, regions = None if m.shared is None else int(m.shared), regions_of(query, m)
+        return [m.id, _short(m.box), m.age, score, percentile, shared, *([regions] if regions else [])]
+
+    def regions_of(query: int, m: Matched) -> list[list[float]]:
+        """The boxes of the two regions that are most alike, in the query's image and in the match's."""
+        places = [atlas.places.get((section.gallery.source, image)) for image in (query, m.id)]
+        if m.regions is None or section.region_box is None or None in places:
+            return []
+        sides = [(place[4], place[3]) for place in places if place]
+        return [_short(section.region_box(n, *of)) for n, of in zip(m.regions, sides, strict=True)]
 
     queries = [
         [
             q.id,
             _short(q.box),
             round(q.agreement, 4),
-            {name: [match(m) for m in found] for name, found in q.lists.items()},
+            {name: [match(q.id, m) for m in found] for name, found in q.lists.items()},
         ]
         for q in shown.queries
     ]

@@ -3,8 +3,8 @@ encoder's projection of the other crop. No negatives and no memory.
 
     loss = 4 - 2 cos(p1, z2') - 2 cos(p2, z1')        p = predictor(z), z' the key encoder's [batch, projection]
 
-`model.momentum` is the key encoder's (the paper lets it rise from 0.996 to 1), both crops have MoCo-v2's augmentation.
-Short runs need `model.head_norm=batch`.
+`model.momentum` is the key encoder's (the paper lets it rise from 0.996 to 1: `model.final_momentum=1`), both crops
+have MoCo-v2's augmentation. Short runs need `model.head_norm=batch`.
 """
 
 from __future__ import annotations
@@ -49,4 +49,4 @@ class BYOL(Method):
         return StepOutput(loss, scalars)
 
     def after_step(self, outputs: list[StepOutput]) -> None:
-        self.pair.update(self.config.model.momentum)
+        self.pair.update(self.momentum)

@@ -94,7 +94,7 @@ class DenseCL(Method):
         return self.key_norm(self.pair.key, images, stream)
 
     def after_step(self, outputs: list[StepOutput]) -> None:
-        self.pair.update(self.config.model.momentum)
+        self.pair.update(self.momentum)
         for out in outputs:
             self.dictionary.enqueue(**out.keys)
 

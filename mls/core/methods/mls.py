@@ -173,8 +173,9 @@ class MLS(MoCo):
             return matched
         else:
             found = self.regions.among(views.ids, matched.ids)
-            listed = Nearest(found.indices[:, :most], found.scores[:, :most], found.scores.new_empty(0))
-            nearest = {"regions": listed, **matched.nearest}
+            slots, scores = found.indices[:, :most], found.scores[:, :most]
+            alike = self.regions.lists.most_alike(views.ids, matched.ids[slots])
+            nearest = {"regions": Nearest(slots, scores, scores.new_empty(0), regions=alike), **matched.nearest}
         return replace(matched, nearest=nearest)
 
 

@@ -5,11 +5,12 @@ the key encoder, both ways:
 
     a = cos(x, prototypes), slot = sum over cells of softmax(a / t)-weighted x          [batch, prototypes, width]
     loss = w · CE(a1 / student t, softmax((b2 - centre) / t)) + (1 - w) · 2 τ InfoNCE(predictor(slots1), slots2, τ)
+
+The paper's key encoder slows down to a stop: model.momentum=0.99 model.final_momentum=1.
 """
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import cast
 
@@ -95,7 +96,6 @@ class SlotCon(Method):
             self.pair = EncoderPair(SlotEncoder(encoder, width, options))
             self.predictor = mlp([width, options.hidden, options.hidden, width], nn.Linear)
         self.register_buffer("centre", torch.zeros(options.prototypes))
-        self.momentum = config.model.momentum
 
     @property
     def backbone(self) -> Backbone:
@@ -103,11 +103,6 @@ class SlotCon(Method):
 
     def views(self) -> ViewPlan:
         return ViewPlan.crops(self.config.augment, positions=True)
-
-    def set_progress(self, step: int, epoch: int, steps_per_epoch: int) -> None:
-        """The key encoder's momentum rises to 1 along a half cosine."""
-        rest = (1 + math.cos(math.pi * step / (self.config.optim.epochs * steps_per_epoch))) / 2
-        self.momentum = 1 - (1 - self.config.model.momentum) * rest
 
     def forward(self, views: Views) -> StepOutput:
         queries = [self.pair.query(images) for images in views.images[:2]]

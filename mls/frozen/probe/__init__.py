@@ -1,7 +1,7 @@
 """Probes on frozen features: kNN, linear classifiers with chosen settings, the support vector machine of the
 literature. The monitor uses them during a run, eval/ after it. Features are extracted elsewhere."""
 
-from mls.frozen.probe.labels import Labels, few_shot, held_out_split, read_labels
+from mls.frozen.probe.labels import Labels, few_shot, held_out_split, read_labels, share_of
 from mls.frozen.probe.linear import Candidate, Probe, ProbeOptions, fit_linear, linear_probe
 from mls.frozen.probe.neighbours import Knn, knn, knn_scores, nearest
 from mls.frozen.probe.sgd import Sgd, sgd_probe
@@ -24,5 +24,6 @@ __all__ = [
     "nearest",
     "read_labels",
     "sgd_probe",
+    "share_of",
     "svm_probe",
 ]

@@ -13,6 +13,8 @@ from mls.chunks import chunks
 from mls.models.finite import finite
 
 ROWS = 2048  # images at a time
+LEADING = 64  # axes that are worked out where all would take longer than the fits
+FEW = 1024  # features or images whose axes are always worked out
 BLOCK = 512  # columns of the matrix of second moments that are computed together
 
 
@@ -73,6 +75,59 @@ class Axes:
 
     vectors: Float[Tensor, "dim axes"]
     squares: Float[Tensor, "axes"]
+
+    def to_features(self, at: Float[Tensor, "columns axes"]) -> Float[Tensor, "columns dim"]:
+        return at @ self.vectors.T
+
+    def from_features(self, slope: Float[Tensor, "columns dim"]) -> Float[Tensor, "columns axes"]:
+        return slope @ self.vectors
+
+
+@dataclass
+class LeadingAxes(Axes):
+    """Orthonormal axes of which only the first few are principal ones. `vectors` and `factors` are the Householder
+    reflections whose product the axes are (torch.geqrf), so the others cost nothing; along all of them the images are
+    taken to have the same mean square."""
+
+    vectors: Float[Tensor, "dim leading"]
+    factors: Float[Tensor, "leading"]
+    scale: Float[Tensor, "dim"]
+
+    def to_features(self, at: Float[Tensor, "columns dim"]) -> Float[Tensor, "columns dim"]:
+        return torch.ormqr(self.vectors, self.factors, at.contiguous(), left=False, transpose=True) * self.scale
+
+    def from_features(self, slope: Float[Tensor, "columns dim"]) -> Float[Tensor, "columns dim"]:
+        return torch.ormqr(self.vectors, self.factors, slope * self.scale, left=False)
+
+
+def axes_for(design: Design, columns: int, penalties: int) -> Axes:
+    """Principal axes cost about 10 min(images, dim)^3 operations and save each penalty some ten passes over the
+    features, compared with leading axes. Those are taken where that is cheaper; up to 1,024 features or images, whose
+    axes take less than a second, get all of them."""
+    count, dim = len(design), design.features.shape[1]
+    small = min(count, dim)
+    passes = 10 * penalties * 4 * count * dim * columns
+    return leading_axes(design) if small > FEW and 10 * small**3 > passes else principal_axes(design)
+
+
+def leading_axes(design: Design) -> LeadingAxes:
+    """By subspace iteration from fixed random directions."""
+    count, dim = len(design), design.features.shape[1]
+    scale, mean = design.scale.to(design.dtype), design.mean.to(design.dtype)
+    directions = torch.randn(dim, LEADING, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(scale)
+    images, total = directions, torch.zeros((), dtype=torch.float64, device=scale.device)
+    for last in (False, False, True):
+        directions = torch.linalg.qr(finite(images)).Q
+        images = torch.zeros_like(directions)
+        for x, _ in design.parts(ROWS):
+            x = (x - mean) * scale
+            images.addmm_(x.T, x @ directions)
+            total += last * x.square().sum(dtype=torch.float64)
+    squares, within = torch.linalg.eigh(directions.T @ images / count)
+    squares = squares.clamp(min=0)
+    rest = ((total / count - squares.sum()) / (dim - LEADING)).clamp(min=0).to(squares)
+    vectors, factors = torch.geqrf(directions @ within)
+    return LeadingAxes(vectors, torch.cat([squares, rest.expand(dim - LEADING)]), factors, scale)
 
 
 def principal_axes(design: Design) -> Axes:

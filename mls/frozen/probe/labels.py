@@ -145,6 +145,22 @@ def few_shot(
     return order[chosen].sort().values
 
 
+def share_of(labels: Shaped[Tensor, "images ..."], share: float, draw: int = 0, seed: int = 0) -> Int64[Tensor, "rows"]:
+    """Sorted rows of a share of the images, at least one: of each class where every image has one label. The rows of a
+    smaller share are among those of a larger one.
+
+    >>> labels = torch.tensor([0, 1, 0, 1, 1, 0, 1, 1])
+    >>> labels[share_of(labels, 0.34)].bincount()
+    tensor([1, 2])
+    """
+    order = torch.randperm(len(labels), generator=generator(seed, "share of labels", draw))
+    if labels.ndim == 2:
+        return order[: max(1, round(share * len(labels)))].sort().values
+    drawn = labels.cpu()[order]
+    most = (share * torch.bincount(drawn)).round().clamp(min=1)
+    return order[_place_within_class(drawn) < most[drawn]].sort().values
+
+
 def _place_within_class(numbers: Int64[Tensor, "images"]) -> Int64[Tensor, "images"]:
     """How many images of the same class come before each image.
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mls.chunks import chunks
-from mls.frozen.probe.design import Axes, Design, centred, principal_axes, standardised
+from mls.frozen.probe.design import Axes, Design, axes_for, centred, standardised
 from mls.frozen.probe.labels import Labels, Metric, held_out_split, read_labels
 from mls.frozen.probe.objectives import Logistic, Softmax
 from mls.frozen.probe.solve import TOLERANCE, minimise
@@ -85,7 +85,7 @@ def linear_probe(
     options = replace(options, **more)
     labels = read_labels(train_labels.to(train_features.device), options.multilabel)
     design = standardised(train_features.detach())
-    axes = principal_axes(design)
+    axes = axes_for(design, labels.classes, len(l2))
 
     def fit(penalties: Sequence[float], rows: Tensor | None) -> tuple[Tensor, Tensor]:
         part = design if rows is None else Design(design.features, design.mean, design.scale, rows)
@@ -114,8 +114,8 @@ def fit_linear(
 ) -> tuple[Float[Tensor, "penalties dim classes"], Float[Tensor, "penalties 1 classes"]]:
     """Minimises loss + l2 |weight|^2 for all penalties together. The loss is the mean over images of the softmax
     cross-entropy, or of the sum over classes of the binary cross-entropy. The features are not standardised."""
-    design = centred(features.detach())
-    return _fit(design, read_labels(labels, multilabel), l2, principal_axes(design), tolerance, progress)
+    design, known = centred(features.detach()), read_labels(labels, multilabel)
+    return _fit(design, known, l2, axes_for(design, known.classes, len(l2)), tolerance, progress)
 
 
 def _fit(

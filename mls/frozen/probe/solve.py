@@ -148,7 +148,7 @@ class _Problem:
     def weights(self, point: Tensor) -> tuple[Float[Tensor, "columns dim"], Float[Tensor, "columns"]]:
         """Weights and biases for the unscaled features."""
         at, count = (point * self.stretch).flatten(0, 1), len(self.axes.squares)
-        weight = at[:, :count] @ self.axes.vectors.T
+        weight = self.axes.to_features(at[:, :count])
         return weight, self.bias.flatten() + at[:, count:].sum(dim=1) - weight @ self.mean
 
     def evaluate(self, point: Tensor) -> tuple[Float64[Tensor, "groups"], Float[Tensor, "groups size coordinates"]]:
@@ -165,7 +165,7 @@ class _Problem:
             slope.addmm_(slopes, x)
             bias_slope += slopes.sum(dim=1)
         slope -= torch.outer(bias_slope, self.mean)
-        parts = [slope @ self.axes.vectors, bias_slope[:, None]]
+        parts = [self.axes.from_features(slope), bias_slope[:, None]]
         slope = torch.cat(parts[: 1 + self.objective.free_bias], dim=1).view_as(point) / len(self.design)
         at = point * self.stretch
         penalty = (self.l2 * at.square()).sum(dim=(1, 2), dtype=torch.float64)

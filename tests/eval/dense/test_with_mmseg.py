@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mls import yaml_files
 from mls.config import AugmentConfig
 from mls.data.layouts import write
 from mls.errors import CheckpointError, ConfigError, DataError, DivergedError, Stopped
@@ -96,7 +97,7 @@ def counted_by_us(protocol: Segmentation, weights: dict[str, Tensor]) -> dict[st
     return segmentation_metrics(counts)
 
 
-def test_voc12aug_and_ade20k_are_read_by_our_readers(tmp_path: Path) -> None:
+def test_voc12aug_ade20k_and_own_masks_are_read_by_our_readers(tmp_path: Path) -> None:
     write("voc", tmp_path / "voc", train=4, test=2, size=64)
     year = tmp_path / "voc" / "VOCdevkit" / "VOC2012"
     shutil.copytree(year / "SegmentationClass", year / "SegmentationClassAug")
@@ -109,7 +110,9 @@ def test_voc12aug_and_ade20k_are_read_by_our_readers(tmp_path: Path) -> None:
                 ade / kind / phase / f"ADE_1.{suffix}"
             )
     (ade / "objectInfo150.txt").write_text("\n".join(["head", *(f"{i}\t1\t1\t1\tname {i}" for i in range(1, 151))]))
-    for name, root, classes in (("voc12aug_fcn", year.parent, 21), ("ade20k_fcn", ade, 150)):
+    shutil.copytree(ade / "annotations", ade / "masks")
+    (ade / "classes.yaml").write_text(yaml_files.dump({"names": list("abcd"), "void": list(range(4, 151))}))
+    for name, root, classes in (("voc12aug_fcn", year.parent, 21), ("ade20k_fcn", ade, 150), ("segmentation", ade, 4)):
         options = [f"data.root={root}", "data.check_sizes=false", "training.steps=1"]
         protocol = load_protocol(name, [*TINY, *options])
         outcome = with_mmseg.run(protocol, "random", 0, tmp_path / name, quiet=True)

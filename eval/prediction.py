@@ -1,0 +1,314 @@
+"""Predictions of what an evaluation has trained (classifier, probe, detector, segmenter) on any images. What is done is
+kept, so that the same call goes on; images that cannot be read are named and left out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from PIL import Image
+from safetensors.torch import load as tensors_of
+from torch import Tensor, nn
+
+from mls import card
+from mls.chunks import chunks
+from mls.data import Source
+from mls.data.decode import decode
+from mls.data.listing import FileSource
+from mls.data.sources import hash_of_images
+from mls.data.unreadable import readable
+from mls.distributed import start
+from mls.errors import CheckpointError, ConfigError, Stopped
+from mls.eval.boosted import BoostedClassifier
+from mls.eval.classifier import build_classifier
+from mls.eval.data import LabelledImages
+from mls.eval.dense import pictures
+from mls.eval.dense.coco_ap import detections_as_coco
+from mls.eval.dense.detector import Detector
+from mls.eval.dense.schema import Dense, Detection
+from mls.eval.dense.segmenter import Segmenter
+from mls.eval.images import Batches
+from mls.eval.protocol import AnyProtocol, Frozen, Supervised, load_protocol
+from mls.eval.training import build_loss
+from mls.eval.weights import check_weights, read
+from mls.files import atomic_file, read_json, runs_folder, write_atomically
+from mls.frozen.features import cached_features
+from mls.frozen.neighbours import source_from
+from mls.models import load_backbone
+from mls.progress import counting
+from mls.signals import StopFlag
+
+FILE = "classifier.safetensors"
+BATCH, DENSE_BATCH = 64, 8  # images
+BLOCK = 64  # rows of scores that are kept together
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of a classifier: one row for each image that could be read."""
+
+    paths: list[str]
+    class_names: list[str]
+    scores: Float[Tensor, "images classes"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What an evaluation kept: the tensors that were tested, its protocol, and the card beside them."""
+
+    folder: Path
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+    @classmethod
+    def open(cls, named: str | Path) -> Kept:
+        """The folder of an evaluation, or weights (a run, a file, a name) of which just one was kept."""
+        folder = Path(named).expanduser()
+        if (folder / "protocol.yaml").is_file() and not (folder / FILE).is_file():
+            raise ConfigError(f"{folder} keeps no classifier: its task trains none, or it is not done")
+        if not (folder / FILE).is_file():
+            check_weights(str(named))
+            folder = _trained_on(str(named))
+        found = card.read(folder / FILE)
+        if found is None:
+            raise CheckpointError(f"{folder} keeps no class names (an earlier version): run its evaluation --again")
+        return cls(folder, tensors_of(found[0]), found[1])
+
+    @cached_property
+    def protocol(self) -> AnyProtocol:
+        return load_protocol(self.folder / "protocol.yaml")
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.facts["classes"]
+
+
+def _trained_on(weights: str) -> Path:
+    """Of the evaluations in $MLS_RUNS the one that trained on these weights."""
+    same = lambda other: (
+        other == weights or (Path(other).exists() and os.path.realpath(other) == os.path.realpath(weights))
+    )
+    cards = sorted((runs_folder() / "eval").glob(f"*/{Path(FILE).with_suffix('.json')}"))
+    found = [path.parent for path in cards if same(str(read_json(path, "evaluate again").get("weights")))]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"{weights} has {len(found)} classifiers: name one of {', '.join(map(str, found[-3:]))}")
+    raise ConfigError(
+        f"{weights} has features and no classes: train a classifier on images with labels, `mls eval run linear "
+        f"data.root=FOLDER --weights {weights}`, and give the folder that it prints"
+    )
+
+
+def predict(classifier: str | Path, images: str | Path | Source, quiet: bool = False) -> Predictions:
+    """Scores of an evaluation's classifier, or of its probe: probabilities, as they were measured; a support vector
+    machine's are its margins. `images`: anything that pretraining reads. After a stop the same call goes on.
+
+    >>> predict("runs/eval/linear-seed0-d5df3119e8c5", "/data/new").scores  # doctest: +SKIP
+    """
+    kept = Kept.open(classifier)
+    source = source_from(str(images)) if isinstance(images, str | Path) else images
+    if isinstance(kept.protocol, Dense):
+        raise ConfigError(f"{kept.folder} is of {kept.protocol.task}: name a folder with --out (Python: predict_dense)")
+    ids = readable(source, range(len(source)), quiet=quiet)
+    score, protocol = _scorer(kept)
+    truth = torch.zeros(len(source), dtype=torch.int64)
+    batches = Batches(LabelledImages(source, truth, kept.class_names), protocol, 0, start().device)
+
+    @torch.no_grad()
+    def compute(first: int) -> Generator[Tensor, None, None]:
+        for _, views in batches.plain(torch.tensor(ids[first:]), BATCH):
+            yield score(views).float().cpu()
+
+    facts = {"classifier": kept.facts["sha256"], "images": hash_of_images(source, torch.tensor(ids))}
+    facts |= {"crop": [protocol.augment.size, protocol.data.test_crop, protocol.data.test_resize]}
+    found = cached_features(facts, len(ids), compute, f"predictions for {source.name}", quiet, BLOCK)
+    return Predictions([source.describe(number) for number in ids], kept.class_names, found.features)
+
+
+def _scorer(kept: Kept) -> tuple[Callable[[Tensor], Tensor], Supervised | Frozen]:
+    """Standardised images to scores, and the protocol with the statistics of the weights."""
+    protocol, facts, device = kept.protocol, kept.facts, start().device
+    assert isinstance(protocol, Supervised | Frozen)
+    protocol = replace(protocol, augment=replace(protocol.augment, mean=tuple(facts["mean"]), std=tuple(facts["std"])))
+    single = facts["single_label"]
+    if isinstance(protocol, Supervised):
+        loss = build_loss(protocol)
+        head = "cosine" if loss.takes == "cosines" else "linear"
+        network = build_classifier(f"random:{facts['architecture']}", len(kept.class_names), head)
+        if protocol.training.boost != 1:
+            network = BoostedClassifier(network, protocol.training.boost)
+        own = lambda part: {key.removeprefix(part): one for key, one in kept.tensors.items() if key.startswith(part)}
+        network.load_state_dict(own("classifier."))
+        learnt = own("loss.")
+        loss.load_state_dict({key: learnt[key] for key in loss.state_dict()})
+        network, loss = network.to(device).eval(), loss.to(device)
+        return lambda views: network(views).softmax(1) if single else loss.predict(network(views).float()), protocol
+    backbone = _backbone(kept).to(device)
+    weight, bias = (kept.tensors[name].to(device) for name in ("weight", "bias"))
+    finish = (lambda x: x) if protocol.task == "svm" and single else Tensor.sigmoid if not single else _softmax
+    return lambda views: finish(F.linear(backbone(views).float(), weight, bias)), protocol
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(1)
+
+
+def _backbone(kept: Kept) -> nn.Module:
+    """That of a probe, which keeps its last layer alone."""
+    weights = kept.facts["weights"]
+    found = read(weights, kept.protocol.model.backbone, tensors=False)
+    if found.name.startswith("random:"):
+        raise ConfigError(f"{kept.folder} is a probe of {found.name}, a control that is not kept: use other weights")
+    if found.hash != kept.facts["weights_hash"]:
+        raise CheckpointError(f"{weights} holds other weights than {kept.folder} was trained on: evaluate it again")
+    return load_backbone(weights)
+
+
+# ----------------------------------------------------------------------------------------------- objects and regions
+
+
+def predict_dense(
+    detector: str | Path, images: str | Path | Source, out: Path, draw: bool = True, quiet: bool = False
+) -> int:
+    """Writes into the folder `out` and returns the number of images. Of a detector: predictions.json in COCO's format,
+    with a score for each annotation. Of a segmenter: masks/NAME.png with the number of each pixel's class, and
+    classes.yaml. With `draw` pictures/NAME.png, too. After a stop the same call goes on."""
+    kept = Kept.open(detector)
+    source = source_from(str(images)) if isinstance(images, str | Path) else images
+    if not isinstance(kept.protocol, Dense):
+        raise ConfigError(f"{kept.folder} gives scores of classes: write them with --out preds.csv, or .parquet")
+    network, ids = _network(kept), readable(source, range(len(source)), quiet=quiet)
+    _begin(out, {"classifier": kept.facts["sha256"], "images": hash_of_images(source, torch.tensor(ids))})
+    folder, found = _Folder(out, kept, _names(source, ids), draw), out / "found.jsonl"
+    done = _whole_lines(found)
+    with StopFlag() as stop, counting("predictions", len(ids), not quiet, done) as progress, open(found, "ab") as lines:
+        for part in chunks(len(ids) - done, DENSE_BATCH):
+            batch = ids[done:][part]
+            pixels = [decode(source.read(number)) for number in batch]
+            for number, image, one in zip(batch, pixels, network.predict(pixels), strict=True):
+                lines.write(json.dumps(folder.write(number, image, one)).encode() + b"\n")
+            lines.flush()
+            progress(done + part.stop)
+            if stop.exit_code:
+                raise Stopped(
+                    f"a signal came: {done + part.stop:,} of {len(ids):,} images are written; the same command goes on",
+                    stop.exit_code,
+                )
+    if isinstance(kept.protocol, Detection):
+        _write_coco(out / "predictions.json", found, kept.class_names)
+    else:
+        write_atomically(out / "classes.yaml", json.dumps({"names": kept.class_names}).encode() + b"\n")
+    return len(ids)
+
+
+def _network(kept: Kept) -> Detector | Segmenter:
+    protocol, facts = kept.protocol, kept.facts
+    assert isinstance(protocol, Dense)
+    if protocol.backend != "torchvision":
+        raise ConfigError(f"{kept.folder} was trained by {protocol.backend}: predict with its own tools")
+    kind = Detector if isinstance(protocol, Detection) else Segmenter
+    backbone = load_backbone(f"random:{facts['architecture']}")
+    network = kind(backbone, protocol, len(kept.class_names), facts["mean"], facts["std"])  # type: ignore[arg-type]
+    network.load_state_dict(kept.tensors)
+    return network.to(start().device).eval()
+
+
+def _begin(out: Path, identity: dict[str, str]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "predict.json"
+    if not file.is_file():
+        if any(out.iterdir()):
+            raise ConfigError(f"{out} is not empty and holds no predictions: choose another --out")
+        write_atomically(file, json.dumps(identity).encode())
+    elif read_json(file, "choose another --out") != identity:
+        raise ConfigError(f"{out} holds predictions of another network or of other images: choose another --out")
+
+
+def _names(source: Source, ids: Sequence[int]) -> dict[int, str]:
+    """Of each image a path below a folder of files about it."""
+    if not isinstance(source, FileSource):
+        return {number: f"{number:09d}" for number in ids}
+    return {number: os.fsdecode(os.path.normpath(source.relative_paths[number])).replace("../", "") for number in ids}
+
+
+def _whole_lines(file: Path) -> int:
+    """How many images are done; a line that a kill has torn is cut off."""
+    if not file.is_file():
+        return 0
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        write_atomically(file, whole)
+    return whole.count(b"\n")
+
+
+@dataclass
+class _Folder:
+    """What is written of each image."""
+
+    out: Path
+    kept: Kept
+    names: dict[int, str]
+    draw: bool
+
+    def __post_init__(self) -> None:
+        stems = {number: os.path.splitext(name)[0] for number, name in self.names.items()}
+        self.stems = stems if len(set(stems.values())) == len(stems) else self.names  # a.jpg beside a.png
+
+    def write(self, number: int, image: Tensor, one: Any) -> dict[str, Any]:
+        """Its line in found.jsonl."""
+        line = {"id": number, "file_name": self.names[number], "height": image.shape[1], "width": image.shape[2]}
+        protocol, stem, names = self.kept.protocol, self.stems[number], self.kept.class_names
+        if isinstance(protocol, Detection):
+            line["found"] = [_entry(entry) for entry in detections_as_coco([one], protocol.model.masks)]
+            drawn = pictures.with_boxes(image, one, names) if self.draw else None
+        else:
+            _save(Image.fromarray(one.numpy().astype(np.uint8)), self.out / "masks" / f"{stem}.png", "PNG")
+            drawn = pictures.painted(image, one) if self.draw else None
+        if drawn is not None:
+            _save(drawn, self.out / "pictures" / f"{stem}.png", "PNG")
+        return line
+
+
+def _entry(found: dict[str, Any]) -> dict[str, Any]:
+    """An annotation that json can hold."""
+    from faster_coco_eval import mask
+
+    if (shape := found.get("segmentation")) is None:
+        return found | {"area": found["bbox"][2] * found["bbox"][3]}
+    return found | {"area": float(mask.area(shape)), "segmentation": shape | {"counts": shape["counts"].decode()}}
+
+
+def _save(image: Image.Image, path: Path, kind: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        image.save(file, kind)
+
+
+def _write_coco(file: Path, found: Path, class_names: Sequence[str]) -> None:
+    """An instances file: images and annotations count from 1, each annotation has its score."""
+    images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
+    for number, line in enumerate(_lines(found), start=1):
+        annotations += [
+            one | {"id": len(annotations) + place, "image_id": number, "iscrowd": 0}
+            for place, one in enumerate(line.pop("found"), start=1)
+        ]
+        images.append(line | {"id": number})
+    categories = [{"id": number, "name": name} for number, name in enumerate(class_names, start=1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    write_atomically(file, json.dumps(content).encode())
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    with open(file, "rb") as lines:
+        yield from map(json.loads, lines)

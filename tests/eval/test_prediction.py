@@ -1,0 +1,149 @@
+"""`mls predict`: what was tested says the same of the same images, goes on where it was stopped, names bad files."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mls.config import AugmentConfig
+from mls.errors import CheckpointError, ConfigError, Stopped
+from mls.eval import load_protocol, prediction
+from mls.eval.cells import Evaluation, evaluation
+from mls.eval.dense.run import build_network
+from mls.eval.outcome import Outcome, for_file
+from mls.eval.prediction import Kept, predict, predict_dense
+from mls.eval.protocol import to_yaml
+from mls.files import write_atomically
+from mls.models import load_backbone, save_backbone
+from mls.tools.predict import predict as command
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLS_RUNS", str(tmp_path / "runs"))
+    for number in range(20):
+        file = tmp_path / "images" / ("dark", "light")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 20), (200 * (number % 2) + number, 60, 30)).save(file)
+    save_backbone(tmp_path, load_backbone("resnet_tiny"), {"architecture": "resnet_tiny"}, AugmentConfig(size=16))
+    return tmp_path
+
+
+def small(name: str, folder: Path, *more: str) -> Evaluation:
+    settings = [f"data.root={folder / 'images'}", "augment.size=16", *more]
+    return evaluation(load_protocol(name, settings), str(folder / "backbone.safetensors"))
+
+
+def kept(cell: Evaluation, outcome: Outcome, root: Path) -> Path:
+    """The folder of an evaluation that nobody trained."""
+    folder = cell.folder(root)
+    folder.mkdir(parents=True)
+    write_atomically(folder / "protocol.yaml", to_yaml(cell.protocol).encode())
+    cell.save(folder, outcome)
+    return folder
+
+
+@pytest.mark.parametrize("task", ["linear", "finetune"])
+def test_predictions_are_those_that_were_measured(folder: Path, task: str) -> None:
+    more = ["probe.l2=[0.1]"] if task == "linear" else ["training.epochs=1", "training.batch_size=8"]
+    cell = small(task, folder, *more)
+    measured = cell.finish(folder / "runs", keep=True, quiet=True)
+    found = predict(cell.folder(folder / "runs"), folder / "images", quiet=True)
+    assert found.class_names == ["dark", "light"]
+    assert torch.allclose(found.scores.sum(1), torch.ones(20), atol=1e-5)
+    from mls.eval.splits import load
+
+    test = load(cell.protocol.data).test
+    rows = [found.paths.index(test.describe(row)) for row in range(len(test))]
+    right = (found.scores[rows].argmax(1) == test.truth).double().mean().item()
+    assert right == measured.values["top1"]
+    assert torch.equal(predict(folder / "backbone.safetensors", folder / "images", quiet=True).scores, found.scores)
+
+
+def test_a_table_of_scores_leaves_out_what_cannot_be_read(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    cell = small("linear", folder)
+    made = kept(
+        cell, Outcome({}, "", None, 0, {"weight": torch.randn(2, 128), "bias": torch.zeros(2)}), folder / "runs"
+    )
+    (folder / "images" / "dark" / "4.png").write_bytes(b"broken")
+    command(str(made), str(folder / "images"), folder / "preds.csv")
+    told = capfd.readouterr()
+    assert "dark/4.png: not an image" in told.err
+    assert "19 images, scores of 2 classes" in told.out
+    lines = (folder / "preds.csv").read_text().splitlines()
+    assert lines[0] == "path,dark,light"
+    assert len(lines) == 20
+    parquet = pytest.importorskip("pyarrow.parquet")
+    command(str(made), str(folder / "images"), folder / "preds.parquet")
+    columns = parquet.read_table(folder / "preds.parquet").to_pydict()
+    assert [float(line.rpartition(",")[2]) for line in lines[1:]] == pytest.approx(columns["light"], abs=1e-5)
+
+
+def test_what_cannot_predict_says_why(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="has features and no classes: train a classifier"):
+        predict(folder / "backbone.safetensors", folder / "images")
+    cell = small("linear", folder)
+    made = kept(
+        cell, Outcome({}, "", None, 0, {"weight": torch.randn(2, 128), "bias": torch.zeros(2)}), folder / "runs"
+    )
+    with pytest.raises(ConfigError, match="gives scores of classes: write them with --out preds.csv"):
+        predict_dense(made, folder / "images", folder / "out")
+    save_backbone(folder, load_backbone("resnet_tiny"), {"architecture": "resnet_tiny", "n": 2}, AugmentConfig(size=16))
+    with pytest.raises(CheckpointError, match="holds other weights than .* was trained on: evaluate it again"):
+        predict(made, folder / "images")
+    random = kept(replace(cell, weights="random:resnet_tiny"), Outcome({}, "", None, 0, {"weight": torch.ones(2, 128),
+        "bias": torch.zeros(2)}), folder / "others")  # fmt: skip
+    with pytest.raises(ConfigError, match="is a probe of random:resnet_tiny, a control that is not kept"):
+        predict(random, folder / "images")
+    (made / "classifier.json").unlink()
+    with pytest.raises(CheckpointError, match=r"keeps no class names .*: run its evaluation --again"):
+        predict(made, folder / "images")
+
+
+FEW = ["data.scenes.count=4", "data.scenes.test_count=2"]
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_dense_predictions_go_on_where_they_were_stopped(
+    folder: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = evaluation(load_protocol(f"{task}_scenes", FEW), str(folder / "backbone.safetensors"))
+    network = build_network(cell.protocol, cell.weights, 0, [str(n) for n in range(10 + (task == "segmentation"))])
+    made = kept(cell, Outcome({}, "", None, 0, for_file(network.state_dict())), folder / "runs")
+    monkeypatch.setattr(prediction, "DENSE_BATCH", 6)
+    written = prediction._Folder.write
+
+    def stopping(self: object, number: int, *rest: object) -> object:
+        if number == 3:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+        return written(self, number, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(prediction._Folder, "write", stopping)
+    with pytest.raises(Stopped, match="6 of 20 images are written; the same command goes on"):
+        predict_dense(made, folder / "images", folder / "out", quiet=True)
+    monkeypatch.setattr(prediction._Folder, "write", written)
+    with open(folder / "out" / "found.jsonl", "a") as file:
+        file.write('{"id": 7, "fi')  # as a kill leaves it
+    assert predict_dense(made, folder / "images", folder / "out", quiet=True) == 20
+    assert len(list((folder / "out" / "pictures").rglob("*.png"))) == 20
+    if task == "detection":
+        content = json.loads((folder / "out" / "predictions.json").read_text())
+        assert [image["file_name"] for image in content["images"]][:2] == ["dark/0.png", "dark/10.png"]
+        assert [image["id"] for image in content["images"]] == list(range(1, 21))
+        assert all({"score", "bbox", "area", "segmentation"} <= one.keys() for one in content["annotations"])
+    else:
+        mask = np.array(Image.open(folder / "out" / "masks" / "dark" / "0.png"))
+        assert mask.shape == (20, 24)
+        assert mask.max() < 11
+    other = Kept.open(made).facts
+    assert other["task"] == task
+    with pytest.raises(ConfigError, match="holds predictions of another network or of other images"):
+        predict_dense(made, folder / "images" / "dark", folder / "out", quiet=True)
