@@ -56,7 +56,9 @@ from mls.results import Results
 
 # Keys that change no number, and that stored results do not know.
 FREE_AND_YOUNGER = [("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments")]
-FREE_AND_YOUNGER += [("monitor", f"guard{key}") for key in ("", "_images", "_fall", "_every_epochs")]
+FREE_AND_YOUNGER += [("monitor", "mlflow")] + [
+    ("monitor", f"guard{key}") for key in ("", "_images", "_fall", "_every_epochs")
+]
 YOUNGER_AT = {("model", "final_momentum"): None, ("optim", "final_weight_decay"): None, ("optim", "clip_norm"): None}
 YOUNGER_AT |= {("optim", "layer_decay"): 1.0}  # left out of a run's identity at these values
 YOUNGER = {
@@ -486,6 +488,8 @@ def config_hash(config: Config) -> str:
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:
             del values["objective"][key]
+    if (regions := values["objective"].get("regions", {})).get("novelty") == 0.0:  # younger than the rest of them
+        del regions["novelty"]
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     made = config.data.source == "scenes" and config.data.scenes.objects is None  # not read
     images = "" if made else _images_of(config.data)

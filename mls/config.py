@@ -194,6 +194,7 @@ class RegionsConfig:
     whiten: int = zero_or_more(32)  # principal components that are kept, scaled to the same variance; 0: only centred
     neighbours: int = positive(256)  # of each image
     choose: Literal["nearest", "threshold"] = "nearest"  # k rows for each image, or k on average: all above one score
+    novelty: float = zero_or_more(0.0)  # so much of the whole images' similarity is taken off, in standard deviations
     soft: float = zero_or_more(0.0)  # positives weigh by exp(score / soft), 1 on average; 0: all the same
 
 

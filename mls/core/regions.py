@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -85,6 +85,7 @@ class RegionEncoder:
     """A network with the statistics of its region features over a data set."""
 
     network: nn.Module
+    whole: nn.Module  # the same, with the statistics of its training: for whole images
     augment: AugmentConfig
     options: RegionsConfig
     device: torch.device
@@ -106,8 +107,12 @@ class RegionEncoder:
     ) -> RegionEncoder:
         """Every process takes the same statistics. Those of batch normalisation are taken anew: a training's are of
         whole images, or of both."""
-        network = Encoder(copy.deepcopy(backbone), nn.Identity(), precision).to(device)
-        encoder = cls(network, augment, options, device, workers, torch.zeros(backbone.feature_dim, device=device))
+        copied = lambda: Encoder(copy.deepcopy(backbone), nn.Identity(), precision).to(device)
+        network = copied()
+        whole = copied().eval() if options.novelty else network
+        encoder = cls(
+            network, whole, augment, options, device, workers, torch.zeros(backbone.feature_dim, device=device)
+        )
         norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.reset_running_stats()
@@ -124,10 +129,21 @@ class RegionEncoder:
         return encoder
 
     def features(self, source: Source, ids: Sequence[int]) -> Iterator[Float[Tensor, "windows features"]]:
+        return self._through(self.network, source, ids, self.options)
+
+    def _through(
+        self, network: nn.Module, source: Source, ids: Sequence[int], options: RegionsConfig
+    ) -> Iterator[Float[Tensor, "windows features"]]:
         grey = self.augment.grey == 1  # then it has never seen a colour
-        for windows in in_workers(RegionWindows(source, ids, self.options), self.workers):
-            features = self.network(normalise(windows, self.augment, self.device, grey))[0]
+        for windows in in_workers(RegionWindows(source, ids, options), self.workers):
+            features = network(normalise(windows, self.augment, self.device, grey))[0]
             yield finite(features, f"the features of regions of {source.name}")
+
+    @torch.no_grad()
+    def whole_images(self, source: Source, ids: Sequence[int]) -> Float[Tensor, "images features"]:
+        """Of unit length."""
+        options = replace(self.options, grid=1, side=1.0, size=self.augment.size)
+        return F.normalize(torch.cat(list(self._through(self.whole, source, ids, options))), dim=1)
 
     @torch.no_grad()
     def __call__(
@@ -167,9 +183,15 @@ def chamfer(
 
 @torch.no_grad()
 def nearest_images(
-    features: Float[Tensor, "images regions dim"], ids: Int64[Tensor, "queries"], count: int, tell: Tell
+    features: Float[Tensor, "images regions dim"],
+    ids: Int64[Tensor, "queries"],
+    count: int,
+    tell: Tell,
+    whole: Float[Tensor, "images features"] | None = None,
+    weight: float = 0.0,
 ) -> Matches:
-    """For each of the images `ids` the `count` other images of the highest score, best first."""
+    """For each of the images `ids` the `count` other images of the highest score, best first; of which `weight` times
+    the cosine of the `whole` images is taken off."""
     images, regions = features.shape[:2]
     size = rows_within(BUDGET[features.device.type], QUERIES * regions**2)
     found = []
@@ -177,6 +199,8 @@ def nearest_images(
         best: Matches | None = None
         for part in chunks(images, size):
             scores = chamfer(features[some], features[part])
+            if whole is not None:
+                scores -= weight * whole[some] @ whole[part].T
             numbers = torch.arange(part.start, part.stop, device=ids.device)
             scores = scores.masked_fill(some[:, None] == numbers, -torch.inf)
             top = scores.topk(min(count, len(numbers)), dim=1)
@@ -188,6 +212,17 @@ def nearest_images(
     return Matches(torch.cat([one.indices for one in found]), torch.cat([one.scores for one in found]))
 
 
+@torch.no_grad()
+def relative_spread(features: Float[Tensor, "images regions dim"], whole: Float[Tensor, "images features"]) -> float:
+    """The standard deviation of scores over that of cosines of whole images, mean over a few images of each one's with
+    SAMPLE others."""
+    some, others = spaced(len(whole), 32), spaced(len(whole), SAMPLE)
+    size = rows_within(BUDGET[features.device.type], len(some) * features.shape[1] ** 2)
+    parts = [others[part.start : part.stop] for part in chunks(len(others), size)]
+    scores = torch.cat([chamfer(features[some], features[part]) for part in parts], dim=1)
+    return float((scores.std(dim=1) / (whole[some] @ whole[others].T).std(dim=1)).mean())
+
+
 def neighbours_of_all(
     encoder: RegionEncoder, source: Source, tell: Tell
 ) -> tuple[Matches, Float[Tensor, "images regions dim"]]:
@@ -196,8 +231,12 @@ def neighbours_of_all(
     share = -(-images // world())
     own = torch.arange(rank() * share, (rank() + 1) * share).clamp(max=images - 1)  # the last ones maybe repeated
     (features,) = gather([encoder(source, own.tolist(), tell)])
-    count = min(encoder.options.neighbours, images - 1)
-    found = nearest_images(features[:images], own.to(features.device), count, tell)
+    count, whole, weight = min(encoder.options.neighbours, images - 1), None, 0.0
+    if encoder.options.novelty:
+        (whole,) = gather([encoder.whole_images(source, own.tolist())])
+        weight = encoder.options.novelty * relative_spread(features[:images], whole[:images])
+        whole = whole[:images]
+    found = nearest_images(features[:images], own.to(features.device), count, tell, whole, weight)
     indices, scores = gather([found.indices, found.scores])
     return Matches(indices[:images], scores[:images]), features[:images]
 

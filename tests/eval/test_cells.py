@@ -96,6 +96,8 @@ def test_a_key_younger_than_stored_results_counts_only_where_it_is_set() -> None
     plain, half = load_config("mls_scenes_tiny"), load_config("mls_scenes_tiny", ["objective.info_nce_weight=0.5"])
     assert config_hash(plain) == "a3515859"  # as before there was objective.info_nce_weight
     assert config_hash(half) != config_hash(plain)
+    regions, new = (load_config("mls_regions_scenes_tiny", few) for few in ([], ["objective.regions.novelty=0.5"]))
+    assert config_hash(regions) == "a91e541e" != config_hash(new)
 
 
 def test_a_row_that_goes_on_from_a_shared_start_equals_one_trained_from_its_own(tmp_path: Path) -> None:

@@ -117,6 +117,30 @@ def test_methods_without_the_term_refuse_windows(method: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- regions
 
 
+def test_novelty_takes_the_whole_images_similarity_off_the_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regions, "BUDGET", {"cpu": 7 * 64 * 16})  # a few images at a time
+    features, whole = unit(30, 4, 8), unit(30, 6, seed=1)
+    found = regions.nearest_images(features, torch.arange(30), 5, lambda *done: None, whole, weight=0.7)
+    scores = regions.chamfer(features, features) - 0.7 * whole @ whole.T
+    expected = scores.fill_diagonal_(-torch.inf).topk(5)
+    torch.testing.assert_close(found.scores, expected.values)
+    assert torch.equal(found.indices, expected.indices)
+    spread = regions.chamfer(features, features).std(1) / (whole @ whole.T).std(1)
+    assert regions.relative_spread(features, whole) == pytest.approx(float(spread.mean()), rel=1e-5)
+
+
+def test_whole_images_keep_the_statistics_of_their_training() -> None:
+    config, source = load_config(RECIPE), ScenesSource(ScenesConfig(count=20, test_count=8))
+    network = TinyResNet(width=4, stride=1).eval()
+    options = replace(config.objective.regions, novelty=0.5)  # type: ignore[attr-defined]
+    encoder = RegionEncoder.fitted(network, source, config.augment, options, torch.device("cpu"))
+    image = torch.as_tensor(source.read(3)).float()[None] / 255
+    grey = (image * torch.tensor(GREY)[:, None, None]).sum(1, keepdim=True).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        expected = F.normalize(network((grey - 0.5) / 0.25), dim=1)
+    torch.testing.assert_close(encoder.whole_images(source, [3]), expected, atol=1e-4, rtol=1e-4)
+
+
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 4), st.floats(0.05, 1))
 def test_regions_lie_in_the_image_and_reach_its_edges(height: int, width: int, grid: int, side: float) -> None:
     boxes = region_boxes(height, width, RegionsConfig(grid=grid, side=side))

@@ -20,6 +20,7 @@ from mls.tools.bench.evidence import (
     chosen,
     evidence,
     figure,
+    numbers,
     share_of_gap,
     tables,
 )
@@ -61,6 +62,8 @@ def test_arms_with_windows_share_their_start_and_differ_in_their_labels_alone() 
         (lambda: chosen(["label"]), "unknown question 'label': did you mean 'labels'"),
         (lambda: chosen(["labels"], only=["own"]), "unknown arm 'own'"),
         (lambda: chosen(["labels"], variants=["objective.k=3"]), "write a name, a colon and overrides"),
+        (lambda: numbers("5-3"), "give how many, such as 5, or the first and the last"),
+        (lambda: numbers("few"), "--seeds is 'few'"),
         (lambda: arms_of("mls_scenes_tiny", [], {}), "mls_scenes_tiny has no labels from regions"),
         (lambda: arms_of("mls_regions_coco_r50", [], {}), "mls_regions_coco_r50 trains on data.source=coco"),
     ],
@@ -71,8 +74,8 @@ def test_what_is_no_study_is_refused(arguments: Callable[[], object], words: str
 
 
 def test_tables_compare_pairs_and_say_what_share_of_the_oracle_s_gain_is_reached(tmp_path: Path) -> None:
-    numbers, pairs = tables(found(), tmp_path, "arm", "note")
-    assert numbers.texts()[2][:4] == [OWN, "3", "74.0 ± 1.7", "64.0 ± 1.7"]
+    arms, pairs = tables(found(), tmp_path, "arm", "note")
+    assert arms.texts()[2][:4] == [OWN, "3", "74.0 ± 1.7", "64.0 ± 1.7"]
     rows = dict(zip((row[0] for row in pairs.texts()), pairs.texts(), strict=True))
     assert rows["windows − MoCo-v2"][2] == "+11.0 ± 2.5"
     own = rows["own region labels − windows"]
@@ -93,7 +96,7 @@ def test_a_seed_that_not_all_arms_have_counts_where_it_can(tmp_path: Path) -> No
 def test_the_command_prints_what_is_finished_and_trains_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    show = lambda: evidence([RECIPE], arm=[WINDOWS, OWN, ORACLE], seeds=2, first_seed=3, show=True, out=tmp_path)
+    show = lambda: evidence([RECIPE], arm=[WINDOWS, OWN, ORACLE], seeds="3-4", show=True, out=tmp_path)
     with pytest.raises(ConfigError, match="has no finished arm of these: leave --show out"):
         show()
     cells = arms_of(RECIPE, QUIET, chosen(["labels"], [WINDOWS, OWN]))

@@ -4,6 +4,7 @@ and true ones. Tables, the paired differences, and the gain against the labels' 
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     "better": {
         "own, k 5": ("objective.k=5",),
         "own, k 10": ("objective.k=10",),
+        "own, less its own similarity": ("objective.regions.novelty=0.5",),
         "own, one threshold": ("objective.regions.choose=threshold",),
         "own, soft": ("objective.regions.soft=0.1",),
         "own, lists every 2 epochs": ("objective.regions.every_epochs=2",),
@@ -79,8 +81,9 @@ def evidence(
     variant: Annotated[
         list[str] | None, typer.Option(metavar="NAME: KEY=VALUE", help="Own labels made otherwise. May be repeated.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    first_seed: Annotated[int, typer.Option(min=0, help="Choose a recipe on seeds that you do not report.")] = 0,
+    seeds: Annotated[
+        str, typer.Option(metavar="N|FIRST-LAST", help="Choose a recipe on other seeds than you report.")
+    ] = "3",
     quick: Annotated[bool, typer.Option("--quick", help="A look: few epochs on few scenes.")] = False,
     show: Annotated[bool, typer.Option("--show", help="Print what is finished as markdown; train nothing.")] = False,
     out: Annotated[Path | None, typer.Option(help="Default: $MLS_RUNS/evidence-RECIPE.")] = None,
@@ -97,7 +100,7 @@ def evidence(
 
         mls bench evidence mls_regions_scenes_tiny --seeds 5 --out runs/evidence
 
-        mls bench evidence --question better --first-seed 100 --seeds 2
+        mls bench evidence --question better --seeds 100-101
 
         mls bench evidence --show --out runs/evidence
     """
@@ -114,8 +117,20 @@ def evidence(
     base = load_config(recipe, overrides)
     folder = out or runs_root(base) / file_name(f"evidence-{base.run.recipe}{'-quick' * quick}", "the folder's name")
     cells = arms_of(recipe, overrides, chosen(question or ["labels"], arm or (), variant or ()))
-    numbers = range(first_seed, first_seed + seeds)
-    _tell((finished if show else measured)(cells, numbers, folder), base, folder, quick, show)
+    _tell((finished if show else measured)(cells, numbers(seeds), folder), base, folder, quick, show)
+
+
+def numbers(seeds: str) -> range:
+    """
+    >>> numbers("3"), numbers("10-14")
+    (range(0, 3), range(10, 15))
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", seeds)
+    first, last = (0, -1) if found is None else (0, int(found[1]) - 1) if not found[2] else map(int, found.groups())
+    wanted = range(first, last + 1)
+    if not wanted:
+        raise ConfigError(f"--seeds is {seeds!r}: give how many, such as 5, or the first and the last, such as 10-14")
+    return wanted
 
 
 def chosen(

@@ -87,7 +87,7 @@ def _regions(folder: Path, spoil: Spoil) -> object:
 
     spoilt: Any = network
     options, cpu = RegionsConfig(grid=2, size=16), torch.device("cpu")
-    return RegionEncoder(spoilt, AugmentConfig(size=32), options, cpu, 0, torch.zeros(4))(_scenes(), range(8))
+    return RegionEncoder(spoilt, spoilt, AugmentConfig(size=32), options, cpu, 0, torch.zeros(4))(_scenes(), range(8))
 
 
 def _file_of_weights(folder: Path, spoil: Spoil) -> object:
