@@ -36,7 +36,7 @@ from mls.streams import derive
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS, BATCH = 3, 4
 SMALL = "model.backbone=resnet_tiny augment.size=32 model.projection=32 dictionary.size=64 data.batch_size=16"
-SMALL += " objective.k=5 engine.device=cpu"
+SMALL += " objective.k=5 engine.device=cpu model.weights=null"
 FEW = ["data.scenes.count=40", "data.scenes.test_count=16"]
 BOXES = """data.name=scenes_objects data.min_sizes=[32] data.test_size=32 data.max_size=32 model.backbone=resnet_tiny
 model.width=16 model.box_width=32 model.before_nms=[20,20] model.proposals=[20,20] model.proposal_batch=16
@@ -98,6 +98,7 @@ def small(name: str, protocol: Dense) -> Dense:
     changes = REGIONS
     if isinstance(protocol, Detection):
         changes = [*BOXES, f"model.anchors={[8] if protocol.model.neck == 'c4' else [6, 9, 13]}"]
+        changes += ["model.masks=true"] if protocol.model.neck == "fpn" else []  # boxes alone are noise in three steps
     lr = protocol.training.lr * BATCH / protocol.training.batch_size
     fast = [
         "training.device=cpu",

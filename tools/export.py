@@ -10,7 +10,10 @@ import typer
 if TYPE_CHECKING:
     from mls.exporting import Checked
 
-TARGETS = "Some of torchvision, timm, detectron2, mmseg, safetensors; default: all that have such a network."
+TARGETS = (
+    "Some of torchvision, timm, detectron2, mmseg, safetensors, huggingface, pt2, onnx; default: all that have such a "
+    "network."
+)
 WEIGHTS = (
     "A run, a checkpoint of MoCo, MoCo-v3, DenseCL, solo-learn, lightly, timm, …, or a name: torchvision:resnet50."
 )
@@ -38,19 +41,19 @@ def export(
 
         mls export moco_v2_800ep_pretrain.pth.tar --to detectron2
 
-        mls export vit-b-300ep.pth.tar --to timm --architecture timm:vit_base_patch16_224
+        mls export vit-b-300ep.pth.tar --to timm,onnx --architecture timm:vit_base_patch16_224
     """
     from mls.exporting import export
 
     names = None if to is None else [name.strip() for name in to.split(",") if name.strip()]
     checked = export(weights, names, out, architecture, prefix, _say)
     _show(checked)
-    folder = checked[0].file.parent
+    folder = min((one.file.parent for one in checked), key=lambda path: len(path.parts))  # one has a folder in it
     print(f"\n{folder}: weights, recipes and certificates; `mls verify-export FILE` checks them again")
 
 
 def verify_export(
-    file: Annotated[Path, typer.Argument(help="backbone.pkl, .pth or .safetensors, whoever made it.")],
+    file: Annotated[Path, typer.Argument(help="backbone.pkl, .pth, .safetensors, .pt2 or .onnx, whoever made it.")],
     recipe: Annotated[
         Path | None,
         typer.Option(help="detectron2's YAML or mmsegmentation's configuration; default: those beside FILE."),

@@ -4,7 +4,6 @@ or by its name. Rows lie memory-mapped on the disk, where any of them is read at
 from __future__ import annotations
 
 import os
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ class HuggingFaceSource:
     def __len__(self) -> int:
         return self._count
 
-    @cached_property
+    @property
     def labels(self) -> Float[Tensor, "images classes"] | None:
         return None if self.class_names is None else multi_hot(self._pairs, len(self), len(self.class_names))
 
@@ -94,6 +93,6 @@ def _loaded(root: str, split: str | None) -> Any:
         return found
     chosen = split or "train"
     if chosen not in found:
-        known = ", ".join(found)
+        known = ", ".join(map(str, found))
         raise DataError(f"{show(root)} has no split {chosen}: set data.annotations to one of those there ({known})")
     return found[chosen]

@@ -6,7 +6,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class ParquetSource:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @cached_property
+    @property
     def labels(self) -> Float[Tensor, "images classes"] | None:
         if self.class_names is None or self._pairs is None:
             return None
@@ -125,7 +125,7 @@ class ParquetSource:
         for group in torch.randperm(len(self._groups), generator=draw).tolist():
             if windows[-1] and held + self._bytes_of(group) > HELD:
                 windows, held = [*windows, []], 0
-            windows[-1].append(np.arange(self._starts[group], self._starts[group + 1]))
+            windows[-1].append(np.arange(int(self._starts[group]), int(self._starts[group + 1])))
             held += self._bytes_of(group)
         joined = [np.concatenate(window) for window in windows]
         return np.concatenate([ids[torch.randperm(len(ids), generator=draw).numpy()] for ids in joined])

@@ -15,7 +15,16 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from mls.config import AugmentConfig
 from mls.errors import CheckpointError, UserError
-from mls.exporting import to_detectron2, to_mmseg, to_safetensors, to_timm, to_torchvision
+from mls.exporting import (
+    to_detectron2,
+    to_huggingface,
+    to_mmseg,
+    to_onnx,
+    to_pt2,
+    to_safetensors,
+    to_timm,
+    to_torchvision,
+)
 from mls.exporting.certify import Loaded, certificate, certify
 from mls.exporting.source import DISK_FULL, NoCounterpart, Source
 from mls.files import read_json, sha256, sync_folder, telling_disk_errors
@@ -34,7 +43,7 @@ class Target(Protocol):
         ...
 
     def write(self, source: Source, folder: Path, final: Path) -> list[str]:
-        """Write FILE and its recipes into `folder`, which becomes `final`; gives back the recipes' names."""
+        """Write FILE and, beside it, its recipes into `folder`, which becomes `final`; gives back their names."""
         ...
 
     def load(self, source: Source, file: Path, recipe: Path | None) -> Loaded:
@@ -45,6 +54,7 @@ class Target(Protocol):
 TargetClass = TypeVar("TargetClass", bound=Callable[[], Target])
 
 TARGETS = Registry[Target]("export target")
+PROGRAMS = (".pt2", ".onnx")  # files that hold a network's layers beside its tensors
 RECIPES: dict[str, str] = {}  # a recipe's name, by which a file's target is known
 
 
@@ -68,6 +78,9 @@ add("timm", to_timm, [to_timm.RECIPE])
 add("detectron2", to_detectron2, [to_detectron2.FPN, to_detectron2.C4])
 add("mmseg", to_mmseg, [to_mmseg.RECIPE])
 add("safetensors", to_safetensors, [to_safetensors.RECIPE])
+add("huggingface", to_huggingface, [to_huggingface.RECIPE])
+add("pt2", to_pt2, [to_pt2.RECIPE])
+add("onnx", to_onnx, [to_onnx.RECIPE])
 
 
 @dataclass(frozen=True)
@@ -133,9 +146,11 @@ def _all_or_nothing(final: Path) -> Iterator[Path]:
                 with tempfile.TemporaryDirectory(prefix=".export-", dir=final) as folder:
                     yield Path(folder)
                     lock.check()
-                    for written in sorted(Path(folder).iterdir()):
-                        os.replace(written, final / written.name)
-                sync_folder(final)
+                    for written in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+                        place = final / written.relative_to(folder)
+                        place.parent.mkdir(exist_ok=True)
+                        os.replace(written, place)
+                        sync_folder(place.parent)
     except BaseException:
         if not existed:
             with suppress(OSError):
@@ -150,9 +165,10 @@ def _write(name: str, source: Source, folder: Path, final: Path, say: Callable[[
     checked = []
     for recipe in recipes:
         say(f"{name}: comparing features as {recipe} makes them")
-        checked.append(Checked(name, final / target.FILE, certify(source, target.load(source, file, folder / recipe))))
+        loaded = target.load(source, file, file.with_name(recipe))
+        checked.append(Checked(name, final / target.FILE, certify(source, loaded)))
     text = certificate(name, source, file, [one.facts for one in checked])
-    (folder / certificate_name(name)).write_text(text)
+    file.with_name(certificate_name(name)).write_text(text)
     return checked
 
 
@@ -172,9 +188,7 @@ def verify_export(
     file = Path(file).expanduser()
     if not file.is_file():
         raise CheckpointError(f"{file} is not a file: give a backbone.pkl, a .pth or a .safetensors file")
-    certified = _certified(file) if against is None else {}
-    source = Source.open(file if against is None else against)
-    source.card.update(certified)
+    source = _source_of(file) if against is None else Source.open(against)
     pairs = [(Path(recipe).expanduser(), _target_of(Path(recipe)))] if recipe else _beside(file)
     checked = []
     for path, name in pairs:
@@ -203,15 +217,36 @@ def _beside(file: Path) -> list[tuple[Path | None, str]]:
     return [pair for pair in found if pair[0].is_file()] or [(None, fitting[0] if fitting else "torchvision")]
 
 
+def _source_of(file: Path) -> Source:
+    """What a file is compared with by itself: its own tensors, or of a program what its certificate names."""
+    facts = _certified(file)
+    if file.suffix not in PROGRAMS:
+        source = Source.open(file)
+        source.card.update({key: facts[key] for key in ("mean", "std") if key in facts})
+        return source
+    if not facts:
+        raise CheckpointError(
+            f"{file} has no certificate beside it: name what it was made from, --against RUN|FILE|NAME"
+        )
+    source = Source.open(facts["path"], facts["architecture"])
+    if source.facts()["sha256"] != facts["sha256"]:
+        raise CheckpointError(
+            f"{facts['path']}, from which {file} was made, is another one now: export again, or name the one that you "
+            "mean with --against"
+        )
+    return source
+
+
 def _certified(file: Path) -> dict[str, Any]:
-    """The mean and std of the certificate beside a file, if it belongs to this file."""
+    """The source by the certificate beside a file, if it belongs to this file."""
     for path in sorted(file.parent.glob("*.certificate.json")):
         facts = read_json(path, "export again, or delete it", CheckpointError)
         try:
             if facts["file"] == file.name:
                 if facts["sha256"] != sha256(file):
                     raise CheckpointError(f"{path} was made for another {file.name}: export again, or delete it")
-                return {key: [float(value) for value in facts["source"][key]] for key in ("mean", "std")}
+                source = {key: [float(value) for value in facts["source"][key]] for key in ("mean", "std")}
+                return source | {key: str(facts["source"][key]) for key in ("path", "sha256", "architecture")}
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path} is no certificate of an export: export again, or delete it") from None
     return {}

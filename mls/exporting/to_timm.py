@@ -34,24 +34,24 @@ def load(**options) -> torch.nn.Module:
 '''
 
 
-def _network(source: Source) -> str:
+def network_of(source: Source) -> str:
     name = source.architecture
     return name.removeprefix("timm:") if name.startswith("timm:") else source.plan_for("timm").name
 
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
-    name = _network(source)
+    name = network_of(source)
     save_tensors(source, folder / FILE)
     (folder / RECIPE).write_text(filled(SNIPPET, source, name, f"The backbone of {final.parent} in timm."))
     return [RECIPE]
 
 
 def load(source: Source, file: Path, recipe: Path | None) -> Loaded:
-    settings = read_snippet(recipe)
+    settings = read_snippet(recipe, "NETWORK")
     if frameworks.missing("timm"):
         tensors = {to_detectron2(name): tensor for name, tensor in foreign.read(file).items()}
         prepare = lambda pixels: prepared(pixels, source, settings)
         return RestatedResNet(source.plan_for("timm")).load("timm", file, recipe, tensors, prepare)
     timm = frameworks.load("timm")
-    network = timm.create_model(settings.get("NETWORK", _network(source)), pretrained=False, num_classes=0)
+    network = timm.create_model(settings.get("NETWORK", network_of(source)), pretrained=False, num_classes=0)
     return filled_network(source, file, recipe, network, f"timm {frameworks.version('timm')}", settings)

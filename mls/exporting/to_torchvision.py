@@ -62,18 +62,18 @@ def filled(snippet: str, source: Source, network: str, title: str) -> str:
 
 def load(source: Source, file: Path, recipe: Path | None) -> Loaded:
     plan = source.plan_for("torchvision")
-    settings = read_snippet(recipe)
+    settings = read_snippet(recipe, "NETWORK")
     network = torchvision.models.get_model(settings.get("NETWORK", plan.name), weights=None)
     network.fc = nn.Identity()
     return filled_network(source, file, recipe, network, f"torchvision {torchvision.__version__}", settings)
 
 
-def read_snippet(snippet: Path | None) -> dict[str, Any]:
-    """NETWORK, MEAN and STD."""
+def read_snippet(snippet: Path | None, *wanted: str) -> dict[str, Any]:
+    """What a snippet assigns, MEAN and STD and the wanted names among it."""
     if snippet is None:
         return {}
     settings = read_python(snippet)
-    absent = [name for name in ("NETWORK", "MEAN", "STD") if name not in settings]
+    absent = [name for name in (*wanted, "MEAN", "STD") if name not in settings]
     if absent:
         raise ConfigError(f"{snippet} does not set {', '.join(absent)}: write plain assignments, as an export does")
     return settings

@@ -30,6 +30,7 @@ class Framework:
 FRAMEWORKS = {
     "torchvision": Framework("torchvision", "torchvision", ("pip install torchvision",)),
     "timm": Framework("timm", "timm", ('pip install "mls[timm]"',)),
+    "onnx": Framework("onnxruntime", "onnxruntime", ('pip install "mls[onnx]"',), ("onnx", "onnxscript")),
     "mmseg": Framework(
         "mmseg", "mmsegmentation", ('pip install "mls[mmseg]"',), ("mmengine", "mmcv", "ftfy", "regex", "cv2")
     ),

@@ -32,9 +32,8 @@ class Guard:
         if config.monitor.guard == "off":
             return None
         order = torch.randperm(len(source), generator=generator(config.run.seed, "guard"))
-        ids = order[
-            : config.monitor.guard_images
-        ]  # in this order: the last are asked of the others, and in folders classes follow each other
+        # In this order: the last are asked of the others, and in folders the images of a class follow each other.
+        ids = order[: config.monitor.guard_images]
         labels = labels_of(source, ids) if source.class_names is not None else None
         sample = Sample(source, ids, torch.zeros(len(ids), 0) if labels is None else labels)
         workers = 0 if config.data.source == "scenes" else worker_count(config.data.workers)

@@ -35,8 +35,7 @@ def test_starts_are_paired_and_what_is_stored_is_not_trained_again(
     asked = worth.question(SMALL, ["random", start], [1.0, 0.5], 2, "resnet_tiny")
     assert asked.protocol.metric == "map" and asked.networks() == {"resnet_tiny"}
     assert [asked.of(fraction).training.epochs for fraction in asked.fractions] == [2, 1]  # as many steps
-    drawn = [{cell.protocol.data.fraction for cell in cells} for cells in asked.cells.values()]
-    assert drawn == [{0.5}, {1.0}, {0.5}, {1.0}]
+    assert list(asked.cells) == [(name, share) for name in asked.starts for share in (0.5, 1.0)]
     rows = [prepare(asked.of(0.5).data, seed).rows for seed in (0, 1)]
     assert len(rows[0]) == 16 and not torch.equal(*rows)
     before = worth.plan(asked, tmp_path)

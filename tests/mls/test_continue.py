@@ -12,6 +12,7 @@ import mls
 from mls.config import AugmentConfig, Config, OptimConfig
 from mls.data.scenes import ScenesSource
 from mls.engine import optim
+from mls.engine.checkpoint import Checkpoints
 from mls.engine.schedule import between
 from mls.engine.sizing import Facts, choose
 from mls.errors import DivergedError, Stopped
@@ -19,11 +20,12 @@ from mls.models import load_backbone, save_backbone
 from mls.models.stages import stages
 from mls.monitor.guard import Guard
 from mls.recipes import load_config
-from tests.mls.test_resume import GOLDEN, final_state, metrics, same
 
-CONTINUED = """optim.epochs=2 optim.layer_decay=0.5 optim.clip_norm=0.5 optim.final_weight_decay=0.01
-model.final_momentum=1.0 monitor.guard=warn monitor.guard_images=64 monitor.guard_fall=0.01 monitor.moments=0
-monitor.knn_every_epochs=0 monitor.linear_every_epochs=0 data.scenes.count=96""".split()
+CONTINUED = """data.scenes.count=96 data.batch_size=32 optim.epochs=2 optim.layer_decay=0.5 optim.clip_norm=0.5
+optim.final_weight_decay=0.01 model.final_momentum=1.0 monitor.guard=warn monitor.guard_images=64
+monitor.guard_fall=0.01 monitor.moments=0 monitor.knn_every_epochs=0 monitor.linear_every_epochs=0
+monitor.log_every=1""".split()
+LOGGED = ("loss", "guard/rankme")
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +36,34 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, *changes: str) -> Any:
-    overrides = [*GOLDEN, *CONTINUED, f"run.root={folder}", "run.name=run", *changes]
-    return mls.pretrain(load_config("mls_scenes_tiny", overrides), quiet=True)
+def run(tiny: list[str], name: str, *changes: str) -> Any:
+    return mls.pretrain(load_config("mls_scenes_tiny", [*tiny, *CONTINUED, f"run.name={name}", *changes]), quiet=True)
 
 
-def test_a_continued_run_resumes_exactly_and_its_guard_still_knows_the_start(start: Path, tmp_path: Path) -> None:
+def test_a_continued_run_resumes_exactly_and_its_guard_still_knows_the_start(start: Path, tiny: list[str]) -> None:
     weights = f"model.weights={start}"
-    whole = run(tmp_path / "whole", weights)
+    whole = run(tiny, "whole", weights)
     with pytest.raises(Stopped):
-        run(tmp_path / "cut", weights, "engine.max_steps=4")
-    cut = mls.resume(tmp_path / "cut" / "run", ["engine.max_steps=null"], quiet=True)
-    states = [final_state(one) for one in (whole, cut)]
-    assert same(*states) == [] and metrics(whole) == metrics(cut)
-    assert states[0]["guarded"].keys() == {"guard/rankme", "guard/knn_map"}
-    rows = [row for row in whole.metrics() if row.get("guard/rankme") is not None]
-    assert [row["step"] for row in rows] == [3, 6]
-    groups = states[0]["optimizer"]["param_groups"]
+        run(tiny, "cut", weights, "engine.max_steps=4")
+    cut = mls.resume(whole.path.with_name("cut"), ["engine.max_steps=null"], quiet=True)
+    losses, guarded = ([[row.get(name) for row in one.metrics()] for one in (whole, cut)] for name in LOGGED)
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    assert guarded[0] == guarded[1] and [value is not None for value in guarded[0]] == [False, False, True] * 2
+    first, second = (Checkpoints(one.checkpoints, 1).newest() for one in (whole, cut))
+    assert first is not None and second is not None
+    for part in ("method", "optimizer", "guarded"):
+        torch.testing.assert_close(first[part], second[part], rtol=0, atol=0, equal_nan=True)
+    assert first["guarded"].keys() == {"guard/rankme", "guard/knn_map"}
+    groups = first["optimizer"]["param_groups"]
     assert {group["share"] for group in groups} == {1.0, 0.5, 0.25, 0.125, 0.0625}
     assert groups[0]["weight_decay"] == between(6, 6, 5e-4, 0.01)
 
 
-def test_a_guard_that_is_crossed_ends_the_run_with_what_fell(start: Path, tmp_path: Path) -> None:
+def test_a_guard_that_is_crossed_ends_the_run_with_what_fell(start: Path, tiny: list[str]) -> None:
     with pytest.raises(
         DivergedError, match=r"after epoch \d .* on fixed images is .* below the .* of the start: lower optim.lr"
     ):
-        run(tmp_path, f"model.weights={start}", "monitor.guard=stop", "monitor.guard_fall=0.0", "optim.lr=30")
+        run(tiny, "lost", f"model.weights={start}", "monitor.guard=stop", "monitor.guard_fall=0.0", "optim.lr=30")
 
 
 def test_the_guard_measures_fixed_images_and_ignores_what_rises() -> None:

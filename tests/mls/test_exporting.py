@@ -63,7 +63,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported")
-    export(checkpoint, out=out)
+    export(checkpoint, ["torchvision", "timm", "detectron2", "mmseg", "safetensors"], out)
     return out
 
 
@@ -230,9 +230,9 @@ def test_without_a_choice_a_backbone_goes_where_it_fits(tmp_path: Path) -> None:
     torch.save(trained("resnet_tiny"), tmp_path / "tiny.pth")
     message: list[str] = []
     checked = mls.export(tmp_path / "tiny.pth", say=message.append)
-    assert [one.target for one in checked] == ["safetensors"]
+    assert [one.target for one in checked] == ["safetensors", "pt2", "onnx"]
     assert (tmp_path / "export" / "backbone.safetensors").is_file()
-    assert sum("not for" in line and "resnet_tiny" in line for line in message) == 4
+    assert sum("not for" in line and "resnet_tiny" in line for line in message) == 5
     with pytest.raises(ConfigError, match="detectron2 has no network with the layers of resnet_tiny"):
         mls.export(tmp_path / "tiny.pth", ["detectron2"])
     with pytest.raises(ConfigError, match="unknown export target 'detectron': did you mean 'detectron2'"):
@@ -242,8 +242,8 @@ def test_without_a_choice_a_backbone_goes_where_it_fits(tmp_path: Path) -> None:
 def test_a_timm_network_goes_to_timm(tmp_path: Path) -> None:
     need("timm")
     torch.save(trained("timm:resnet10t"), tmp_path / "net.pth")
-    checked = export(tmp_path / "net.pth", out=tmp_path / "out", architecture="timm:resnet10t")
-    assert [one.target for one in checked] == ["timm", "safetensors"]
+    checked = export(tmp_path / "net.pth", ["timm", "safetensors", "huggingface"], tmp_path, "timm:resnet10t")
+    assert [one.facts["coverage"]["keys"] for one in checked] == [63] * 3
 
 
 @pytest.mark.parametrize("library", ["torchvision", "timm"])

@@ -148,7 +148,7 @@ def test_neighbours_are_those_of_the_plain_formula_whatever_fits_into_memory(mon
 def test_region_features_are_centred_whitened_and_of_the_windows() -> None:
     config = load_config(RECIPE)
     source = ScenesSource(ScenesConfig(count=100, test_count=8))
-    options = replace(config.objective.regions, grid=2, whiten=8, neighbours=9)  # type: ignore[attr-defined]
+    options = replace(config.objective.regions, grid=2, side=0.5, whiten=8, neighbours=9)  # type: ignore[attr-defined]
     network = TinyResNet(width=4, stride=1)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     encoder = RegionEncoder.fitted(network, source, config.augment, options, torch.device("cpu"))

@@ -259,7 +259,7 @@ def gather() -> tuple[bool, int]:
 def neighbours() -> bool:
     """11 images do not divide among the processes."""
     torch.manual_seed(0)  # the same network everywhere
-    config = load_config("mls_regions_scenes_tiny", ["objective.regions.neighbours=4"])
+    config = load_config("mls_regions_scenes_tiny", ["objective.regions.neighbours=4", "objective.regions.grid=3"])
     source, options = ScenesSource(ScenesConfig(count=11, test_count=2)), config.objective.regions
     encoder = RegionEncoder.fitted(TinyResNet(width=4), source, config.augment, options, torch.device("cpu"))
     found, features = neighbours_of_all(encoder, source, lambda *done: None)

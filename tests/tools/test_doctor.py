@@ -70,6 +70,16 @@ def test_a_hostile_setting_is_found_and_its_override_helps(
     assert name not in again or again[name].level == "fine", again
 
 
+def test_a_run_that_starts_says_what_is_amiss_in_a_line_each() -> None:
+    plan = plan_of("dictionary.size=8192")
+    lines = findings.at_start(plan, Sizes.planned(plan.config, 1))
+    assert lines[0].startswith("dictionary: 8,192 rows, 6,000 images") and lines[0].endswith(
+        "; try dictionary.size=2048"
+    )
+    assert not any("\n" in line for line in lines)
+    assert findings.at_start(plan_of(), Sizes.planned(plan_of().config, 1)) == []
+
+
 def test_more_processes_than_images_need_fewer_processes() -> None:
     (found,) = findings.findings(plan_of(images=600, world=256))
     assert (found.level, found.override) == ("fails", "") and found.measured.endswith("start fewer processes")
