@@ -83,6 +83,7 @@ def captured(source: Source) -> tuple[ExportedProgram, int | None]:
             continue
         for node in program.graph.nodes:
             node.meta = {key: node.meta[key] for key in KEPT if key in node.meta}
+        program._guards_code = []  # Python that torch would run at loading; the sizes stand in the recipe
         return program, smallest if free else None
     raise NoCounterpart(f"torch.export cannot follow {source.architecture} ({reason}): leave pt2 and onnx out of --to")
 
