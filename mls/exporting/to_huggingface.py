@@ -23,6 +23,7 @@ from mls.recipes import from_dict
 
 FILE, RECIPE = "huggingface/model.safetensors", "config.json"
 ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True}  # of a transformer, as mls builds it
+LARGEST = 4096  # img_size: a larger one is none that was meant
 PROBES = ("knn/", "linear/")  # in the log of a run
 
 
@@ -43,11 +44,14 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
 
 def _config(source: Source, name: str) -> dict[str, Any]:
     size, mean, std = (source.card[key] for key in ("input_size", "mean", "std"))
-    any_size = bool(getattr(source.backbone, "dynamic_img_size", False))
+    patches = (
+        getattr(source.backbone, "patch_embed", None) if getattr(source.backbone, "dynamic_img_size", False) else None
+    )
+    arguments = {} if patches is None else {"model_args": ANY_SIZE | {"img_size": max(patches.img_size)}}
     pretrained = {"input_size": [3, size, size], "fixed_input_size": False, "mean": mean, "std": std, "crop_pct": 0.875}
     pretrained |= {"interpolation": "bilinear", "num_classes": 0, "tag": "mls"}
     facts = {"architecture": name, "num_classes": 0, "num_features": source.backbone.feature_dim}
-    return facts | ({"model_args": ANY_SIZE} if any_size else {}) | {"pretrained_cfg": pretrained}
+    return facts | arguments | {"pretrained_cfg": pretrained}
 
 
 def load(source: Source, file: Path, recipe: Path | None) -> Loaded:
@@ -75,9 +79,12 @@ def _settings(recipe: Path, timm: Any) -> dict[str, Any]:
         numbers = {key.upper(): [float(value) for value in pretrained[key]] for key in ("mean", "std")}
         if not timm.is_model(name) or any(len(values) != 3 for values in numbers.values()):
             raise ValueError
-        if found["num_classes"] != 0 or any(arguments[key] is not ANY_SIZE.get(key) for key in arguments):
+        others = {key: value for key, value in arguments.items() if value is not ANY_SIZE.get(key)}
+        side = others.pop("img_size", 1)  # of the images whose positions were learnt
+        if others or found["num_classes"] != 0 or type(side) is not int or not 0 < side <= LARGEST:
             raise CheckpointError(
-                f"{recipe} asks for more than a backbone as mls exports it: num_classes is 0, model_args is {ANY_SIZE}"
+                f"{recipe} asks for more than a backbone as mls exports it: num_classes is 0, and model_args hold "
+                f"{', '.join(ANY_SIZE)} (true) and img_size alone"
             )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise CheckpointError(f"{recipe} is no config.json of a network of timm: export again") from None

@@ -75,7 +75,7 @@ def captured(source: Source) -> tuple[ExportedProgram, int | None]:
         images = torch.rand(3, 3, size + (32 if free else 0), size)
         batch = {0: Dim("batch", min=1), **free}
         try:
-            with frameworks.quiet(), symbolic.patch(backed_size_oblivious=oblivious):
+            with frameworks.quiet(), symbolic.patch(backed_size_oblivious=oblivious):  # pyright: ignore
                 program = torch.export.export(source.backbone, (images,), dynamic_shapes=(batch,))
                 program.module()(images[:1, :, : smallest if free else size, : smallest if free else size])
         except Exception as error:  # of many kinds, for each thing that a network may do
@@ -83,6 +83,7 @@ def captured(source: Source) -> tuple[ExportedProgram, int | None]:
             continue
         for node in program.graph.nodes:
             node.meta = {key: node.meta[key] for key in KEPT if key in node.meta}
+        program._guards_code = []  # Python that torch would run at loading; the sizes stand in the recipe
         return program, smallest if free else None
     raise NoCounterpart(f"torch.export cannot follow {source.architecture} ({reason}): leave pt2 and onnx out of --to")
 

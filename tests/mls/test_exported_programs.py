@@ -75,10 +75,16 @@ def test_a_program_gives_the_features_of_its_source_in_any_batch_and_size(
     assert names["SMALLEST"] == 64 and names.get("OPSET", to_onnx.OPSET) == to_onnx.OPSET
     data = snippet.with_name(f"backbone.{target}").read_bytes()
     assert b"site-packages" not in data and str(Path.cwd()).encode() not in data  # no paths of this machine
-    snippet = folder / "wrong.py"
-    snippet.write_text((folder / f"use_{target}.py").read_text().replace("(0.5, 0.4, 0.3)", "(0.3, 0.4, 0.5)"))
-    with pytest.raises(CheckpointError, match="gives other features than .*: features by"):
-        certify(source, TARGETS[target].load(source, folder / f"backbone.{target}", snippet))
+
+
+def test_swapped_colours_in_a_snippet_are_caught(program: tuple[Source, bytes], tmp_path: Path) -> None:
+    source, data = program
+    (tmp_path / "backbone.pt2").write_bytes(data)
+    (tmp_path / "use_pt2.py").write_text(
+        to_pt2.filled("use_pt2.py", source, 32).replace("0.5, 0.4, 0.3", "0.3, 0.4, 0.5")
+    )
+    with pytest.raises(CheckpointError, match="gives other features than two layers: features by"):
+        certify(source, load(source, tmp_path, "pt2"))
 
 
 def changed(data: bytes, member: str, change: Callable[[bytes], bytes], more: dict[str, bytes] = {}) -> bytes:  # noqa: B006
