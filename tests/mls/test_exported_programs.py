@@ -135,7 +135,8 @@ HOSTILE = {
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> tuple[Source, bytes]:
     backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    source = Source(backbone, Path("two layers"), {"architecture": "two layers", "input_size": 32, "mean": MEAN, "std": STD}, None)  # fmt: skip # noqa: E501
+    card = {"architecture": "two layers", "input_size": 32, "mean": MEAN, "std": STD, "sha256": "0"}
+    source = Source(backbone, Path("two layers"), card, None)
     folder = tmp_path_factory.mktemp("program")
     to_pt2.write(source, folder, folder)
     return source, (folder / to_pt2.FILE).read_bytes()
@@ -163,7 +164,6 @@ def onnx_of(domain: str = "", location: str = "") -> bytes:
     weight = onnx.numpy_helper.from_array(np.ones((1, 3, 1, 1), np.float32), "weight")
     if location:
         weight.ClearField("raw_data")
-        onnx.external_data_helper.set_external_data(weight, location) if weight.HasField("raw_data") else None
         weight.data_location = onnx.TensorProto.EXTERNAL
         weight.external_data.add(key="location", value=location)
     value = onnx.helper.make_tensor_value_info
