@@ -83,6 +83,8 @@ class Method(nn.Module):
     ['byol', 'densecl', 'knn_moco', 'mls', 'moco_v2', 'simsiam', 'slotcon', 'supervised']
     """
 
+    momentum = 1.0  # of a key encoder, the configuration's; set before each step where it is scheduled
+
     def __init__(
         self,
         config: Config,
@@ -92,7 +94,7 @@ class Method(nn.Module):
         """`image_labels` are for controls that are no methods (supervised training, oracle pseudo-labels)."""
         super().__init__()
         self.config = config
-        self.momentum = config.model.momentum  # of a key encoder; set before each step where it is scheduled
+        self.momentum = config.model.momentum
 
     @property
     def backbone(self) -> Backbone:
