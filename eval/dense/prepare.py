@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from dataclasses import replace
 from functools import lru_cache
@@ -20,6 +19,7 @@ from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import Dense, Detection, FrozenDense
 from mls.eval.schema import DataSetConfig
+from mls.eval.splits import content_of_scenes
 from mls.exporting.source import Source
 from mls.models import card_of, load_backbone, untrained
 from mls.models.backbones import Backbone
@@ -107,7 +107,7 @@ def _readable(images: Any, most: float) -> Any:
 def content(protocol: Dense | FrozenDense) -> str:
     """What tells the data apart from others of the same name; an error where they are not there."""
     if protocol.data.name in SCENES:  # made, not read
-        return hashlib.sha256(repr(protocol.data.scenes).encode()).hexdigest()[:16]
+        return content_of_scenes(protocol.data.scenes)
     load_images(protocol)  # says what is odd
     return _content(without_workers(protocol.data))
 
