@@ -51,7 +51,7 @@ def summary(data: DataSet[Any]) -> str:
     """What was found in the user's own data.
 
     >>> summary(objects.scenes(ScenesConfig(count=3, test_count=2)))
-    'scenes_objects: 3 training images with 4 objects, 2 test images with 3 objects, 10 classes'
+    'scenes_objects: 3 training images with 8 objects, 2 test images with 5 objects, 10 classes'
     """
     parts = {"training": data.train, "validation": data.val, "test": data.test}
     told = [f"{len(part)} {name} images{_objects(part)}" for name, part in parts.items() if part is not None]
