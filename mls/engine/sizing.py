@@ -61,7 +61,8 @@ def sized(config: Config, process: Process, tell: Callable[[Config, Facts, list[
         facts = facts_of(build_source(config.data), process)
         made, choices = choose(config, facts)
         check(made)
-        if process.device.type == "cuda" and "data.batch_size" in config.run.auto:
+        # Processes exchange keys in a step, and this one is alone here: with several the estimate stands.
+        if process.world == 1 and process.device.type == "cuda" and "data.batch_size" in config.run.auto:
             made, choices = tried(config, facts, made, choices, lambda one: holds(one, process))
         tell(made, facts, choices)
         return made
