@@ -162,6 +162,20 @@ def test_a_program_that_asks_for_more_than_operators_is_refused(
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_is_loaded_of_a_program_is_what_was_checked(
+    program: tuple[Source, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two directories in a file Python's zipfile reads the second one here, and torch's reader the first."""
+    monkeypatch.chdir(tmp_path)
+    (source, data), file = program, tmp_path / to_pt2.FILE
+    clean = changed(data, "no such member", bytes)
+    evil = changed(clean, "weights_config.json", lambda content: content.replace(b"false", b"true "))
+    evil = changed(evil, "weights/weight_0", lambda content: b"cos\nsystem\n(S'touch ran'\ntR.".ljust(len(content)))
+    file.write_bytes(evil[:-22] + clean)
+    certify(source, to_pt2.load(source, file, None))
+    assert not (tmp_path / "ran").exists()
+
+
 def onnx_of(domain: str = "", location: str = "") -> bytes:
     weight = onnx.numpy_helper.from_array(np.ones((1, 3, 1, 1), np.float32), "weight")
     if location:
