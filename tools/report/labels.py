@@ -73,7 +73,7 @@ def true_labels(source: Source, table: Path | None) -> Tensor | None:
     images, rows = map(list, zip(*places, strict=True))
     truth = torch.from_numpy(as_truth(read.cells, OwnLabels(blank="absent" if read.one_each else "unknown")))[rows]
     if not truth.all(1).any():
-        raise DataError(f"{table} leaves classes of each image unknown: write 0, beside -1 in a table -1, for absent ones")
+        raise DataError(f"{table} leaves classes of each image unknown: write 0 (-1 beside other -1) for absent ones")
     found[images] = torch.where(truth == 0, torch.nan, (truth > 0).float())
     return found
 
