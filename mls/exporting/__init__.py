@@ -234,8 +234,7 @@ def _source_of(file: Path) -> Source:
     source = Source.open(path, facts["architecture"], facts["prefix"])
     if source.facts()["sha256"] != facts["sha256"]:
         raise CheckpointError(
-            f"{path}, from which {file} was made, is another one now: export again, or name the one that you "
-            "mean with --against"
+            f"{path}, from which {file} was made, is another one now: export again, or name yours with --against"
         )
     return source
 
