@@ -30,6 +30,13 @@ def hash_of_names(source: Source) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def hash_of_some(source: Source, ids: Tensor) -> str:
+    """Of some images in this order: of files by their names, of other sources by their numbers."""
+    names = source.relative_paths if isinstance(source, FileSource) else None
+    some = [b"%d" % i if names is None else names[i] for i in ids.tolist()]
+    return hashlib.sha256(b"\0".join(some)).hexdigest()[:16]
+
+
 def keep_names(run: Path, source: Source) -> None:
     known = hash_of_names(source)
     if isinstance(source, FileSource) and not (file := _file(run, known or "")).is_file():

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mls.chunks import power_of_two, spaced
 from mls.config import SIZED, Config, MLSOptions, MoCoOptions, check
@@ -19,6 +20,7 @@ from mls.data.loader import whole_batches
 from mls.data.sources import build_source
 from mls.distributed import Process, on_main
 from mls.engine import optim
+from mls.engine.trainer import watched_labels
 from mls.errors import ConfigError, DataError, command
 from mls.models import card_of, card_of_name
 from mls.models.momentum import precision_on
@@ -58,11 +60,14 @@ def sized(config: Config, process: Process, tell: Callable[[Config, Facts, list[
         return config
 
     def decide() -> Config:
-        facts = facts_of(build_source(config.data), process)
+        source = build_source(config.data)
+        facts = facts_of(source, process)
         made, choices = choose(config, facts)
         check(made)
-        if process.device.type == "cuda" and "data.batch_size" in config.run.auto:
-            made, choices = tried(config, facts, made, choices, lambda one: holds(one, process))
+        # Processes exchange keys in a step, and this one is alone here: with several the estimate stands.
+        if process.world == 1 and process.device.type == "cuda" and "data.batch_size" in config.run.auto:
+            labels = watched_labels(source)
+            made, choices = tried(config, facts, made, choices, lambda one: holds(one, process.device, labels))
         tell(made, facts, choices)
         return made
 
@@ -87,23 +92,28 @@ def tried(
     return made, choices
 
 
-def holds(config: Config, process: Process) -> bool:
-    """Whether a step of one process' images fits into its GPU: tried, on noise."""
-    device = process.device
-    images = config.data.batch_size // (process.world * config.engine.accumulate)
+def holds(config: Config, device: torch.device, labels: Tensor | None) -> bool:
+    """Whether a step fits into the GPU's memory: tried, on noise."""
     try:
-        method = methods.build(config, precision_on(device, config.engine.precision)).to(device)
-        optimizer = optim.build(config, method, method.own_rates(), method.backbone)
-        views = [torch.randn(images, 3, view.size, view.size, device=device) for view in method.views().views]
-        boxes = [torch.zeros(images, 4, device=device) for _ in views]
-        out = method(Views(views, boxes, torch.arange(images, device=device)))
-        out.loss.backward()
-        optimizer.step()
+        _try_step(config, device, labels)
         return True
     except torch.OutOfMemoryError:
         return False
-    finally:
+    finally:  # what was tried is let go by now; the log's gpu_memory_gib is the run's alone
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _try_step(config: Config, device: torch.device, labels: Tensor | None) -> None:
+    images = config.data.batch_size // config.engine.accumulate
+    labels = None if labels is None else labels.to(device)
+    method = methods.build(config, precision_on(device, config.engine.precision), labels).to(device)
+    optimizer = optim.build(config, method, method.own_rates(), method.backbone)
+    views = [torch.randn(images, 3, view.size, view.size, device=device) for view in method.views().views]
+    boxes = [torch.tensor([0.0, 0.0, 1.0, 1.0], device=device).repeat(images, 1) for _ in views]
+    flips = [torch.zeros(images, dtype=torch.bool, device=device) for _ in views]
+    method(Views(views, boxes, torch.arange(images, device=device), flips)).loss.backward()
+    optimizer.step()
 
 
 def show(config: Config, facts: Facts, choices: list[Choice]) -> None:

@@ -31,7 +31,7 @@ from mls.engine import optim
 from mls.engine.checkpoint import Checkpoints, Copied, non_finite
 from mls.engine.events import versions
 from mls.engine.findings import Plan, Sizes, at_start, memory
-from mls.engine.images import accept_other_images, hash_of_names, keep_names
+from mls.engine.images import accept_other_images, hash_of_names, hash_of_some, keep_names
 from mls.engine.run import Run, refuse_another_configuration
 from mls.engine.schedule import between, cosine, epoch_of
 from mls.engine.session import Saving, Session
@@ -104,6 +104,7 @@ class Trainer:
         self.bad_steps = 0
         self.log_offset = 0
         self.guarded: dict[str, float] = {}  # what the start was worth
+        self.guarded_on: str | None = None  # on these images; None: not known of an older checkpoint
         self.restore()
 
     def build_augment(self) -> Augment:
@@ -236,10 +237,17 @@ class Trainer:
     def build_guard(self) -> Guard | None:
         """What the start is worth is measured before the first step, and is part of the state."""
         guard = Guard.build(self.config, self.source)
-        if guard is not None:
-            guard.start = self.guarded or guard.measure(self.method.backbone, self.process.device)
-            self.guarded = guard.start
-            self.session.say(f"the start on {len(guard.sample.ids)} fixed images: {guard.told(guard.start)}")
+        if guard is None:
+            return None
+        images, count = hash_of_some(self.source, guard.sample.ids), len(guard.sample.ids)
+        if self.step == 0:
+            self.guarded, self.guarded_on = guard.measure(self.method.backbone, self.process.device), images
+        if self.guarded and self.guarded_on in (None, images):
+            guard.start = self.guarded
+            self.session.say(f"the start on {count} fixed images: {guard.told(guard.start)}")
+        else:  # and the network has moved since
+            what = f"no start was measured on these {count} images (give monitor.guard_images and images as they were)"
+            self.session.warn(f"the guard has nothing to compare with: {what}")
         return guard
 
     def heed(self, fallen: str, epoch: int) -> None:
@@ -452,7 +460,7 @@ class Trainer:
             "bad_in_a_row": self.bad_in_a_row,
             "decided": self.decided,
             "terms": sorted(self.terms or ()),
-            **({"guarded": self.guarded} if self.guarded else {}),
+            **({"guarded": self.guarded, "guarded_on": self.guarded_on} if self.guarded else {}),
             "images": len(self.source),
             "names": self.names,
             "versions": versions(),
@@ -473,7 +481,7 @@ class Trainer:
         self.unreadable.found = dict(state["unreadable"])
         self.bad_steps, self.bad_in_a_row = state["bad_steps"], state.get("bad_in_a_row", 0)
         self.terms = set(state["terms"]) if "terms" in state else None
-        self.guarded = state.get("guarded", {})
+        self.guarded, self.guarded_on = state.get("guarded", {}), state.get("guarded_on")
 
     def export_backbone(self, state: dict[str, Any]) -> None:
         """From the copy of a state, while training goes on."""

@@ -228,11 +228,13 @@ def _source_of(file: Path) -> Source:
         raise CheckpointError(
             f"{file} has no certificate beside it: name what it was made from, --against RUN|FILE|NAME"
         )
-    source = Source.open(facts["path"], facts["architecture"])
+    path = Path(facts["path"])  # older certificates hold what was typed
+    if path.is_absolute() and not path.is_file():
+        raise CheckpointError(f"{path}, from which {file} was made, is gone: name it with --against RUN|FILE|NAME")
+    source = Source.open(path, facts["architecture"], facts["prefix"])
     if source.facts()["sha256"] != facts["sha256"]:
         raise CheckpointError(
-            f"{facts['path']}, from which {file} was made, is another one now: export again, or name the one that you "
-            "mean with --against"
+            f"{path}, from which {file} was made, is another one now: export again, or name yours with --against"
         )
     return source
 
@@ -245,8 +247,11 @@ def _certified(file: Path) -> dict[str, Any]:
             if facts["file"] == file.name:
                 if facts["sha256"] != sha256(file):
                     raise CheckpointError(f"{path} was made for another {file.name}: export again, or delete it")
-                source = {key: [float(value) for value in facts["source"][key]] for key in ("mean", "std")}
-                return source | {key: str(facts["source"][key]) for key in ("path", "sha256", "architecture")}
+                source = facts["source"]
+                found = {key: [float(value) for value in source[key]] for key in ("mean", "std")}
+                found |= {key: str(source[key]) for key in ("path", "sha256", "architecture")}
+                prefix = source.get("prefix")  # older certificates have none
+                return {**found, "prefix": None if prefix is None else str(prefix)}
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{path} is no certificate of an export: export again, or delete it") from None
     return {}

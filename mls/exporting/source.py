@@ -34,6 +34,7 @@ class Source:
     path: Path  # or the name
     card: dict[str, Any]
     plan: ResNetPlan | None  # if its layers are those of one of torchvision's ResNets
+    prefix: str | None = None  # by which it was asked for in a file of several networks
 
     @classmethod
     def open(cls, weights: str | Path, architecture: str | None = None, prefix: str | None = None) -> Source:
@@ -46,7 +47,7 @@ class Source:
         if card["architecture"].removeprefix("timm:") in RESNETS:
             name = card["architecture"].removeprefix("timm:")
             plan = None if foreign.misfits(backbone.state_dict(), name) else ResNetPlan.of(name)
-        return cls(backbone, path, card, plan)
+        return cls(backbone, path, card, plan, prefix)
 
     def plan_for(self, target: str, advice: str | None = None) -> ResNetPlan:
         """The plan of a network that `target` can build."""
@@ -72,8 +73,10 @@ class Source:
     def facts(self) -> dict[str, Any]:
         # Of the bytes that were read: a run that goes on training may have replaced them.
         digest = self.card.get("sha256")
-        digest = digest or (sha256(self.path) if self.path.is_file() else hash_of_weights(self.backbone))
-        wanted = {"path": str(self.path), "sha256": digest, "architecture": self.architecture}
+        of_file = self.path.is_file()
+        digest = digest or (sha256(self.path) if of_file else hash_of_weights(self.backbone))
+        wanted = {"path": str(self.path.absolute() if of_file else self.path), "sha256": digest}
+        wanted |= {"architecture": self.architecture, "prefix": self.prefix}
         return {**wanted, "mean": self.card["mean"], "std": self.card["std"], "origin": self.card.get("origin", "mls")}
 
     def tensors(self) -> dict[str, Tensor]:

@@ -92,9 +92,8 @@ def load(source: Source, file: Path, recipe: Path | None) -> Loaded:
     settings = read_snippet(recipe)
     data = file.read_bytes()
     try:
-        _refuse_code(data)
         with frameworks.quiet():
-            program = torch.export.load(io.BytesIO(data))
+            program = torch.export.load(_without_code(data))
     except Exception as error:  # each part of a damaged file has its own kinds
         raise CheckpointError(refusal(file, error)) from None
     network = program.module()
@@ -117,20 +116,24 @@ def running(file: Path) -> Iterator[None]:
         ) from None
 
 
-def _refuse_code(data: bytes) -> None:
-    """A ValueError for all that torch's loader would unpickle, evaluate or run beyond operators on tensors."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+def _without_code(data: bytes) -> io.BytesIO:
+    """A copy of what was read and found harmless, for torch's own reader, which may find other members in the file. A
+    ValueError for all that torch's loader would unpickle, evaluate or run beyond operators on tensors."""
+    checked = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, zipfile.ZipFile(checked, "w") as copy:
         names = [name.partition("/")[2] for name in archive.namelist()]
         strange = [name for name, count in Counter(names).items() if count > 1 or not MEMBERS.fullmatch(name)]
         if strange or len({name.partition("/")[0] for name in archive.namelist()}) > 1:
             raise ValueError(f"{(strange or ['two programs'])[0]} in it is nothing that a program of a backbone holds")
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"{damaged} in it is damaged: copy it again")
         for path, name in zip(archive.namelist(), names, strict=True):
+            content = archive.read(path)  # zipfile compares its checksum
             if name.endswith(".json"):
-                _refuse_words(json.loads(archive.read(path)))
+                _refuse_words(json.loads(content))
             elif name.endswith(".pt"):
-                foreign.load_plain(io.BytesIO(archive.read(path)))
+                foreign.load_plain(io.BytesIO(content))
+            copy.writestr(path, content)
+    checked.seek(0)
+    return checked
 
 
 def _refuse_words(content: Any, key: str = "") -> None:

@@ -7,7 +7,7 @@ import torch
 
 from mls.core.dictionary import EMPTY
 from mls.data.listing import FileSource
-from mls.engine.images import accept_other_images, hash_of_names, keep_names
+from mls.engine.images import accept_other_images, hash_of_names, hash_of_some, keep_names
 from mls.errors import CheckpointError
 
 BEFORE = [b"b.jpg", b"c.jpg", b"d \n.jpg"]
@@ -30,7 +30,10 @@ def kept(run: Path) -> dict:
 
 
 def test_the_same_names_in_another_folder_are_the_same_images(tmp_path: Path) -> None:
-    assert accept_other_images(tmp_path, kept(tmp_path), FileSource("other", Path("/new"), BEFORE), False) == ""
+    other = FileSource("other", Path("/new"), BEFORE)
+    assert accept_other_images(tmp_path, kept(tmp_path), other, False) == ""
+    known = hash_of_some(FileSource("folder", Path("/old"), BEFORE), torch.tensor([2, 0]))
+    assert known == hash_of_some(other, torch.tensor([2, 0])) != hash_of_some(other, torch.tensor([2, 1]))
 
 
 def test_other_names_are_refused_with_what_changed_even_where_their_number_is_the_same(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch import nn
 import mls
 from mls.config import AugmentConfig, Config, OptimConfig
 from mls.data.scenes import ScenesSource
-from mls.engine import optim
+from mls.distributed import Process
+from mls.engine import Trainer, optim
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.events import read
 from mls.engine.schedule import between
@@ -55,6 +56,11 @@ def test_a_continued_run_resumes_exactly_and_its_guard_still_knows_the_start(sta
     for part in ("method", "optimizer", "guarded"):
         torch.testing.assert_close(first[part], second[part], rtol=0, atol=0, equal_nan=True)
     assert first["guarded"].keys() == {"guard/rankme", "guard/knn_map"}
+    for images, known in ((64, first["guarded"]), (60, {})):
+        config = load_config(str(cut.path / "config.yaml"), [f"monitor.guard_images={images}"])
+        guard = Trainer(config, cut, Process(0, 1, torch.device("cpu")), quiet=True).build_guard()
+        assert guard is not None and guard.start == known
+    assert "no start was measured on these 60 images" in read(cut.path / "events.jsonl")[-1]["text"]
     groups = first["optimizer"]["param_groups"]
     assert {group["share"] for group in groups} == {1.0, 0.5, 0.25, 0.125, 0.0625}
     assert groups[0]["weight_decay"] == between(6, 6, 5e-4, 0.01)

@@ -162,6 +162,20 @@ def test_a_program_that_asks_for_more_than_operators_is_refused(
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_is_loaded_of_a_program_is_what_was_checked(
+    program: tuple[Source, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two directories in a file Python's zipfile reads the second one here, and torch's reader the first."""
+    monkeypatch.chdir(tmp_path)
+    (source, data), file = program, tmp_path / to_pt2.FILE
+    clean = changed(data, "no such member", bytes)
+    evil = changed(clean, "weights_config.json", lambda content: content.replace(b"false", b"true "))
+    evil = changed(evil, "weights/weight_0", lambda content: b"cos\nsystem\n(S'touch ran'\ntR.".ljust(len(content)))
+    file.write_bytes(evil[:-22] + clean)
+    certify(source, to_pt2.load(source, file, None))
+    assert not (tmp_path / "ran").exists()
+
+
 def onnx_of(domain: str = "", location: str = "") -> bytes:
     weight = onnx.numpy_helper.from_array(np.ones((1, 3, 1, 1), np.float32), "weight")
     if location:
@@ -220,12 +234,21 @@ def test_a_hugging_face_folder_is_loaded_by_timm_and_by_mls_and_nothing_else_in_
             verify_export(folder / "model.safetensors")
 
 
-def test_a_program_alone_is_compared_with_what_its_certificate_names(tmp_path: Path) -> None:
-    torch.save(backbones.build("resnet_tiny").state_dict(), tmp_path / "net.pth")
-    (checked,) = export(tmp_path / "net.pth", ["pt2"])
+def test_a_program_alone_is_compared_with_what_its_certificate_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = {f"{where}.": backbones.build("resnet_tiny").state_dict() for where in ("first", "second")}
+    both = {where + name: tensor for where, state in states.items() for name, tensor in state.items()}
+    torch.save(both, tmp_path / "net.pth")
+    monkeypatch.chdir(tmp_path)
+    (checked,) = export("net.pth", ["pt2"], prefix="second", out=tmp_path / "export")
+    monkeypatch.chdir("/")
     assert verify_export(checked.file)[0].worst == checked.worst == 0
-    torch.save(backbones.build("resnet_tiny").state_dict(), tmp_path / "net.pth")
+    torch.save({name: tensor + 1 for name, tensor in both.items()}, tmp_path / "net.pth")
     with pytest.raises(CheckpointError, match=r"net\.pth, from which .*backbone\.pt2 was made, is another one now"):
+        verify_export(checked.file)
+    (tmp_path / "net.pth").unlink()
+    with pytest.raises(CheckpointError, match=r"net\.pth, from which .*backbone\.pt2 was made, is gone: name it with"):
         verify_export(checked.file)
     checked.file.with_name("pt2.certificate.json").unlink()
     with pytest.raises(CheckpointError, match="has no certificate beside it: name what it was made from"):

@@ -3,10 +3,15 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from mls import engine
 from mls.config import SIZED, Config, check, flatten, to_yaml
+from mls.core.methods import names
+from mls.data.sources import build_source
+from mls.distributed import Process
+from mls.engine import sizing
 from mls.engine.sizing import Facts, advice, choose, tried
 from mls.errors import ConfigError, DataError
 from mls.eval.cells import config_hash
@@ -66,6 +71,21 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_others_follow_it() -> None:
     assert found == choose(load_config(FOLDER, ["data.batch_size=64"]), facts)[0]
     with pytest.raises(ConfigError, match="a step of one image does not fit"):
         tried(config, facts, made, choices, lambda one: False)
+
+
+def test_the_first_of_several_processes_tries_no_step_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "facts_of", lambda *_: Facts(20_000, 300, 24.0, 2))
+    monkeypatch.setattr(sizing, "holds", lambda *_: pytest.fail("its keys are gathered from processes that wait"))
+    config = load_config("mls_scenes_tiny", ["data.batch_size=auto", "data.scenes.count=32"])
+    assert sizing.sized(config, Process(0, 2, torch.device("cuda")), lambda *_: None).data.batch_size == 256
+
+
+@pytest.mark.parametrize("method", names())
+def test_a_step_of_any_method_can_be_tried(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reset: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: reset.append(True))
+    config = load_config("mls_scenes_tiny", [f"objective.method={method}", "data.batch_size=4", "data.scenes.count=8"])
+    assert sizing.holds(config, torch.device("cpu"), build_source(config.data).labels) and reset
 
 
 def test_only_sizes_may_be_auto_and_other_methods_have_other_sizes() -> None:

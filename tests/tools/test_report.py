@@ -285,19 +285,22 @@ def test_labels_of_some_images_judge_a_run_that_knew_none(synthetic_run: Make, t
     near = lambda query: [(query + 2 * place) % 256 for place in range(1, 6)]  # of the same parity
     run = synthetic_run("own", "data.source=folder", f"data.root={images}", labels=False, near=near)
     table = tmp_path / "some.csv"
-    table.write_text("image,even,odd\n" + "".join(f"{n:03d}.png,{1 - n % 2},{n % 2}\n" for n in range(200)))
+    lines = [f"{n:03d}.png,{1 - n % 2},{n % 2 if n < 190 else ''}\n" for n in range(200)]
+    table.write_text("image,even,odd\n" + "".join(lines))
     report([str(run.path)], tmp_path / "page.html", labels=table)
     page = Page(tmp_path / "page.html")
-    labelled = sum(query.id < 200 for query in moments.read(run.path)[-1].queries)
-    assert f"some.csv labels {labelled} of the 60 queries" in page.text
+    labelled = sum(query.id < 190 for query in moments.read(run.path)[-1].queries)
+    words = f"some.csv labels {labelled} of the 60 queries; 10 images with unknown classes are left out"
+    assert words in page.text
     assert "labels beat chance 100% of the matches share a true label" in page.text
     assert any(row.startswith("5 1.000 1.000 ") for row in page.rows())
     shared = {bool(match[5]) if match[5] is not None else None for match in page.data["runs"][0]["shown"][-1]["queries"]
               for match in match[3]["features"]}  # fmt: skip
     assert shared == {True, None}
-    table.write_text("image,even\nother.png,1\n")
-    with pytest.raises(UserError, match=r"other.png"):
-        report([str(run.path)], tmp_path / "page.html", labels=table)
+    for text, message in (("other.png,1,0", "other.png"), ("000.png,1,", "leaves classes of each image unknown")):
+        table.write_text(f"image,even,odd\n{text}\n")
+        with pytest.raises(UserError, match=message):
+            report([str(run.path)], tmp_path / "page.html", labels=table)
 
 
 def test_several_runs_share_charts_and_only_what_computes_differs(pages: dict[int, Page]) -> None:

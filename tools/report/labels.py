@@ -51,13 +51,13 @@ NAMES = {
 
 
 def true_labels(source: Source, table: Path | None) -> Tensor | None:
-    """[images, classes]: of the source, or of the images that a table names, where the others have NaN. None: there are
-    none."""
+    """[images, classes]: of the source, or of a table, as training reads it; what it does not say is NaN. None: there
+    are none."""
     import torch
 
     from mls.data.listing import FileSource
     from mls.engine.trainer import watched_labels
-    from mls.eval.data.table import read_table
+    from mls.eval.data.table import OwnLabels, as_truth, read_table
 
     if table is None:
         found = watched_labels(source)
@@ -71,7 +71,10 @@ def true_labels(source: Source, table: Path | None) -> Tensor | None:
     if not places:
         raise DataError(f"{table} names no image that the run has seen: give names relative to {root}")
     images, rows = map(list, zip(*places, strict=True))
-    found[images] = torch.from_numpy(read.cells[rows] == 1).float()
+    truth = torch.from_numpy(as_truth(read.cells, OwnLabels(blank="absent" if read.one_each else "unknown")))[rows]
+    if not truth.all(1).any():
+        raise DataError(f"{table} leaves classes of each image unknown: write 0 (-1 beside other -1) for absent ones")
+    found[images] = torch.where(truth == 0, torch.nan, (truth > 0).float())
     return found
 
 

@@ -172,7 +172,9 @@ def _section(card: Card, atlas: Atlas, source: int | None, why: str) -> Section:
         return section
     if card.labels is not None and truth is not None:
         known = [not truth[query.id].isnan().any() for query in section.moment.queries]
-        card.odd.append(f"{facts.clip(str(card.labels))} labels {sum(known)} of the {len(known)} queries")
+        partly = int((truth.isnan().any(1) & ~truth.isnan().all(1)).sum())
+        rest = f"; {partly} images with unknown classes are left out" if partly else ""
+        card.odd.append(f"{facts.clip(str(card.labels))} labels {sum(known)} of the {len(known)} queries{rest}")
     try:
         _look_at_pixels(section, opened, truth)
     except UserError as error:
