@@ -44,10 +44,15 @@ def found(linear: dict[str, tuple[float, ...]] = LINEAR) -> dict[str, dict[int, 
 
 
 def test_arms_with_windows_share_their_start_and_differ_in_their_labels_alone() -> None:
-    arms = arms_of(RECIPE, ["data.scenes.count=1280"], chosen(["labels", "dense"], variants=["k 3: objective.k=3"]))
+    overrides = ["data.scenes.count=1300", "data.limit=1280"]
+    arms = arms_of(RECIPE, overrides, chosen(["labels", "dense"], variants=["k 3: objective.k=3"]))
     shared = [name for name, cell in arms.items() if cell.trunk is not None]
     assert [name for name in arms if name not in shared] == ["untrained", MOCO, "supervised", "DenseCL", "SlotCon"]
     assert {arms[name].trunk_steps for name in shared} == {5 * 10}
+    early = ("optim.lr=0.1", "objective.warmup_epochs=2", "objective.loss=hml objective.normalise=mean")
+    early += ("objective.regions.lists=x", "objective.temperature=0.1", "objective.info_nce_weight=0.5")
+    others = arms_of(RECIPE, overrides, {change: change.split() for change in early})
+    assert [name for name, cell in others.items() if cell.trunk is not None] == []
     configs = {name: cell.config for name, cell in arms.items()}
     assert configs[MOCO].objective.windows.count == 0 and configs[WINDOWS].objective.method == "moco_v2"  # type: ignore[attr-defined]
     assert (configs["k 3"].objective.k, configs[OWN].objective.labels_from) == (3, "regions")  # type: ignore[attr-defined]
