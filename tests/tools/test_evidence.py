@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mls.engine import Run
+from mls.engine.events import EventLog
 from mls.errors import ConfigError
 from mls.eval.cells import Measured
 from mls.results import Results
@@ -18,6 +20,7 @@ from mls.tools.bench.evidence import (
     WINDOWS,
     arms_of,
     chosen,
+    cpu_seconds,
     evidence,
     figure,
     numbers,
@@ -88,6 +91,15 @@ def test_tables_compare_pairs_and_say_what_share_of_the_oracle_s_gain_is_reached
     assert own[1:5] == ["3", "+2.0 ± 2.5", "0.074", "38%"]
     assert rows["oracle labels − windows"][4] == "" and "own region labels − random labels" not in rows
     assert share_of_gap(found(), OWN, "linear") == pytest.approx(6 / 16)
+
+
+def test_lists_that_a_resume_found_again_cost_their_time_once(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for step, seconds in ((5, 20.0), (9, 30.0), (9, 10.0)):
+        log.write("refresh", step=step, cpu_seconds=seconds)
+    rows = [{"step": step, "epoch": 1, "cpu_seconds": seconds} for step, seconds in ((5, 1.0), (10, 2.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert cpu_seconds(Run(tmp_path)) == 1.5 + 30 / 10
 
 
 def test_a_seed_that_not_all_arms_have_counts_where_it_can(tmp_path: Path) -> None:

@@ -236,10 +236,9 @@ def cpu_seconds(run: Run) -> float | None:
     from mls.engine import events
 
     rows = [row["cpu_seconds"] for row in run.metrics() if row.get("cpu_seconds") is not None]
-    lists = sum(
-        one.get("cpu_seconds", 0.0) for one in events.read(run.path / "events.jsonl") if one["event"] == "refresh"
-    )
-    return statistics.fmean(rows) + lists / run.metrics()[-1]["step"] if rows else None
+    found = (one for one in events.read(run.path / "events.jsonl") if one["event"] == "refresh")
+    lists = {one["step"]: one.get("cpu_seconds", 0.0) for one in found}  # once a step: a resume repeats some
+    return statistics.fmean(rows) + sum(lists.values()) / run.metrics()[-1]["step"] if rows else None
 
 
 def tables(found: Found, folder: Path, heading: str, note: str) -> list[Table]:
