@@ -12,6 +12,7 @@ from mls.errors import ConfigError
 from mls.eval.cells import Measured
 from mls.results import Results
 from mls.tools.bench.evidence import (
+    ARMS,
     MOCO,
     ORACLE,
     OWN,
@@ -59,6 +60,8 @@ def test_arms_with_windows_share_their_start_and_differ_in_their_labels_alone() 
     configs = {name: cell.config for name, cell in arms.items()}
     assert configs[MOCO].objective.windows.count == 0 and configs[WINDOWS].objective.method == "moco_v2"  # type: ignore[attr-defined]
     assert (configs["k 3"].objective.k, configs[OWN].objective.labels_from) == (3, "regions")  # type: ignore[attr-defined]
+    trained = [str(cell.config) for cell in arms_of(RECIPE, overrides, chosen(list(ARMS))).values() if cell.trained]
+    assert len(set(trained)) == len(trained)
     for name, cell in arms.items():  # equal steps, network, resolution and data
         for part in ("data", "model", "optim", "augment", "dictionary"):
             assert getattr(cell.config, part) == getattr(configs[OWN], part), name

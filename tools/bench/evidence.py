@@ -44,8 +44,8 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
         "supervised": ("objective.method=supervised", *PLAIN),
     },
     "better": {
-        "own, k 5": ("objective.k=5",),
         "own, k 10": ("objective.k=10",),
+        "own, k 20": ("objective.k=20",),
         "own, less its own similarity": ("objective.regions.novelty=0.5",),
         "own, one threshold": ("objective.regions.choose=threshold",),
         "own, soft": ("objective.regions.soft=0.1",),
