@@ -25,6 +25,7 @@ from mls import card, distributed, engine
 from mls.config import Config, to_dict
 from mls.config import DataConfig as PretrainingData
 from mls.core.losses import LOSSES
+from mls.data.scenes import ScenesSource
 from mls.data.sources import build_source, hash_of_images
 from mls.engine import sizing
 from mls.errors import ConfigError
@@ -498,4 +499,6 @@ def config_hash(config: Config) -> str:
 
 @lru_cache(maxsize=8)  # the cells of a table share it
 def _images_of(data: PretrainingData) -> str:
-    return hash_of_images(build_source(data))
+    composed = data.source == "scenes" and data.scenes.objects is not None  # a run's cell is probed on its test scenes
+    tested = hash_of_images(ScenesSource(data.scenes, "test")) if composed else ""
+    return hash_of_images(build_source(data)) + tested

@@ -64,7 +64,9 @@ class NeighbourLists:
             raise CheckpointError(
                 f"{path} holds no neighbour lists ({reason(error)}): `mls regions` writes them"
             ) from None
-        if about.get("sha256") not in (None, lists._hash()):  # the first lists had none
+        of_regions = (len(watched(len(lists.ids))), *lists.ids.shape[1:], 2)
+        odd = lists.regions is not None and lists.regions.shape != of_regions
+        if odd or about.get("sha256") not in (None, lists._hash()):  # the first lists had none
             raise CheckpointError(f"{path} is damaged: make it again with `mls regions`")
         return lists
 

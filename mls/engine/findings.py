@@ -281,6 +281,8 @@ def kept_of_image(config: Config, half: bool) -> int:
     dtype = torch.bfloat16 if half else torch.float32
     found: dict[int, Tensor] = {}
     sizes = [config.augment.size, *[config.augment.small_size] * config.augment.small_crops]
+    if isinstance(config.objective, MoCoOptions):
+        sizes += [config.objective.windows.size] * config.objective.windows.count
     try:
         with torch.device("meta"), initialisation(0):
             network = backbones.build(config.model.backbone).to(dtype).train()
@@ -324,7 +326,7 @@ def memory(plan: Plan, sizes: Sizes, device: torch.device) -> Finding:
 def _less_memory(plan: Plan, sizes: Sizes, needed: int) -> str:
     dictionary = plan.config.dictionary
     if sizes.held < needed / 2:
-        return f"engine.accumulate={2 * plan.config.engine.accumulate}"
+        return half_at_a_time(plan)
     if sizes.dictionary < sizes.held / 2:
         return ""
     if plan.world > 1 and not dictionary.sharded:
@@ -332,6 +334,11 @@ def _less_memory(plan: Plan, sizes: Sizes, needed: int) -> str:
     if dictionary.storage == "fp32":
         return "dictionary.storage=bf16"
     return _of_size(plan, dictionary.size / 4)
+
+
+def half_at_a_time(plan: Plan) -> str:
+    """Of the images of a process, where they can be halved."""
+    return f"engine.accumulate={2 * plan.config.engine.accumulate}" if plan.part % 2 == 0 else ""
 
 
 def disk(plan: Plan, sizes: Sizes) -> Finding:

@@ -79,7 +79,7 @@ def _map(state: dict[str, Any], mapping: Tensor) -> bool:
     state["unreadable"] = [(places[i], why) for i, why in state["unreadable"] if places[i] != EMPTY]
     emptied = False
     for name, memory in state["method"]["_extra_state"].items():
-        if not isinstance(memory, dict) or "ids" not in memory:
+        if not isinstance(memory, dict) or "filled" not in memory:  # no dictionary, such as lists of neighbours
             if memory:
                 raise CheckpointError(f"numbers in the run's {name} cannot be mapped by name: start a new run")
             continue

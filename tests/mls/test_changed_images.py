@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from mls.core.dictionary import EMPTY
+from mls.core.matching import Matches
+from mls.core.neighbour_lists import NeighbourLists
 from mls.data.listing import FileSource
 from mls.engine.images import accept_other_images, hash_of_names, hash_of_some, keep_names
 from mls.errors import CheckpointError
@@ -57,6 +59,13 @@ def test_a_dictionary_with_images_that_are_gone_starts_empty(tmp_path: Path) -> 
     assert "starts empty" in accept_other_images(tmp_path, state, FileSource("f", Path("/old"), BEFORE[1:]), True)
     memory = state["method"]["_extra_state"]["dictionary"]
     assert (memory["filled"], memory["head"], memory["ids"].tolist()) == (0, 0, [EMPTY] * 4)
+
+
+def test_lists_of_neighbours_are_not_mapped(tmp_path: Path) -> None:
+    state, lists = kept(tmp_path), NeighbourLists.of(Matches(torch.zeros(3, 1).long(), torch.ones(3, 1)), {})
+    state["method"]["_extra_state"]["neighbours"] = {"identity": lists.identity, **lists.tensors}
+    with pytest.raises(CheckpointError, match="numbers in the run's neighbours cannot be mapped by name: start a new"):
+        accept_other_images(tmp_path, state, FileSource("f", Path("/old"), BEFORE[1:]), True)
 
 
 def test_without_names_only_the_number_is_compared(tmp_path: Path) -> None:

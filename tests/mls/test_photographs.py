@@ -10,7 +10,7 @@ from mls.config import ScenesConfig
 from mls.data.photographs import MOST, SIDE, photographs
 from mls.data.scenes import ScenesSource, make_scenes, scenes_of
 from mls.errors import DataError
-from mls.eval.cells import config_hash
+from mls.eval.cells import _images_of, config_hash
 from mls.eval.protocol import scenes_identity
 from mls.recipes import load_config
 
@@ -93,11 +93,18 @@ def test_folders_that_cannot_be_composed_are_one_sentence(folder: Path) -> None:
 
 
 def test_other_photographs_are_another_cell_and_the_digits_keep_their_identity(folder: Path) -> None:
-    hashed = lambda *overrides: config_hash(load_config("mls_scenes_tiny", ["data.scenes.count=8", *overrides]))
+    few = ["data.scenes.count=8", "data.scenes.test_count=8"]
+    hashed = lambda *overrides: config_hash(load_config("mls_scenes_tiny", [*few, *overrides]))
     plain = hashed()
     assert plain == hashed("data.scenes.style=standard") != hashed("data.scenes.style=hard")
-    first = hashed(f"data.scenes.objects={folder}")
+    first, train = hashed(f"data.scenes.objects={folder}"), photographs(str(folder), "train").glyphs
     other = folder.with_name("moved")
     folder.rename(other)
     assert hashed(f"data.scenes.objects={other}") == first != plain
+    tested = int(photographs(str(other), "test").numbers[0])
+    Image.new("RGB", (40, 30), (99, 99, 99)).save(sorted(other.glob("*/*.png"))[tested])
+    for kept in (_images_of, photographs):
+        kept.cache_clear()
+    assert torch.equal(photographs(str(other), "train").glyphs, train)
+    assert hashed(f"data.scenes.objects={other}") != first
     assert scenes_identity({"size": 32, "style": "standard", "objects": "x"}) == {"size": 32, "objects": True}

@@ -239,6 +239,10 @@ def test_of_watched_images_the_two_regions_that_are_most_alike_are_kept(tmp_path
     stranger = next(image for image in range(70) if image not in found.indices[queries[0]])
     assert lists.most_alike(queries[:1], torch.tensor([[stranger]])).tolist() == [[[-1, -1]]]  # type: ignore
     assert lists_of(40, 7).most_alike(queries[:1], torch.tensor([[0]])) is None  # of an older file
+    assert lists.regions is not None
+    replace(lists, regions=lists.regions[:, 1:]).save(tmp_path / "lists")
+    with pytest.raises(CheckpointError, match="lists is damaged: make it again with `mls regions`"):
+        NeighbourLists.open(tmp_path / "lists")
 
 
 def test_lists_come_back_from_their_file_as_they_were(tmp_path: Path) -> None:

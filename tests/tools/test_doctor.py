@@ -114,6 +114,17 @@ def test_the_state_is_held_against_the_memory(
     assert Sizes.planned(shared.config, world=8).dictionary == sizes.dictionary // 8
 
 
+def test_images_are_counted_with_their_windows_and_halved_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = ["objective.windows.count=2", "objective.windows.size=32"]
+    assert plan_of().config.augment.size == 32
+    plain, more = (findings.kept_of_image(plan_of(*overrides).config, half=False) for overrides in ([], windows))
+    assert more == pytest.approx(3 * plain, rel=0.01)  # the statistics of normalisation are kept once
+    monkeypatch.setattr(findings, "available_memory", lambda: 2**20)
+    for batch, override in ((512, "engine.accumulate=2"), (511, "")):
+        plan = plan_of(f"data.batch_size={batch}", "dictionary.size=512")
+        assert findings.memory(plan, Sizes.planned(plan.config, world=1), CPU).override == override
+
+
 def test_planned_sizes_are_those_of_the_network_and_its_checkpoint(tmp_path: Path) -> None:
     from mls.core import methods
     from mls.engine import optim

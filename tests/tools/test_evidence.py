@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from mls.engine import Run
+from mls.engine.events import EventLog
 from mls.errors import ConfigError
 from mls.eval.cells import Measured
 from mls.results import Results
 from mls.tools.bench.evidence import (
+    ARMS,
     MOCO,
     ORACLE,
     OWN,
@@ -18,6 +21,7 @@ from mls.tools.bench.evidence import (
     WINDOWS,
     arms_of,
     chosen,
+    cpu_seconds,
     evidence,
     figure,
     numbers,
@@ -44,13 +48,20 @@ def found(linear: dict[str, tuple[float, ...]] = LINEAR) -> dict[str, dict[int, 
 
 
 def test_arms_with_windows_share_their_start_and_differ_in_their_labels_alone() -> None:
-    arms = arms_of(RECIPE, ["data.scenes.count=1280"], chosen(["labels", "dense"], variants=["k 3: objective.k=3"]))
+    overrides = ["data.scenes.count=1300", "data.limit=1280"]
+    arms = arms_of(RECIPE, overrides, chosen(["labels", "dense"], variants=["k 3: objective.k=3"]))
     shared = [name for name, cell in arms.items() if cell.trunk is not None]
     assert [name for name in arms if name not in shared] == ["untrained", MOCO, "supervised", "DenseCL", "SlotCon"]
     assert {arms[name].trunk_steps for name in shared} == {5 * 10}
+    early = ("optim.lr=0.1", "objective.warmup_epochs=2", "objective.loss=hml objective.normalise=mean")
+    early += ("objective.regions.lists=x", "objective.temperature=0.1", "objective.info_nce_weight=0.5")
+    others = arms_of(RECIPE, overrides, {change: change.split() for change in early})
+    assert [name for name, cell in others.items() if cell.trunk is not None] == []
     configs = {name: cell.config for name, cell in arms.items()}
     assert configs[MOCO].objective.windows.count == 0 and configs[WINDOWS].objective.method == "moco_v2"  # type: ignore[attr-defined]
     assert (configs["k 3"].objective.k, configs[OWN].objective.labels_from) == (3, "regions")  # type: ignore[attr-defined]
+    trained = [str(cell.config) for cell in arms_of(RECIPE, overrides, chosen(list(ARMS))).values() if cell.trained]
+    assert len(set(trained)) == len(trained)
     for name, cell in arms.items():  # equal steps, network, resolution and data
         for part in ("data", "model", "optim", "augment", "dictionary"):
             assert getattr(cell.config, part) == getattr(configs[OWN], part), name
@@ -83,6 +94,15 @@ def test_tables_compare_pairs_and_say_what_share_of_the_oracle_s_gain_is_reached
     assert own[1:5] == ["3", "+2.0 ± 2.5", "0.074", "38%"]
     assert rows["oracle labels − windows"][4] == "" and "own region labels − random labels" not in rows
     assert share_of_gap(found(), OWN, "linear") == pytest.approx(6 / 16)
+
+
+def test_lists_that_a_resume_found_again_cost_their_time_once(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for step, seconds in ((5, 20.0), (9, 30.0), (9, 10.0)):
+        log.write("refresh", step=step, cpu_seconds=seconds)
+    rows = [{"step": step, "epoch": 1, "cpu_seconds": seconds} for step, seconds in ((5, 1.0), (10, 2.0))]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert cpu_seconds(Run(tmp_path)) == 1.5 + 30 / 10
 
 
 def test_a_seed_that_not_all_arms_have_counts_where_it_can(tmp_path: Path) -> None:

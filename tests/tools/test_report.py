@@ -136,7 +136,7 @@ def by_regions(synthetic_run_of_module: Make, page_of: Callable[..., Page]) -> P
     run = synthetic_run_of_module("regions", "objective.labels_from=regions", "objective.regions.grid=3")
     for moment in moments.read(run.path):
         listed = lambda query: {"regions": query.matches["features"], **query.matches}
-        pairs = [(0, 8), (4, 2), (-1, -1), (1, 1), (2, 2)]
+        pairs = [(0, 8), (4, 2), (-1, -1), (1, 9), (2, 2)]  # of 9 windows
         queries = [replace(query, matches=listed(query), regions=pairs) for query in moment.queries]
         moments.write(run.path, replace(moment, queries=queries))
     return page_of(run)
@@ -253,9 +253,10 @@ def test_labels_are_judged_with_truth_and_without(pages: dict[int, Page]) -> Non
 def test_regions_that_match_are_boxes_of_their_images(by_regions: Page) -> None:
     lists = by_regions.data["runs"][0]["shown"][-1]["queries"][0][3]
     corner, far = [0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]  # the first and the last window of the grid, half a side
-    assert [match[6:] for match in lists["regions"]][:3] == [
+    assert [match[6:] for match in lists["regions"]][:4] == [
         [[corner, far]],
         [[[0.25, 0.25, 0.75, 0.75], [0.5, 0, 1, 0.5]]],
+        [],
         [],
     ]
     assert {len(match) for match in lists["features"]} == {6}

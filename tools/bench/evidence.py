@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,8 +44,8 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
         "supervised": ("objective.method=supervised", *PLAIN),
     },
     "better": {
-        "own, k 5": ("objective.k=5",),
         "own, k 10": ("objective.k=10",),
+        "own, k 20": ("objective.k=20",),
         "own, less its own similarity": ("objective.regions.novelty=0.5",),
         "own, one threshold": ("objective.regions.choose=threshold",),
         "own, soft": ("objective.regions.soft=0.1",),
@@ -65,6 +66,9 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 ALWAYS = (WINDOWS, OWN, ORACLE)
+# Keys of objective.* that act once labels do; all others act from the first step on.
+LATE = {"k", "weight", "loss", "options", "normalise", "labels_from", "classify_with", "regions"}
+LATE |= {"pseudo_labels", "oracle_share"}
 QUIET = ("monitor.knn_every_epochs=0", "monitor.linear_every_epochs=0", "monitor.moments=0", "engine.threads=1")
 QUICK = ("data.scenes.count=1536", "data.scenes.test_count=500", "optim.epochs=4", "dictionary.size=1024")
 QUICK += ("objective.warmup_epochs=2", "objective.regions.every_epochs=1")
@@ -90,9 +94,9 @@ def evidence(
 ) -> None:
     """Do pseudo-labels help? Arms × seeds of a recipe with region labels, each with its controls.
 
-    Every seed is another network, and other scenes. All arms with windows go on from one checkpoint, of the end of the
-    warm-up, so that a difference of one seed is the labels' alone. Each cell is a run folder and rows in
-    results.jsonl; interrupt it and call it again.
+    Every seed is another network, and other scenes. All arms that differ in their labels alone go on from one
+    checkpoint, of the end of the warm-up, so that a difference of one seed is the labels' alone. Each cell is a run
+    folder and rows in results.jsonl; interrupt it and call it again.
 
     Examples:
 
@@ -161,6 +165,7 @@ def chosen(
 def arms_of(recipe: str, overrides: Sequence[str], arms: Mapping[str, Sequence[str]]) -> dict[str, Pretraining]:
     """The cells of one seed. All that train alike until the warm-up ends go on from one run's checkpoint."""
     from mls.config import MLSOptions
+    from mls.data.loader import whole_batches
     from mls.eval.pretraining import Pretraining
     from mls.recipes import load_config
 
@@ -175,20 +180,33 @@ def arms_of(recipe: str, overrides: Sequence[str], arms: Mapping[str, Sequence[s
             f"{recipe} trains on data.source={base.data.source}, which the study does not probe: compose scenes of "
             "photographs with mls_regions_photographs_tiny data.scenes.objects=FOLDER"
         )
-    images, listed = base.data.scenes.count, base.objective.regions
-    steps = int(base.objective.warmup_epochs * (images // base.data.batch_size))
+    images, listed = min(base.data.scenes.count, base.data.limit or base.data.scenes.count), base.objective.regions
+    steps = int(base.objective.warmup_epochs * whole_batches(images, base))
     # Where each image has k rows or more among its neighbours, controls of as many rows need no lists.
     plenty = listed.neighbours * base.dictionary.size > 4 * base.objective.k * images and listed.choose == "nearest"
     trunk = Pretraining("until labels", recipe, overrides, own_scenes=True)
 
     def cell(name: str, changes: Sequence[str]) -> Pretraining:
-        other = any(one.startswith("objective.windows.") for one in changes)
-        other |= any(one.startswith("objective.method=") and one != "objective.method=moco_v2" for one in changes)
-        shares = {} if other or steps == 0 else {"trunk": trunk, "trunk_steps": steps}
         overridden = [*overrides, *(one for one in changes if plenty or one not in CONTROL)]
-        return Pretraining(name, recipe, overridden, trained=name != UNTRAINED, own_scenes=True, **shares)
+        arm = Pretraining(name, recipe, overridden, trained=name != UNTRAINED, own_scenes=True)
+        shares = steps > 0 and alike_until_labels(trunk.config, arm.config)
+        return replace(arm, trunk=trunk, trunk_steps=steps) if shares else arm
 
     return {name: cell(name, changes) for name, changes in arms.items()}
+
+
+def alike_until_labels(base: Config, arm: Config) -> bool:
+    """Do both train alike until the warm-up ends? A loss with a state of its own has it from the first step on."""
+    from mls.config import NOT_A_KEY, MLSOptions, differences
+    from mls.core.multi_label import build_loss
+
+    for key, _, value in differences(base, arm):
+        section, name, *_ = key.split(".")
+        late = section == "objective" and name in LATE and key != "objective.regions.lists"  # checkpoints name theirs
+        if not (late or (key, value) in (("objective.method", "moco_v2"), ("objective.warmup_epochs", NOT_A_KEY))):
+            return False
+    labelled = [one.objective for one in (base, arm) if isinstance(one.objective, MLSOptions)]
+    return not any(build_loss(options, sharded=False).state_dict() for options in labelled)
 
 
 # ------------------------------------------------------------------------------------------------------- what they say
@@ -218,10 +236,9 @@ def cpu_seconds(run: Run) -> float | None:
     from mls.engine import events
 
     rows = [row["cpu_seconds"] for row in run.metrics() if row.get("cpu_seconds") is not None]
-    lists = sum(
-        one.get("cpu_seconds", 0.0) for one in events.read(run.path / "events.jsonl") if one["event"] == "refresh"
-    )
-    return statistics.fmean(rows) + lists / run.metrics()[-1]["step"] if rows else None
+    found = (one for one in events.read(run.path / "events.jsonl") if one["event"] == "refresh")
+    lists = {one["step"]: one.get("cpu_seconds", 0.0) for one in found}  # once a step: a resume repeats some
+    return statistics.fmean(rows) + sum(lists.values()) / run.metrics()[-1]["step"] if rows else None
 
 
 def tables(found: Found, folder: Path, heading: str, note: str) -> list[Table]:

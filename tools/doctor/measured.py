@@ -26,7 +26,7 @@ from mls.data.decode import UnreadableImage, decode
 from mls.data.loader import Loader, remedy, worker_count
 from mls.distributed import Process
 from mls.engine import optim
-from mls.engine.findings import Finding, Plan, Sizes, in_units, nearest_folder
+from mls.engine.findings import Finding, Plan, Sizes, half_at_a_time, in_units, nearest_folder
 from mls.errors import reason
 from mls.frozen.features import embed
 from mls.frozen.neighbours import RECALL, InMemorySource, Thumbnail, brightened, compressed, cropped
@@ -244,8 +244,7 @@ def _too_large(plan: Plan, device: torch.device) -> Finding:
     words = (
         f"{plan.part:,} images of {plan.config.augment.size} pixels do not fit into the {device.type.upper()}'s memory"
     )
-    parts = 2 * plan.config.engine.accumulate
-    return Finding("memory of a step", "fails", words, f"engine.accumulate={parts}" if plan.part % 2 == 0 else "")
+    return Finding("memory of a step", "fails", words, half_at_a_time(plan))
 
 
 def _peak(device: torch.device) -> Finding:

@@ -122,9 +122,9 @@ def _of_moment(moment: Moment, labels: Any) -> Shown:
     return Shown(moment.step, moment.epoch, [Asked(query.id, query.box, lists(query)) for query in moment.queries])
 
 
-def region_boxes_of(config: Config, say: Callable[[str], None]) -> Callable[[int, int, int], Box] | None:
+def region_boxes_of(config: Config, say: Callable[[str], None]) -> Callable[[int, int, int], Box | None] | None:
     """Of a run whose labels come from regions the box of a region in an image, by its number and the image's height and
-    width: of lists from a file as the file says."""
+    width: of lists from a file as the file says. None: there is no region of this number."""
     from mls.config import MLSOptions
     from mls.core.neighbour_lists import NeighbourLists
     from mls.core.regions import box_shares
@@ -139,7 +139,7 @@ def region_boxes_of(config: Config, say: Callable[[str], None]) -> Callable[[int
         except (UserError, KeyError, TypeError, ValueError) as error:
             say(f"regions that matched are not shown: {clip(str(error))}")
             return None
-    return lambda number, height, width: box_shares(height, width, options)[number]
+    return lambda number, height, width: dict(enumerate(box_shares(height, width, options))).get(number)
 
 
 # ------------------------------------------------------------------------------------------------------- the pictures

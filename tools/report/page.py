@@ -55,7 +55,7 @@ class Section:
     nuisances: dict[str, list[Nuisance]] = field(default_factory=dict)  # by memory
     quality: dict[str, LabelStatistics] = field(default_factory=dict)  # by memory; of images with labels
     pairs: list[Pair] = field(default_factory=list)
-    region_box: Callable[[int, int, int], Box] | None = None  # by number, of an image's height and width
+    region_box: Callable[[int, int, int], Box | None] | None = None  # by number, of an image's height and width
 
     @cached_property
     def replayed(self) -> tuple[str, list[str], list[list[str]]] | None:
@@ -234,7 +234,8 @@ def _moment_data(shown: Shown, section: Section, atlas: Atlas) -> dict[str, Any]
         if m.regions is None or section.region_box is None or None in places:
             return []
         sides = [(place[4], place[3]) for place in places if place]
-        return [_short(section.region_box(n, *of)) for n, of in zip(m.regions, sides, strict=True)]
+        boxes = [section.region_box(n, *of) for n, of in zip(m.regions, sides, strict=True)]
+        return [] if None in boxes else [_short(box) for box in boxes if box]
 
     queries = [
         [
