@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mls.errors import ConfigError
 from mls.tables import Format
 from mls.tools.export import ARCHITECTURE, PREFIX
+
+if TYPE_CHECKING:
+    from mls.eval.protocol import AnyProtocol
 
 app = typer.Typer(help="Downstream evaluation: one protocol, or a paper's table.", no_args_is_help=True)
 
@@ -46,7 +49,6 @@ def run(
     from mls import distributed
     from mls.eval import load_protocol
     from mls.eval.cells import evaluation
-    from mls.eval.dense.schema import Dense, FrozenDense
     from mls.files import runs_folder
     from mls.tables import print_table
 
@@ -64,13 +66,18 @@ def run(
     if measured.stored_before:
         print(f"measured on {measured.date}, not run again; --again runs it")
     print(f"{root / 'results.jsonl'}: stored as {row['run']}")
-    kept = (root / "eval" / row["run"] / "classifier.safetensors").is_file()
-    if kept and not isinstance(cell.protocol, FrozenDense):
-        place = "found" if isinstance(cell.protocol, Dense) else "preds.csv"
-        print(f"mls predict {root / 'eval' / row['run']} IMAGES --out {place}   (what it says of other images)")
-    picture = root / "eval" / row["run"] / "found.png"
-    if picture.is_file():
-        print(f"{picture}: some test images, what was found in them and what is true")
+    _name_files(root / "eval" / row["run"], cell.protocol)
+
+
+def _name_files(folder: Path, protocol: AnyProtocol) -> None:
+    """What lies beside the numbers of one training."""
+    from mls.eval.dense.schema import Dense, FrozenDense
+
+    if (folder / "classifier.safetensors").is_file() and not isinstance(protocol, FrozenDense):
+        place = "found" if isinstance(protocol, Dense) else "preds.csv"
+        print(f"mls predict {folder} IMAGES --out {place}   (what it says of other images)")
+    if (folder / "found.png").is_file():
+        print(f"{folder / 'found.png'}: some test images, what was found in them and what is true")
 
 
 @app.command("suite")
