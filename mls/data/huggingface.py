@@ -44,7 +44,7 @@ class HuggingFaceSource:
         self.class_names: list[str] | None = None
         if kinds:
             label, kind = kinds[0]
-            numbers = np.array(found[label][: self._count], np.int64)
+            numbers = np.array([-1 if one is None else one for one in found[label][: self._count]], np.int64)
             if numbers.min() >= 0:  # -1 says that nobody knows
                 self.class_names = list(kind.names)
                 self._pairs = np.stack([np.arange(len(numbers)), numbers], axis=1)

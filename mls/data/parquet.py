@@ -25,6 +25,7 @@ from mls.streams import generator
 HELD = 128 << 20  # bytes of images that a process keeps: the row groups it read last, one at least
 OPEN_FILES = 16
 LABELS = ("label", "labels", "class")  # names of a column of class numbers
+MOST_CLASSES = 100_000
 
 
 def from_parquet(config: DataConfig) -> ParquetSource:
@@ -85,8 +86,11 @@ class ParquetSource:
         if any(column.null_count for column in columns):
             return None, None
         numbers = np.concatenate([column.to_numpy() for column in columns]).astype(np.int64)[: len(self)]
-        names = _class_names(schema, label) or [str(number) for number in range(int(numbers.max()) + 1)]
-        if numbers.min() < 0 or numbers.max() >= len(names):
+        if (most := int(numbers.max())) >= MOST_CLASSES:
+            file = show(os.fsdecode(self._files[0]))
+            raise DataError(f"{file} has {most} in its column {label}, which is no class number: rename that column")
+        names = _class_names(schema, label) or [str(number) for number in range(most + 1)]
+        if numbers.min() < 0 or most >= len(names):
             return None, None  # -1 says that nobody knows
         return names, np.stack([np.arange(len(numbers)), numbers], axis=1)
 

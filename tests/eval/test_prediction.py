@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mls.config import AugmentConfig
-from mls.errors import CheckpointError, ConfigError, Stopped
+from mls.errors import CheckpointError, ConfigError, DataError, Stopped
 from mls.eval import load_protocol, prediction
 from mls.eval.cells import Evaluation, evaluation
 from mls.eval.dense.run import build_network
@@ -76,6 +76,10 @@ def test_a_table_of_scores_leaves_out_what_cannot_be_read(folder: Path, capfd: p
     assert "dark/4.png: not an image" in told.err
     assert "19 images, scores of 2 classes" in told.out
     lines = (folder / "preds.csv").read_text().splitlines()
+    (folder / "broken").mkdir()
+    (folder / "broken" / "4.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"none of its images can be read \(1\): repair them"):
+        predict(made, folder / "broken", quiet=True)
     assert lines[0] == "path,dark,light"
     assert len(lines) == 20
     parquet = pytest.importorskip("pyarrow.parquet")

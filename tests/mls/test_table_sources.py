@@ -92,6 +92,9 @@ def test_damaged_files_rows_and_columns_are_one_sentence_each(tmp_path: Path) ->
     with pytest.raises(OSError, match="the row has no bytes"):
         gap.read(0)
     assert decode(gap.read(1)).shape == (3, SIDE, SIDE) and gap.class_names is None
+    parquet.write_table(pa.table({"image": [encoded(1)], "label": [2_000_000_000]}), tmp_path / "ids.parquet")
+    with pytest.raises(DataError, match="has 2000000000 in its column label, which is no class number: rename that"):
+        source(tmp_path / "ids.parquet")
     with pytest.raises(DataError, match=r"no .parquet files under .*: point data.root"):
         (tmp_path / "empty").mkdir()
         source(tmp_path / "empty", source="parquet")
@@ -126,6 +129,9 @@ def test_a_saved_data_set_of_hugging_face_is_read_in_place(tmp_path: Path) -> No
     assert decode(found.read(7)).tolist() == decode(encoded(7)).tolist()
     assert sorted(found.order(0, 1)) == list(range(12)) and found.labels[:, 1].tolist() == [0, 1] * 6
     assert len(source(tmp_path / "saved", limit=5)) == 5
+    rows["label"][3] = None
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "gaps"))
+    assert source(tmp_path / "gaps").labels is None
     with pytest.raises(DataError, match=r"has no split test: set data.annotations to one of those there \(train\)"):
         source(tmp_path / "saved", annotations="test")
     with pytest.raises(DataError, match="cannot be loaded by datasets .*: name a folder that save_to_disk wrote"):
