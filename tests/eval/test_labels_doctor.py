@@ -108,13 +108,17 @@ def test_one_label_an_image_shows_as_a_rate_that_depends_on_other_labels() -> No
     assert missing.alone.high < missing.beside.low
 
 
-def test_losses_are_ranked_on_the_labels_as_they_are_and_noise_is_not_told_apart(examined) -> None:
-    features, _, labels, _ = examined[HIDE]
+def test_losses_are_ranked_on_the_labels_as_they_are_and_noise_is_not_told_apart(examined, monkeypatch) -> None:
+    features, truth, labels, _ = examined[HIDE]
     found = ranked(features[:300], labels[:300], features[300:], labels[300:], seeds=2, names=("an", "em", "wan"))
     assert [one.name for one in found] != []
     assert {one.name: one.difference for one in found}["an"] == 0
     assert all(one.low <= one.high for one in found)
     assert found == sorted(found, key=lambda one: -one.value)
+    right = truth[300:].float()  # of `em` the second seed is as wrong as the first is right
+    monkeypatch.setattr(labels_doctor, "scores_of", lambda name, *rest: right * (-1 if (name, rest[-1]) == ("em", 1) else 1))
+    worse = ranked(features[:300], labels[:300], features[300:], truth[300:], seeds=2, names=("an", "em"))[1]
+    assert worse.low <= worse.difference <= worse.high < 0  # interval and difference are of the same mean
 
 
 def test_an_interval_of_no_cells_says_nothing() -> None:
