@@ -39,6 +39,7 @@ class HuggingFaceSource:
         if not len(found):
             raise DataError(f"{show(root)} has no images: name another split with data.annotations")
         self.name, self.column = f"huggingface:{show(Path(root).name)}", images[0]
+        self.identity = f"{found.split}/{found._fingerprint}"  # the library's own hash of rows and where they come from
         kinds = [(name, kind) for name, kind in found.features.items() if isinstance(kind, ClassLabel)]
         self._count = min(len(found), limit or len(found))
         self.class_names: list[str] | None = None

@@ -137,11 +137,22 @@ class ParquetSource:
     def _group_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
+    @property
+    def identity(self) -> str:
+        """The sizes of the image column in each row group: other images have others."""
+        groups = range(self._group_of(len(self) - 1) + 1)  # those behind data.limit do not count
+        chunks = [one for group in groups for one in self._chunks(group)]
+        return repr([(one.total_uncompressed_size, one.total_compressed_size) for one in chunks])
+
     def _bytes_of(self, group: int) -> int:
+        return sum(one.total_uncompressed_size for one in self._chunks(group))
+
+    def _chunks(self, group: int) -> list[Any]:
+        """What the footer says of the image column, or of each part of its structs, in a row group."""
         file, number = self._groups[group].tolist()
         found = self._metadata(file).row_group(number)
         columns = (found.column(place) for place in range(found.num_columns))
-        return sum(one.total_uncompressed_size for one in columns if one.path_in_schema.split(".")[0] == self.column)
+        return [one for one in columns if one.path_in_schema.split(".")[0] == self.column]
 
     def _rows(self, group: int) -> Any:
         if group in self._held:
