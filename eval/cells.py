@@ -378,6 +378,7 @@ class Evaluation(Cell):
             "single_label": getattr(images.train, "single_label", None),
             "weights": str(Path(self.weights).expanduser().absolute()) if of_file else name,
             "weights_hash": self.source.hash,
+            "weights_options": {"architecture": self.architecture, "prefix": self.prefix},
             **{key: known[key] for key in ("architecture", "mean", "std", "input_size")},
         }
 

@@ -88,6 +88,18 @@ def test_a_table_of_scores_leaves_out_what_cannot_be_read(folder: Path, capfd: p
     assert [float(line.rpartition(",")[2]) for line in lines[1:]] == pytest.approx(columns["light"], abs=1e-5)
 
 
+def test_a_probe_of_one_of_several_networks_in_a_file_predicts(folder: Path) -> None:
+    state = load_backbone(folder / "backbone.safetensors").state_dict()
+    torch.save({f"{part}.{key}": one for part in ("teacher", "student") for key, one in state.items()}, folder / "x.pth")
+    cell = replace(small("linear", folder), weights=str(folder / "x.pth"), architecture="resnet_tiny", prefix="teacher.")
+    outcome = Outcome({}, "", None, 0, {"weight": torch.randn(2, 128), "bias": torch.zeros(2)})
+    found, same = (
+        predict(kept(one, outcome, folder / "runs"), folder / "images", quiet=True).scores
+        for one in (cell, small("linear", folder))
+    )
+    assert torch.equal(found, same)
+
+
 def test_what_cannot_predict_says_why(folder: Path) -> None:
     with pytest.raises(ConfigError, match="has features and no classes: train a classifier"):
         predict(folder / "backbone.safetensors", folder / "images")
