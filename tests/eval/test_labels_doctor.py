@@ -116,7 +116,8 @@ def test_losses_are_ranked_on_the_labels_as_they_are_and_noise_is_not_told_apart
     assert all(one.low <= one.high for one in found)
     assert found == sorted(found, key=lambda one: -one.value)
     right = truth[300:].float()  # of `em` the second seed is as wrong as the first is right
-    monkeypatch.setattr(labels_doctor, "scores_of", lambda name, *rest: right * (-1 if (name, rest[-1]) == ("em", 1) else 1))
+    scores = lambda name, *rest: -right if (name, rest[-1]) == ("em", 1) else right
+    monkeypatch.setattr(labels_doctor, "scores_of", scores)
     worse = ranked(features[:300], labels[:300], features[300:], truth[300:], seeds=2, names=("an", "em"))[1]
     assert worse.low <= worse.difference <= worse.high < 0  # interval and difference are of the same mean
 

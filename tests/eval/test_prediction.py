@@ -90,12 +90,13 @@ def test_a_table_of_scores_leaves_out_what_cannot_be_read(folder: Path, capfd: p
 
 def test_a_probe_of_one_of_several_networks_in_a_file_predicts(folder: Path) -> None:
     state = load_backbone(folder / "backbone.safetensors").state_dict()
-    torch.save({f"{part}.{key}": one for part in ("teacher", "student") for key, one in state.items()}, folder / "x.pth")
-    cell = replace(small("linear", folder), weights=str(folder / "x.pth"), architecture="resnet_tiny", prefix="teacher.")
+    both = {f"{part}.{key}": one for part in ("teacher", "student") for key, one in state.items()}
+    torch.save(both, file := folder / "both.pth")
+    alone = small("linear", folder)
     outcome = Outcome({}, "", None, 0, {"weight": torch.randn(2, 128), "bias": torch.zeros(2)})
     found, same = (
-        predict(kept(one, outcome, folder / "runs"), folder / "images", quiet=True).scores
-        for one in (cell, small("linear", folder))
+        predict(kept(cell, outcome, folder / "runs"), folder / "images", quiet=True).scores
+        for cell in (replace(alone, weights=str(file), architecture="resnet_tiny", prefix="teacher"), alone)
     )
     assert torch.equal(found, same)
 
