@@ -470,11 +470,11 @@ def pretraining_config(weights: str, seed: int, root: Path, quiet: bool = False)
 def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
     """The finished run behind `pretrain:RECIPE KEY=VALUE ...`."""
     config = pretraining_config(weights, seed, root, quiet)
-    name = config.run.name
+    folder = run_folder(config)
     root.mkdir(parents=True, exist_ok=True)
     # Jobs of one array may want the same run; the first of one job's processes asks for all of them.
     first = os.environ.get("RANK", "0") == "0"
-    waiting = locked(root / f".{name}.lock", f"{root / name} is being trained", wait=True)
+    waiting = locked(folder.with_name(f".{folder.name}.lock"), f"{folder} is being trained", wait=True)
     with waiting if first else contextlib.nullcontext():
         return str(engine.finish(config, quiet).path)
 
