@@ -34,7 +34,7 @@ from mls.eval.data import LabelledImages
 from mls.eval.dense import pictures
 from mls.eval.dense.coco_ap import detections_as_coco
 from mls.eval.dense.detector import Detector
-from mls.eval.dense.schema import Dense, Detection
+from mls.eval.dense.schema import Dense, Detection, FrozenDense
 from mls.eval.dense.segmenter import Segmenter
 from mls.eval.images import Batches
 from mls.eval.protocol import AnyProtocol, Frozen, Supervised, load_protocol
@@ -81,7 +81,12 @@ class Kept:
         found = card.read(folder / FILE)
         if found is None:
             raise CheckpointError(f"{folder} keeps no class names (an earlier version): run its evaluation --again")
-        return cls(folder, tensors_of(found[0]), found[1])
+        kept = cls(folder, tensors_of(found[0]), found[1])
+        if isinstance(kept.protocol, FrozenDense):
+            raise ConfigError(
+                f"{folder} classifies places of frozen maps, not images: `mls embed --dense` gives the maps"
+            )
+        return kept
 
     @cached_property
     def protocol(self) -> AnyProtocol:
@@ -188,7 +193,8 @@ def predict_dense(
     if not isinstance(kept.protocol, Dense):
         raise ConfigError(f"{kept.folder} gives scores of classes: write them with --out preds.csv, or .parquet")
     network, ids = _network(kept), readable(source, range(len(source)), quiet=quiet)
-    _begin(out, {"classifier": kept.facts["sha256"], "images": hash_of_images(source, torch.tensor(ids))})
+    identity = {"classifier": kept.facts["sha256"], "images": hash_of_images(source, torch.tensor(ids))}
+    _begin(out, identity | {"pictures": draw})
     folder, found = _Folder(out, kept, _names(source, ids), draw), out / "found.jsonl"
     done = _whole_lines(found)
     with StopFlag() as stop, counting("predictions", len(ids), not quiet, done) as progress, open(found, "ab") as lines:
@@ -223,7 +229,7 @@ def _network(kept: Kept) -> Detector | Segmenter:
     return network.to(start().device).eval()
 
 
-def _begin(out: Path, identity: dict[str, str]) -> None:
+def _begin(out: Path, identity: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     file = out / "predict.json"
     if not file.is_file():
@@ -231,14 +237,26 @@ def _begin(out: Path, identity: dict[str, str]) -> None:
             raise ConfigError(f"{out} is not empty and holds no predictions: choose another --out")
         write_atomically(file, json.dumps(identity).encode())
     elif read_json(file, "choose another --out") != identity:
-        raise ConfigError(f"{out} holds predictions of another network or of other images: choose another --out")
+        raise ConfigError(
+            f"{out} holds predictions of another network, of other images or with other pictures: choose another --out"
+        )
 
 
 def _names(source: Source, ids: Sequence[int]) -> dict[int, str]:
-    """Of each image a path below a folder of files about it."""
+    """What the source calls each image."""
     if not isinstance(source, FileSource):
         return {number: f"{number:09d}" for number in ids}
-    return {number: os.fsdecode(os.path.normpath(source.relative_paths[number])).replace("../", "") for number in ids}
+    return {number: os.fsdecode(os.path.normpath(source.relative_paths[number])) for number in ids}
+
+
+def _below(number: int, name: str) -> str:
+    """A path below a folder of files about images: that of the image, unless it lies elsewhere.
+
+    >>> _below(7, "street/a.jpg"), _below(7, "/data/a.jpg"), _below(7, "../a.jpg")
+    ('street/a.jpg', '000000007-a.jpg', '000000007-a.jpg')
+    """
+    inside = not os.path.isabs(name) and name.split(os.sep)[0] != os.pardir
+    return name if inside else f"{number:09d}-{os.path.basename(name)}"
 
 
 def _whole_lines(file: Path) -> int:
@@ -262,8 +280,9 @@ class _Folder:
     draw: bool
 
     def __post_init__(self) -> None:
-        stems = {number: os.path.splitext(name)[0] for number, name in self.names.items()}
-        self.stems = stems if len(set(stems.values())) == len(stems) else self.names  # a.jpg beside a.png
+        places = {number: _below(number, name) for number, name in self.names.items()}
+        stems = {number: os.path.splitext(place)[0] for number, place in places.items()}
+        self.stems = stems if len(set(stems.values())) == len(stems) else places  # a.jpg beside a.png
 
     def write(self, number: int, image: Tensor, one: Any) -> dict[str, Any]:
         """Its line in found.jsonl."""

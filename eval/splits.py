@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mls.eval import data as data_sets
 from mls.eval.data import DataSet, LabelledImages, class_folders, folder_of, scenes, table
 from mls.eval.data.content import content_hash
 from mls.eval.data.table import OwnLabels
-from mls.eval.protocol import DataConfig
+from mls.eval.protocol import DataConfig, scenes_identity
 
 OWN = ("folder", "table")  # data sets of one's own images
 
@@ -45,6 +46,8 @@ def own_labels(config: DataConfig) -> OwnLabels | None:
         for text, key in ((config.labels_file, "data.labels_file"), (config.answers, "data.answers"))
     )
     written = tuple(os.stat(one).st_mtime_ns for one in (file, answers, place(config)) if one and os.path.isfile(one))
+    if config.name != "table" and (answers or config.classes or config.zero != "auto" or config.blank != "unknown"):
+        raise ConfigError("data.answers, classes, zero and blank are for data.name=table: leave them out")
     how = (config.classes, config.zero, config.blank, config.seed, config.max_unreadable)
     return OwnLabels(file, answers, *how, written)
 
@@ -52,8 +55,17 @@ def own_labels(config: DataConfig) -> OwnLabels | None:
 def content(config: DataConfig) -> str:
     """What tells the data apart from others of the same name; an error where they are not there."""
     if config.name == "scenes":  # made, not read
-        return hashlib.sha256(repr(config.scenes).encode()).hexdigest()[:16]
+        return content_of_scenes(config.scenes)
     return _content(config.name, place(config), config.check_sizes, config.scenes, own_labels(config))
+
+
+@lru_cache(maxsize=8)
+def content_of_scenes(config: ScenesConfig) -> str:
+    """Of the settings, as stored results know them, and of the photographs that the scenes are made of."""
+    values = scenes_identity(asdict(config))
+    photographs = content_hash(scenes.read(Path(), config)) if values.pop("objects", None) else ""
+    settings = ", ".join(f"{key}={value!r}" for key, value in values.items())
+    return hashlib.sha256(f"ScenesConfig({settings}){photographs}".encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=8)
@@ -77,7 +89,9 @@ def _own(name: str, root: str | None, own: OwnLabels) -> DataSet:
     """One's own images, without those that cannot be read; what was found is told once."""
     folder = None if root is None else Path(root)
     if folder is not None and folder.is_file():  # data.root=list.txt
-        own, folder = OwnLabels(str(folder), most_unreadable=own.most_unreadable), None
+        if own.labels_file:
+            raise ConfigError(f"data.root={folder} and data.labels_file both name a list of labels: set one of them")
+        own, folder = replace(own, labels_file=str(folder)), None
     note = ""
     if name == "table":
         found, note = table.read(folder, own)

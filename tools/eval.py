@@ -46,6 +46,7 @@ def run(
     from mls import distributed
     from mls.eval import load_protocol
     from mls.eval.cells import evaluation
+    from mls.eval.dense.schema import Dense, FrozenDense
     from mls.files import runs_folder
     from mls.tables import print_table
 
@@ -63,8 +64,10 @@ def run(
     if measured.stored_before:
         print(f"measured on {measured.date}, not run again; --again runs it")
     print(f"{root / 'results.jsonl'}: stored as {row['run']}")
-    if (root / "eval" / row["run"] / "classifier.safetensors").is_file():
-        print(f"mls predict {root / 'eval' / row['run']} IMAGES --out preds.csv   (what it says of other images)")
+    kept = (root / "eval" / row["run"] / "classifier.safetensors").is_file()
+    if kept and not isinstance(cell.protocol, FrozenDense):
+        place = "found" if isinstance(cell.protocol, Dense) else "preds.csv"
+        print(f"mls predict {root / 'eval' / row['run']} IMAGES --out {place}   (what it says of other images)")
     picture = root / "eval" / row["run"] / "found.png"
     if picture.is_file():
         print(f"{picture}: some test images, what was found in them and what is true")

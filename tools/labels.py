@@ -7,6 +7,7 @@ import base64
 import csv
 import html
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -143,15 +144,15 @@ def _audit_lines(before: Sequence[dict[str, str]]) -> list[str]:
     from mls.eval.labels_doctor import audited
 
     drawn = [row for row in before if row["chance"]]
-    answered = [row for row in drawn if row["value"].strip()]
+    answered = [row for row in drawn if _answer(row) is not None]
     if not drawn:
         return []
     if len(answered) < len(drawn):
         return [
             f"{len(answered)} of the {len(drawn)} sampled cells are answered: once all are, they say what is missing"
         ]
-    total, low, high = audited([(row["value"].strip() == "1", float(row["chance"])) for row in answered])
-    words = f"{sum(row['value'].strip() == '1' for row in answered)} of {len(answered)} sampled cells are present"
+    total, low, high = audited([(_answer(row) == 1, float(row["chance"])) for row in answered])
+    words = f"{sum(_answer(row) == 1 for row in answered)} of {len(answered)} sampled cells are present"
     return [
         f"{words}: {total:.0f} missing positives ({low:.0f} to {high:.0f}) at the time of the draw, whatever the model"
     ]
@@ -187,13 +188,31 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _read(answers: Path) -> list[dict[str, str]]:
-    """The rows of an earlier list that are answered, or drawn into the sample."""
+    """The rows of an earlier list that are answered, or drawn into a sample of which something is answered: another
+    sample is drawn otherwise."""
+    from mls.errors import DataError
     from mls.eval.data.table import rows_of
 
     rows = rows_of(answers)
     _, heads = next(rows)
-    found = [dict.fromkeys(COLUMNS, "") | dict(zip(heads, row, strict=False)) for _, row in rows]
-    return [row for row in found if row["value"].strip() or row["chance"]]
+    found = []
+    for line, cells in rows:
+        found.append(dict.fromkeys(COLUMNS, "") | dict(zip(heads, cells, strict=False)))
+        with suppress(ValueError):
+            if not found[-1]["chance"] or 0 < float(found[-1]["chance"]) <= 1:
+                continue
+        what = f"{answers} line {line} has a chance that is no share"
+        raise DataError(f"{what}: leave that column as it was written, or choose a new --out")
+    begun = any(row["chance"] and _answer(row) is not None for row in found)
+    return [row for row in found if _answer(row) is not None or (row["chance"] and begun)]
+
+
+def _answer(row: dict[str, str]) -> int | None:
+    """1 present, 0 or -1 absent, None where the row is still blank."""
+    from mls.eval.data.table import BLANK, VALUES
+
+    label = VALUES.get(row["value"].strip().lower(), BLANK)
+    return None if label == BLANK else label
 
 
 def _sample(likely: Tensor, images: LabelledImages, count: int, before: Sequence[dict[str, str]]) -> dict[Any, float]:

@@ -66,8 +66,9 @@ def _with_outlines(
     found: list[dict[str, Any]], truth: CocoTruth
 ) -> tuple[list[dict[str, Any]], list[RunLengths] | None]:
     """The objects whose masks can be read, and the masks as run lengths: a hundred bytes each, where the polygons as
-    Python numbers would take a gigabyte. None where the file has boxes alone."""
-    if not any("segmentation" in one for one in found):
+    Python numbers would take a gigabyte. None where the file has boxes alone (some tools
+    write an empty segmentation beside them)."""
+    if not any(one.get("segmentation") for one in found):
         return found, None
     whole, outlines, file = [], [], truth.odd.file
     with counting(f"masks of {file.name}", len(found)) as progress:

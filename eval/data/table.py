@@ -76,7 +76,7 @@ def read(root: Path | None, own: OwnLabels) -> tuple[DataSet, str]:
     file = locate(own.labels_file, "data.labels_file")
     folder = file.parent if root is None else root
     table = read_table(file, folder, own.classes)
-    truth = torch.from_numpy(table.cells.argmax(1) if table.one_each else as_truth(table.cells, own))
+    truth = torch.from_numpy((table.cells == 1).argmax(1) if table.one_each else as_truth(table.cells, own))
     if own.answers:
         answers = read_answers(locate(own.answers, "data.answers"), folder, table)
         for place, label in answers.items():  # they stand above what the table says

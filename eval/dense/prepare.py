@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from dataclasses import replace
 from functools import lru_cache
@@ -20,6 +19,7 @@ from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import Dense, Detection, FrozenDense
 from mls.eval.schema import DataSetConfig
+from mls.eval.splits import content_of_scenes
 from mls.exporting.source import Source
 from mls.models import card_of, load_backbone, untrained
 from mls.models.backbones import Backbone
@@ -51,7 +51,7 @@ def summary(data: DataSet[Any]) -> str:
     """What was found in the user's own data.
 
     >>> summary(objects.scenes(ScenesConfig(count=3, test_count=2)))
-    'scenes_objects: 3 training images with 4 objects, 2 test images with 3 objects, 10 classes'
+    'scenes_objects: 3 training images with 8 objects, 2 test images with 5 objects, 10 classes'
     """
     parts = {"training": data.train, "validation": data.val, "test": data.test}
     told = [f"{len(part)} {name} images{_objects(part)}" for name, part in parts.items() if part is not None]
@@ -107,7 +107,7 @@ def _readable(images: Any, most: float) -> Any:
 def content(protocol: Dense | FrozenDense) -> str:
     """What tells the data apart from others of the same name; an error where they are not there."""
     if protocol.data.name in SCENES:  # made, not read
-        return hashlib.sha256(repr(protocol.data.scenes).encode()).hexdigest()[:16]
+        return content_of_scenes(protocol.data.scenes)
     load_images(protocol)  # says what is odd
     return _content(without_workers(protocol.data))
 

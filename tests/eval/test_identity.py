@@ -145,7 +145,11 @@ def test_a_run_that_goes_on_training_is_measured_as_it_was_read(
     assert measured.values == expected
     assert (measured.row["weights_hash"], measured.row["step"]) == (hash_before, 100)
     folder = tmp_path / "eval" / measured.row["run"]
-    assert sorted(path.name for path in folder.iterdir()) == ["classifier.safetensors", "protocol.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "classifier.json",
+        "classifier.safetensors",
+        "protocol.yaml",
+    ]
     monkeypatch.undo()
     later = cells.evaluation(protocol, run).finish(tmp_path, quiet=True)
     assert not later.stored_before and later.row["step"] == 200

@@ -81,6 +81,10 @@ def test_a_class_for_each_image_is_top1_and_several_are_tags(folder: Path) -> No
     data, _ = read(None, OwnLabels(str(one)))
     assert data.train.single_label
     assert data.train.class_names == ["a", "b"]
+    for part in (data.train, data.test):
+        assert [part.class_names[n] for n in part.truth] == [
+            Path(part.describe(n)).parent.name for n in range(len(part))
+        ]
     tags = read_table(write(folder, "image,class\na/0.png,x\na/0.png,y\nb/1.png,x\n"), folder)
     assert tags.cells.tolist() == [[1, 1], [1, BLANK]]
 

@@ -162,5 +162,5 @@ def test_dense_predictions_go_on_where_they_were_stopped(
         assert mask.max() < 11
     other = Kept.open(made).facts
     assert other["task"] == task
-    with pytest.raises(ConfigError, match="holds predictions of another network or of other images"):
+    with pytest.raises(ConfigError, match="holds predictions of another network, of other images"):
         predict_dense(made, folder / "images" / "dark", folder / "out", quiet=True)

@@ -23,7 +23,7 @@ needs_detectron2 = pytest.mark.skipif(
 # What detectron2's keys do not say: where the data are and what the network starts from, `poly` (refused), and what a
 # run works out with the machine it is on.
 ELSEWHERE = {
-    "data": {"name", "root", "check_sizes", "odd", "scenes"},
+    "data": {"name", "root", "check_sizes", "max_unreadable", "odd", "scenes"},
     "model": {"backbone", "weights", "neck"},
     "training": {"power", "min_lr", "precision", "device"},
 }

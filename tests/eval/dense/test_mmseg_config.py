@@ -127,7 +127,10 @@ BESIDE = {  # only with another one
     "training.falls=[3]": "training.schedule=steps",
 }
 # Which images there are, who reads them, how many a step, which weights: with_mmseg.py. Refused: check.
-ELSEWHERE = {"data": {"name", "root", "check_sizes", "workers", "scenes"}, "model": {"backbone", "weights"}}
+ELSEWHERE = {
+    "data": {"name", "root", "check_sizes", "max_unreadable", "workers", "scenes"},
+    "model": {"backbone", "weights"},
+}
 ELSEWHERE |= {"training": {"batch_size", "precise_bn", "precision", "device"}}
 
 

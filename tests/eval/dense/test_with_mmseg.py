@@ -75,7 +75,11 @@ def test_scenes_in_cityscapes_layout_are_trained_on_and_counted_as_we_count(
     values = cells.run(protocol, "random", 0, tmp_path / "runs", quiet=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
     (cell,) = (tmp_path / "runs" / "eval").iterdir()
-    assert sorted(path.name for path in cell.iterdir()) == ["classifier.safetensors", "protocol.yaml"]
+    assert sorted(path.name for path in cell.iterdir()) == [
+        "classifier.json",
+        "classifier.safetensors",
+        "protocol.yaml",
+    ]
     assert multiprocessing.active_children() == []
     assert values == pytest.approx(counted_by_us(protocol, load_file(cell / "classifier.safetensors")), abs=1e-9)
     assert 0 < values["miou"] <= values["aacc"] <= 1
