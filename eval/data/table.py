@@ -344,7 +344,7 @@ def _about_zero(table: Table, own: OwnLabels) -> str:
 
 
 def by_hash(images: Sequence[bytes], seed: int) -> list[str]:
-    """The test has the images whose hash lies in the lowest fifth of all hashes; each part has one at least.
+    """The test has the images whose hash lies in the lowest fifth of the range of hashes; each part has one at least.
 
     >>> by_hash([b"a.jpg", b"b.jpg", b"c.jpg"], 0)
     ['train', 'test', 'train']

@@ -25,7 +25,7 @@ from mls.streams import generator
 HELD = 128 << 20  # bytes of images that a process keeps: the row groups it read last, one at least
 OPEN_FILES = 16
 LABELS = ("label", "labels", "class")  # names of a column of class numbers
-MOST_CLASSES = 100_000
+MOST_CLASSES = 100_000  # without names: a larger number is not that of a class
 
 
 def from_parquet(config: DataConfig) -> ParquetSource:
@@ -86,10 +86,11 @@ class ParquetSource:
         if any(column.null_count for column in columns):
             return None, None
         numbers = np.concatenate([column.to_numpy() for column in columns]).astype(np.int64)[: len(self)]
-        if (most := int(numbers.max())) >= MOST_CLASSES:
+        names, most = _class_names(schema, label), int(numbers.max())
+        if names is None and most >= MOST_CLASSES:
             file = show(os.fsdecode(self._files[0]))
             raise DataError(f"{file} has {most} in its column {label}, which is no class number: rename that column")
-        names = _class_names(schema, label) or [str(number) for number in range(most + 1)]
+        names = names or [str(number) for number in range(most + 1)]
         if numbers.min() < 0 or most >= len(names):
             return None, None  # -1 says that nobody knows
         return names, np.stack([np.arange(len(numbers)), numbers], axis=1)
