@@ -28,6 +28,7 @@ from mls.core.losses import LOSSES
 from mls.data.scenes import ScenesSource
 from mls.data.sources import build_source, hash_of_images
 from mls.engine import sizing
+from mls.engine.run import Run, run_folder
 from mls.errors import ConfigError
 from mls.eval import frozen, splits, supervised
 from mls.eval.data import LAYOUTS, folder_of
@@ -320,6 +321,9 @@ class Evaluation(Cell):
         return replace(self, loaded=found[0] if found else shared)
 
     def stored(self, root: Path) -> Measured | None:
+        if self.weights.startswith("pretrain:"):
+            run = Run(run_folder(pretraining_config(self.weights, self.seed, root, quiet=True)))
+            return replace(self, weights=str(run.path)).stored(root) if run.done else None
         found = super().stored(root)
         data = self.protocol.data
         if found is not None or LAYOUTS[data.name].own or not data.check_sizes:
@@ -375,6 +379,7 @@ class Evaluation(Cell):
             "single_label": getattr(images.train, "single_label", None),
             "weights": str(Path(self.weights).expanduser().absolute()) if of_file else name,
             "weights_hash": self.source.hash,
+            "weights_options": {"architecture": self.architecture, "prefix": self.prefix},
             **{key: known[key] for key in ("architecture", "mean", "std", "input_size")},
         }
 
@@ -451,8 +456,8 @@ def save_classifier(weights: dict[str, Tensor], folder: Path, facts: dict[str, A
     card.write(folder / "classifier.safetensors", save(weights), facts)
 
 
-def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
-    """The finished run behind `pretrain:RECIPE KEY=VALUE ...`."""
+def pretraining_config(weights: str, seed: int, root: Path, quiet: bool = False) -> Config:
+    """Of the run behind `pretrain:RECIPE KEY=VALUE ...`, with its name."""
     recipe, *overrides = weights.removeprefix("pretrain:").split()
     overrides.append(f"run.seed={seed}")
     config = load_config(recipe, overrides)
@@ -460,11 +465,17 @@ def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
         process = distributed.start(config.engine.device, config.engine.timeout_minutes)
         config = sizing.sized(config, process, (lambda *_: None) if quiet else sizing.show)
     name = f"{Path(recipe).stem}-seed{seed}-{config_hash(config)}"
-    config = replace(config, run=replace(config.run, name=name, root=str(root)))
+    return replace(config, run=replace(config.run, name=name, root=str(root)))
+
+
+def pretrained(weights: str, seed: int, root: Path, quiet: bool = False) -> str:
+    """The finished run behind `pretrain:RECIPE KEY=VALUE ...`."""
+    config = pretraining_config(weights, seed, root, quiet)
+    folder = run_folder(config)
     root.mkdir(parents=True, exist_ok=True)
     # Jobs of one array may want the same run; the first of one job's processes asks for all of them.
     first = os.environ.get("RANK", "0") == "0"
-    waiting = locked(root / f".{name}.lock", f"{root / name} is being trained", wait=True)
+    waiting = locked(folder.with_name(f".{folder.name}.lock"), f"{folder} is being trained", wait=True)
     with waiting if first else contextlib.nullcontext():
         return str(engine.finish(config, quiet).path)
 

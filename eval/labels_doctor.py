@@ -192,9 +192,9 @@ def audited(answers: Sequence[tuple[bool, float]]) -> tuple[float, float, float]
 @dataclass(frozen=True)
 class Ranked:
     name: str
-    value: float  # mAP over the classes that the validation part can rank
+    value: float  # mAP over the classes that the validation part can rank, the mean over seeds
     difference: float  # to `an`
-    low: float  # of a 95 % interval of the difference: a bootstrap over validation images, paired
+    low: float  # of a 95 % interval of that difference: a bootstrap over validation images, paired
     high: float
 
 
@@ -202,20 +202,18 @@ def ranked(
     features: Features, labels: Labels, asked: Features, truth: Labels, seeds: int = 3, names: Sequence[str] = COMPARED
 ) -> list[Ranked]:
     """Losses on the labels of a validation part as they are: unknown ones do not count, or are taken for absent where
-    no absence is known. The best first; the mean over seeds."""
+    no absence is known. The best first."""
     truth = as_truth(truth)
     usable = [name for name in names if name != "left out" or bool((labels < 0).any())]
     scores = {name: [scores_of(name, features, labels, asked, seed) for seed in range(seeds)] for name in usable}
     draws = torch.randint(len(truth), (DRAWS // 4, len(truth)), generator=generator(0, "labels doctor losses"))
-    values = {name: [_map(one, truth) for one in many] for name, many in scores.items()}
-    sampled = {
-        name: torch.tensor([_map(many[0][rows], truth[rows]) for rows in draws]) for name, many in scores.items()
-    }
+    mean_of = lambda many, rows: sum(_map(one[rows], truth[rows]) for one in many) / seeds
+    values = {name: mean_of(many, slice(None)) for name, many in scores.items()}
+    sampled = {name: torch.tensor([mean_of(many, rows) for rows in draws]) for name, many in scores.items()}
     found = []
     for name in usable:
         low, high = (sampled[name] - sampled["an"]).nanquantile(torch.tensor([0.025, 0.975])).tolist()
-        mean = sum(values[name]) / seeds
-        found.append(Ranked(name, mean, mean - sum(values["an"]) / seeds, low, high))
+        found.append(Ranked(name, values[name], values[name] - values["an"], low, high))
     return sorted(found, key=lambda one: -one.value)
 
 

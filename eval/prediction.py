@@ -170,13 +170,13 @@ def _softmax(scores: Tensor) -> Tensor:
 
 def _backbone(kept: Kept) -> nn.Module:
     """That of a probe, which keeps its last layer alone."""
-    weights = kept.facts["weights"]
-    found = read(weights, kept.protocol.model.backbone, tensors=False)
+    weights, options = kept.facts["weights"], kept.facts.get("weights_options", {})  # not in earlier versions' cards
+    found = read(weights, kept.protocol.model.backbone, **options, tensors=False)
     if found.name.startswith("random:"):
         raise ConfigError(f"{kept.folder} is a probe of {found.name}, a control that is not kept: use other weights")
     if found.hash != kept.facts["weights_hash"]:
         raise CheckpointError(f"{weights} holds other weights than {kept.folder} was trained on: evaluate it again")
-    return load_backbone(weights)
+    return load_backbone(weights, **options)
 
 
 # ----------------------------------------------------------------------------------------------- objects and regions

@@ -21,7 +21,7 @@ from mls.eval import splits
 from mls.eval.cells import Evaluation, evaluation
 from mls.eval.data import DataSet, LabelledImages
 from mls.eval.protocol import Supervised, load_protocol
-from mls.eval.supervised import is_drawn, prepare, prepare_training
+from mls.eval.supervised import prepare, prepare_training
 from mls.models import card_of, card_of_name
 from mls.progress import counting
 from mls.tables import Column, Row, Table
@@ -54,7 +54,7 @@ class Question:
     def images(self, fraction: float) -> int:
         """How many labelled images are learnt from."""
         data = replace(self.protocol.data, fraction=fraction)
-        return len(prepare(data, 0).train) if is_drawn(data) else len(self.data.train)
+        return len(prepare(data).train)
 
     @cached_property
     def cells(self) -> dict[tuple[str, float], list[Evaluation]]:
@@ -85,6 +85,8 @@ def question(
             f"--fractions {','.join(f'{one:g}' for one in fractions)}: each is a share, above 0 and up to 1"
         )
     protocol = load_protocol("worth", [f"model.backbone={backbone}", *overrides])
+    if protocol.data.shots or protocol.data.fraction < 1:
+        raise ConfigError("data.shots and data.fraction are not for `mls worth`: --fractions says what is learnt from")
     if not splits.load(protocol.data).train.single_label:
         protocol = load_protocol("worth", ["metric=map", "training.loss=an", f"model.backbone={backbone}", *overrides])
     starts = list(dict.fromkeys(starts))
@@ -115,27 +117,32 @@ class Plan:
 def plan(asked: Question, root: Path) -> Plan:
     """How long the cells that are not stored will take, from a few steps with the images themselves."""
     every = [(fraction, cell) for (_, fraction), cells in asked.cells.items() for cell in cells]
-    left = [
-        (fraction, cell) for fraction, cell in every if cell.weights.startswith("pretrain:") or not cell.stored(root)
-    ]
+    left = [(fraction, cell) for fraction, cell in every if not cell.stored(root)]
     if not left:
         return Plan(len(every), len(every), 0.0)
     training = prepare_training(asked.of(1.0), "random", 0, None)
-    began, images = time.monotonic(), 0
+    began, images = _time_on(training.device), 0
     for number, (rows, views) in enumerate(islice(training.batches.training(1), TIMED + 1)):
         training.step += 1
         training.train_step(rows, views)
-        if number == 0 and len(asked.data.train) > len(rows):
-            began, images = time.monotonic(), 0
+        if number == 0 and asked.images(1.0) > len(rows):
+            began, images = _time_on(training.device), 0
         else:
             images += len(rows)
-    learning = (time.monotonic() - began) / max(1, images)
+    learning = (_time_on(training.device) - began) / max(1, images)
     few = asked.data.test.part(torch.arange(min(128, len(asked.data.test))))
-    began = time.monotonic()
+    began = _time_on(training.device)
     training.scores(few)
-    testing = (time.monotonic() - began) / len(few) * len(asked.data.test)
+    testing = (_time_on(training.device) - began) / len(few) * len(asked.data.test)
     seen = {fraction: asked.of(fraction).training.epochs * asked.images(fraction) for fraction in asked.fractions}
     return Plan(len(every), len(every) - len(left), sum(learning * seen[fraction] + testing for fraction, _ in left))
+
+
+def _time_on(device: torch.device) -> float:
+    """Once the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 # ---------------------------------------------------------------------------------------------------------- the answer

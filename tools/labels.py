@@ -88,6 +88,7 @@ def _features(protocol: Frozen, weights: str) -> tuple[LabelledImages, Tensor, T
     labels."""
     from dataclasses import replace
 
+    from mls.errors import ConfigError
     from mls.eval.extraction import features_of
     from mls.eval.frozen import build_backbone
     from mls.eval.regimes import split
@@ -96,13 +97,16 @@ def _features(protocol: Frozen, weights: str) -> tuple[LabelledImages, Tensor, T
 
     protocol = with_statistics_of(weights, protocol)
     data = load(protocol.data)
+    rows, held = split(len(data.train), protocol.data.validation, protocol.data.seed)
+    if data.val is None and not len(held):
+        share = f"data.validation={protocol.data.validation:g}"
+        raise ConfigError(f"{share} of {len(data.train)} training images leaves none to compare losses on: raise it")
     before = load(replace(protocol.data, answers=None)).train.truth if protocol.data.answers else data.train.truth
     backbone = build_backbone(protocol, weights, 0, data.train)
     whole = features_of(backbone, data.train, protocol, f"of {data.name} train").features.float()
     if data.val is not None:
         asked = features_of(backbone, data.val, protocol, f"of {data.name} val").features.float()
         return data.train, before, whole, (asked, data.val.truth)
-    rows, held = split(len(data.train), protocol.data.validation, protocol.data.seed)
     return data.train.part(rows), before[rows], whole[rows], (whole[held], data.train.truth[held])
 
 

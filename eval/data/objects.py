@@ -101,7 +101,7 @@ class ObjectImages:
 def another_size(image: str, size: Sequence[int], annotated: Sequence[int]) -> DataError:
     return DataError(
         f"{image} has {size[1]} × {size[0]} pixels and its annotations are of {annotated[1]} × {annotated[0]}: "
-        "download both again (`mls data check --dataset` finds all of them)"
+        "bring back the image that was annotated, or annotate this one (`mls data check --dataset` finds all of them)"
     )
 
 

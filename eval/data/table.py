@@ -32,7 +32,7 @@ VALUES = {"": BLANK, "nan": BLANK, "na": BLANK, "n/a": BLANK, "none": BLANK, "nu
 VALUES |= {"1": 1, "+1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "-0.0": 0, "false": 0, "-1": -1, "-1.0": -1}
 FORMULA = "=+-@\t\r"  # a spreadsheet runs a cell that begins so
 MOST_NAME, MOST_CLASS = 4096, 200  # bytes of a path, characters of a class
-HELD_OUT = 5  # of a table without a split column, a fifth of the images is the test
+HELD_OUT = 5  # of a table without a split column, about a fifth of the images is the test
 SHOWN = 3  # lines in a sentence
 
 
@@ -69,8 +69,8 @@ class Table:
 
 def read(root: Path | None, own: OwnLabels) -> tuple[DataSet, str]:
     """The data set, and what 0 was taken for where the table does not say. Images are named relative to `root`, by
-    default the table's folder. A column `split` (train, val, test) says what each is for; without one a fifth is the
-    test: those with the lowest hash of name and seed, so that a table to which images are added keeps its parts."""
+    default the table's folder. A column `split` (train, val, test) says what each is for; without one about a
+    fifth is the test, by the hash of name and seed, so that a table to which images are added keeps its parts."""
     if own.labels_file is None:
         raise DataError("data.name=table needs its file: data.labels_file=labels.csv, or .parquet")
     file = locate(own.labels_file, "data.labels_file")
@@ -344,14 +344,15 @@ def _about_zero(table: Table, own: OwnLabels) -> str:
 
 
 def by_hash(images: Sequence[bytes], seed: int) -> list[str]:
-    """A fifth, at least one, is the test.
+    """The test has the images whose hash lies in the lowest fifth of the range of hashes; each part has one at least.
 
     >>> by_hash([b"a.jpg", b"b.jpg", b"c.jpg"], 0)
     ['train', 'test', 'train']
     """
-    digests = [hashlib.sha1(b"%d/%s" % (seed, name)).digest() for name in images]
-    limit = sorted(digests)[max(1, round(len(images) / HELD_OUT)) - 1]
-    return ["test" if digest <= limit else "train" for digest in digests]
+    hashes = [int.from_bytes(hashlib.sha1(b"%d/%s" % (seed, name)).digest(), "big") for name in images]
+    lowest, *rest = sorted(hashes)
+    limit = min([max(2**160 // HELD_OUT, lowest + 1), *rest[-1:]])
+    return ["test" if one < limit else "train" for one in hashes]
 
 
 def refuse_unmeasurable(data: DataSet) -> None:

@@ -39,12 +39,13 @@ class HuggingFaceSource:
         if not len(found):
             raise DataError(f"{show(root)} has no images: name another split with data.annotations")
         self.name, self.column = f"huggingface:{show(Path(root).name)}", images[0]
+        self.identity = f"{found.split}/{found._fingerprint}"  # the library's own hash of rows and where they come from
         kinds = [(name, kind) for name, kind in found.features.items() if isinstance(kind, ClassLabel)]
         self._count = min(len(found), limit or len(found))
         self.class_names: list[str] | None = None
         if kinds:
             label, kind = kinds[0]
-            numbers = np.array(found[label][: self._count], np.int64)
+            numbers = np.array([-1 if one is None else one for one in found[label][: self._count]], np.int64)
             if numbers.min() >= 0:  # -1 says that nobody knows
                 self.class_names = list(kind.names)
                 self._pairs = np.stack([np.arange(len(numbers)), numbers], axis=1)

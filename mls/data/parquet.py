@@ -25,6 +25,7 @@ from mls.streams import generator
 HELD = 128 << 20  # bytes of images that a process keeps: the row groups it read last, one at least
 OPEN_FILES = 16
 LABELS = ("label", "labels", "class")  # names of a column of class numbers
+MOST_CLASSES = 100_000  # without names: a larger number is not that of a class
 
 
 def from_parquet(config: DataConfig) -> ParquetSource:
@@ -85,8 +86,12 @@ class ParquetSource:
         if any(column.null_count for column in columns):
             return None, None
         numbers = np.concatenate([column.to_numpy() for column in columns]).astype(np.int64)[: len(self)]
-        names = _class_names(schema, label) or [str(number) for number in range(int(numbers.max()) + 1)]
-        if numbers.min() < 0 or numbers.max() >= len(names):
+        names, most = _class_names(schema, label), int(numbers.max())
+        if names is None and most >= MOST_CLASSES:
+            file = show(os.fsdecode(self._files[0]))
+            raise DataError(f"{file} has {most} in its column {label}, which is no class number: rename that column")
+        names = names or [str(number) for number in range(most + 1)]
+        if numbers.min() < 0 or most >= len(names):
             return None, None  # -1 says that nobody knows
         return names, np.stack([np.arange(len(numbers)), numbers], axis=1)
 
@@ -133,11 +138,22 @@ class ParquetSource:
     def _group_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
+    @property
+    def identity(self) -> str:
+        """The sizes of the image column in each row group: other images have others."""
+        groups = range(self._group_of(len(self) - 1) + 1)  # those behind data.limit do not count
+        chunks = [one for group in groups for one in self._chunks(group)]
+        return repr([(one.total_uncompressed_size, one.total_compressed_size) for one in chunks])
+
     def _bytes_of(self, group: int) -> int:
+        return sum(one.total_uncompressed_size for one in self._chunks(group))
+
+    def _chunks(self, group: int) -> list[Any]:
+        """What the footer says of the image column, or of each part of its structs, in a row group."""
         file, number = self._groups[group].tolist()
         found = self._metadata(file).row_group(number)
         columns = (found.column(place) for place in range(found.num_columns))
-        return sum(one.total_uncompressed_size for one in columns if one.path_in_schema.split(".")[0] == self.column)
+        return [one for one in columns if one.path_in_schema.split(".")[0] == self.column]
 
     def _rows(self, group: int) -> Any:
         if group in self._held:

@@ -125,10 +125,11 @@ def _tar(config: DataConfig) -> TarSource:
 
 
 def hash_of_images(source: Source, ids: Int64[Tensor, "images"] | None = None) -> str:
-    """Of the names of all images, or of those in `ids`, of the sizes of SIZES and of the content of SAMPLED of them."""
+    """Of the names of all images, or of those in `ids`, of the sizes of SIZES and of the content of SAMPLED of them; of
+    a table, whose images have no sizes of their own, of its `identity`."""
     numbers = range(len(source)) if ids is None else ids.tolist()
     size = getattr(source, "size", None)  # of files and shards
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(getattr(source, "identity", "").encode())
     for number in numbers:
         digest.update(source.describe(number).encode() + b"\0")
     if size is not None:

@@ -96,6 +96,8 @@ def readable(
     """The places in `images` of those that can be read; the others are named."""
     unreadable = Unreadable(len(images), most, key=key)
     unreadable.note(unreadable_in(source, images, quiet))
+    if images and len(unreadable.found) == len(images):
+        raise DataError(f"{source.name}: none of its images can be read ({len(images)}): repair them")
     return [place for place, image in enumerate(images) if image not in unreadable.found]
 
 

@@ -44,7 +44,7 @@ def coloured(maps: Maps, like: Coloured | None = None) -> Coloured:
     """
     rows = F.normalize(maps.double(), dim=1).movedim(1, 3).flatten(0, 2)  # [places, dim]
     left, singular, _ = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    found = left[:, :3] * singular[:3]
+    found = F.pad(left[:, :3] * singular[:3], (0, max(0, 3 - len(singular))))  # few places have fewer components
     explained = float(singular[:3].square().sum() / singular.square().sum().clamp(min=1e-30))
     found = found / found.norm().clamp(min=1e-30)
     shape = (len(maps), *maps.shape[2:], 3)

@@ -79,7 +79,7 @@ def test_a_sample_with_chances_counts_what_is_missing_whatever_the_model_is_wort
     """Over many draws the estimate's mean is the truth, and its interval holds it about as often as it says."""
     _, truth, labels, missing = examined[HIDE]
     true = int(((truth > 0) & (labels == 0)).sum())
-    for likely in (likelihood(missing, labels), torch.rand(labels.shape)):
+    for likely in (likelihood(missing, labels), torch.rand(labels.shape, generator=torch.Generator().manual_seed(3))):
         chances = audit_chances(likely, labels, 150)
         draws = torch.Generator().manual_seed(2)
         found = []
@@ -108,13 +108,18 @@ def test_one_label_an_image_shows_as_a_rate_that_depends_on_other_labels() -> No
     assert missing.alone.high < missing.beside.low
 
 
-def test_losses_are_ranked_on_the_labels_as_they_are_and_noise_is_not_told_apart(examined) -> None:
-    features, _, labels, _ = examined[HIDE]
+def test_losses_are_ranked_on_the_labels_as_they_are_and_noise_is_not_told_apart(examined, monkeypatch) -> None:
+    features, truth, labels, _ = examined[HIDE]
     found = ranked(features[:300], labels[:300], features[300:], labels[300:], seeds=2, names=("an", "em", "wan"))
     assert [one.name for one in found] != []
     assert {one.name: one.difference for one in found}["an"] == 0
     assert all(one.low <= one.high for one in found)
     assert found == sorted(found, key=lambda one: -one.value)
+    right = truth[300:].float()  # of `em` the second seed is as wrong as the first is right
+    scores = lambda name, *rest: -right if (name, rest[-1]) == ("em", 1) else right
+    monkeypatch.setattr(labels_doctor, "scores_of", scores)
+    worse = ranked(features[:300], labels[:300], features[300:], truth[300:], seeds=2, names=("an", "em"))[1]
+    assert worse.low <= worse.difference <= worse.high < 0  # interval and difference are of the same mean
 
 
 def test_an_interval_of_no_cells_says_nothing() -> None:
@@ -156,6 +161,8 @@ def test_a_table_is_examined_answered_and_examined_again(
         again = list(csv.DictReader(file))
     assert again[: len(listed)] == listed  # kept, and nothing answered is asked again
     assert len({(row["image"], row["class"]) for row in again}) == len(again) > len(listed)
+    with pytest.raises(ConfigError, match=r"data.validation=0 of \d+ training images leaves none to compare losses on"):
+        doctor([*call, "data.validation=0"], "random:resnet_tiny", out, count=10, sample=8)
     full = tmp_path / "full.csv"
     full.write_text("image,green\n" + "".join(f"{row[0]},{int(bool(row[1]))}\n" for row in rows))
     with pytest.raises(ConfigError, match="no label is unknown, so none is missing: data.zero=unknown asks"):

@@ -10,7 +10,7 @@ from PIL import Image
 from mls.errors import ConfigError, DataError
 from mls.eval import load_protocol
 from mls.eval.cells import evaluation
-from mls.eval.data.table import BLANK, OwnLabels, read, read_table
+from mls.eval.data.table import BLANK, OwnLabels, by_hash, read, read_table
 from mls.eval.frozen import run as run_probe
 from mls.eval.protocol import fingerprint
 from mls.eval.splits import load
@@ -89,16 +89,13 @@ def test_a_class_for_each_image_is_top1_and_several_are_tags(folder: Path) -> No
     assert tags.cells.tolist() == [[1, 1], [1, BLANK]]
 
 
-def test_the_parts_follow_seed_and_name_and_stay_when_images_are_added(folder: Path) -> None:
-    rows = [f"{paths(number)},{number % 3 % 2},{number // 5}\n" for number in range(10)]
-    parts = lambda count, seed: {
-        data.test.describe(row) for data in [read(None, OwnLabels(str(write(folder, HEADER + "".join(rows[:count])),),
-        blank="absent", seed=seed))[0]] for row in range(len(data.test))
-    }  # fmt: skip
-    seeds = [seed for seed in range(40) if _measurable(lambda seed=seed: parts(10, seed))]
-    assert len(seeds) > 2
-    assert len({frozenset(parts(10, seed)) for seed in seeds}) > 1
-    assert all(len(parts(10, seed)) == 2 for seed in seeds)
+def test_the_parts_follow_seed_and_name_and_stay_when_images_are_added() -> None:
+    names = [b"%d.png" % number for number in range(1000)]
+    parts = by_hash(names, 0)
+    assert parts.count("test") == pytest.approx(200, abs=40)
+    assert all(by_hash(names[:count], 0) == parts[:count] for count in (50, 500))
+    assert by_hash(names, 1) != parts
+    assert all(set(by_hash(names[:2], seed)) == {"train", "test"} for seed in range(20))
 
 
 def _measurable(read_parts: object) -> bool:
@@ -204,6 +201,9 @@ def test_own_images_that_cannot_be_read_are_named_and_left_out_up_to_a_limit(
     with pytest.raises(DataError, match=r"2 of 6 images cannot be read .*repair them, or raise data.max_unreadable"):
         load(load_protocol("knn", [*settings, "data.workers=0", "data.seed=7"]).data)
     assert fingerprint(protocol) == fingerprint(load_protocol("knn", ["data.name=table", *settings[2:]]))
+    file = write(folder, f"image,cat,split\n{paths(0)},1,test\n{paths(1)},0,train\n")
+    with pytest.raises(DataError, match=r"table test: none of its images can be read \(1\): repair them"):
+        load(load_protocol("knn", settings).data)
 
 
 def test_labels_of_a_table_reach_training_with_what_is_unknown(folder: Path) -> None:
@@ -218,7 +218,7 @@ def test_labels_of_a_table_reach_training_with_what_is_unknown(folder: Path) -> 
     assert torch.equal(prepared.observed, prepared.train.truth)
     assert (prepared.observed == 0).any()
     training = prepare_training(protocol, "random:resnet_tiny", 0, None)
-    assert training.observed.shape == (8, 2)
+    assert training.observed.shape == prepared.train.truth.shape
     wrong = load_protocol("own_labels", [f"data.labels_file={file}", f"data.seed={seed}", "metric=top1"])
     with pytest.raises(ConfigError, match="metric=top1 is not of images with several classes each.*: set metric=map"):
         prepare_training(wrong, "random:resnet_tiny", 0, None)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mls.config import AugmentConfig
-from mls.errors import CheckpointError, ConfigError, Stopped
+from mls.errors import CheckpointError, ConfigError, DataError, Stopped
 from mls.eval import load_protocol, prediction
 from mls.eval.cells import Evaluation, evaluation
 from mls.eval.dense.run import build_network
@@ -76,12 +76,29 @@ def test_a_table_of_scores_leaves_out_what_cannot_be_read(folder: Path, capfd: p
     assert "dark/4.png: not an image" in told.err
     assert "19 images, scores of 2 classes" in told.out
     lines = (folder / "preds.csv").read_text().splitlines()
+    (folder / "broken").mkdir()
+    (folder / "broken" / "4.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"none of its images can be read \(1\): repair them"):
+        predict(made, folder / "broken", quiet=True)
     assert lines[0] == "path,dark,light"
     assert len(lines) == 20
     parquet = pytest.importorskip("pyarrow.parquet")
     command(str(made), str(folder / "images"), folder / "preds.parquet")
     columns = parquet.read_table(folder / "preds.parquet").to_pydict()
     assert [float(line.rpartition(",")[2]) for line in lines[1:]] == pytest.approx(columns["light"], abs=1e-5)
+
+
+def test_a_probe_of_one_of_several_networks_in_a_file_predicts(folder: Path) -> None:
+    state = load_backbone(folder / "backbone.safetensors").state_dict()
+    both = {f"{part}.{key}": one for part in ("teacher", "student") for key, one in state.items()}
+    torch.save(both, file := folder / "both.pth")
+    alone = small("linear", folder)
+    outcome = Outcome({}, "", None, 0, {"weight": torch.randn(2, 128), "bias": torch.zeros(2)})
+    found, same = (
+        predict(kept(cell, outcome, folder / "runs"), folder / "images", quiet=True).scores
+        for cell in (replace(alone, weights=str(file), architecture="resnet_tiny", prefix="teacher"), alone)
+    )
+    assert torch.equal(found, same)
 
 
 def test_what_cannot_predict_says_why(folder: Path) -> None:

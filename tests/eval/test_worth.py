@@ -1,5 +1,6 @@
 """`mls worth`: the same images for all starts, what is stored is found again, intervals and differences by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from scipy import stats
 
 from mls.config import AugmentConfig
 from mls.data.listing import FileSource, list_images
+from mls.engine.run import run_folder
 from mls.errors import ConfigError
 from mls.eval import splits, worth
+from mls.eval.cells import pretraining_config
 from mls.eval.supervised import prepare
 from mls.frozen.probe import share_of
 from mls.models import load_backbone, save_backbone
@@ -37,6 +40,8 @@ def test_starts_are_paired_and_what_is_stored_is_not_trained_again(
     assert [asked.of(fraction).training.epochs for fraction in asked.fractions] == [2, 1]  # as many steps
     assert list(asked.cells) == [(name, share) for name in asked.starts for share in (0.5, 1.0)]
     rows = [prepare(asked.of(0.5).data, seed).rows for seed in (0, 1)]
+    held_out = worth.question([*SMALL, "data.validation=0.25"], ["random"], [1.0], 1, "resnet_tiny")
+    assert held_out.images(1.0) == 24
     assert len(rows[0]) == 16 and not torch.equal(*rows)
     before = worth.plan(asked, tmp_path)
     assert (before.cells, before.stored) == (8, 0) and before.seconds > 0
@@ -49,6 +54,13 @@ def test_starts_are_paired_and_what_is_stored_is_not_trained_again(
     assert worth.half_interval(gains) == pytest.approx(
         stats.t.interval(0.95, 1, np.mean(gains), stats.sem(gains))[1] - np.mean(gains)
     )
+    asked.cells["run", 0.5] = [replace(asked.cells[name, 0.5][0], weights="pretrain:moco_v2_scenes_tiny")]
+    run = run_folder(pretraining_config("pretrain:moco_v2_scenes_tiny", 0, tmp_path))
+    run.mkdir()
+    save_backbone(run, load_backbone(start), {"architecture": "resnet_tiny"}, AugmentConfig(size=32))
+    assert worth.plan(asked, tmp_path).stored == 8  # the run is not done
+    (run / "DONE").touch()
+    assert worth.plan(asked, tmp_path).stored == 9
     table = found.table()
     assert table.header == ["start", "16 (0.5)", "32 (1)", "s a training"]
     assert [row.labels[0] for row in table.rows] == ["random", name, f"{name} − random"]
@@ -119,5 +131,7 @@ def test_the_command_plans_draws_and_refuses(
         ask(fractions="x")
     with pytest.raises(ConfigError, match="--fractions 2: each is a share"):
         ask(fractions="2")
+    with pytest.raises(ConfigError, match="data.shots and data.fraction are not for `mls worth`: --fractions says"):
+        worth.question([*SMALL, "data.shots=5"], ["random"], [1.0], 1, "resnet_tiny")
     with pytest.raises(ConfigError, match="nobody publishes ImageNet weights of resnet_tiny"):
         command.worth("scenes", changes, starts=f"imagenet,{start}", out=tmp_path)

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import mls
 from mls.config import DataConfig
 from mls.data.decode import decode
-from mls.data.sources import build_source
+from mls.data.sources import build_source, hash_of_images
 from mls.errors import DataError, Stopped
 from mls.recipes import load_config
 
@@ -53,6 +54,14 @@ def test_every_row_is_an_image_in_the_order_of_the_files(tmp_path: Path) -> None
     assert [found.read(number) for number in (0, 39, 40, 69)] == [encoded(number) for number in (0, 39, 40, 69)]
     assert found.describe(41) == f"{tmp_path}/data/b.parquet:1"
     assert found.labels.argmax(1).tolist() == [number % 2 for number in range(COUNT)]
+    whole = hash_of_images(found, torch.arange(10))
+    file = tmp_path / "data" / "b.parquet"  # of which no image is sampled here
+    rows = parquet.read_table(file).to_pydict() | {"label": [0] * 30}
+    parquet.write_table(pa.table(rows), file, row_group_size=10)
+    assert hash_of_images(source(tmp_path / "data"), torch.arange(10)) == whole
+    rows["image"][5]["bytes"] += b" "
+    parquet.write_table(pa.table(rows), file, row_group_size=10)
+    assert hash_of_images(source(tmp_path / "data"), torch.arange(10)) != whole
     few = source(tmp_path / "data" / "a.parquet", limit=25)
     assert len(few) == 25 and sorted(few.order(0, 1)) == list(range(25)) and len(few.labels) == 25
 
@@ -92,6 +101,9 @@ def test_damaged_files_rows_and_columns_are_one_sentence_each(tmp_path: Path) ->
     with pytest.raises(OSError, match="the row has no bytes"):
         gap.read(0)
     assert decode(gap.read(1)).shape == (3, SIDE, SIDE) and gap.class_names is None
+    parquet.write_table(pa.table({"image": [encoded(1)], "label": [2_000_000_000]}), tmp_path / "ids.parquet")
+    with pytest.raises(DataError, match="has 2000000000 in its column label, which is no class number: rename that"):
+        source(tmp_path / "ids.parquet")
     with pytest.raises(DataError, match=r"no .parquet files under .*: point data.root"):
         (tmp_path / "empty").mkdir()
         source(tmp_path / "empty", source="parquet")
@@ -126,6 +138,15 @@ def test_a_saved_data_set_of_hugging_face_is_read_in_place(tmp_path: Path) -> No
     assert decode(found.read(7)).tolist() == decode(encoded(7)).tolist()
     assert sorted(found.order(0, 1)) == list(range(12)) and found.labels[:, 1].tolist() == [0, 1] * 6
     assert len(source(tmp_path / "saved", limit=5)) == 5
+    rows["img"][0]["bytes"] = encoded(99)
+    datasets.Dataset.from_dict(rows, features=features, split="train").save_to_disk(str(tmp_path / "more" / "saved"))
+    assert source(tmp_path / "more" / "saved").name == found.name
+    one = torch.tensor([1])
+    assert hash_of_images(source(tmp_path / "more" / "saved"), one) != hash_of_images(found, one)
+    assert hash_of_images(source(tmp_path / "saved"), one) == hash_of_images(found, one)
+    rows["label"][3] = None
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "gaps"))
+    assert source(tmp_path / "gaps").labels is None
     with pytest.raises(DataError, match=r"has no split test: set data.annotations to one of those there \(train\)"):
         source(tmp_path / "saved", annotations="test")
     with pytest.raises(DataError, match="cannot be loaded by datasets .*: name a folder that save_to_disk wrote"):

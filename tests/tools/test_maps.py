@@ -52,6 +52,7 @@ def test_a_colour_means_the_same_in_all_images_and_in_networks_that_differ_by_a_
     other = coloured(torch.randn(3, 16, 9, 4, generator=draws), like=first)  # another grid, and nothing in common
     assert other.agreement is not None and other.agreement < 0.3
     same = torch.cat([features[:1], features[:1]])
+    assert coloured(torch.randn(1, 16, 1, 2)).pixels().shape == (1, 1, 2, 3)
     assert torch.equal(coloured(same).pixels()[0], coloured(same).pixels()[1])
 
 

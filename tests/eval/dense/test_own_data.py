@@ -143,6 +143,9 @@ def test_a_picture_that_lies_on_its_side_has_the_boxes_of_the_upright_one(tmp_pa
     (tmp_path / "images" / "train" / "0.png").unlink()
     found = data.build("yolo", tmp_path).train
     assert found.sizes[0].tolist() == list(SIDES) == list(found.pixels(0).shape[1:])
+    Image.new("RGB", (7, 8)).save(tmp_path / "images" / "train" / "0.jpg")
+    with pytest.raises(DataError, match=r"0.jpg has 7 × 8 pixels .*: bring back the image that was annotated, or"):
+        found.pixels(0)
 
 
 def test_masks_have_the_classes_of_their_list_in_folders_or_split(tmp_path: Path) -> None:
