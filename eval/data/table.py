@@ -347,7 +347,7 @@ def by_hash(images: Sequence[bytes], seed: int) -> list[str]:
     """The test has the images whose hash lies in the lowest fifth of the range of hashes; each part has one at least.
 
     >>> by_hash([b"a.jpg", b"b.jpg", b"c.jpg"], 0)
-    ['train', 'test', 'train']
+    ['test', 'train', 'test']
     """
     hashes = [int.from_bytes(hashlib.sha1(b"%d/%s" % (seed, name)).digest(), "big") for name in images]
     lowest, *rest = sorted(hashes)
