@@ -38,7 +38,7 @@ def predict(
 
         mls predict runs/my-run /data/new --out preds.parquet
 
-        mls predict runs/eval/detection_yolo-seed0-9c2e… /data/new --out found
+        mls predict runs/eval/detection-seed0-9c2e… /data/new --out found
     """
     from mls.eval import prediction
 
