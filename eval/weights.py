@@ -113,6 +113,6 @@ def check_weights(weights: str) -> None:
         near = get_close_matches(weights, ["random", *backbones.names()], n=1)
         hint = f"did you mean {near[0]}? Otherwise " if near else ""
         raise CheckpointError(
-            f"{weights} is neither a run folder nor a file: {hint}give --weights the folder that a run printed, "
+            f"{weights} is neither a run folder nor a file: {hint}give the folder that a run printed, "
             "or a name such as torchvision:resnet50"
         )

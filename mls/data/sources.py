@@ -89,7 +89,8 @@ def detect(config: DataConfig) -> str:
         return "parquet"
     if root.is_dir() and any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return "huggingface"
-    for kind, pattern in (("tar", "*.tar"), ("parquet", "**/*.parquet")):
+    # No deeper: a folder of a million images is not walked for tables that it does not hold.
+    for kind, pattern in (("tar", "*.tar"), ("parquet", "*.parquet"), ("parquet", "data/*.parquet")):
         if root.is_dir() and any(root.glob(pattern)) and not list_images(root):
             return kind
     return "folder"

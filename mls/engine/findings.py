@@ -293,11 +293,12 @@ def kept_of_image(config: Config, half: bool) -> int:
             return saved
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-            outputs = [network(torch.empty(2, 3, size, size, dtype=dtype, device="meta")) for size in sizes]
+            for size in sizes:
+                network(torch.empty(2, 3, size, size, dtype=dtype, device="meta"))
     except Exception:  # an operation that has no answer there, of a network from elsewhere
         return 0
     kept = sum(saved.untyped_storage().nbytes() for key, saved in found.items() if key not in weights)
-    return kept // 2 if outputs else 0
+    return kept // 2
 
 
 def memory(plan: Plan, sizes: Sizes, device: torch.device) -> Finding:

@@ -83,7 +83,7 @@ def tried(
     while not holds(made):
         before = made.data.batch_size
         if before <= 2 * parts:
-            raise ConfigError("a step of one image does not fit into the GPU's memory: lower augment.size")
+            raise ConfigError(f"a step of {before} images does not fit into the GPU's memory: lower augment.size")
         smaller = replace(rest, data=replace(rest.data, batch_size=before // (2 * parts) * parts))
         made, others = choose(smaller, facts)
         check(made)

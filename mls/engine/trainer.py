@@ -533,7 +533,7 @@ def last_words(run: Run, first: int, last: int, seconds: float) -> list[str]:
     share = lambda name: f"{fmean([row[name] for row in of_now if row.get(name) is not None] or [0.0]):.1%}"
     since = "" if first == 1 else f" (since step {first})"
     spent = f"{share('data_wait')} of the time waiting for data, {share('monitoring')} measuring for the log"
-    spent += f", {share('probes')} in online probes" if any("probes" in row for row in of_now) else ""
+    spent += f", {share('probes')} in online probes" if any(row.get("probes") for row in of_now) else ""
     words = [f"finished {last} steps in {duration(seconds)}{since}, {spent}"]
     if lines := summary(rows):
         words += ["", markdown_table(["", "first", "last", "by chance"], lines), ""]

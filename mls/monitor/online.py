@@ -94,15 +94,14 @@ class OnlineProbes:
         if not due:
             return {}
         with statistics_of_main(backbone):
-            bank, asked = (self._features(backbone, sample, device) for sample in (self.bank, self.asked))
+            bank, asked = (
+                features_of(backbone, sample, self.augment, self.workers, device) for sample in (self.bank, self.asked)
+            )
         if bank is None or asked is None:
             return {}
         (bank, labels), (asked, truth) = bank, asked
         metric, measure = metric_of(torch.cat([labels, truth]))
         return {f"{name}/{metric}": float(measure(scores(bank, labels, asked), truth)) for name, scores in due.items()}
-
-    def _features(self, backbone: nn.Module, sample: Sample, device: torch.device) -> Features | None:
-        return features_of(backbone, sample, self.augment, self.workers, device)
 
 
 def features_of(

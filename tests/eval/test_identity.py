@@ -250,7 +250,7 @@ def test_one_network_has_one_name() -> None:
 @pytest.mark.parametrize(
     ("weights", "sentence"),
     [
-        ("WRONG", "WRONG is neither a run folder nor a file: give --weights the folder that a run printed"),
+        ("WRONG", "WRONG is neither a run folder nor a file: give the folder that a run printed"),
         ("resnet5O", "neither a run folder nor a file: did you mean resnet50"),
         ("torchvison:resnet50", "did you mean 'torchvision'"),
         ("torchvision:resnet5O", "did you mean 'resnet50'"),
