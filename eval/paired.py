@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Half of the confidence interval of the mean by Student's t; None where there is one value, or no spread.
+
+    >>> round(half_width([1.0, 2.0, 3.0]), 2), half_width([1.0]), half_width([2.0, 2.0])
+    (2.48, None, None)
+    """
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    if not spread:
+        return None
+    from scipy.stats import t
+
+    return spread / math.sqrt(len(values)) * float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
 
 
 @dataclass(frozen=True)
@@ -31,14 +45,13 @@ class Paired:
         (0.133, 0.143, 0.057)
         """
         both = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
-        spread = statistics.stdev(both) if len(both) > 1 else 0.0
-        if not spread:
+        half = half_width(both)
+        if half is None:
             return cls(both) if both else None
         from scipy.stats import t
 
-        error, freedom = spread / math.sqrt(len(both)), len(both) - 1
-        p = 2 * float(t.sf(abs(statistics.fmean(both)) / error, freedom))
-        return cls(both, error * float(t.ppf((1 + CONFIDENCE) / 2, freedom)), p)
+        error = statistics.stdev(both) / math.sqrt(len(both))
+        return cls(both, half, 2 * float(t.sf(abs(statistics.fmean(both)) / error, len(both) - 1)))
 
     def text(self, scale: float = 100.0) -> str:
         """

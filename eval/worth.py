@@ -13,13 +13,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from scipy import stats
 
 from mls.data import Source
 from mls.errors import ConfigError
 from mls.eval import splits
 from mls.eval.cells import Evaluation, evaluation
 from mls.eval.data import DataSet, LabelledImages
+from mls.eval.paired import half_width
 from mls.eval.protocol import Supervised, load_protocol
 from mls.eval.supervised import prepare, prepare_training
 from mls.models import card_of, card_of_name
@@ -53,15 +53,20 @@ class Question:
 
     def images(self, fraction: float) -> int:
         """How many labelled images are learnt from."""
-        data = replace(self.protocol.data, fraction=fraction)
-        return len(prepare(data).train)
+        return self.counts[fraction]
+
+    @cached_property
+    def counts(self) -> dict[float, int]:
+        shares = {one: replace(self.protocol.data, fraction=one) for one in (*self.fractions, 1.0)}
+        return {share: len(prepare(data).train) for share, data in shares.items()}
 
     @cached_property
     def cells(self) -> dict[tuple[str, float], list[Evaluation]]:
+        protocols = {fraction: self.of(fraction) for fraction in self.fractions}
         return {
-            (name, fraction): [evaluation(self.of(fraction), weights, seed) for seed in range(self.seeds)]
+            (name, fraction): [evaluation(protocol, weights, seed) for seed in range(self.seeds)]
             for name, weights in self.starts.items()
-            for fraction in self.fractions
+            for fraction, protocol in protocols.items()
         }
 
     def networks(self) -> set[str]:
@@ -106,11 +111,13 @@ class Plan:
     cells: int
     stored: int
     seconds: float  # of those that are not stored
+    pretrain: bool = False  # some of these start from a run that this command makes
 
     def __str__(self) -> str:
         minutes = round(self.seconds / 60)
         about = f"about {f'{minutes} minutes' if minutes > 1 else 'a minute'} at the pace of {TIMED} steps"
         told = about if self.seconds else "nothing to do"
+        told += ", and the pretraining, which is not planned" if self.pretrain else ""
         return f"{self.cells} trainings, {self.stored} of them stored already: {told}"
 
 
@@ -135,7 +142,9 @@ def plan(asked: Question, root: Path) -> Plan:
     training.scores(few)
     testing = (_time_on(training.device) - began) / len(few) * len(asked.data.test)
     seen = {fraction: asked.of(fraction).training.epochs * asked.images(fraction) for fraction in asked.fractions}
-    return Plan(len(every), len(every) - len(left), sum(learning * seen[fraction] + testing for fraction, _ in left))
+    seconds = sum(learning * seen[fraction] + testing for fraction, _ in left)
+    pretrain = any(cell.weights.startswith("pretrain:") for _, cell in left)
+    return Plan(len(every), len(every) - len(left), seconds, pretrain)
 
 
 def _time_on(device: torch.device) -> float:
@@ -185,7 +194,7 @@ class Answer:
         for fraction in self.asked.fractions:
             best = max(others, key=lambda name: statistics.fmean(self.gains(name, fraction)))
             gains = self.gains(best, fraction)
-            half, mean = half_interval(gains), statistics.fmean(gains)
+            half, mean = half_width(gains), statistics.fmean(gains)
             sure = half is not None and abs(mean) > half
             words = "worth it" if sure and mean > 0 else "a loss" if sure else "not told apart from no pretraining"
             images = f"{self.asked.images(fraction):,} labelled images"
@@ -193,28 +202,17 @@ class Answer:
         return found
 
 
-def answer(asked: Question, root: Path, again: bool = False) -> Answer:
+def answer(asked: Question, root: Path) -> Answer:
     """Train what is not stored, all starts with one seed before the next seed."""
     found, done = Answer(asked, asked.protocol.metric), 0
     with counting("trainings", len(asked.cells) * asked.seeds) as progress:
         for seed in range(asked.seeds):
             for key, cells in asked.cells.items():
-                measured = cells[seed].finish(root, quiet=True, again=again)
+                measured = cells[seed].finish(root, quiet=True)
                 found.values.setdefault(key, []).append(100 * measured.values[found.metric])
                 found.seconds.setdefault(key, []).append(float(measured.row["duration"]))
                 progress(done := done + 1)
     return found
-
-
-def half_interval(values: Sequence[float]) -> float | None:
-    """Half of the 95 % interval of the mean by Student's t; None of one value.
-
-    >>> round(half_interval([1.0, 2.0, 3.0]), 2)
-    2.48
-    """
-    if len(values) < 2:
-        return None
-    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def interval(values: Sequence[float], sign: bool = False) -> str:
@@ -222,7 +220,7 @@ def interval(values: Sequence[float], sign: bool = False) -> str:
     >>> interval([1.0, 2.0, 3.0], sign=True), interval([40.25])
     ('+2.0 ± 2.5', '40.2')
     """
-    half, mean = half_interval(values), f"{statistics.fmean(values):{'+' if sign else ''}.1f}"
+    half, mean = half_width(values), f"{statistics.fmean(values):{'+' if sign else ''}.1f}"
     return mean if half is None else f"{mean} ± {half:.1f}"
 
 

@@ -50,7 +50,7 @@ def worth(
     question = asking.question([*where, *(overrides or [])], named, _numbers(fractions), seeds, backbone)
     root = out or runs_folder() / "worth"
     root.mkdir(parents=True, exist_ok=True)
-    _look_for_leaks(question)
+    _look_for_leaks(question, root)
     print(asking.plan(question, root), flush=True)
     if plan:
         return
@@ -73,12 +73,12 @@ def _numbers(text: str) -> list[float]:
 def _settings(data: str, labels: str | None, starts: list[str]) -> tuple[list[str], str]:
     """Overrides of the protocol that follow from the images and the starts, and the network of all starts."""
     from mls.engine import sizing
-    from mls.eval.weights import is_name
+    from mls.eval.weights import check_weights, is_name
     from mls.frozen.neighbours import source_from
     from mls.models import card_of
     from mls.recipes import load_config
 
-    if "scenes" in (data, data.partition(":")[0]):
+    if data == "scenes":
         where = ["data.name=scenes", "augment.flip=0.0"]
         size, backbone = 32, "resnet_tiny"
     else:
@@ -89,6 +89,9 @@ def _settings(data: str, labels: str | None, starts: list[str]) -> tuple[list[st
         facts = sizing.facts_of(source_from(data), distributed.start())
         sized, _ = sizing.choose(load_config("mls_folder_r50", [f"data.root={data}"]), facts)
         size, backbone = sized.augment.size, sized.model.backbone
+    for start in starts:
+        if start != "imagenet":
+            check_weights(start)  # before anything is said or made
     known = [card_of(start) for start in starts if not is_name(start) and not start.startswith("pretrain:")]
     if card := next((card for card in known if card is not None), None):
         size, backbone = int(card["input_size"]), str(card["architecture"])
@@ -99,10 +102,11 @@ def _settings(data: str, labels: str | None, starts: list[str]) -> tuple[list[st
     return [*where, f"augment.size={size}"], backbone
 
 
-def _look_for_leaks(question: Question) -> None:
+def _look_for_leaks(question: Question, root: Path) -> None:
     from mls.data.sources import build_source
     from mls.engine import Run
     from mls.errors import UserError
+    from mls.eval.cells import pretraining_config
     from mls.eval.worth import leaks
 
     test = len(question.data.test)
@@ -110,9 +114,13 @@ def _look_for_leaks(question: Question) -> None:
         if name in ("random", "imagenet"):
             continue
         try:
-            source = build_source(Run.open(weights).config.data)
+            made = weights.startswith("pretrain:")
+            config = pretraining_config(weights, 0, root, quiet=True) if made else Run.open(weights).config
+            source = build_source(config.data)
         except UserError:
-            print(f"{name}: its pretraining images are not here, so whether test images were among them is not known")
+            print(
+                f"{name}: its pretraining images are not known here, so whether test images were among them is not known"
+            )
             continue
         found, alarms = leaks(source, question.data)
         told = f"{found:,} of {test:,} test images look like one of its {len(source):,} pretraining images"
@@ -125,7 +133,7 @@ def _look_for_leaks(question: Question) -> None:
 def _figure(answer: Answer) -> Figure:
     from matplotlib.figure import Figure
 
-    from mls.eval.worth import half_interval
+    from mls.eval.paired import half_width
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -133,7 +141,7 @@ def _figure(answer: Answer) -> Figure:
     for number, name in enumerate(answer.asked.starts):
         values = [answer.values[name, fraction] for fraction in answer.asked.fractions]
         means = [sum(one) / len(one) for one in values]
-        halves = [half_interval(one) or 0.0 for one in values]
+        halves = [half_width(one) or 0.0 for one in values]
         colour = COLOURS[number % len(COLOURS)]
         axes.errorbar(images, means, halves, marker="o", capsize=3, color=colour, label=name)
     axes.set_xscale("log")

@@ -15,6 +15,7 @@ from mls.engine.run import run_folder
 from mls.errors import ConfigError
 from mls.eval import splits, worth
 from mls.eval.cells import pretraining_config
+from mls.eval.paired import half_width
 from mls.eval.supervised import prepare
 from mls.frozen.probe import share_of
 from mls.models import load_backbone, save_backbone
@@ -51,7 +52,7 @@ def test_starts_are_paired_and_what_is_stored_is_not_trained_again(
     name = Path(start).name
     gains = found.gains(name, 0.5)
     assert gains == pytest.approx(np.subtract(found.values[name, 0.5], found.values["random", 0.5]).tolist())
-    assert worth.half_interval(gains) == pytest.approx(
+    assert half_width(gains) == pytest.approx(
         stats.t.interval(0.95, 1, np.mean(gains), stats.sem(gains))[1] - np.mean(gains)
     )
     asked.cells["run", 0.5] = [replace(asked.cells[name, 0.5][0], weights="pretrain:moco_v2_scenes_tiny")]
