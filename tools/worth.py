@@ -118,9 +118,7 @@ def _look_for_leaks(question: Question, root: Path) -> None:
             config = pretraining_config(weights, 0, root, quiet=True) if made else Run.open(weights).config
             source = build_source(config.data)
         except UserError:
-            print(
-                f"{name}: its pretraining images are not known here, so whether test images were among them is not known"
-            )
+            print(f"{name}: its pretraining images are not here, so whether test images are among them is not known")
             continue
         found, alarms = leaks(source, question.data)
         told = f"{found:,} of {test:,} test images look like one of its {len(source):,} pretraining images"
