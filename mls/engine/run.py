@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mls.config import Config, differences, runs_root, to_yaml
+from mls.config import Config, ScenesConfig, differences, runs_root, to_yaml
 from mls.engine.events import EventLog
 from mls.errors import CheckpointError, UserError, command
 from mls.files import file_name, runs_folder, sync_folder, write_atomically
@@ -173,6 +173,18 @@ def compared(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
     """The same for two runs, where another folder may hold other images: a resume compares their names instead."""
     roots = first.data.root, second.data.root
     return computed_differently(first, second) + ([("data.root", *roots)] if roots[0] != roots[1] else [])
+
+
+def probe_of(config: Config) -> list[str]:
+    """The words of `mls eval run` that probe such a run: on the scenes that it knows, else on labelled images.
+
+    >>> probe_of(Config())
+    ['linear', 'data.name=folder', 'data.root=/path/to/labelled/images']
+    """
+    if config.data.source != "scenes":
+        return ["linear", "data.name=folder", "data.root=/path/to/labelled/images"]
+    made, usual, keys = vars(config.data.scenes), vars(ScenesConfig()), ("size", "seed", "style", "objects")
+    return ["linear_scenes", *(f"data.scenes.{key}={made[key]}" for key in keys if made[key] != usual[key])]
 
 
 def refuse_another_configuration(stored: Config, now: Config, run: Run, step: int) -> None:

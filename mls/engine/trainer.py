@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mls import distributed
-from mls.config import Config, EngineConfig, ScenesConfig, to_dict
+from mls.config import Config, EngineConfig, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch, Source
@@ -32,7 +32,7 @@ from mls.engine.checkpoint import Checkpoints, Copied, non_finite
 from mls.engine.events import versions
 from mls.engine.findings import Plan, Sizes, at_start, memory
 from mls.engine.images import accept_other_images, hash_of_names, hash_of_some, keep_names
-from mls.engine.run import Run, refuse_another_configuration
+from mls.engine.run import Run, probe_of, refuse_another_configuration
 from mls.engine.schedule import between, cosine, epoch_of
 from mls.engine.session import Saving, Session
 from mls.errors import CheckpointError, DivergedError, Stopped, command
@@ -537,13 +537,9 @@ def last_words(run: Run, first: int, last: int, seconds: float) -> list[str]:
     words = [f"finished {last} steps in {duration(seconds)}{since}, {spent}"]
     if lines := summary(rows):
         words += ["", markdown_table(["", "first", "last", "by chance"], lines), ""]
-    protocol = ["linear", "data.name=folder", "data.root=/path/to/labelled/images"]
-    if run.config.data.source == "scenes":
-        made, usual, keys = vars(run.config.data.scenes), vars(ScenesConfig()), ("size", "seed", "style", "objects")
-        protocol = ["linear_scenes", *(f"data.scenes.{key}={made[key]}" for key in keys if made[key] != usual[key])]
     commands = [
         command("mls report", run.path),
-        command("mls eval run", *protocol, "--weights", run.path),
+        command("mls eval run", *probe_of(run.config), "--weights", run.path),
         command("mls neighbours", run.path, "--figure"),
         command("mls export", run.path),
     ]

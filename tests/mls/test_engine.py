@@ -29,9 +29,8 @@ from mls.engine import Run, Trainer, run_folder, trainer
 from mls.engine.checkpoint import Checkpoints
 from mls.engine.trainer import method_state
 from mls.errors import ConfigError, DataError, DivergedError, Stopped, UserError
-from mls.monitor import matches
+from mls.monitor import matches, online
 from mls.monitor.log import MetricsLog, read_metrics
-from mls.monitor.online import OnlineProbes
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
@@ -210,7 +209,7 @@ def test_what_only_the_log_wants_is_worked_out_no_more_often_than_it_is_due(
         monkeypatch.setattr(owner, name, lambda *words, **named: (counts.update([name]), plain(*words, **named))[1])
 
     counted(trainer, "gradient_norms")
-    for owner, name in ((MLS, "levels_of_chance"), (MLS, "matches"), (MLS, "health"), (OnlineProbes, "_features"),
+    for owner, name in ((MLS, "levels_of_chance"), (MLS, "matches"), (MLS, "health"), (online, "features_of"),
                         (matches, "CropDataset")):  # fmt: skip
         counted(owner, name)
     often = ["optim.epochs=4", "data.scenes.count=64", "monitor.log_every=5", "monitor.moments=3"]  # 16 steps
@@ -221,7 +220,7 @@ def test_what_only_the_log_wants_is_worked_out_no_more_often_than_it_is_due(
         "matches": 2 * 3,  # two views at each moment
         "CropDataset": 1,  # their crops are cut once
         "health": 2,
-        "_features": 2 * 2,  # those that are learnt from and those that are asked
+        "features_of": 2 * 2,  # those that are learnt from and those that are asked
     }
     last = run.metrics()[-1]
     assert last["step"] == 16 and last["monitoring"] > 0 and last["probes"] > 0  # of the last step, too

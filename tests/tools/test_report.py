@@ -316,6 +316,8 @@ def test_tiles_and_the_next_command(runs: list[Run], synthetic_run: Make) -> Non
     first = {tile.name: tile for tile in tiles(Card.of(runs[0], "first"))}
     assert (first["State"].value, first["State"].note) == ("done", "8 steps, 4 epochs")
     assert first["Images/s"].value == "900"
+    probe = ["eval", "run", "linear_scenes", "--weights", str(runs[0].path)]
+    assert shlex.split(first["Next"].value) == ["mls", *probe]
     assert first["Data wait"].value == "1.0%"
     assert first["Expected"].note.startswith(
         "the recipe’s numbers are not for this run: data.scenes.count, objective.k, "

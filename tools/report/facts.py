@@ -14,7 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mls.engine import events
-from mls.engine.run import compared, computes
+from mls.engine.run import compared, computes, probe_of
 from mls.engine.status import state_of
 from mls.tools.report.curves import Axis, Log, read_log
 
@@ -150,10 +150,14 @@ def next_command(card: Card) -> str:
     """What to paste next, shell-quoted."""
     import shlex
 
-    words = {"done": "mls eval run knn --weights", "running": "mls report"}
-    if card.run.done and card.config.data.source == "scenes":
-        return shlex.join(["mls", "eval", "run", "linear_scenes", "--weights", str(card.run.path)])
-    return f"{words.get(state(card)[0], 'mls pretrain --resume')} {shlex.quote(str(card.run.path))}"
+    path, scenes = str(card.run.path), card.config.data.source == "scenes"
+    if state(card)[0] == "running":
+        return shlex.join(["mls", "report", path])
+    if not card.run.done:
+        return shlex.join(["mls", "pretrain", "--resume", path])
+    # Other images may have no labels to probe with, neighbours they have.
+    words = ["eval", "run", *probe_of(card.config), "--weights", path] if scenes else ["neighbours", path, "--figure"]
+    return shlex.join(["mls", *words])
 
 
 @dataclass(frozen=True)
