@@ -37,7 +37,7 @@ def doctor(
         list[str], typer.Argument(metavar="TABLE KEY=VALUE", help="A .csv or .parquet file; data.root=, data.zero=, …")
     ],
     weights: Annotated[str | None, typer.Option(help="A run, a file or a name; default: torchvision:resnet50.")] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="For answers.csv and suspects.html.")] = Path("labels"),
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: labels/TABLE in $MLS_RUNS.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Of the likeliest missing positives so many are listed.")] = 200,
     sample: Annotated[int, typer.Option(min=0, help="And about so many unknown cells, drawn by chance.")] = 100,
 ) -> None:
@@ -55,11 +55,12 @@ def doctor(
     """
     from mls.errors import ConfigError
     from mls.eval import labels_doctor, load_protocol
+    from mls.files import runs_folder
 
     file, *overrides = arguments
-    out = out.expanduser()
-    out.mkdir(parents=True, exist_ok=True)
+    out = runs_folder() / "labels" / Path(file).stem if out is None else out.expanduser()
     answers = out / "answers.csv"
+    out.mkdir(parents=True, exist_ok=True)
     if answers.is_file():
         overrides.append(f"data.answers={answers.absolute()}")
     protocol = load_protocol("linear", ["data.name=table", f"data.labels_file={file}", *overrides])

@@ -137,7 +137,7 @@ def coco_truth(content: Any, file: Path, for_classes: bool = False) -> CocoTruth
 def by_id(entries: Sequence[dict[str, Any]], file: Path) -> dict[Any, dict[str, Any]]:
     found = {entry["id"]: entry for entry in entries}
     if len(found) < len(entries):
-        raise DataError(f"{show(file)} gives one id to several images or categories: correct it, or download it again")
+        raise DataError(f"{show(file)} gives one id to several images or categories: correct it, or take a whole copy")
     return found
 
 
