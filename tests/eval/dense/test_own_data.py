@@ -327,4 +327,4 @@ def test_every_dense_task_takes_own_data(  # with mmsegmentation: test_with_mmse
     protocol = load_protocol(task, [f"data.root={tmp_path / 'mine'}", "data.workers=0", *changes])
     weights = "random" if "training.steps=1" in changes else "resnet_tiny"
     values = cells.run(protocol, weights, 0, tmp_path, quiet=True)
-    assert protocol.metric in values and all(0 <= value <= 1 or value != value for value in values.values())
+    assert 0 <= values[protocol.metric] <= 1 and all(0 <= value <= 1 or value != value for value in values.values())
