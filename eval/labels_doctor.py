@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int8
 from torch import Tensor, nn
 
 from mls.core import losses
+from mls.eval.paired import wilson
 from mls.eval.supervised import as_truth
 from mls.frozen.metrics import average_precision
 from mls.streams import generator, initialisation
@@ -84,12 +85,7 @@ class Share:
         >>> Share.wilson(5, 10)
         Share(value=0.5, low=0.236..., high=0.763..., of=10)
         """
-        if not of:
-            return cls(math.nan, 0.0, 1.0, 0)
-        centre, spread = hits + Z * Z / 2, Z * math.sqrt(hits * (of - hits) / of + Z * Z / 4)
-        return cls(
-            hits / of, max(0.0, (centre - spread) / (of + Z * Z)), min(1.0, (centre + spread) / (of + Z * Z)), of
-        )
+        return cls(hits / of if of else math.nan, *wilson(hits, of), of)
 
     def __str__(self) -> str:
         return f"{100 * self.value:.0f} % ({100 * self.low:.0f} to {100 * self.high:.0f})"

@@ -1,4 +1,5 @@
-"""Two rows of a table over the same seeds: what the one is above the other, a confidence interval and a paired test."""
+"""Confidence intervals, and two rows of a table over the same seeds: what the one is above the other, and a paired
+test."""
 
 from __future__ import annotations
 
@@ -22,6 +23,20 @@ def half_width(values: Sequence[float]) -> float | None:
     from scipy.stats import t
 
     return spread / math.sqrt(len(values)) * float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval of a share (95 % by default): it holds for few trials, and near 0 and 1.
+
+    >>> [round(bound, 3) for bound in wilson(8, 10)], wilson(0, 0)
+    ([0.49, 0.943], (0.0, 1.0))
+    """
+    if not trials:
+        return 0.0, 1.0
+    share, spread = successes / trials, z * z / trials
+    middle = (share + spread / 2) / (1 + spread)
+    half = (spread * (share * (1 - share) + spread / 4)) ** 0.5 / (1 + spread)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mls.errors import DataError
+from mls.eval.paired import wilson
 from mls.monitor.moments import LEVELS
 
 if TYPE_CHECKING:
@@ -211,17 +212,3 @@ def _read_judged(path: Path) -> list[dict[str, Any]]:
 
 def _is_judged(row: Any) -> bool:
     return isinstance(row, dict) and row.get("kind") in KINDS and row.get("answer") in ANSWERS
-
-
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a share (95 % by default): it holds for few trials, and near 0 and 1.
-
-    >>> [round(bound, 3) for bound in wilson(8, 10)], wilson(0, 0)
-    ([0.49, 0.943], (0.0, 1.0))
-    """
-    if not trials:
-        return 0.0, 1.0
-    share, spread = successes / trials, z * z / trials
-    middle = (share + spread / 2) / (1 + spread)
-    half = (spread * (share * (1 - share) + spread / 4)) ** 0.5 / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
