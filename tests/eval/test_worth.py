@@ -125,7 +125,7 @@ def test_the_command_plans_draws_and_refuses(
     assert not (tmp_path / "worth.md").exists()
     ask(fractions="1")
     said = capsys.readouterr().out
-    assert "whether test images were among them is not known" in said and "one seed: no interval" in said
+    assert "whether test images are among them is not known" in said and "one seed: no interval" in said
     with Image.open(tmp_path / "worth.png") as picture:
         assert picture.width > 300
     with pytest.raises(ConfigError, match="--fractions x: give shares with commas"):
