@@ -91,6 +91,8 @@ def _loaded(root: str, split: str | None) -> Any:
             "data set that can be downloaded here"
         ) from None
     if not isinstance(found, dict):
+        if split is not None and str(found.split) != split:
+            raise DataError(f"{show(root)} holds the one split {found.split}: leave out data.annotations={split}")
         return found
     chosen = split or "train"
     if chosen not in found:
