@@ -174,9 +174,9 @@ def on_own_data(suite: Suite, name: str, overrides: Sequence[str]) -> Suite:
             f"the suite's columns name their data sets: leave out data.name={name}, or name yours ({known})"
         )
     columns: dict[Any, Column] = {}
-    tasks = {column.name: load_protocol(column.protocol, column.set).task for column in suite.columns}
-    for column in (column for column in suite.columns if tasks[column.name] in OF_OWN[name]):
-        key = (tasks[column.name], column.metric, *column.set)
+    tasks = {protocol: load_protocol(protocol).task for protocol in {column.protocol for column in suite.columns}}
+    for column in (column for column in suite.columns if tasks[column.protocol] in OF_OWN[name]):
+        key = (tasks[column.protocol], column.metric, *column.set)
         columns.setdefault(key, replace(column, name=f"{column.metric}, as {column.name}", table=""))
     kept = list(columns.values())
     if kept and OF_OWN[name] is CLASSIFY:  # which metrics there are depends on the labels

@@ -54,8 +54,10 @@ class Unreadable:
                 with open(self.file, "a", errors="surrogateescape") as file:
                     file.write(words + "\n")
             self.say(f"skipped an image that cannot be read: {words}")
-        if len(self.found) > self.limit or (self.found and len(self.found) == self.of):
-            where = f"listed in {self.file}" if self.file is not None else "`mls data check` lists them"
+        where = f"listed in {self.file}" if self.file is not None else "`mls data check` lists them"
+        if self.found and len(self.found) == self.of:
+            raise DataError(f"none of the images can be read, of which there are {self.of} ({where}): repair them")
+        if len(self.found) > self.limit:
             more = f", or raise {self.key}" if self.key else ""
             raise DataError(f"{len(self.found)} of {self.of} images cannot be read ({where}): repair them{more}")
 

@@ -89,7 +89,7 @@ def test_a_table_of_scores_leaves_out_what_cannot_be_read(
     )
     (folder / "broken").mkdir()
     (folder / "broken" / "4.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"1 of 1 images cannot be read"):
+    with pytest.raises(DataError, match="none of the images can be read, of which there are 1 "):
         predict(made, folder / "broken", quiet=True)
     assert lines[0] == "path,dark,light"
     assert len(lines) == 20
