@@ -136,11 +136,7 @@ def leakcheck(
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="A cosine; default: found with altered copies.")] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="For leakcheck.json and a picture of each B; default: leakcheck in RUN, or in $MLS_RUNS.",
-        ),
+        Path | None, typer.Option(metavar="DIR", help="For leakcheck.json and pictures; default: in RUN or $MLS_RUNS.")
     ] = None,
 ) -> None:
     """Find images of B that have a near-duplicate in A: what was pretrained on should not be evaluated on.
@@ -174,11 +170,8 @@ def leakcheck(
         pairs, total = near_duplicates(embedded, other, limit), len(other.source)
         picture = _draw(embedded, other, pairs, out)
         lines.append([text, f"{total:,}", f"{len(pairs):,}", f"{len(pairs) / total:.2%}", picture])
-        named = [
-            {**vars(pair), "names": [embedded.source.describe(pair.first), other.source.describe(pair.second)]}
-            for pair in pairs
-        ]
-        report["second"][text] = {"images": total, "pairs": named}
+        names = lambda pair, other=other: [embedded.source.describe(pair.first), other.source.describe(pair.second)]
+        report["second"][text] = {"images": total, "pairs": [vars(pair) | {"names": names(pair)} for pair in pairs]}
     header = ["B", "images", "near-duplicates in A", "share", "picture"]
     print(f"\n{markdown_table(header, lines, terminal_width())}\n")
     write_atomically(out / "leakcheck.json", json.dumps(report, indent=1).encode())

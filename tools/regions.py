@@ -35,7 +35,7 @@ def regions(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The lists; default: neighbours.safetensors in RUN, or in $MLS_RUNS."),
+        typer.Option(metavar="FILE", help="Lists; default: neighbours.safetensors in RUN or $MLS_RUNS."),
     ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw which region matched which, for some images.")
@@ -64,8 +64,7 @@ def regions(
     from mls.files import check_picture, place_for, save_picture
     from mls.frozen.match_picture import draw_pairs
 
-    if picture is not None:
-        check_picture(picture)
+    check_picture(picture or Path("pairs.png"))
     weights, backbone, augment, wanted, source = _given(weights, options or [], dataset)
     lists, features = _neighbours(backbone, augment, wanted, source, weights)
     file = place_for("neighbours.safetensors", out, weights)

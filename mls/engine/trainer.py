@@ -319,11 +319,11 @@ class Trainer:
         if (most := self.config.optim.clip_norm) is None:
             return
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.scaler.is_enabled():
+        if (norm := self.window.gradient) is None:  # fp16's gradients are scaled
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(parameters, most)
-        else:  # the norm is known
-            torch.nn.utils.clip_grads_with_norm_(parameters, most, self.window.gradient)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
     def no_sync_until_last(self, number: int, count: int) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.forward, DistributedDataParallel) and number < count - 1:
