@@ -340,7 +340,7 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     channels_last: bool = True
     augment: Literal["auto", "worker", "device"] = "auto"  # where views get their colours; worker beside a CPU
-    compile: bool = False
+    compile: bool = False  # torch.compile the encoders, and what augments on the device
     accumulate: int = positive(1)  # micro-batches per step
     threads: int | None = zero_or_more(None)  # CPU threads per process; default: torch's own choice
     checkpoint_every: int = positive(1000)  # steps

@@ -21,7 +21,8 @@ from mls.config import Config, EngineConfig, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch, Source
-from mls.data.augment import Augment
+from mls.data.augment import Augment, in_worker
+from mls.data.augment_compiled import CompiledAugment
 from mls.data.formats import missed
 from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
@@ -111,8 +112,9 @@ class Trainer:
         # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
         half, engine = HALF.get(self.precision, torch.float32), self.config.engine
         parts = (self.config.augment, self.config.run.seed, self.process.device, engine.channels_last, half)
+        kind = CompiledAugment if engine.compile and not in_worker(engine, self.process.device) else Augment
         # Without micro-batches a step is over before the next one's views are made.
-        return Augment(*parts, self.plan.positions, reuse=engine.accumulate == 1)
+        return kind(*parts, self.plan.positions, reuse=engine.accumulate == 1)
 
     def refuse_sizes(self) -> None:
         """Networks of timm may take images of one size alone."""
