@@ -51,6 +51,7 @@ def counting(graphs: list[int]):  # type: ignore[no-untyped-def]
     return backend
 
 
+@pytest.mark.long
 def test_a_step_of_mls_is_one_graph_and_gives_the_losses_of_eager_to_a_millionth() -> None:
     """A graph break would be an error, another graph another entry. In a process of its own: here shapes are checked at
     run time, by wrappers that torch.compile cannot follow."""

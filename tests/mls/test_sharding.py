@@ -73,7 +73,7 @@ def test_the_parts_together_are_the_whole(world: int, per_process: int, portions
     assert torch.equal(loaded.rows().backbone, parts[-1].rows().backbone)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def compared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, mls_command: Call
 ) -> list[dict[str, Any]]:
@@ -274,7 +274,7 @@ def words() -> bool:
     method = methods.build(load_config("mls_regions_scenes_tiny", keys))
     method.set_progress(1, 1, 1)
     source = ScenesSource(ScenesConfig(count=11, test_count=2))
-    found = method.of_regions(source, lambda *done: None)  # type: ignore[operator]
+    found, _ = method.of_regions(source, None, lambda *done: None)  # type: ignore[operator]
     (everyone,) = distributed.gather([found])
     return found.shape == (11, 8) and all(torch.equal(found, one) for one in everyone.split(11))
 

@@ -31,25 +31,29 @@ def test_clusters_that_lie_apart_are_found_and_none_stays_empty() -> None:
     draws = torch.Generator().manual_seed(0)
     true = torch.linalg.qr(torch.randn(8, 6, generator=draws))[0].T  # six directions at right angles
     points = F.normalize(true.repeat(50, 1) + 0.05 * torch.randn(300, 8, generator=draws), dim=1)
-    fit = lambda centres: float((points @ centres.T).amax(dim=1).mean())
-    centres = max((clustered(points, 6, torch.Generator().manual_seed(seed)) for seed in range(8)), key=fit)
+    fit = lambda found: float((points @ found[0].T).amax(dim=1).mean())
+    centres, clusters = max((clustered(points, 6, torch.Generator().manual_seed(seed)) for seed in range(8)), key=fit)
     assert (true @ centres.T).amax(dim=1).min() > 0.99
-    same = clustered(points[:1].repeat(9, 1), 4, draws)  # one point many times: clusters without points begin anew
-    torch.testing.assert_close(same, points[:1].repeat(4, 1))
+    assert torch.equal(clusters, (points @ centres.T).argmax(dim=1))
+    turned, _ = torch.linalg.qr(torch.randn(8, 8, generator=draws))  # other features, in which the same lie together
+    again, same = clustered(points @ turned, 6, draws, clusters)
+    assert torch.equal(same, clusters)  # by the same numbers
+    torch.testing.assert_close(again, centres @ turned, atol=1e-5, rtol=0)
+    one = points[:1].repeat(9, 1)  # one point many times: clusters without points begin anew
+    torch.testing.assert_close(clustered(one, 4, draws)[0], one[:4])
 
 
 def test_of_a_bag_the_largest_shares_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST", 2)
     bags = Bags()
-    assert bags.of(torch.tensor([0]), 3) is None
-    bags.keep(torch.tensor([[0.5, 0.1, 0.4], [0.2, 0.2, 0.6]]), "data")
+    bags.keep(torch.tensor([[0.5, 0.1, 0.4], [0.2, 0.2, 0.6]]), None, "data")
     found = bags.of(torch.tensor([1, 0]), 3)
-    assert found is not None
     torch.testing.assert_close(found[1], torch.tensor([5 / 9, 0.0, 4 / 9]))
     torch.testing.assert_close(found.sum(dim=1), torch.ones(2))
+    torch.testing.assert_close(bags.usual(3), found.mean(dim=0))
     again = Bags()
     again.load_state_dict(bags.state_dict())
-    assert torch.equal(again.of(torch.tensor([1, 0]), 3), found) and again.images == "data"  # type: ignore[arg-type]
+    assert torch.equal(again.of(torch.tensor([1, 0]), 3), found) and again.images == "data"
 
 
 def built(*overrides: str, source: ScenesSource | None = None) -> Words:
@@ -64,7 +68,7 @@ def test_the_term_equals_the_plain_formula() -> None:
     method = built("model.key_norm=none")
     draws = torch.Generator().manual_seed(0)
     bags = torch.rand(64, 12, generator=draws).softmax(dim=1)
-    method.bags.keep(bags, "data")
+    method.bags.keep(bags, None, "data")
     ids = torch.arange(8)
     rows = (F.normalize(torch.randn(48, width, generator=draws), dim=1) for width in (64, 16))
     method.dictionary.enqueue(*rows, ids=ids.repeat(6))
@@ -89,7 +93,6 @@ def test_bags_are_of_an_image_s_own_regions_and_controls_are_what_they_say() -> 
     oracle.refresh(source, QUIET)
     ids = torch.arange(64)
     bags, others, labels = (method.bags.of(ids, method.count) for method in (own, random, oracle))
-    assert bags is not None and others is not None and labels is not None
     assert (bags.std(dim=0) > 0).any()
     rows = lambda of: sorted(map(tuple, of.tolist()))
     assert rows(bags) == rows(others) and not torch.equal(bags, others)  # the same, at other images

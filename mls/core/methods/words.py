@@ -44,30 +44,35 @@ class Bags:
     def __init__(self) -> None:
         self.words: Int64[Tensor, "images kept"] | None = None
         self.shares: Float[Tensor, "images kept"] | None = None
+        self.clusters: Int64[Tensor, "points"] | None = None  # of the regions that were clustered
         self.images = ""  # hash of the data that they are of
 
-    def keep(self, bags: Float[Tensor, "images words"], images: str) -> None:
-        self.images = images
+    def keep(self, bags: Float[Tensor, "images words"], clusters: Int64[Tensor, "points"] | None, images: str) -> None:
         shares, words = bags.topk(min(LARGEST, bags.shape[1]), dim=1)
         self.words, self.shares = words.int(), shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-12)
+        self.clusters, self.images = clusters, images
 
-    def of(self, ids: Int64[Tensor, "batch"], count: int) -> Float[Tensor, "batch words"] | None:
-        """None: there are none yet."""
-        if self.words is None or self.shares is None:
-            return None
+    def of(self, ids: Int64[Tensor, "batch"], count: int) -> Float[Tensor, "batch words"]:
+        assert self.words is not None and self.shares is not None, "`refresh` was not called"
         shares = self.shares[ids]
         return shares.new_zeros(len(ids), count).scatter(1, self.words[ids].long(), shares)
+
+    def usual(self, count: int) -> Float[Tensor, "words"]:
+        """The mean bag."""
+        assert self.words is not None and self.shares is not None, "`refresh` was not called"
+        sums = self.shares.new_zeros(count).index_add(0, self.words.flatten(), self.shares.flatten())
+        return sums / len(self.shares)
 
     def to(self, device: torch.device | str) -> None:
         self.words, self.shares = (None if one is None else one.to(device) for one in (self.words, self.shares))
 
     def state_dict(self) -> dict[str, Any]:
-        if self.words is None or self.shares is None:
-            return {}
-        return {"words": self.words.cpu().clone(), "shares": self.shares.cpu().clone(), "images": self.images}
+        whole = {"words": self.words, "shares": self.shares, "clusters": self.clusters}
+        return {name: one.cpu().clone() for name, one in whole.items() if one is not None} | {"images": self.images}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.words, self.shares, self.images = state.get("words"), state.get("shares"), state.get("images", "")
+        self.words, self.shares, self.clusters = (state.get(name) for name in ("words", "shares", "clusters"))
+        self.images = state["images"]
 
 
 @register("mls_words", WordsOptions)
@@ -91,15 +96,15 @@ class Words(MoCo):
     def beside_info_nce(
         self, query: Query, rows: QueriedRows, views: Views, out: StepOutput | None
     ) -> Float[Tensor, ""] | None:
-        bags = None if self.warming_up else self.bags.of(views.ids, self.count)
-        if bags is None:  # DDP waits for a gradient of every parameter
+        if self.warming_up:  # DDP waits for a gradient of every parameter
             return 0.0 * (self.classifier.weight.sum() + self.classifier.bias.sum())
+        bags = self.bags.of(views.ids, self.count)
         logits = self.classifier(SCALE * query.backbone)
         loss = -(bags * logits.log_softmax(dim=1)).sum(dim=1).mean()
         if out is not None:
-            usual = bags.mean(dim=0)
             out.scalars["loss/words"] = loss.detach()
-            out.scalars["chance/words"] = -torch.xlogy(usual, usual).sum()  # one answer for all: the batch's mean bag
+            one_for_all = self.bags.usual(self.count).clamp_min(1e-12).log()
+            out.scalars["chance/words"] = -(bags * one_for_all).sum(dim=1).mean()
         return self.options.weight * loss
 
     def set_progress(self, step: int, epoch: int, steps_per_epoch: int) -> None:
@@ -113,16 +118,20 @@ class Words(MoCo):
         others = self.bags.words is not None and self.bags.images != self.images  # those of a resume on other data
         if not others and not due(self.step, self.steps_per_epoch, options.warmup_epochs, options.regions.every_epochs):
             return {}
-        bags = self.of_labels(self.truth) if self.truth is not None else self.of_regions(source, tell)
-        self.bags.keep(bags, self.images)
+        clusters = None if others else self.bags.clusters
+        if self.truth is not None:
+            bags = self.truth.float() / self.truth.float().sum(dim=1, keepdim=True).clamp_min(1)
+        else:
+            bags, clusters = self.of_regions(source, clusters, tell)
+        self.bags.keep(bags, clusters, self.images)
         usual = bags.mean(dim=0)
         return {"words/used": float(torch.exp(-torch.xlogy(usual, usual).sum()))}  # as many of equal share say as much
 
-    def of_labels(self, labels: Float[Tensor, "images classes"]) -> Float[Tensor, "images classes"]:
-        return labels.float() / labels.float().sum(dim=1, keepdim=True).clamp_min(1)
-
     @torch.no_grad()
-    def of_regions(self, source: Source, tell: Tell) -> Float[Tensor, "images words"]:
+    def of_regions(
+        self, source: Source, clusters: Int64[Tensor, "points"] | None, tell: Tell
+    ) -> tuple[Float[Tensor, "images words"], Int64[Tensor, "points"]]:
+        """`clusters`: those that the regions were in before."""
         config, device = self.config, next(self.parameters()).device
         workers, options = worker_count(config.data.workers), self.options
         encoder = RegionEncoder.fitted(
@@ -130,13 +139,13 @@ class Words(MoCo):
         )
         features, _ = features_of_all(encoder, source, tell)
         some = features[spaced(len(source), CLUSTERED)].flatten(0, 1).cpu()
-        centres = on_main(lambda: clustered(some, self.count, self.stream("words"))).to(device)
-        bags = features.new_empty(len(features), self.count)
+        centres, clusters = on_main(lambda: clustered(some, self.count, self.stream("words"), clusters))
+        bags, directions = features.new_empty(len(features), self.count), centres.to(device).T
         for part in chunks(len(features), TOGETHER):
-            bags[part] = (features[part] @ centres.T / options.sharpness).softmax(dim=2).mean(dim=1)
+            bags[part] = (features[part] @ directions / options.sharpness).softmax(dim=2).mean(dim=1)
         if options.pseudo_labels == "random":  # those of another image
-            bags = bags[torch.randperm(len(bags), generator=self.stream("other images")).to(device)]
-        return bags
+            bags = bags[torch.randperm(len(bags), generator=generator(config.run.seed, "other images")).to(device)]
+        return bags, clusters
 
     def stream(self, purpose: str) -> torch.Generator:
         return generator(self.config.run.seed, purpose, self.step)
@@ -145,13 +154,22 @@ class Words(MoCo):
         return {**super().memories(), "bags": self.bags}
 
 
-def clustered(points: Float[Tensor, "points dim"], count: int, stream: torch.Generator) -> Float[Tensor, "count dim"]:
-    """Centres of unit length by k-means with cosines. A cluster that is left without points begins anew at one."""
-    centres = points[torch.randperm(len(points), generator=stream)[:count]]
+def clustered(
+    points: Float[Tensor, "points dim"],
+    count: int,
+    stream: torch.Generator,
+    clusters: Int64[Tensor, "points"] | None = None,
+) -> tuple[Float[Tensor, "count dim"], Int64[Tensor, "points"]]:
+    """Centres of unit length by k-means with cosines, and each point's. Begun from the `clusters` that the points were
+    in, words keep their numbers, and with them what the classifier has learnt of them. One without points begins anew
+    at a point."""
+    if clusters is None:
+        centres = points[torch.randperm(len(points), generator=stream)[:count]]
+        clusters = (points @ centres.T).argmax(dim=1)
     for _ in range(ROUNDS):
-        nearest = (points @ centres.T).argmax(dim=1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
-        empty = torch.bincount(nearest, minlength=count) == 0
+        sums = points.new_zeros(count, points.shape[1]).index_add_(0, clusters, points)
+        empty = torch.bincount(clusters, minlength=count) == 0
         sums[empty] = points[torch.randperm(len(points), generator=stream)[: int(empty.sum())]]
         centres = F.normalize(sums, dim=1)
-    return centres
+        clusters = (points @ centres.T).argmax(dim=1)
+    return centres, clusters
