@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -42,12 +42,12 @@ class RegionImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def some(self, rows: Sequence[int]) -> RegionImages:
+    def part(self, rows: Int64[Tensor, "rows"]) -> RegionImages:
         """Of one's own files."""
         images: Any = self.images
         assert isinstance(self.labels, IndexedFiles)
-        labels = replace(self.labels, paths=[self.labels.paths[row] for row in rows])
-        return replace(self, images=images.some(rows), labels=labels)
+        labels = replace(self.labels, paths=[self.labels.paths[row] for row in rows.tolist()])
+        return replace(self, images=images.some(rows.tolist()), labels=labels)
 
     def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
         return decode(self.images.read(row))

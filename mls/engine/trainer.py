@@ -318,10 +318,14 @@ class Trainer:
         return first if last is None else between(step, self.total, first, last)
 
     def clip_gradient(self) -> None:
-        if (most := self.config.optim.clip_norm) is not None:
+        if (most := self.config.optim.clip_norm) is None:
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if (norm := self.window.gradient) is None:  # fp16's gradients are scaled
             self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, most)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
     def no_sync_until_last(self, number: int, count: int) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.forward, DistributedDataParallel) and number < count - 1:
