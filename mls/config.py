@@ -128,6 +128,10 @@ class ModelConfig:
     projection: int = positive(256)
     hidden: int | None = positive(None)  # width of the head's hidden layer; default: the backbone's feature width
     head_norm: Literal["none", "batch"] = "none"
+    drop_path: float = limited(
+        0.0, low=0, high=0.9
+    )  # stochastic depth of a network of timm: the last block's rate; the first has none
+    freeze_patches: bool = False  # a transformer's patch projection stays as it begins, as in MoCo-v3
     momentum: float = share(0.995)  # of the key encoder
     final_momentum: float | None = share(None)  # reached by a half cosine at the end of the run; default: it stays
     key_norm: Literal["shuffle", "split", "sync", "none"] = "shuffle"
@@ -305,6 +309,14 @@ class BYOLOptions(ObjectiveConfig):
     predictor: int = positive(4096)  # width of the predictor's hidden layer
 
 
+@_objective("moco_v3")
+@dataclass(frozen=True)
+class MoCoV3Options(ObjectiveConfig):
+    method: str = "moco_v3"
+    temperature: float = positive(0.2)
+    hidden: int = positive(4096)  # width of the hidden layers of projector and predictor
+
+
 @_objective("densecl")
 @dataclass(frozen=True)
 class DenseCLOptions(MoCoOptions):
@@ -344,7 +356,7 @@ class OptimConfig:
     clip_norm: float | None = positive(None)  # a longer gradient is scaled down to this length; default: none is
     weight_decay: float = zero_or_more(1e-4)
     final_weight_decay: float | None = zero_or_more(None)  # reached as model.final_momentum is; default: it stays
-    decay_norm_and_bias: bool = True
+    decay_norm_and_bias: bool = True  # and a transformer's positions and class token
     momentum: float = share(0.9)
     nesterov: bool = False
     betas: tuple[float, float] = limited((0.9, 0.999), low=0, high=1 - 1e-9)
@@ -360,6 +372,7 @@ class EngineConfig:
     channels_last: bool = True
     augment: Literal["auto", "worker", "device"] = "auto"  # where views get their colours; worker beside a CPU
     compile: bool = False  # torch.compile the encoders, and what augments on the device
+    checkpointing: bool = False  # blocks are computed once more in the backward pass: less memory, the same gradients
     accumulate: int = positive(1)  # micro-batches per step
     threads: int | None = zero_or_more(None)  # CPU threads per process; default: torch's own choice
     checkpoint_every: int = positive(1000)  # steps

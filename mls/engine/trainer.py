@@ -52,6 +52,7 @@ from mls.monitor.verdict import WAITING
 from mls.monitor.window import Window
 from mls.progress import duration, for_people, summary
 from mls.recipes import from_dict
+from mls.streams import derive
 from mls.tables import markdown_table
 
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
@@ -168,6 +169,8 @@ class Trainer:
         self.method.set_progress(self.step, epoch, self.steps_per_epoch)
         self.refresh(epoch)
         self.optimizer.zero_grad(set_to_none=True)
+        # What a network drops at random follows from the seed and the step, so a resume needs nothing else.
+        torch.manual_seed(derive(self.config.run.seed, "dropout", self.step, self.process.rank))
         torch._foreach_copy_(self.buffers_before, self.buffers)
         logging = self.logs()
 

@@ -59,7 +59,7 @@ class MoCo(Method):
         super().__init__(config, precision, image_labels)
         self.options = cast(MoCoOptions, config.objective)
         self.pair = build_pair(config.model, config.run.seed, precision)
-        self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group)
+        self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group, self.pair.key)
         if self.key_norm.mode == "sync":
             share_statistics(self.pair.key)
         windows = self.options.windows
