@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -14,13 +14,23 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mls.errors import ConfigError
-from mls.frozen.probe.design import Design, unscaled
+from mls.frozen.probe.design import ROWS, Design, unscaled
 from mls.frozen.probe.labels import Labels, read_labels
-from mls.frozen.probe.linear import Candidate, Probe, ProbeOptions, Selection, build_probe, nan_lowest, objective
+from mls.frozen.probe.linear import (
+    Candidate,
+    Probe,
+    ProbeOptions,
+    Selection,
+    Validation,
+    build_probe,
+    nan_lowest,
+    objective,
+)
 from mls.models.finite import finite
 from mls.streams import generator
 
 MOMENTUM = 0.9
+AXES_FROM = 16  # times as many features as axes: on so many the axes are found
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # MoCo's is 30
 Schedule = Literal["steps", "cosine"]
 
@@ -34,6 +44,9 @@ class Sgd:
     epochs: int = 100
     batch_size: int = 256
     schedule: Schedule = "steps"  # steps: a tenth after 60 % and 80 % of the epochs
+    axes: int | None = (
+        None  # pairs are compared on so many leading axes of wider features, the chosen one learns on all
+    )
 
     def __post_init__(self) -> None:
         if not self.lr or not self.weight_decay or min(self.lr) <= 0 or min(self.weight_decay) < 0:
@@ -62,20 +75,39 @@ def sgd_probe(
     """
     labels = read_labels(train_labels.to(train_features.device), options.multilabel)
     settings = [{"lr": rate, "weight_decay": decay} for rate, decay in product(sgd.lr, sgd.weight_decay)]
-    selection = Selection(train_features, labels, options)
+    fewer = bool(sgd.axes and 2 * sgd.axes < train_features.shape[1] and len(settings) > 1)
+    compared, validation = (
+        _on_leading_axes(train_features, sgd, options) if fewer else (train_features, options.validation)
+    )
+    selection = Selection(compared, labels, replace(options, validation=validation))
 
-    def train(chosen: Sequence[dict[str, float]], rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        design = unscaled(train_features.detach())
+    def train(features: Tensor, chosen: Sequence[dict[str, float]], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        design = unscaled(features.detach())
         design.rows = rows
         return _train(design, labels, chosen, sgd, options)
 
-    weight, bias = train(settings, selection.rows)
+    weight, bias = train(compared, settings, selection.rows)
     tried = [Candidate(each, selection.measure(w, b)) for each, w, b in zip(settings, weight, bias, strict=True)]
     best = max(range(len(tried)), key=lambda i: (nan_lowest(tried[i].value), -settings[i]["lr"]))
-    if options.refit and selection.rows is not None:
-        weight, bias = train([settings[best]], None)
+    if fewer or (options.refit and selection.rows is not None):
+        weight, bias = train(train_features, [settings[best]], None if options.refit else selection.rows)
         return build_probe(weight[0], bias[0], tried, best, labels, test_features, test_labels)
     return build_probe(weight[best], bias[best], tried, best, labels, test_features, test_labels)
+
+
+def _on_leading_axes(
+    features: Float[Tensor, "train dim"], sgd: Sgd, options: ProbeOptions
+) -> tuple[Float[Tensor, "train axes"], Validation | None]:
+    """The features, and those to choose on, along the principal axes (not centred) of some of the features. Along all
+    axes SGD would take the same steps; what is left out are those along which the features are smallest."""
+    assert sgd.axes is not None
+    some = torch.randperm(len(features), generator=generator(options.seed, "probe axes"))[: AXES_FROM * sgd.axes]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # of the random directions that the axes are found from
+        axes = torch.svd_lowrank(finite(features[some.to(features.device)].float()), sgd.axes, niter=2)[2]
+    along = lambda of: torch.cat([finite(part.to(axes)) @ axes for part in of.split(ROWS)])
+    held = options.validation
+    return along(features), held and (along(held[0]), held[1])
 
 
 def _train(
