@@ -108,7 +108,7 @@ def fit(task: Task, features: Tensor, labels: Tensor, options: probe.ProbeOption
     if settings.solver == "lbfgs":
         return probe.linear_probe(features, labels, none, l2=settings.l2, options=options)
     schedule = (settings.lr, settings.weight_decay, settings.epochs, settings.batch_size, "cosine")
-    sgd = probe.Sgd(*schedule, axes=settings.axes)
+    sgd = probe.Sgd(*schedule, first=settings.first)
     return probe.sgd_probe(features, labels, none, sgd=sgd, options=options)
 
 

@@ -174,7 +174,7 @@ class DenseProbeConfig:
     l2: list[float] = positive([10.0**n for n in range(-6, 0)])
     lr: list[float] = positive([0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
     weight_decay: list[float] = zero_or_more([0.0, 1e-5, 1e-4])
-    axes: int | None = positive(256)  # pairs are compared on so many leading axes of maps twice as wide; null: all
+    first: int | None = positive(1)  # epochs after which the best pair of each of the two best rates goes on; null: all
     epochs: int = positive(10)
     batch_size: int = positive(256)
     # dense_knn: the first of the numbers of neighbours and of the temperatures is the table's
@@ -194,7 +194,7 @@ class DenseProbeConfig:
 
 
 OWN_OPTIONS = {  # of DenseProbeConfig: those of other tasks change nothing
-    "dense_linear": {"solver", "pixels", "l2", "lr", "weight_decay", "axes", "epochs", "batch_size"},
+    "dense_linear": {"solver", "pixels", "l2", "lr", "weight_decay", "first", "epochs", "batch_size"},
     "dense_knn": {"k", "temperature", "shares", "memory", "matcher"},
     "dense_cluster": {"clusters", "patches", "rounds"},
     "objects": {"discovery", "seeds", "threshold"},
