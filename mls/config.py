@@ -391,6 +391,10 @@ class MonitorConfig:
     health_every: int = positive(200)  # steps: collapse measures of the dictionary
     knn_every_epochs: int = zero_or_more(1)  # when the source has labels; 0: never
     linear_every_epochs: int = zero_or_more(10)  # the linear probe, the same
+    dense_every_epochs: int = zero_or_more(
+        0
+    )  # segmentation by the nearest patches, when the source has masks; 0: never
+    dense_images: int = limited(200, low=10)  # images with masks for it, of which a fifth is segmented
     moments: int = zero_or_more(
         12
     )  # times at which what 60 fixed queries match is kept (mls/monitor/moments.py); 0: never

@@ -43,6 +43,7 @@ from mls.models import Encoder, save_backbone
 from mls.models.any_size import refuse_size
 from mls.models.momentum import HALF, precision_on
 from mls.monitor import moments
+from mls.monitor.dense import DenseProbe
 from mls.monitor.guard import Guard
 from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
@@ -138,7 +139,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             self.open_log(stack)
             stack.enter_context(self.session.running(self.run.name, self.quiet))
-            self.probes = OnlineProbes.build(self.config, self.source)
+            built = (kind.build(self.config, self.source) for kind in (OnlineProbes, DenseProbe))
+            self.probes = [probe for probe in built if probe is not None]
             self.guard = self.build_guard()
             self.moment_epochs = moment_epochs(self.config.optim.epochs, self.config.monitor.moments)
             where = self.process.device, HALF.get(self.precision, torch.float32)
@@ -212,9 +214,9 @@ class Trainer:
         values: dict[str, float] = {}
         if epoch_ends and epoch in self.moment_epochs:
             self.keep_moment(epoch)
-        if epoch_ends and self.probes is not None:
+        for probe in self.probes if epoch_ends else ():
             with self.window.measuring("probes"):
-                values |= self.probes(self.method.backbone, epoch, self.process.device)
+                values |= probe(self.method.backbone, epoch, self.process.device)
         if epoch_ends and self.guard is not None and epoch % monitor.guard_every_epochs == 0:
             with self.window.measuring("probes"):
                 values |= self.guard.measure(self.method.backbone, self.process.device)

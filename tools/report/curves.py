@@ -225,6 +225,9 @@ CHARTS = {
         Chart("Online probes", "How well features predict true labels, on images held out; never used to train.",
               {"kNN mAP": "knn/map", "linear mAP": "linear/map", "kNN top-1": "knn/top1",
                "linear top-1": "linear/top1"}, "share", span=0.1),
+        Chart("Dense probe", "mIoU of images held out, segmented by the nearest labelled patches of others; masks are "
+              "never used to train. Untrained: the same network as initialised.",
+              {"dense mIoU": "dense/miou", "untrained": "dense/miou_untrained"}, "share", span=0.1),
         Chart("Spread of a coordinate", "Over the dictionary’s rows: 1 is uniform on the sphere, 0 is collapse.",
               {"backbone": "health/backbone_std", "projection": "health/projection_std"}, low=0, high=1),
         Chart("Mean cosine of two rows", "0 is spread over the sphere, 1 is collapse.",
