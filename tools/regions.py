@@ -133,7 +133,7 @@ def _neighbours(
     encoder = RegionEncoder.fitted(backbone, source, augment, options, start().device, workers=workers)
     with counting(f"regions of {source.name}", 2 * len(source)) as advance:
         tell = lambda what, done, of: advance(done + of * (what == "neighbours"))
-        found, features = neighbours_of_all(encoder, source, tell)
+        found, features = neighbours_of_all(encoder, source, options, tell)
     keys = {key: value for key, value in asdict(options).items() if key not in NOT_OPTIONS}
     identity = {"images": hash_of_images(source), "weights": hash_of_weights(backbone), "name": name, **keys}
     identity |= {"mean": [*augment.mean], "std": [*augment.std], "grey": augment.grey == 1}

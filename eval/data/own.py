@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,19 +48,6 @@ def part_of(name: str) -> str | None:
     """
     words = set(re.findall("[a-z]+", name.lower()))
     return next((part for part, known in PARTS.items() if words & set(known)), None)
-
-
-def numbered_names(content: Any, file: Path, more: str = "") -> dict[int, str]:
-    """The number of each class in the labels, and its name, by number, as `names` in a YAML file says."""
-    names = content.get("names") if isinstance(content, Mapping) else None
-    numbered = dict(enumerate(names)) if isinstance(names, list) else names
-    whole = isinstance(numbered, Mapping) and all(type(number) is int and 0 <= number < 1 << 16 for number in numbered)
-    if not whole or not numbered:
-        raise DataError(
-            f"{show(file)} has no names of classes: write `names: [cat, dog]` in the order of their numbers, or "
-            f"`names: {{7: cat, 8: dog}}`{more}"
-        )
-    return {number: str(name) for number, name in sorted(numbered.items())}
 
 
 def all_readable(data: DataSet[Any], most: float) -> DataSet[Any]:

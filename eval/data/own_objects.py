@@ -17,13 +17,14 @@ from PIL import Image
 from mls import yaml_files
 from mls.data.annotated import folder_with
 from mls.data.listing import FileSource, list_images, printable, show
+from mls.data.masks import numbered_names
 from mls.data.truth import CocoTruth, Odd, coco_truth, odd_boxes
 from mls.errors import DataError, reason
 from mls.eval.data import DataSet, Layout, register
 from mls.eval.data.annotations import parsing
 from mls.eval.data.coco_objects import objects_of, run_lengths_of
 from mls.eval.data.objects import ObjectImages, Objects, gather
-from mls.eval.data.own import PARTS, data_set, leaves, listed, numbered_names, part_of, split
+from mls.eval.data.own import PARTS, data_set, leaves, listed, part_of, split
 from mls.progress import counting
 
 FIX_JSON = "export it again as COCO's instances, with images, annotations and categories"

@@ -11,8 +11,9 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mls.data.pictures import VOID
 from mls.eval.data.objects import ObjectImages, Objects, RunLengths
-from mls.eval.data.regions import VOID, RegionImages
+from mls.eval.data.regions import RegionImages
 from mls.eval.dense.coco_ap import Detections
 from mls.files import save_picture
 

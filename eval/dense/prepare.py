@@ -27,6 +27,8 @@ from mls.streams import initialisation
 SCENES = {"scenes_objects": objects.scenes, "scenes_regions": regions.scenes}
 Facts = tuple[str, str | None, bool, ScenesConfig, float]
 OF_OBJECTS = ("detection", "objects")  # tasks
+NOT_LEARNT = ("dense_cluster", "saliency")  # tasks that look at test images alone
+BACKGROUND = ("background", "ground")
 
 
 def load_images(protocol: Dense | FrozenDense) -> DataSet[Any]:
@@ -37,6 +39,17 @@ def load_images(protocol: Dense | FrozenDense) -> DataSet[Any]:
             "coco, yolo, coco2017, scenes_objects" if wanted is ObjectImages else "masks, cityscapes, scenes_regions"
         )
         raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
+    if data_sets.LAYOUTS[protocol.data.name].test_only and protocol.task not in NOT_LEARNT:
+        raise DataError(
+            f"{protocol.data.name} has no training images, and task {protocol.task} learns from some: choose another "
+            f"data.name, or a task that does not ({', '.join(NOT_LEARNT)})"
+        )
+    if protocol.task == "saliency" and found.train.class_names[0] not in BACKGROUND:
+        raise DataError(
+            f"task saliency takes all but the first class for salient, and that of {protocol.data.name} is "
+            f"{found.train.class_names[0]}, no {' or '.join(BACKGROUND)}: choose another data.name (scenes_regions, "
+            "voc12aug, ecssd, duts, dut_omron, or masks with such a class)"
+        )
     if isinstance(protocol, Detection):
         if protocol.model.masks and found.train.everything.outlines is None:  # pyright: ignore[reportAttributeAccessIssue]
             raise DataError(f"{protocol.data.name} has boxes and no masks: set model.masks=false")

@@ -19,14 +19,16 @@ class DenseData(DataSetConfig):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The training of both tasks: SGD, counted in steps."""
+    """The training of both tasks, counted in steps."""
 
     steps: int = positive(90000)
     batch_size: int = positive(16)  # images per step, of all processes together
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = positive(0.02)
+    layer_decay: float = limited(1.0, above=0, high=1)  # times lr, once for every stage between a layer and the heads
     momentum: float = share(0.9)
     weight_decay: float = zero_or_more(1e-4)
-    norm_decay: float = zero_or_more(0.0)  # the weight decay of normalisation layers
+    norm_decay: float = zero_or_more(0.0)  # of batch normalisation; with adamw of all norms, biases, positions, tokens
     schedule: Literal["steps", "poly"] = "steps"  # poly: lr * (1 - step / steps) ** power
     falls: list[int] = limited([60000, 80000], above=0, empty=True)  # the rate is multiplied by 0.1 after each
     power: float = zero_or_more(0.9)
@@ -174,6 +176,7 @@ class DenseProbeConfig:
     l2: list[float] = positive([10.0**n for n in range(-6, 0)])
     lr: list[float] = positive([0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
     weight_decay: list[float] = zero_or_more([0.0, 1e-5, 1e-4])
+    first: int | None = positive(1)  # epochs after which the best pair of each of the two best rates goes on; null: all
     epochs: int = positive(10)
     batch_size: int = positive(256)
     # dense_knn: the first of the numbers of neighbours and of the temperatures is the table's
@@ -186,23 +189,24 @@ class DenseProbeConfig:
     clusters: list[int] = zero_or_more([0, 500])
     patches: int = positive(50_000)
     rounds: int = positive(50)
-    # objects
+    # objects, saliency
     discovery: Literal["lost", "tokencut"] = "lost"
     seeds: int = positive(100)  # lost: patches of low degree that a seed may grow to
     threshold: float = limited(0.2, low=-1, high=1)  # tokencut: the cosine from which two patches are joined
 
 
 OWN_OPTIONS = {  # of DenseProbeConfig: those of other tasks change nothing
-    "dense_linear": {"solver", "pixels", "l2", "lr", "weight_decay", "epochs", "batch_size"},
+    "dense_linear": {"solver", "pixels", "l2", "lr", "weight_decay", "first", "epochs", "batch_size"},
     "dense_knn": {"k", "temperature", "shares", "memory", "matcher"},
     "dense_cluster": {"clusters", "patches", "rounds"},
     "objects": {"discovery", "seeds", "threshold"},
+    "saliency": {"discovery", "seeds", "threshold"},
 }
 
 
 @dataclass(frozen=True)
 class FrozenDense:
-    """`task: dense_linear`, `dense_knn`, `dense_cluster` and `objects`: what frozen maps know of places."""
+    """`task: dense_linear`, `dense_knn`, `dense_cluster`, `objects`, `saliency`: what frozen maps know of places."""
 
     task: str = "dense_knn"
     recipe: str = "custom"
@@ -225,6 +229,11 @@ def check(protocol: Dense) -> None:
     if training.schedule == "steps" and any(fall >= training.steps for fall in training.falls):
         raise ConfigError(
             f"training.falls {training.falls} lie behind the {training.steps} steps of training: scale them as well"
+        )
+    if protocol.backend != "torchvision" and (training.optimizer, training.layer_decay) != ("sgd", 1.0):
+        raise ConfigError(
+            f"backend={protocol.backend} trains with SGD and one rate: set training.optimizer=sgd and "
+            "training.layer_decay=1, or backend=torchvision"
         )
     if isinstance(protocol, Detection) and protocol.backend == "detectron2":
         _check_detectron2(protocol)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -235,6 +235,13 @@ class ScenesSource:
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         return torch.randperm(len(self), generator=generator(seed, "order", epoch)).numpy()
+
+    @cached_property
+    def regions(self) -> UInt8[Tensor, "images size size"]:
+        """Of scenes that were made with masks: 0 is the ground, and a class's number is one more than among objects."""
+        made = self.scenes
+        assert made.masks is not None
+        return (made.masks * (made.classes + 1)[..., None, None]).amax(1).to(torch.uint8)
 
     def boxes(self, index: int) -> tuple[Float[Tensor, "objects 4"], Int64[Tensor, " objects"]]:
         """The objects of one scene: x0 y0 x1 y1 as shares of its width and height, and their classes."""

@@ -44,11 +44,13 @@ def build_encoder(config: ModelConfig, seed: int, precision: Precision = "fp32")
     """Backbone and projection head with the weights that the seed's `init` stream gives, or the backbone's from
     `model.weights`."""
     with initialisation(seed):
-        backbone = backbones.build(config.backbone)
+        backbone = backbones.build(config.backbone, config.drop_path)
         width = backbone.feature_dim
         head = projection_head(width, config.hidden or width, config.projection, config.head_norm)
     if config.weights:
         start_from(backbone, config.weights, config.backbone)
+    if config.freeze_patches:
+        backbones.freeze_patches(backbone, config.backbone)
     return Encoder(backbone, head, precision)
 
 
