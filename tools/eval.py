@@ -118,7 +118,8 @@ def suite(
     if distributed.rank() != 0:
         return
     root.mkdir(parents=True, exist_ok=True)
-    path = root / f"{Path(name).stem}{'-tiny' * tiny}.md"
+    own = "".join(f"-{one.removeprefix('data.name=')}" for one in overrides if one.startswith("data.name="))
+    path = root / f"{Path(name).stem}{'-tiny' * tiny}{own}.md"  # another table than the paper's
     path.write_text(as_text(found))
     print(as_text(found, format, terminal_width()))
     where = f"{path}; every number with its seed and epoch: {root / 'results.jsonl'}"
