@@ -38,7 +38,7 @@ class Trunk(nn.Module):
         if len(self.names) < 2 or not {"conv1", "bn1"} <= parts.keys():
             raise ConfigError(
                 f"{type(backbone).__name__} has no stages layer1, layer2 ... behind conv1 and bn1: detection and "
-                "segmentation need a ResNet, such as resnet50 or resnet_tiny, or a network of timm with stages or tokens"
+                "segmentation need a ResNet, as resnet50 or resnet_tiny, or a network of timm with stages or blocks"
             )
         self.conv1, self.bn1 = parts["conv1"], parts["bn1"]
         self.maxpool = parts.get("maxpool", nn.Identity())
