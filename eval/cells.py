@@ -58,7 +58,8 @@ from mls.results import Results
 
 # Keys that change no number, and that stored results do not know.
 FREE_AND_YOUNGER = [("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments")]
-FREE_AND_YOUNGER += [("engine", "checkpointing"), ("monitor", "mlflow")] + [
+FREE_AND_YOUNGER += [("engine", "checkpointing")]
+FREE_AND_YOUNGER += [("monitor", key) for key in ("mlflow", "dense_every_epochs", "dense_images")] + [
     ("monitor", f"guard{key}") for key in ("", "_images", "_fall", "_every_epochs")
 ]
 # Left out of a run's identity at these values.
@@ -83,8 +84,9 @@ RUNNERS: dict[str, Callable[..., Outcome]] = {
     "dense_knn": frozen_dense.run,
     "dense_cluster": frozen_dense.run,
     "objects": frozen_dense.run,
+    "saliency": frozen_dense.run,
 }
-WITHOUT_WEIGHTS = ("knn", "dense_knn", "dense_cluster", "objects")  # tasks that train none
+WITHOUT_WEIGHTS = ("knn", "dense_knn", "dense_cluster", "objects", "saliency")  # tasks that train none
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ TASKS: dict[str, Kind[Any]] = {
     "dense_knn": _kind(FrozenDense),
     "dense_cluster": _kind(FrozenDense),
     "objects": _kind(FrozenDense),
+    "saliency": _kind(FrozenDense),
 }
 
 

@@ -187,15 +187,21 @@ class WindowsConfig:
 
 
 @dataclass(frozen=True)
-class RegionsConfig:
-    """Which images are neighbours, by windows of a grid (`objective.labels_from=regions`)."""
+class GridConfig:
+    """Windows of a grid through the run's own key encoder: the regions of its images."""
 
-    lists: str | None = None  # a file of `mls regions`; default: the run finds neighbours with its own key encoder
     every_epochs: int = zero_or_more(4)  # from the end of the warm-up on, anew after so many epochs; 0: once
     grid: int = positive(3)  # windows in a row and in a column
     side: float = limited(0.5, above=0, high=1)  # of a window: a share of the image's shorter side
     size: int = positive(112)  # pixels that a window is scaled to
     whiten: int = zero_or_more(32)  # principal components that are kept, scaled to the same variance; 0: only centred
+
+
+@dataclass(frozen=True)
+class RegionsConfig(GridConfig):
+    """Which images are neighbours, by regions (`objective.labels_from=regions`)."""
+
+    lists: str | None = None  # a file of `mls regions`; default: the run finds neighbours with its own key encoder
     neighbours: int = positive(256)  # of each image
     choose: Literal["nearest", "threshold"] = "nearest"  # k rows for each image, or k on average: all above one score
     novelty: float = zero_or_more(0.0)  # so much of the whole images' similarity is taken off, in standard deviations
@@ -247,6 +253,19 @@ class MLSOptions(MoCoOptions):
                 f"objective.warmup_epochs {self.warmup_epochs:g} trains with InfoNCE alone, which "
                 "objective.info_nce_weight=0 switches off: set objective.warmup_epochs=0"
             )
+
+
+@_objective("mls_words")
+@dataclass(frozen=True)
+class WordsOptions(MoCoOptions):
+    method: str = "mls_words"
+    words: int = limited(128, low=2)  # clusters of the regions of all images: the classes
+    sharpness: float = positive(0.1)  # temperature of a region's softmax over the words
+    weight: float = zero_or_more(1.0)  # of the term beside InfoNCE
+    regions: GridConfig = field(default_factory=GridConfig)
+    warmup_epochs: float = zero_or_more(0.0)  # InfoNCE and windows alone for the first epochs
+    # The last two are controls, not methods: the words of another image, the true labels in the words' place.
+    pseudo_labels: Literal["matched", "random", "oracle"] = "matched"
 
 
 @_objective("knn_moco")
@@ -352,7 +371,7 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     channels_last: bool = True
     augment: Literal["auto", "worker", "device"] = "auto"  # where views get their colours; worker beside a CPU
-    compile: bool = False
+    compile: bool = False  # torch.compile the encoders, and what augments on the device
     checkpointing: bool = False  # blocks are computed once more in the backward pass: less memory, the same gradients
     accumulate: int = positive(1)  # micro-batches per step
     threads: int | None = zero_or_more(None)  # CPU threads per process; default: torch's own choice
@@ -372,6 +391,10 @@ class MonitorConfig:
     health_every: int = positive(200)  # steps: collapse measures of the dictionary
     knn_every_epochs: int = zero_or_more(1)  # when the source has labels; 0: never
     linear_every_epochs: int = zero_or_more(10)  # the linear probe, the same
+    dense_every_epochs: int = zero_or_more(
+        0
+    )  # segmentation by the nearest patches, when the source has masks; 0: never
+    dense_images: int = limited(200, low=10)  # images with masks for it, of which a fifth is segmented
     moments: int = zero_or_more(
         12
     )  # times at which what 60 fixed queries match is kept (mls/monitor/moments.py); 0: never

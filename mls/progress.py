@@ -111,20 +111,28 @@ NAMES = {
     "loss/info_nce": "info_nce",
     "loss/windows": "windows",
     "loss/multi_label": "multi_label",
+    "loss/words": "words",
     "knn/map": "kNN mAP",
     "knn/top1": "kNN top-1",
     "linear/map": "linear mAP",
     "linear/top1": "linear top-1",
+    "dense/miou": "dense mIoU",
     "labels/overlap": "overlap",
     "dictionary/fill": "dictionary",
 }
-# What a number would be by chance: the loss of a network that tells nothing apart, of random rows as positives, …
+# What a number would be by chance: the loss of a network that tells nothing apart, of random rows as positives, of an
+# untrained network, …
 CHANCE = {
     "loss/info_nce": "chance/info_nce",
     "loss/windows": "chance/windows",
     "loss/multi_label": "loss/multi_label_random_rows",
+    "loss/words": "chance/words",
     "labels/overlap": "labels/overlap_chance",
+    "dense/miou": "dense/miou_untrained",
 }
+
+
+WORDS = {"random_rows": "random rows", "untrained": "untrained"}
 
 
 def for_people(values: Mapping[str, float]) -> dict[str, str]:
@@ -137,7 +145,7 @@ def for_people(values: Mapping[str, float]) -> dict[str, str]:
     numbers = {short: f"{values[name]:.3f}" for name, short in NAMES.items() if name in values}
     for name, by_chance in CHANCE.items():
         if name in values and by_chance in values:
-            word = "random rows" if by_chance.endswith("random_rows") else "chance"
+            word = next((word for end, word in WORDS.items() if by_chance.endswith(end)), "chance")
             numbers[NAMES[name]] += f" ({word} {values[by_chance]:.2f})"
     if "images_per_second" in values:
         numbers["img/s"] = f"{values['images_per_second']:.0f}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mls.engine import Run
     from mls.engine.status import Status
 
-PROBES = ("linear/map", "linear/top1", "knn/map", "knn/top1")
+PROBES = ("linear/map", "linear/top1", "knn/map", "knn/top1", "dense/miou")
 EVERY = 2.0  # seconds between two looks at the files
 
 

@@ -97,6 +97,7 @@ class Layout:
     sizes: dict[str, int] = field(default_factory=dict)  # published counts: classes, train, test, val
     boxes: Callable[[Path, LabelledImages], list[Located]] | None = None  # of each image, where labels have places
     own: bool = False  # the user's own data: its name says nothing of its content
+    test_only: bool = False  # there is no training part: `train` is the test images
 
 
 LAYOUTS = Registry[Layout]("data set", DataError)
@@ -165,6 +166,7 @@ from mls.eval.data import (  # noqa: E402
     cifar,
     class_folders,
     coco_objects,
+    coco_stuff,
     cub,
     flowers,
     formatted,
@@ -177,6 +179,7 @@ from mls.eval.data import (  # noqa: E402
     own_objects,
     pets,
     regions,
+    saliency,
     scenes,
     table,
     vaw,
@@ -199,5 +202,5 @@ __all__ = [
     "register",
 ]
 __all__ += ["by_torchvision", "cifar", "class_folders", "flowers", "imagenet", "indoor67", "pets"]
-__all__ += ["coco_objects", "objects", "own_masks", "own_objects", "regions", "voc_objects"]
+__all__ += ["coco_objects", "coco_stuff", "objects", "own_masks", "own_objects", "regions", "saliency", "voc_objects"]
 __all__ += ["cub", "formatted", "nus", "openimages", "scenes", "table", "vaw", "vispr", "voc_coco", "wider"]

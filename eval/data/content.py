@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mls.chunks import spaced
 from mls.data.listing import FileSource, file_size
+from mls.data.masks import IndexedFiles
 from mls.data.sources import SIZES
 from mls.eval.data import DataSet
 from mls.eval.data.cifar import PixelSource
-from mls.eval.data.regions import IndexedFiles
 
 READ, BYTES = 256, 1 << 16  # of so many files of a part the first bytes
 

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from mls import yaml_files
 from mls.chunks import spaced
-from mls.data.listing import LOOKED_FOR, list_images, printable, show
+from mls.data.listing import LOOKED_FOR, list_images, show
+from mls.data.masks import FOLDERS, LISTS, IndexedFiles, classes_of
 from mls.errors import DataError
 from mls.eval.data import DataSet, Layout, register
 from mls.eval.data.own import data_set, listed, part_of, split
-from mls.eval.data.regions import VOID, IndexedFiles, RegionImages
+from mls.eval.data.regions import RegionImages
 from mls.progress import counting
 
-LISTS = ("classes.yaml", "classes.yml", "classes.txt")
-FOLDERS = ("masks", "labels", "annotations")
 LOOKED_AT = 64  # masks of each part, before anything is trained; the others when they are read
 FIX = "correct it, or the list of classes"
 
@@ -26,7 +22,7 @@ def read(root: Path) -> DataSet[RegionImages]:
     """`images/{train,val,test}` and `masks/...` with the same names and the suffix .png; without these folders the
     images are split. `classes.txt` has a name a line, 255 is void; `classes.yaml` has `names`, a list or numbers with
     names, and `void`, a number or several."""
-    names, void = _classes(root)
+    names, void = classes_of(root)
     folder = next((root / name for name in FOLDERS if (root / name).is_dir()), None)
     if not (root / "images").is_dir() or folder is None:
         missing = "images" if folder is not None else "masks"
@@ -73,35 +69,6 @@ def _part(
             labels(row)
             progress(number)
     return RegionImages(source, labels, list(names.values()))
-
-
-def _classes(root: Path) -> tuple[dict[int, str], tuple[int, ...]]:
-    """The number and name of each class, by number, and the numbers of no class."""
-    file = next((root / name for name in LISTS if (root / name).is_file()), None)
-    if file is None:
-        raise DataError(
-            f"{show(root)} has no list of classes: write {LISTS[0]}, with `names: [road, tree]` and `void: 255`"
-        )
-    if file.suffix == ".txt":
-        lines = [printable(line.strip()) for line in file.read_bytes().splitlines()]
-        names: Any = [line for line in lines if line]
-        void: Any = VOID
-    else:
-        content = yaml_files.read(file, numbered=True)[0]
-        content = content if isinstance(content, Mapping) else {}
-        names, void = content.get("names"), content.get("void", VOID)
-    numbered = dict(enumerate(names)) if isinstance(names, list) else names
-    voids = void if isinstance(void, list) else [void]
-    numbers = [*numbered, *voids] if isinstance(numbered, Mapping) else []
-    if not numbers or not numbered or not all(type(number) is int and 0 <= number < 1 << 16 for number in numbers):
-        raise DataError(
-            f"{show(file)} has no list of classes: write `names: [road, tree]` in the order of their numbers, or "
-            "`names: {7: road, 8: tree}`, and `void: 255`, a number or several"
-        )
-    numbered = {number: str(name) for number, name in sorted(numbered.items()) if number not in voids}
-    if len(numbered) > VOID:
-        raise DataError(f"{show(file)} has {len(numbered)} classes: at most {VOID} are read, so join some")
-    return numbered, tuple(voids)
 
 
 register("masks", Layout(read, "masks", "put images/, masks/ and classes.yaml there", own=True))

@@ -6,15 +6,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import UInt8
-from numpy.typing import NDArray
-from PIL import Image
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from mls.config import ScenesConfig
@@ -22,13 +17,13 @@ from mls.data import Source
 from mls.data.annotated import VOC_CLASSES
 from mls.data.crops import decode
 from mls.data.listing import show
+from mls.data.masks import CAMVID, IndexedFiles
+from mls.data.pictures import VOID
 from mls.data.scenes import ScenesSource
-from mls.errors import DataError, reason
+from mls.errors import DataError
 from mls.eval.data import DataSet, Layout, register
 from mls.eval.data.objects import another_size
 from mls.eval.data.one_class import every_image
-
-VOID = 255  # neither learnt from nor counted
 
 
 @dataclass(frozen=True)
@@ -42,12 +37,12 @@ class RegionImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def some(self, rows: Sequence[int]) -> RegionImages:
+    def part(self, rows: Int64[Tensor, "rows"]) -> RegionImages:
         """Of one's own files."""
         images: Any = self.images
         assert isinstance(self.labels, IndexedFiles)
-        labels = replace(self.labels, paths=[self.labels.paths[row] for row in rows])
-        return replace(self, images=images.some(rows), labels=labels)
+        labels = replace(self.labels, paths=[self.labels.paths[row] for row in rows.tolist()])
+        return replace(self, images=images.some(rows.tolist()), labels=labels)
 
     def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
         return decode(self.images.read(row))
@@ -71,53 +66,10 @@ class RegionImages:
         return self.images.describe(row)
 
 
-@dataclass(frozen=True)
-class IndexedFiles:
-    """Palette or grey PNGs: the numbers that are in them. `first`: the number of the first class; a smaller one is
-    void, and those above move down. `void`: other numbers that are void. `values`: the number of each class, where they
-    do not follow on `first`."""
-
-    paths: list[Path]
-    classes: int
-    first: int = 0
-    void: int | tuple[int, ...] = VOID
-    values: tuple[int, ...] = ()
-    fix: str = "convert or unpack the annotations again"
-
-    @cached_property
-    def table(self) -> NDArray[np.int16]:
-        """The class of each number; -1: unknown."""
-        table = np.full(1 << 16, -1, np.int16)
-        table[: self.first] = VOID
-        table[list(self.values) or slice(self.first, self.first + self.classes)] = np.arange(self.classes)
-        table[[self.void] if isinstance(self.void, int) else list(self.void)] = VOID
-        return table
-
-    def __call__(self, row: int) -> UInt8[Tensor, "height width"]:
-        file = show(self.paths[row])
-        try:
-            with Image.open(self.paths[row]) as image:
-                numbers = np.array(image, np.uint8 if image.mode == "1" else None)
-        except Exception as error:  # Pillow has its own kinds for a damaged file
-            raise DataError(f"{file} cannot be read ({reason(error)}): {self.fix}") from None
-        if numbers.dtype not in (np.uint8, np.uint16) or numbers.ndim != 2:
-            kind = f"{list(numbers.shape)} of {numbers.dtype}"
-            raise DataError(f"{file} holds no class numbers ({kind}): {self.fix}")
-        labels = self.table[numbers]
-        unknown = numbers[labels < 0]
-        if len(unknown):
-            known = f"go from {self.first} to {self.first + self.classes - 1}"
-            known = f"are {', '.join(map(str, self.values))}"[:200] if self.values else known
-            raise DataError(
-                f"{file} has {len(unknown)} pixels of unknown classes, such as {unknown[0]}; they {known}: {self.fix}"
-            )
-        return torch.from_numpy(labels.astype(np.uint8))
-
-
-def _listed(
+def listed_regions(
     name: str, root: Path, paths: list[str], labels: list[Path], classes: list[str], named_by: Path, **numbers: Any
 ) -> RegionImages:
-    """`numbers`: first and void of IndexedFiles."""
+    """The images of one split, each with its labels; `numbers`: first, void, … of IndexedFiles."""
     source = every_image(name, root, [os.fsencode(path) for path in paths], named_by)
     missing = next((path for path in labels if not path.is_file()), None)
     if missing is not None:
@@ -137,7 +89,7 @@ def read_cityscapes(folder: Path) -> DataSet[RegionImages]:
         stems = [f"{path.parent.name}/{path.name.removesuffix('_leftImg8bit.png')}" for path in images]
         labels = [folder / "gtFine" / phase / f"{stem}_gtFine_labelTrainIds.png" for stem in stems]
         paths = [str(path.relative_to(folder)) for path in images]
-        return _listed(f"cityscapes {phase}", folder, paths, labels, classes, folder / "leftImg8bit" / phase)
+        return listed_regions(f"cityscapes {phase}", folder, paths, labels, classes, folder / "leftImg8bit" / phase)
 
     return DataSet("cityscapes", split("train"), split("val"))
 
@@ -153,7 +105,7 @@ def read_voc12aug(folder: Path) -> DataSet[RegionImages]:
         stems = list(dict.fromkeys(stem for file in files for stem in file.read_text().split()))
         inside = "SegmentationClass" if phase == "val" else "SegmentationClassAug"
         labels = [year / inside / f"{stem}.png" for stem in stems]
-        return _listed(
+        return listed_regions(
             f"voc12aug {phase}", year, [f"JPEGImages/{stem}.jpg" for stem in stems], labels, classes, files[0]
         )
 
@@ -170,12 +122,9 @@ def read_ade20k(folder: Path) -> DataSet[RegionImages]:
         stems = sorted(path.stem for path in (root / "images" / phase).glob("*.jpg"))
         labels = [root / "annotations" / phase / f"{stem}.png" for stem in stems]
         paths = [f"images/{phase}/{stem}.jpg" for stem in stems]
-        return _listed(f"ade20k {phase}", root, paths, labels, classes, root / "images" / phase, first=1)
+        return listed_regions(f"ade20k {phase}", root, paths, labels, classes, root / "images" / phase, first=1)
 
     return DataSet("ade20k", split("training"), split("validation"))
-
-
-CAMVID = [*"sky building pole road pavement tree sign fence car pedestrian bicyclist".split()]
 
 
 def read_camvid(folder: Path) -> DataSet[RegionImages]:
@@ -188,7 +137,7 @@ def read_camvid(folder: Path) -> DataSet[RegionImages]:
         images = sorted(path for path in (folder / inside).glob("*") if path.suffix in (".png", ".jpg"))
         labels = [folder / masks / f"{path.stem}.png" for path in images]
         paths = [f"{inside}/{path.name}" for path in images]
-        return _listed(f"camvid {phase}", folder, paths, labels, CAMVID, folder / inside, void=len(CAMVID))
+        return listed_regions(f"camvid {phase}", folder, paths, labels, CAMVID, folder / inside, void=len(CAMVID))
 
     return DataSet("camvid", split("train"), split("test"), split("val"))
 
@@ -203,10 +152,7 @@ def scenes(config: ScenesConfig) -> DataSet[RegionImages]:
 
     def split(name: str) -> RegionImages:
         source = ScenesSource(config, name, masks=True)
-        made = source.scenes
-        assert made.masks is not None
-        painted = (made.masks * (made.classes + 1)[..., None, None]).amax(1).to(torch.uint8)
-        return RegionImages(source, painted.__getitem__, ["ground", *source.class_names])
+        return RegionImages(source, source.regions.__getitem__, ["ground", *source.class_names])
 
     return DataSet("scenes_regions", split("train"), split("test"))
 

@@ -1,5 +1,6 @@
-"""`task: dense_linear`, `dense_knn`, `dense_cluster`: what frozen maps know of the class of each pixel; and `objects`.
-Maps come from maps.py, what is computed on patches from mls/frozen/patches.py and mls/frozen/discovery.py."""
+"""`task: dense_linear`, `dense_knn`, `dense_cluster`: what frozen maps know of the class of each pixel; `objects`,
+`saliency`: of where things are. Maps come from maps.py, what is computed on patches from mls/frozen/patches.py and
+discovery.py."""
 
 from __future__ import annotations
 
@@ -11,23 +12,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from mls.core import matching
 from mls.errors import ConfigError, DataError
 from mls.eval.data import DataSet
-from mls.eval.dense.confusion import confusion, segmentation_metrics
 from mls.eval.dense.maps import Extractor, Maps
 from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import FrozenDense
 from mls.eval.outcome import Outcome
 from mls.frozen import discovery, patches, probe
+from mls.frozen.confusion import confusion, segmentation_metrics
 from mls.progress import counting
 from mls.streams import generator
 
 QUERIES = 2048  # patches that are answered together
+MIDDLE = (0.15, 0.85)  # of both sides: half of an image's area, where most objects stand
 Scores = Float[Tensor, "images classes rows columns"]
 
 
@@ -105,7 +107,8 @@ def fit(task: Task, features: Tensor, labels: Tensor, options: probe.ProbeOption
     settings, none = task.protocol.probe, features[:1]
     if settings.solver == "lbfgs":
         return probe.linear_probe(features, labels, none, l2=settings.l2, options=options)
-    sgd = probe.Sgd(settings.lr, settings.weight_decay, settings.epochs, settings.batch_size, "cosine")
+    schedule = (settings.lr, settings.weight_decay, settings.epochs, settings.batch_size, "cosine")
+    sgd = probe.Sgd(*schedule, first=settings.first)
     return probe.sgd_probe(features, labels, none, sgd=sgd, options=options)
 
 
@@ -241,7 +244,7 @@ def objects(task: Task) -> Found:
     """CorLoc: the share of the images with an object in which the one box that is found overlaps an object's by half.
     Beside it, as `corloc_centre`, that of a box on the middle half of the image's area, which looks at nothing."""
     test, hits, trivial, ious = task.maps("test"), 0, 0, list[float]()
-    settings, middle = task.protocol.probe, torch.tensor([[0.15, 0.15, 0.85, 0.85]])
+    middle = torch.tensor(MIDDLE).repeat_interleave(2)[None]  # x0 y0 x1 y1
     with task.counting("test images", len(test)) as progress:
         for row in range(len(test)):
             truth = test.images.objects(row)
@@ -251,18 +254,48 @@ def objects(task: Task) -> Found:
                 continue
             height, width = test.images.sizes[row].tolist()
             boxes = boxes / torch.tensor([width, height, width, height])
-            one = test.of(slice(row, row + 1))[0]
-            one = one - one.mean((1, 2), keepdim=True)  # behind a ReLU all cosines are positive: no patch would differ
-            lost = settings.discovery == "lost"
-            mask = discovery.lost(one, settings.seeds) if lost else discovery.tokencut(one, settings.threshold)
-            ious.append(box_iou(discovery.box_of(mask)[None], boxes).max().item())
+            ious.append(box_iou(discovery.box_of(mask_of(task, test, row))[None], boxes).max().item())
             hits += ious[-1] >= 0.5
             trivial += box_iou(middle, boxes).max().item() >= 0.5
     if not ious:
         raise DataError(f"no image of {task.data.name} has an object: choose another data.name")
     count = len(ious)
     values = {"corloc": hits / count, "best_iou": sum(ious) / count, "corloc_centre": trivial / count}
-    return values, f"{settings.discovery}, no label is used", None, {}
+    return values, f"{task.protocol.probe.discovery}, no label is used", None, {}
+
+
+def mask_of(task: Task, maps: Maps, row: int) -> Bool[Tensor, "rows columns"]:
+    """The one object that is found in an image."""
+    settings, one = task.protocol.probe, maps.of(slice(row, row + 1))[0]
+    one = one - one.mean((1, 2), keepdim=True)  # behind a ReLU all cosines are positive: no patch would differ
+    if settings.discovery == "lost":
+        return discovery.lost(one, settings.seeds)
+    return discovery.tokencut(one, settings.threshold)
+
+
+def saliency(task: Task) -> Found:
+    """The mask that is found beside all objects of an image together (every class but the first), means over the images
+    that have some. As `…_centre` the same of the box on the middle half of the image's area."""
+    test, found = task.maps("test"), dict[str, list[float]]()
+    (top, bottom), (left, right) = ([round(end * side) for end in MIDDLE] for side in test.size)
+    middle = torch.zeros(test.size, dtype=torch.bool)
+    middle[top:bottom, left:right] = True
+    with task.counting("test images", len(test)) as progress:
+        for row in range(len(test)):
+            labels = test.labels(row)
+            progress(row + 1)
+            known = labels != patches.VOID
+            truth = (labels > 0)[known]
+            if not truth.any():
+                continue
+            mask = F.interpolate(mask_of(task, test, row)[None, None].float(), test.size)[0, 0] > 0
+            for name, one in (("", mask), ("_centre", middle)):
+                for metric, value in discovery.overlap(one[known], truth).items():
+                    found.setdefault(f"{metric}{name}", []).append(value)
+    if not found:
+        raise DataError(f"no image of {task.data.name} has an object: choose another data.name")
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    return means, f"{task.protocol.probe.discovery}, no label is used", None, {}
 
 
 TASKS: dict[str, Callable[[Task], Found]] = {
@@ -270,4 +303,5 @@ TASKS: dict[str, Callable[[Task], Found]] = {
     "dense_knn": knn,
     "dense_cluster": cluster,
     "objects": objects,
+    "saliency": saliency,
 }

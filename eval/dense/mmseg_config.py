@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mls import distributed
+from mls.data.pictures import VOID
 from mls.errors import ConfigError
-from mls.eval.data.regions import VOID
 from mls.eval.dense.heads import POOL_SIZES
 from mls.eval.dense.loop import check_batch_size, check_precision
 from mls.eval.dense.psanet import SHRINK, WINDOW

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from mls import distributed
 from mls.config import AugmentConfig, ScenesConfig
 from mls.data.truth import AS_DETECTRON2
-from mls.data.unreadable import readable
 from mls.errors import DataError, command
 from mls.eval import data as data_sets
-from mls.eval.data import DataSet, LabelledImages, objects, regions
+from mls.eval.data import DataSet, objects, regions
 from mls.eval.data.content import content_hash
 from mls.eval.data.objects import ObjectImages
+from mls.eval.data.own import all_readable
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import Dense, Detection, FrozenDense
 from mls.eval.schema import DataSetConfig
@@ -28,6 +27,8 @@ from mls.streams import initialisation
 SCENES = {"scenes_objects": objects.scenes, "scenes_regions": regions.scenes}
 Facts = tuple[str, str | None, bool, ScenesConfig, float]
 OF_OBJECTS = ("detection", "objects")  # tasks
+NOT_LEARNT = ("dense_cluster", "saliency")  # tasks that look at test images alone
+BACKGROUND = ("background", "ground")
 
 
 def load_images(protocol: Dense | FrozenDense) -> DataSet[Any]:
@@ -38,6 +39,17 @@ def load_images(protocol: Dense | FrozenDense) -> DataSet[Any]:
             "coco, yolo, coco2017, scenes_objects" if wanted is ObjectImages else "masks, cityscapes, scenes_regions"
         )
         raise DataError(f"task {protocol.task} cannot use {protocol.data.name}: choose another data.name ({fitting})")
+    if data_sets.LAYOUTS[protocol.data.name].test_only and protocol.task not in NOT_LEARNT:
+        raise DataError(
+            f"{protocol.data.name} has no training images, and task {protocol.task} learns from some: choose another "
+            f"data.name, or a task that does not ({', '.join(NOT_LEARNT)})"
+        )
+    if protocol.task == "saliency" and found.train.class_names[0] not in BACKGROUND:
+        raise DataError(
+            f"task saliency takes all but the first class for salient, and that of {protocol.data.name} is "
+            f"{found.train.class_names[0]}, no {' or '.join(BACKGROUND)}: choose another data.name (scenes_regions, "
+            "voc12aug, ecssd, duts, dut_omron, or masks with such a class)"
+        )
     if isinstance(protocol, Detection):
         if protocol.model.masks and found.train.everything.outlines is None:  # pyright: ignore[reportAttributeAccessIssue]
             raise DataError(f"{protocol.data.name} has boxes and no masks: set model.masks=false")
@@ -90,18 +102,7 @@ def without_workers(data: DataSetConfig) -> Facts:
 def _load(facts: Facts) -> DataSet[Any]:
     name, root, check_sizes, scenes, most = facts
     found = SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
-    if data_sets.LAYOUTS[name].own:
-        parts = {part: _readable(getattr(found, part), most) for part in ("train", "test", "val")}
-        found = replace(found, **parts)
-    return found
-
-
-def _readable(images: Any, most: float) -> Any:
-    """One's own images without those that cannot be read."""
-    if images is None or isinstance(images, LabelledImages):
-        return images
-    rows = readable(images.images, range(len(images)), most, "data.max_unreadable")
-    return images if len(rows) == len(images) else images.some(rows)
+    return all_readable(found, most) if data_sets.LAYOUTS[name].own else found
 
 
 def content(protocol: Dense | FrozenDense) -> str:

@@ -14,7 +14,6 @@ from mls import distributed
 from mls.chunks import chunks
 from mls.eval.dense import pictures
 from mls.eval.dense.coco_ap import Detections, coco_ap
-from mls.eval.dense.confusion import confusion, segmentation_metrics
 from mls.eval.dense.detector import Detector
 from mls.eval.dense.loop import DenseTraining
 from mls.eval.dense.prepare import build_backbone, load_images
@@ -23,6 +22,7 @@ from mls.eval.dense.segmenter import Segmenter
 from mls.eval.dense.voc_ap import voc_ap
 from mls.eval.outcome import Outcome, for_file
 from mls.frameworks import installed as frameworks
+from mls.frozen.confusion import confusion, segmentation_metrics
 from mls.progress import counting
 from mls.streams import initialisation
 

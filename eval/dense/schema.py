@@ -176,6 +176,7 @@ class DenseProbeConfig:
     l2: list[float] = positive([10.0**n for n in range(-6, 0)])
     lr: list[float] = positive([0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
     weight_decay: list[float] = zero_or_more([0.0, 1e-5, 1e-4])
+    first: int | None = positive(1)  # epochs after which the best pair of each of the two best rates goes on; null: all
     epochs: int = positive(10)
     batch_size: int = positive(256)
     # dense_knn: the first of the numbers of neighbours and of the temperatures is the table's
@@ -188,23 +189,24 @@ class DenseProbeConfig:
     clusters: list[int] = zero_or_more([0, 500])
     patches: int = positive(50_000)
     rounds: int = positive(50)
-    # objects
+    # objects, saliency
     discovery: Literal["lost", "tokencut"] = "lost"
     seeds: int = positive(100)  # lost: patches of low degree that a seed may grow to
     threshold: float = limited(0.2, low=-1, high=1)  # tokencut: the cosine from which two patches are joined
 
 
 OWN_OPTIONS = {  # of DenseProbeConfig: those of other tasks change nothing
-    "dense_linear": {"solver", "pixels", "l2", "lr", "weight_decay", "epochs", "batch_size"},
+    "dense_linear": {"solver", "pixels", "l2", "lr", "weight_decay", "first", "epochs", "batch_size"},
     "dense_knn": {"k", "temperature", "shares", "memory", "matcher"},
     "dense_cluster": {"clusters", "patches", "rounds"},
     "objects": {"discovery", "seeds", "threshold"},
+    "saliency": {"discovery", "seeds", "threshold"},
 }
 
 
 @dataclass(frozen=True)
 class FrozenDense:
-    """`task: dense_linear`, `dense_knn`, `dense_cluster` and `objects`: what frozen maps know of places."""
+    """`task: dense_linear`, `dense_knn`, `dense_cluster`, `objects`, `saliency`: what frozen maps know of places."""
 
     task: str = "dense_knn"
     recipe: str = "custom"

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as tv
 
-from mls.eval.data.regions import VOID
+from mls.data.pictures import VOID
 from mls.eval.dense.heads import FCN, PSPNet, resized
 from mls.eval.dense.psanet import PSANet
 from mls.eval.dense.schema import Segmentation, SegmenterConfig

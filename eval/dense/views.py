@@ -18,9 +18,10 @@ from torchvision.transforms.v2 import functional as tv
 from mls import distributed
 from mls.data.crops import UnreadableImage
 from mls.data.loader import already_collated, made, worker_count
+from mls.data.pictures import VOID
 from mls.errors import DataError, UserError, reason
 from mls.eval.data.objects import ObjectImages
-from mls.eval.data.regions import VOID, RegionImages
+from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import DenseData, SegmentationData
 from mls.eval.images import unreadable
 from mls.signals import leave_signals_to_the_parent

@@ -15,7 +15,7 @@ from PIL import Image
 from mls.data.scenes import scene_chunks
 
 QUALITY = 95  # of the JPEG files
-VOID = 255  # the label of pixels that VOC and Cityscapes leave out
+VOID = 255  # the label of pixels without a class: neither learnt from nor counted
 
 
 @dataclass

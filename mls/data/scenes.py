@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -107,6 +107,7 @@ class Instances:
     starts: Int64[Tensor, " classes"]  # where each class begins
     counts: Int64[Tensor, " classes"]
     names: tuple[str, ...] = tuple(CLASS_NAMES)
+    made_of: str | None = None  # a hash of the names of photographs
 
 
 @cache
@@ -192,13 +193,22 @@ def scene_chunks(
 
 def scenes_of(config: ScenesConfig, split: str, masks: bool = False) -> tuple[Scenes, tuple[str, ...]]:
     """The scenes of a configuration and the names of their classes."""
-    instances, style = digits(split), STYLES[config.style]
-    if config.objects is not None:
-        from mls.data.photographs import photographs
-
-        instances, style = photographs(config.objects, split), PHOTOGRAPHS
+    instances, style = instances_of(config, split), PHOTOGRAPHS if config.objects else STYLES[config.style]
     count = config.count if split == "train" else config.test_count
     return make_scenes(count, split, config.size, config.seed, style, masks, instances), instances.names
+
+
+def instances_of(config: ScenesConfig, split: str) -> Instances:
+    if config.objects is None:
+        return digits(split)
+    if config.style != "standard":
+        raise DataError(
+            f"data.scenes.style={config.style} is a style of digits, and photographs have their own: leave it out, or "
+            "data.scenes.objects"
+        )
+    from mls.data.photographs import photographs
+
+    return photographs(config.objects, split)
 
 
 class ScenesSource:
@@ -212,6 +222,7 @@ class ScenesSource:
         self.scenes, names = scenes_of(config, split, masks)
         self.class_names = list(names)
         self.labels = self.scenes.labels
+        self.made_of = instances_of(config, split).made_of
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -224,6 +235,13 @@ class ScenesSource:
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         return torch.randperm(len(self), generator=generator(seed, "order", epoch)).numpy()
+
+    @cached_property
+    def regions(self) -> UInt8[Tensor, "images size size"]:
+        """Of scenes that were made with masks: 0 is the ground, and a class's number is one more than among objects."""
+        made = self.scenes
+        assert made.masks is not None
+        return (made.masks * (made.classes + 1)[..., None, None]).amax(1).to(torch.uint8)
 
     def boxes(self, index: int) -> tuple[Float[Tensor, "objects 4"], Int64[Tensor, " objects"]]:
         """The objects of one scene: x0 y0 x1 y1 as shares of its width and height, and their classes."""

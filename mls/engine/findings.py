@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mls.chunks import power_of_two
-from mls.config import Config, MLSOptions, MoCoOptions, runs_root
+from mls.config import Config, MLSOptions, MoCoOptions, WordsOptions, runs_root
 from mls.core import methods
 from mls.core.method import Method
 from mls.core.products import ENTRIES
@@ -257,9 +257,10 @@ def _warmup(plan: Plan) -> Iterator[Finding]:
         yield Finding("warm-up", "fails", words, f"optim.warmup_epochs={optim.epochs // 10}")
     elif optim.warmup_epochs:
         yield Finding("warm-up", "fine", f"{optim.warmup_epochs:g} of {optim.epochs} epochs")
-    if not isinstance(options, MLSOptions) or not options.weight:
+    if not isinstance(options, (MLSOptions, WordsOptions)) or not options.weight:
         return
-    first = 1 + max(ceil(options.k / plan.config.data.batch_size), int(options.warmup_epochs * plan.steps_per_epoch))
+    filled = ceil(options.k / plan.config.data.batch_size) if isinstance(options, MLSOptions) else 0
+    first = 1 + max(filled, int(options.warmup_epochs * plan.steps_per_epoch))
     words = f"joins InfoNCE at step {first:,} of {plan.total:,}"
     if first > plan.total:
         late = options.warmup_epochs * plan.steps_per_epoch >= plan.total

@@ -21,7 +21,8 @@ from mls.config import Config, EngineConfig, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch, Source
-from mls.data.augment import Augment
+from mls.data.augment import Augment, in_worker
+from mls.data.augment_compiled import CompiledAugment
 from mls.data.formats import missed
 from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
@@ -42,6 +43,7 @@ from mls.models import Encoder, save_backbone
 from mls.models.any_size import refuse_size
 from mls.models.momentum import HALF, precision_on
 from mls.monitor import moments
+from mls.monitor.dense import DenseProbe
 from mls.monitor.guard import Guard
 from mls.monitor.labels import label_quality
 from mls.monitor.log import MetricsLog
@@ -112,8 +114,9 @@ class Trainer:
         # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
         half, engine = HALF.get(self.precision, torch.float32), self.config.engine
         parts = (self.config.augment, self.config.run.seed, self.process.device, engine.channels_last, half)
+        kind = CompiledAugment if engine.compile and not in_worker(engine, self.process.device) else Augment
         # Without micro-batches a step is over before the next one's views are made.
-        return Augment(*parts, self.plan.positions, reuse=engine.accumulate == 1)
+        return kind(*parts, self.plan.positions, reuse=engine.accumulate == 1)
 
     def refuse_sizes(self) -> None:
         """Networks of timm may take images of one size alone."""
@@ -136,7 +139,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             self.open_log(stack)
             stack.enter_context(self.session.running(self.run.name, self.quiet))
-            self.probes = OnlineProbes.build(self.config, self.source)
+            built = (kind.build(self.config, self.source) for kind in (OnlineProbes, DenseProbe))
+            self.probes = [probe for probe in built if probe is not None]
             self.guard = self.build_guard()
             self.moment_epochs = moment_epochs(self.config.optim.epochs, self.config.monitor.moments)
             where = self.process.device, HALF.get(self.precision, torch.float32)
@@ -210,9 +214,9 @@ class Trainer:
         values: dict[str, float] = {}
         if epoch_ends and epoch in self.moment_epochs:
             self.keep_moment(epoch)
-        if epoch_ends and self.probes is not None:
+        for probe in self.probes if epoch_ends else ():
             with self.window.measuring("probes"):
-                values |= self.probes(self.method.backbone, epoch, self.process.device)
+                values |= probe(self.method.backbone, epoch, self.process.device)
         if epoch_ends and self.guard is not None and epoch % monitor.guard_every_epochs == 0:
             with self.window.measuring("probes"):
                 values |= self.guard.measure(self.method.backbone, self.process.device)
@@ -319,10 +323,14 @@ class Trainer:
         return first if last is None else between(step, self.total, first, last)
 
     def clip_gradient(self) -> None:
-        if (most := self.config.optim.clip_norm) is not None:
+        if (most := self.config.optim.clip_norm) is None:
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if (norm := self.window.gradient) is None:  # fp16's gradients are scaled
             self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, most)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
     def no_sync_until_last(self, number: int, count: int) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.forward, DistributedDataParallel) and number < count - 1:

@@ -13,7 +13,8 @@ from mls.config import Config
 from mls.engine.run import Run
 from mls.errors import CheckpointError, reason
 from mls.exporting.certify import TOLERANCE, Loaded
-from mls.exporting.source import DISK_FULL, NoCounterpart, Source, stages_of
+from mls.exporting.source import NoCounterpart, Source, stages_of
+from mls.exporting.to_safetensors import save_with_card
 from mls.exporting.to_timm import network_of, options_of
 from mls.exporting.to_torchvision import prepared
 from mls.files import read_json, sha256
@@ -28,15 +29,12 @@ PROBES = ("knn/", "linear/")  # in the log of a run
 
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
-    from safetensors.torch import save
-
     name = network_of(source)
     if frameworks.missing("timm"):
         raise NoCounterpart(f"huggingface is checked by timm: {frameworks.FRAMEWORKS['timm'].commands[0]}")
     file = folder / FILE
     file.parent.mkdir()
-    state = {name: tensor.contiguous() for name, tensor in source.backbone.state_dict().items()}
-    card.write(file, save(state), {**source.card, "feature_dim": source.backbone.feature_dim}, DISK_FULL)
+    save_with_card(source, file)
     (file.parent / RECIPE).write_text(json.dumps(_config(source, name), indent=2) + "\n")
     (file.parent / "README.md").write_text(model_card(source, file))
     return [RECIPE]

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from mls.core.matching import Matcher
+from mls.data.pictures import VOID
 
-VOID = 255  # a label that nobody annotated
 PAIRS = 2**25  # scores of queries and rows that exist at once
 
 

@@ -235,6 +235,11 @@ def untrained(backbone: str) -> str:
     return {"timm": f"random:{backbone}", "torchvision": f"random:{rest.partition('@')[0]}"}.get(prefix, backbone)
 
 
+def is_untrained(weights: str) -> bool:
+    """Whether they are the initial weights of a network, and no file's or anybody's published ones."""
+    return weights_file(weights) is None and not weights.startswith(("torchvision:", "timm:"))
+
+
 def _card_of(found: foreign.Found, file: Path) -> dict[str, Any]:
     """The field's usual input; of a checkpoint of ours that of its run."""
     folder = file.absolute().parent

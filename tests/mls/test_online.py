@@ -14,7 +14,11 @@ from mls import distributed
 from mls.config import Config, DataConfig
 from mls.data import pack, sources
 from mls.data.listing import FileSource
+from mls.errors import DataError
+from mls.frozen.untrained import untrained
+from mls.models import build_pair
 from mls.monitor import online
+from mls.monitor.dense import DenseProbe
 from mls.monitor.online import OnlineProbes
 from mls.recipes import load_config
 
@@ -105,3 +109,51 @@ def test_labels_of_few_images_take_little_memory() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert some is not None and some.sum() == 1000 and peak < 10e6
+
+
+@pytest.mark.parametrize("published", [False, True], ids=["images and masks", "SegNet's folders"])
+def test_the_dense_probe_reads_each_image_with_its_mask_once(
+    published: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two halves of another brightness, and the masks say which is which: patches of others tell them apart."""
+    images, masks = (tmp_path / name for name in (("train", "trainannot") if published else ("images", "masks")))
+    (tmp_path / "classes.yaml").write_text("names: {10: dark, 20: bright}\nvoid: 0\n")
+    numbers = (0, 1) if published else (10, 20)
+    for number in range(20):
+        for folder, suffix, values in ((images, "jpg", (40, 200)), (masks, "png", numbers)):
+            pixels = np.full((12, 16), values[0], np.uint8)
+            pixels[:, 4 + number % 8 :] = values[1]
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(pixels).save(folder / f"{number}.{suffix}")
+    read: list[int] = []
+    real = FileSource.read
+    monkeypatch.setattr(FileSource, "read", lambda source, index: read.append(index) or real(source, index))
+    keys = ["data.source=auto", f"data.root={images}", "data.workers=0", "augment.size=16"]
+    config = load_config("mls_scenes_tiny", [*keys, "monitor.dense_every_epochs=2", "monitor.dense_images=15"])
+    probe = DenseProbe.build(config, sources.build_source(config.data))
+    assert probe is not None and not read
+    state, device = torch.random.get_rng_state(), torch.device("cpu")
+    backbone = untrained(config, probe.source)
+    read.clear()
+    assert probe(backbone, 1, device) == {}
+    first, second = (probe(backbone, epoch, device) for epoch in (2, 4))
+    assert first == second and first.keys() == {"dense/miou", "dense/miou_untrained"}
+    assert len(read) == len(set(read)) == 15
+    assert first["dense/miou"] > 0.7 and first["dense/miou_untrained"] > 0.7
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_the_dense_probe_beside_an_untrained_network_and_without_masks(folders: Path) -> None:
+    keys = ["monitor.dense_every_epochs=1", "monitor.dense_images=20"]
+    config = load_config("mls_scenes_tiny", keys)
+    probe = DenseProbe.build(config, sources.build_source(DataConfig(source="scenes")))
+    assert probe is not None
+    values = probe(build_pair(config.model, config.run.seed + 1).query.backbone, 1, torch.device("cpu"))
+    assert 0 < values["dense/miou"] < 1 and values["dense/miou"] != values["dense/miou_untrained"]
+    of_folder = load_config("mls_scenes_tiny", ["data.source=auto", f"data.root={folders}", *keys])
+    (folders.parent / "masks").mkdir()
+    with pytest.raises(DataError, match="has no list of classes"):
+        DenseProbe.build(of_folder, sources.build_source(of_folder.data))
+    (folders.parent / "masks").rmdir()
+    with pytest.raises(DataError, match="has no masks beside it: they are looked for in ROOT/masks"):
+        DenseProbe.build(of_folder, sources.build_source(of_folder.data))

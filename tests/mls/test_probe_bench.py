@@ -11,7 +11,7 @@ def test_the_benchmark_prints_a_table_in_which_both_sides_agree(mls_command: Com
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
     header, values = rows[0], {row[0]: row for row in rows[2:]}
-    assert len(values) == 10 and all(len(row) == len(header) for row in values.values())
+    assert len(values) == 12 and all(len(row) == len(header) for row in values.values())
     for name, row in values.items():
         apart = float(row[header.index("apart")])
         # Three hundred images are tested, or sixty: one may tip over.

@@ -1,6 +1,7 @@
 """The batched classifiers against scikit-learn and PyTorch, one setting at a time, and the rules about labels."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -309,6 +310,21 @@ def test_candidates_of_sgd_do_not_touch_one_another_and_one_that_diverges_is_not
     assert found.chosen == {"lr": 0.1, "weight_decay": 0.0}
     assert found.tried[0].value != found.tried[0].value
     assert torch.allclose(found.weight, alone.weight, atol=1e-5)
+
+
+def test_after_a_first_comparison_the_best_pairs_of_the_best_rates_are_trained_as_if_alone() -> None:
+    (train, numbers), (test, truth) = drawn(100), drawn(60, seed=1)
+    options = ProbeOptions(validation=(test, truth))
+    sgd = Sgd([0.001, 0.01, 0.1, 1.0], [0.0, 1e-2], epochs=12, schedule="cosine", batch_size=16)
+    short = sgd_probe(train, numbers, test, sgd=replace(sgd, epochs=2), options=options).tried
+    value = {(one.settings["lr"], one.settings["weight_decay"]): one.value for one in short}
+    ranked = sorted(sgd.lr, key=lambda lr: (-max(value[lr, 0.0], value[lr, 1e-2]), lr))
+    expected = [(lr, 0.0 if value[lr, 0.0] >= value[lr, 1e-2] else 1e-2) for lr in ranked[:2]]
+    found = sgd_probe(train, numbers, test, truth, replace(sgd, first=2), options)
+    assert [(one.settings["lr"], one.settings["weight_decay"]) for one in found.tried] == expected
+    alone = replace(sgd, lr=[found.chosen["lr"]], weight_decay=[found.chosen["weight_decay"]])
+    torch.testing.assert_close(found.weight, sgd_probe(train, numbers, test, truth, alone, options).weight)
+    assert found.chosen == max(found.tried, key=lambda one: one.value).settings
 
 
 def test_sgd_reads_features_mapped_into_memory(tmp_path: Path) -> None:

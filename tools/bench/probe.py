@@ -3,6 +3,7 @@ features are drawn here; what a backbone's features are worth is another questio
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ FEW = (1, 3)  # penalties, beside the whole grid: where a single fit decides
 MANY = 10  # penalties where images have many labels: scikit-learn takes a minute for each
 NEIGHBOURS = (1, 5, 20, 200)
 SVM_COSTS, SVM_CLASSES = (0.01, 0.1, 1.0), 4
+ROUNDS = 3  # in which what takes seconds is measured in turns
 TOLERANCE = 1e-6  # scikit-learn's, of the gradient; its default of 1e-4 leaves weak penalties far from their minimum
 NOTE = """Seconds of the whole
 grid by the clock, and how many times as many scikit-learn takes: by the clock, and in CPU seconds, which other work on
@@ -86,7 +88,7 @@ def probe(
     torch.set_num_threads(threads)
     rows: list[Row] = []
     with threadpool_limits(threads):
-        for compare in (single_label, multi_label, neighbours, machines):
+        for compare in (single_label, multi_label, rates, neighbours, machines):
             rows += compare(images, dim, classes, penalties)
             typer.echo(f"— {rows[-1].name}", err=True)
     torch.set_num_threads(before)
@@ -179,6 +181,39 @@ def logistic(
         found.append(Row(title, ours, theirs, ours_reach, theirs_reach, " / ".join(f"{gap:.0e}" for gap in gaps)))
         typer.echo(f"— {title}", err=True)
     return found
+
+
+def rates(images: int, dim: int, classes: int, _: int) -> list[Row]:
+    """SGD with 18 pairs of a rate and a decay beside 18 single fits, in turns, medians of three: all pairs in the
+    same products, and so that most of them are left out after the first epoch, as `dense_linear` does."""
+    from mls.eval.dense.schema import DenseProbeConfig
+    from mls.frozen import probe
+
+    features, labels, test, truth = drawn(images, dim, classes, several=False)
+    settings, options = DenseProbeConfig(), probe.ProbeOptions(validation=(test, truth))
+
+    def fit(lr: Sequence[float], decay: Sequence[float], first: int | None = None) -> float:
+        sgd = probe.Sgd(lr, decay, settings.epochs, settings.batch_size, "cosine", first)
+        found = probe.sgd_probe(features, labels, features[:1], sgd=sgd, options=options)
+        return max(one.value for one in found.tried)
+
+    works: dict[str, Callable[[], float]] = {
+        "single fits": lambda: max(fit([lr], [decay]) for lr in settings.lr for decay in settings.weight_decay),
+        "all": lambda: fit(settings.lr, settings.weight_decay),
+        "few after an epoch": lambda: fit(settings.lr, settings.weight_decay, settings.first),
+    }
+    took: dict[str, list[tuple[float, Time]]] = {name: [] for name in works}
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            took[name].append(timed(work))
+    middle = {
+        name: Time(*(statistics.median(getattr(one, kind) for _, one in of) for kind in ("wall", "cpu")))
+        for name, of in took.items()
+    }
+    best = {name: [of[0][0]] for name, of in took.items()}
+    single, *grids = works
+    title = "SGD, top-1, 18 pairs beside 18 single fits"
+    return [Row(f"{title}, {name}", middle[name], middle[single], best[name], best[single]) for name in grids]
 
 
 def sklearn_grid(

@@ -200,6 +200,7 @@ def _whole_time(card: Card) -> str:
 def _results(card: Card) -> list[Tile]:
     """What came out beside what the recipe expects, where this run is the recipe's."""
     names = {"linear/map": "linear mAP", "linear/top1": "linear top-1", "knn/map": "kNN mAP", "knn/top1": "kNN top-1"}
+    names["dense/miou"] = "dense mIoU"
     last = {words: card.log.series[key].last for key, words in names.items() if key in card.log.series}
     known = {words: value for words, value in last.items() if value is not None}
     got = ", ".join(f"{words} {100 * value:.1f}" for words, (value, _) in known.items())

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Method", "StepOutput", "build", "find", "names", "register"]
 
-FILES = {"knn_moco": "mls", "supervised": "controls"}  # of the methods that are not in a file of their own name
+# Of the methods that are not in a file of their own name.
+FILES = {"knn_moco": "mls", "mls_words": "words", "supervised": "controls"}
 METHODS: Registry[type[Method]] = Registry("method")
 
 MethodClass = TypeVar("MethodClass", bound="type[Method]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal
 
@@ -34,12 +34,14 @@ class Sgd:
     epochs: int = 100
     batch_size: int = 256
     schedule: Schedule = "steps"  # steps: a tenth after 60 % and 80 % of the epochs
+    first: int | None = None  # epochs of a first comparison; the best pair of each of the `rates` best rates goes on
+    rates: int = 2
 
     def __post_init__(self) -> None:
         if not self.lr or not self.weight_decay or min(self.lr) <= 0 or min(self.weight_decay) < 0:
             raise ConfigError("the probe needs one or more learning rates above 0 and weight decays from 0")
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ConfigError("the probe needs an epoch and a batch of 1 or more")
+        if min(self.epochs, self.batch_size, self.rates, 1 if self.first is None else self.first) < 1:
+            raise ConfigError("the probe needs an epoch, a batch and a rate of 1 or more")
 
 
 @torch.no_grad()
@@ -52,8 +54,10 @@ def sgd_probe(
     options: ProbeOptions = ProbeOptions(),  # noqa: B008
 ) -> Probe:
     """Every pair of a learning rate and a weight decay is trained on the same batches, from zero. The pair is chosen as
-    `linear_probe` chooses its penalty; of equal values the lower rate is taken. `progress` is called with (epochs done,
-    epochs) for each of the two trainings. The features are read a batch at a time, so they may be memory-mapped.
+    `linear_probe` chooses its penalty; of equal values the lower rate is taken. With `sgd.first` all pairs are first
+    trained for so many epochs, on the whole schedule, and few of them, of different rates, for all: nearly the cost of
+    these few. `progress` is called with (epochs done, epochs) for each training. The features are read a batch at a
+    time, so they may be memory-mapped.
 
     >>> x = torch.cat([torch.zeros(20, 1), torch.ones(20, 1)])
     >>> found = sgd_probe(x, x[:, 0].long(), x, x[:, 0].long(), Sgd(lr=[1.0, 10.0], weight_decay=[0.0]))
@@ -64,18 +68,41 @@ def sgd_probe(
     settings = [{"lr": rate, "weight_decay": decay} for rate, decay in product(sgd.lr, sgd.weight_decay)]
     selection = Selection(train_features, labels, options)
 
-    def train(chosen: Sequence[dict[str, float]], rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def train(chosen: Sequence[dict[str, float]], rows: Tensor | None, epochs: int) -> tuple[Tensor, Tensor]:
         design = unscaled(train_features.detach())
         design.rows = rows
-        return _train(design, labels, chosen, sgd, options)
+        return _train(design, labels, chosen, replace(sgd, epochs=epochs), options)
 
-    weight, bias = train(settings, selection.rows)
-    tried = [Candidate(each, selection.measure(w, b)) for each, w, b in zip(settings, weight, bias, strict=True)]
-    best = max(range(len(tried)), key=lambda i: (nan_lowest(tried[i].value), -settings[i]["lr"]))
+    def compare(chosen: Sequence[dict[str, float]], epochs: int) -> tuple[Tensor, Tensor, list[Candidate]]:
+        weight, bias = train(chosen, selection.rows, epochs)
+        values = [selection.measure(w, b) for w, b in zip(weight, bias, strict=True)]
+        return weight, bias, list(map(Candidate, chosen, values))
+
+    if sgd.first and len(set(sgd.lr)) > sgd.rates:
+        settings = _best_of_rates(compare(settings, sgd.first)[2], sgd.rates)
+    weight, bias, tried = compare(settings, sgd.epochs)
+    best = max(range(len(tried)), key=lambda i: _rank(tried[i]))
     if options.refit and selection.rows is not None:
-        weight, bias = train([settings[best]], None)
+        weight, bias = train([settings[best]], None, sgd.epochs)
         return build_probe(weight[0], bias[0], tried, best, labels, test_features, test_labels)
     return build_probe(weight[best], bias[best], tried, best, labels, test_features, test_labels)
+
+
+def _rank(one: Candidate) -> tuple[float, float]:
+    return nan_lowest(one.value), -one.settings["lr"]
+
+
+def _best_of_rates(tried: Sequence[Candidate], count: int) -> list[dict[str, float]]:
+    """The best pair of each of the best rates: pairs of one rate are alike, and neighbours would crowd out the others.
+
+    >>> tried = [Candidate({"lr": lr, "weight_decay": wd}, lr - wd) for lr, wd in product((0.1, 1.0, 0.5), (0.0, 0.01))]
+    >>> _best_of_rates(tried, 2)
+    [{'lr': 1.0, 'weight_decay': 0.0}, {'lr': 0.5, 'weight_decay': 0.0}]
+    """
+    best: dict[float, Candidate] = {}
+    for one in sorted(tried, key=_rank, reverse=True):
+        best.setdefault(one.settings["lr"], one)
+    return [one.settings for one in list(best.values())[:count]]
 
 
 def _train(

@@ -14,7 +14,7 @@ from mls.data.layouts import write
 from mls.data.scenes import make_scenes
 from mls.errors import DataError
 from mls.eval import data
-from mls.eval.data import DataSet, objects, regions
+from mls.eval.data import DataSet, coco_stuff, objects, regions
 from mls.eval.data.objects import ObjectImages
 from mls.eval.dense.prepare import load_images
 from mls.eval.protocol import load_protocol
@@ -132,8 +132,49 @@ def test_ade20ks_nought_is_void_and_its_first_class_nought(tmp_path: Path) -> No
     assert found.test.class_names[0] == "name 1"
 
 
+# The published map of COCO-Stuff's 182 categories to 27 super-categories (PiCIE, STEGO).
+PUBLISHED = [
+    *map(
+        int,
+        """
+        9 11 11 11 11 11 11 11 11 8 8 8 8 8 8 7 7 7 7 7 7 7 7 7 7 6 6 6 6 6 6 6 6 10 10 10 10 10 10 10 10 10 10 5 5
+        5 5 5 5 5 5 2 2 2 2 2 2 2 2 2 2 3 3 3 3 3 3 3 3 3 3 0 0 0 0 0 0 1 1 1 1 1 1 4 4 4 4 4 4 4 4 17 17 22 20 20
+        22 15 25 16 13 12 12 17 17 23 15 15 17 15 21 15 25 13 13 13 13 13 22 26 14 14 15 22 21 21 24 20 22 15 17 16
+        15 22 24 21 17 25 16 21 17 22 16 21 21 25 21 26 21 24 20 17 14 21 26 15 23 20 21 24 15 24 22 25 15 20 17 17
+        22 14 18 18 18 18 18 18 18 26 26 19 19 24
+        """.split(),
+    )
+]
+
+
+@pytest.mark.parametrize("folders", [("", "stuffthingmaps"), ("images", "annotations")])
+def test_coco_stuff_has_the_published_classes(folders: tuple[str, str], tmp_path: Path) -> None:
+    used = [number for number in range(182) if number + 1 not in coco_stuff.UNUSED]
+    pixels = np.array([*used, 255], np.uint8)[None].repeat(2, 0)
+    for phase in ("train2017", "val2017"):
+        for folder, suffix in zip(folders, ("jpg", "png"), strict=True):
+            (tmp_path / folder / phase).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(tmp_path / folder / phase / f"000000000009.{suffix}")
+    coarse = [PUBLISHED[number] for number in used]
+    expected = {
+        "coco_stuff171": list(range(171)),
+        "coco_stuff27": coarse,
+        "coco_things": [one if one < 12 else 255 for one in coarse],
+        "coco_stuff": [one - 12 if one >= 12 else 255 for one in coarse],
+    }
+    for name, numbers in expected.items():
+        found = data.build(name, tmp_path, check_sizes=False)
+        assert found.test.labels(0)[0].tolist() == [*numbers, 255], name
+        assert found.test.pixels(0).shape == (3, 2, 172)
+    Image.fromarray(np.full((2, 172), 182, np.uint8)).save(tmp_path / folders[1] / "val2017" / "000000000009.png")
+    with pytest.raises(DataError, match="344 pixels of unknown classes, such as 182"):
+        found.test.labels(0)
+    names = data.build("coco_stuff171", tmp_path, check_sizes=False).train.class_names
+    assert (names[0], names[79], names[80], names[-1]) == ("person", "toothbrush", "banner", "wood")
+
+
 def test_missing_data_say_what_to_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLS_DATA", str(tmp_path))
-    for name in ("coco2017", "voc0712", "cityscapes", "voc12aug", "ade20k"):
+    for name in ("coco2017", "voc0712", "cityscapes", "voc12aug", "ade20k", "coco_stuff", "ecssd", "duts", "dut_omron"):
         with pytest.raises(DataError, match=r"is missing: (download|unpack) .* data.root"):
             data.build(name)

@@ -14,8 +14,8 @@ from torchvision.ops import box_iou
 
 from mls.eval.data.objects import ObjectImages, Objects, encode, gather
 from mls.eval.dense.coco_ap import Detections, as_coco, coco_ap, detections_as_coco
-from mls.eval.dense.confusion import confusion, segmentation_metrics
 from mls.eval.dense.voc_ap import voc_ap
+from mls.frozen.confusion import confusion, segmentation_metrics
 
 CLASSES = ["a", "b", "c"]
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from mls.config import ScenesConfig
+from mls.data.pictures import VOID
 from mls.eval.data import objects, regions
-from mls.eval.data.regions import VOID
 from mls.eval.dense import pictures
 from mls.eval.dense.coco_ap import Detections
 

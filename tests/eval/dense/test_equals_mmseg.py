@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mls.eval.data.regions import VOID
+from mls.data.pictures import VOID
 from mls.eval.dense.schema import Segmentation, SegmentationData, SegmenterConfig
 from mls.eval.dense.segmenter import Segmenter
 from mls.frameworks import installed as frameworks

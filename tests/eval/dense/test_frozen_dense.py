@@ -14,9 +14,9 @@ from mls.core import matching
 from mls.errors import DataError
 from mls.eval import cells, data, load_protocol
 from mls.eval.dense import maps as extraction
-from mls.eval.dense.confusion import confusion, segmentation_metrics
 from mls.eval.dense.prepare import load_images
 from mls.frozen import discovery, patches
+from mls.frozen.confusion import confusion, segmentation_metrics
 from mls.frozen.probe import linear_probe
 from mls.models.spatial import dense_features
 
@@ -215,6 +215,64 @@ def test_objects_are_discovered_in_a_cell(how: str, tmp_path: Path) -> None:
     found = cells.run(protocol, "resnet_tiny", root=tmp_path, quiet=True)
     assert 0 <= found["corloc"] <= 1
     assert found["best_iou"] > 0
+
+
+def test_a_mask_is_judged_as_tokencuts_code_judges_it() -> None:
+    """metric.py: `IoU`, `accuracy`, `precision_recall` and `F_score`."""
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        mask, truth = torch.rand(2, 9, 7, generator=draws) > torch.rand(1, generator=draws)
+        truth[0, 0] = True
+        iou = (mask * (mask == truth)).sum() / (mask + truth).sum()
+        precision = (truth * (truth == mask)).sum() / mask.sum() if mask.any() else 1.0
+        recall = (truth * (truth == mask)).sum() / truth.sum()
+        f_beta = (1 + 0.3) * precision * recall / (0.3 * precision + recall) if recall else 0.0
+        expected = {"iou": iou, "accuracy": (mask == truth).float().mean(), "f_beta": f_beta}
+        found = discovery.overlap(mask.flatten(), truth.flatten())
+        assert found == pytest.approx({name: float(value) for name, value in expected.items()}, abs=1e-6)
+
+
+SALIENT = {
+    "ecssd": [("images", "ground_truth_mask")] * 2,
+    "dut_omron": [("DUT-OMRON-image", "pixelwiseGT-new-PNG")] * 2,
+    "duts": [(f"DUTS-{one}/DUTS-{one}-Image", f"DUTS-{one}/DUTS-{one}-Mask") for one in ("TR", "TE")],
+}
+
+
+@pytest.mark.parametrize("name", SALIENT)
+def test_salient_objects_are_read_and_found(name: str, tmp_path: Path) -> None:
+    """A bright object on a dark ground, its mask with soft edges, in one file of three channels."""
+    for images, masks in SALIENT[name]:
+        for folder in (images, masks):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(3):
+            mask = np.zeros((40, 60), np.uint8)
+            mask[8:30, 10 * number : 10 * number + 30], mask[30] = 255, 100
+            Image.fromarray(np.stack([mask] * 3, 2)).save(tmp_path / images / f"{number}.jpg", quality=95)
+            Image.fromarray(mask).convert("RGB" if number else "L").save(tmp_path / masks / f"{number}.png")
+    found = data.build(name, tmp_path, check_sizes=False)
+    assert found.test.class_names == ["background", "salient"]
+    assert [int(found.test.labels(row).sum()) for row in range(3)] == [22 * 30] * 3
+    here = [f"data.name={name}", f"data.root={tmp_path}", "data.check_sizes=false", "features.device=cpu"]
+    protocol = load_protocol("saliency_scenes", [*here, "features.layer=layer1", "data.size=[48,48]"])
+    values = cells.run(protocol, "resnet_tiny", root=tmp_path / "runs", quiet=True)
+    assert values["iou"] > values["iou_centre"] > 0.3 and values["accuracy"] > 0.8 and values["f_beta"] > 0.5
+    if name != "duts":
+        with pytest.raises(DataError, match=f"{name} has no training images, and task dense_knn learns from some"):
+            load_images(load_protocol("dense_knn", here))
+    (tmp_path / SALIENT[name][1][1] / "2.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"2.png cannot be read .*unpack the annotations again"):
+        found.test.labels(2)
+
+
+def test_saliency_needs_a_background(tmp_path: Path) -> None:
+    here = [f"data.root={tmp_path}", "data.check_sizes=false"]
+    for phase in ("train", "val", "test"):
+        for folder in (f"images/{phase}", f"masks/{phase}"):
+            (tmp_path / folder).mkdir(parents=True)
+            Image.fromarray(np.zeros((6, 8), np.uint8)).save(tmp_path / folder / "a.png")
+    with pytest.raises(DataError, match="and that of camvid is sky, no background or ground"):
+        load_images(load_protocol("saliency_scenes", ["data.name=camvid", *here]))
 
 
 def test_a_task_of_pixels_refuses_boxes(tmp_path: Path) -> None:

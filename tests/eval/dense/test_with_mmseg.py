@@ -21,10 +21,10 @@ from mls.config import AugmentConfig
 from mls.data.layouts import write
 from mls.errors import CheckpointError, ConfigError, DataError, DivergedError, Stopped
 from mls.eval import cells, load_protocol
-from mls.eval.dense.confusion import confusion, segmentation_metrics
 from mls.eval.dense.prepare import load_images
 from mls.eval.dense.schema import Segmentation
 from mls.frameworks import installed as frameworks
+from mls.frozen.confusion import confusion, segmentation_metrics
 from mls.models import load_backbone, save_backbone
 from mls.results import Results
 

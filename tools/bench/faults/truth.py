@@ -23,9 +23,9 @@ from mls.data.sources import build_source
 from mls.errors import UserError
 from mls.eval import data
 from mls.eval.dense.coco_ap import coco_ap
-from mls.eval.dense.confusion import confusion
 from mls.eval.dense.schema import DetectionData, SegmentationData
 from mls.eval.dense.views import TrainingViews
+from mls.frozen.confusion import confusion
 from mls.tools.bench.faults import fault
 
 SIZE = 32

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from mls.eval.data.regions import VOID
+from mls.data.pictures import VOID
 
 
 def confusion(
