@@ -312,6 +312,7 @@ def kept_of_image(config: Config, half: bool) -> int:
 
     >>> round(kept_of_image(Config(), half=True) / 2**20)  # ResNet-50, 224 pixels
     42
+    >>> from mls.config import EngineConfig
     >>> round(kept_of_image(Config(engine=EngineConfig(checkpointing=True)), half=True) / 2**20)
     20
     """
