@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # what an editor and a type checker see; at run time __getattr__ finds the same
     from mls.eval.cells import run
     from mls.eval.extraction import extract
-    from mls.eval.prediction import predict
+    from mls.eval.prediction import predict, predict_batches, predict_dense
     from mls.eval.protocol import load_protocol, protocols
     from mls.eval.suite import load_suite, suites
     from mls.frozen.probe import knn, linear_probe
@@ -19,11 +19,14 @@ _HOME = {
     "load_protocol": "mls.eval.protocol",
     "protocols": "mls.eval.protocol",
     "predict": "mls.eval.prediction",
+    "predict_batches": "mls.eval.prediction",
+    "predict_dense": "mls.eval.prediction",
     "run": "mls.eval.cells",
     "suites": "mls.eval.suite",
     "load_suite": "mls.eval.suite",
 }
-__all__ = ["extract", "knn", "linear_probe", "load_protocol", "load_suite", "predict", "protocols", "run", "suites"]
+__all__ = ["extract", "knn", "linear_probe", "load_protocol", "load_suite", "predict", "predict_batches"]
+__all__ += ["predict_dense", "protocols", "run", "suites"]
 
 
 def __getattr__(name: str) -> object:

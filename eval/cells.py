@@ -58,11 +58,13 @@ from mls.results import Results
 
 # Keys that change no number, and that stored results do not know.
 FREE_AND_YOUNGER = [("engine", "timeout_minutes"), ("engine", "deterministic"), ("monitor", "moments")]
+FREE_AND_YOUNGER += [("engine", "checkpointing")]
 FREE_AND_YOUNGER += [("monitor", key) for key in ("mlflow", "dense_every_epochs", "dense_images")] + [
     ("monitor", f"guard{key}") for key in ("", "_images", "_fall", "_every_epochs")
 ]
+# Left out of a run's identity at these values.
 YOUNGER_AT = {("model", "final_momentum"): None, ("optim", "final_weight_decay"): None, ("optim", "clip_norm"): None}
-YOUNGER_AT |= {("optim", "layer_decay"): 1.0}  # left out of a run's identity at these values
+YOUNGER_AT |= {("optim", "layer_decay"): 1.0, ("model", "drop_path"): 0.0, ("model", "freeze_patches"): False}
 YOUNGER = {
     "info_nce_weight",
     "windows",

@@ -26,7 +26,7 @@ from mls.eval.supervised import few_of, is_drawn, with_statistics_of
 from mls.frozen import probe
 from mls.frozen.probe.linear import Progress
 from mls.frozen.untrained import STATISTICS_IMAGES, with_batch_statistics
-from mls.models import load_backbone, untrained, weights_file
+from mls.models import is_untrained, load_backbone, untrained
 from mls.progress import counting
 from mls.streams import generator, initialisation
 
@@ -85,7 +85,7 @@ def build_backbone(protocol: Frozen, weights: str, seed: int, train: LabelledIma
     wanted = untrained(protocol.model.backbone) if weights == "random" else weights
     with initialisation(seed):
         backbone = load_backbone(wanted)
-    if weights_file(wanted) is not None or wanted.startswith(("torchvision:", "timm:")):
+    if not is_untrained(wanted):
         return backbone
     device = start(protocol.features.device).device
     batches = Batches(train, protocol, seed, device)

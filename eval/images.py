@@ -18,6 +18,7 @@ from mls.data.augment import Augment, normalise
 from mls.data.crops import CROP_DRAWS, UnreadableImage, centre, crop_box, cut
 from mls.data.loader import ErrorsAsItems, already_collated, made, worker_count
 from mls.data.scenes import ScenesSource
+from mls.data.unreadable import Unreadable
 from mls.errors import DataError, reason
 from mls.eval.data import LabelledImages
 from mls.eval.data.cifar import PixelSource
@@ -30,7 +31,8 @@ VARIANCES = (0.2175, 0.0188, 0.0045)
 
 
 class Pixels:
-    """Whole batches of uint8 images. An index is (epoch, row); epoch 0 has the test's crop."""
+    """Whole batches of uint8 images. An index is (epoch, row); epoch 0 has the test's crop. An image that cannot be
+    read is an error, or with `skip` black, and named in the batch."""
 
     def __init__(
         self,
@@ -39,25 +41,27 @@ class Pixels:
         augment: AugmentConfig,
         seed: int,
         operations: int = 0,
+        skip: bool = False,
     ) -> None:
-        self.images, self.data, self.augment, self.seed = images, data, augment, seed
+        self.images, self.data, self.augment, self.seed, self.skip = images, data, augment, seed, skip
         self.rand_augment = rand_augment(operations) if operations else None
 
     def __getitems__(self, indices: list[tuple[int, int]]) -> Batch:
         epoch, rows, size = indices[0][0], np.array([row for _, row in indices], np.int64), self.augment.size
         draws = uniforms(derive(self.seed, "supervised crop", epoch), rows, CROP_DRAWS)
-        pixels = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
+        pixels, broken = torch.zeros(len(rows), 3, size, size, dtype=torch.uint8), []
         for place, row in enumerate(rows.tolist()):
-            pixels[place] = self._to_size(self._read(row), epoch, draws[place].tolist())
+            try:
+                image = self.images.pixels(row)
+            except (UnreadableImage, OSError) as error:
+                if not self.skip:
+                    raise unreadable(self.images.describe(row), reason(error)) from None
+                broken.append((row, f"{self.images.describe(row)}: {reason(error)}"))
+                continue
+            pixels[place] = self._to_size(image, epoch, draws[place].tolist())
             if epoch and self.rand_augment is not None:
                 pixels[place] = self._rand_augmented(pixels[place], epoch, row)
-        return Batch([pixels], [torch.zeros(len(rows), 4)], torch.from_numpy(rows), epoch)
-
-    def _read(self, row: int) -> UInt8[Tensor, "3 height width"]:
-        try:
-            return self.images.pixels(row)
-        except (UnreadableImage, OSError) as error:
-            raise unreadable(self.images.describe(row), reason(error)) from None
+        return Batch([pixels], [torch.zeros(len(rows), 4)], torch.from_numpy(rows), epoch, broken)
 
     def _to_size(self, image: Tensor, epoch: int, draws: Sequence[float]) -> UInt8[Tensor, "3 size size"]:
         size, (height, width) = self.augment.size, image.shape[1:]
@@ -117,12 +121,20 @@ def _centre(image: UInt8[Tensor, "3 height width"], size: int, resize: float) ->
 
 
 class Batches:
-    """The batches of one data set on one device."""
+    """The batches of one data set on one device. An image that cannot be read is an error, or noted in `unreadable` and
+    black."""
 
-    def __init__(self, images: LabelledImages, protocol: Classification, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        images: LabelledImages,
+        protocol: Classification,
+        seed: int,
+        device: torch.device,
+        unreadable: Unreadable | None = None,
+    ) -> None:
         operations = protocol.training.rand_augment if isinstance(protocol, Supervised) else 0
-        self.pixels = Pixels(images, protocol.data, protocol.augment, seed, operations)
-        self.protocol, self.seed, self.device = protocol, seed, device
+        self.pixels = Pixels(images, protocol.data, protocol.augment, seed, operations, unreadable is not None)
+        self.protocol, self.seed, self.device, self.unreadable = protocol, seed, device, unreadable
         self.finish = Augment(protocol.augment, seed, device)
         self.workers = worker_count(protocol.data.workers)
         if isinstance(images.images, ScenesSource | PixelSource):
@@ -145,6 +157,8 @@ class Batches:
     def frozen(self, number: int, rows: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(rows, images) in the order of `rows`: pass 0 without augmentation, each other pass with its own."""
         for batch in self._load(number, rows.split(size)):
+            if self.unreadable is not None:
+                self.unreadable.note(batch.unreadable)
             if number:
                 yield batch.ids, self.finish(batch).images[0]
             else:

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from mls import card
 from mls.chunks import chunks
 from mls.data import Source
-from mls.data.decode import decode
 from mls.data.listing import FileSource
 from mls.data.sources import hash_of_images
-from mls.data.unreadable import readable
+from mls.data.unreadable import Unreadable, decoded
 from mls.distributed import start
 from mls.errors import CheckpointError, ConfigError, Stopped
 from mls.eval.boosted import BoostedClassifier
@@ -40,9 +39,9 @@ from mls.eval.images import Batches
 from mls.eval.protocol import AnyProtocol, Frozen, Supervised, load_protocol
 from mls.eval.training import build_loss
 from mls.eval.weights import check_weights, read
-from mls.files import atomic_file, read_json, runs_folder, write_atomically
+from mls.files import read_json, runs_folder, save_picture, write_atomically
 from mls.frozen.features import cached_features
-from mls.frozen.neighbours import source_from
+from mls.frozen.neighbours import read_again, source_from
 from mls.models import load_backbone
 from mls.progress import counting
 from mls.signals import StopFlag
@@ -50,11 +49,12 @@ from mls.signals import StopFlag
 FILE = "classifier.safetensors"
 BATCH, DENSE_BATCH = 64, 8  # images
 BLOCK = 64  # rows of scores that are kept together
+UNREADABLE = "unreadable"  # begins the line of an image that cannot be read, and says why
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Of a classifier: one row for each image that could be read."""
+    """Of a classifier: one row for each image that could be read, of all images or of a batch."""
 
     paths: list[str]
     class_names: list[str]
@@ -120,24 +120,76 @@ def predict(classifier: str | Path, images: str | Path | Source, quiet: bool = F
 
     >>> predict("runs/eval/linear-seed0-d5df3119e8c5", "/data/new").scores  # doctest: +SKIP
     """
-    kept = Kept.open(classifier)
-    source = source_from(str(images)) if isinstance(images, str | Path) else images
-    if isinstance(kept.protocol, Dense):
-        raise ConfigError(f"{kept.folder} is of {kept.protocol.task}: name a folder with --out (Python: predict_dense)")
-    ids = readable(source, range(len(source)), quiet=quiet)
-    score, protocol = _scorer(kept)
-    truth = torch.zeros(len(source), dtype=torch.int64)
-    batches = Batches(LabelledImages(source, truth, kept.class_names), protocol, 0, start().device)
+    scores = _Scores(classifier, images)
+    rest = lambda first: scores.of(range(first, len(scores.source)))
+    title = f"predictions for {scores.source.name}"
+    found = cached_features(scores.facts(), len(scores.source), rest, title, quiet, BLOCK).features
+    read_again(found, scores.of, scores.unreadable)
+    return scores.named(range(len(found)), found)
+
+
+def predict_batches(
+    classifier: str | Path, images: str | Path | Source, quiet: bool = False
+) -> Generator[Predictions, None, None]:
+    """The same a batch at a time, each when it is asked for. Nothing is kept.
+
+    >>> for batch in predict_batches("runs/eval/linear-seed0-d5df3119e8c5", "/data/new"):  # doctest: +SKIP
+    ...     print(batch.paths, batch.scores.argmax(1))
+    """
+    scores = _Scores(classifier, images)
+    count = len(scores.source)
+
+    def batches() -> Generator[Predictions, None, None]:
+        with counting(f"predictions for {scores.source.name}", count, not quiet) as progress:
+            for part, found in zip(chunks(count, BATCH), scores.of(range(count)), strict=True):
+                yield scores.named(range(count)[part], found)
+                progress(part.stop)
+
+    return batches()  # what is wrong is told before the first batch is asked for
+
+
+class _Scores:
+    """What a classifier says of the images of a source; those that cannot be read are noted."""
+
+    def __init__(self, classifier: str | Path, images: str | Path | Source) -> None:
+        self.kept, self.source = _opened(classifier, images)
+        if isinstance(self.kept.protocol, Dense):
+            raise ConfigError(
+                f"{self.kept.folder} is of {self.kept.protocol.task}: name a folder with --out (Python: predict_dense)"
+            )
+        self.score, self.protocol = _scorer(self.kept)
+        self.unreadable = _unreadable(self.kept, self.source)
+        labelled = LabelledImages(self.source, torch.zeros(len(self.source), dtype=torch.int64), self.kept.class_names)
+        self.batches = Batches(labelled, self.protocol, 0, start().device, self.unreadable)
+
+    def facts(self) -> dict[str, Any]:
+        """All that scores follow from."""
+        crop = [self.protocol.augment.size, self.protocol.data.test_crop, self.protocol.data.test_resize]
+        return {"classifier": self.kept.facts["sha256"], "images": hash_of_images(self.source), "crop": crop}
 
     @torch.no_grad()
-    def compute(first: int) -> Generator[Tensor, None, None]:
-        for _, views in batches.plain(torch.tensor(ids[first:]), BATCH):
-            yield score(views).float().cpu()
+    def of(self, ids: Sequence[int]) -> Generator[Float[Tensor, "batch classes"], None, None]:
+        """A batch at a time; zeros for an image that cannot be read."""
+        for numbers, views in self.batches.plain(torch.tensor(ids), BATCH):
+            scores = self.score(views).float().cpu()
+            scores[[number in self.unreadable.found for number in numbers.tolist()]] = 0
+            yield scores
 
-    facts = {"classifier": kept.facts["sha256"], "images": hash_of_images(source, torch.tensor(ids))}
-    facts |= {"crop": [protocol.augment.size, protocol.data.test_crop, protocol.data.test_resize]}
-    found = cached_features(facts, len(ids), compute, f"predictions for {source.name}", quiet, BLOCK)
-    return Predictions([source.describe(number) for number in ids], kept.class_names, found.features)
+    def named(self, ids: Sequence[int], scores: Float[Tensor, "images classes"]) -> Predictions:
+        """Of the images that can be read."""
+        rows = self.unreadable.others(ids)
+        paths = [self.source.describe(ids[row]) for row in rows]
+        return Predictions(paths, self.kept.class_names, scores if len(rows) == len(ids) else scores[rows])
+
+
+def _opened(classifier: str | Path, images: str | Path | Source) -> tuple[Kept, Source]:
+    kept = Kept.open(classifier)
+    return kept, source_from(str(images)) if isinstance(images, str | Path) else images
+
+
+def _unreadable(kept: Kept, source: Source) -> Unreadable:
+    """As many as its evaluation accepted."""
+    return Unreadable(len(source), kept.protocol.data.max_unreadable)
 
 
 def _scorer(kept: Kept) -> tuple[Callable[[Tensor], Tensor], Supervised | Frozen]:
@@ -188,33 +240,33 @@ def predict_dense(
     """Writes into the folder `out` and returns the number of images. Of a detector: predictions.json in COCO's format,
     with a score for each annotation. Of a segmenter: masks/NAME.png with the number of each pixel's class, and
     classes.yaml. With `draw` pictures/NAME.png, too. After a stop the same call goes on."""
-    kept = Kept.open(detector)
-    source = source_from(str(images)) if isinstance(images, str | Path) else images
+    kept, source = _opened(detector, images)
     if not isinstance(kept.protocol, Dense):
         raise ConfigError(f"{kept.folder} gives scores of classes: write them with --out preds.csv, or .parquet")
-    network, ids = _network(kept), readable(source, range(len(source)), quiet=quiet)
-    identity = {"classifier": kept.facts["sha256"], "images": hash_of_images(source, torch.tensor(ids))}
+    network, count, unreadable = _network(kept), len(source), _unreadable(kept, source)
+    identity = {"classifier": kept.facts["sha256"], "images": hash_of_images(source)}
     _begin(out, identity | {"pictures": draw})
-    folder, found = _Folder(out, kept, _names(source, ids), draw), out / "found.jsonl"
-    done = _whole_lines(found)
-    with StopFlag() as stop, counting("predictions", len(ids), not quiet, done) as progress, open(found, "ab") as lines:
-        for part in chunks(len(ids) - done, DENSE_BATCH):
-            batch = ids[done:][part]
-            pixels = [decode(source.read(number)) for number in batch]
-            for number, image, one in zip(batch, pixels, network.predict(pixels), strict=True):
-                lines.write(json.dumps(folder.write(number, image, one)).encode() + b"\n")
+    folder, found = _Folder(out, kept, _names(source), draw), out / "found.jsonl"
+    done = _whole_batches(found, count, unreadable)
+    with StopFlag() as stop, counting("predictions", count, not quiet, done) as progress, open(found, "ab") as lines:
+        for part in chunks(count - done, DENSE_BATCH):
+            batch = range(done, count)[part]
+            pixels = decoded(source, batch, unreadable)
+            seen = dict(zip(pixels, network.predict([*pixels.values()]) if pixels else [], strict=True))
+            for number in batch:
+                broken = {UNREADABLE: unreadable.found.get(number), "id": number}
+                one = folder.write(number, pixels[number], seen[number]) if number in seen else broken
+                lines.write(json.dumps(one).encode() + b"\n")
             lines.flush()
-            progress(done + part.stop)
+            progress(batch.stop)
             if stop.exit_code:
-                raise Stopped(
-                    f"a signal came: {done + part.stop:,} of {len(ids):,} images are written; the same command goes on",
-                    stop.exit_code,
-                )
+                words = f"a signal came: {batch.stop:,} of {count:,} images are done; the same command goes on"
+                raise Stopped(words, stop.exit_code)
     if isinstance(kept.protocol, Detection):
         _write_coco(out / "predictions.json", found, kept.class_names)
     else:
         write_atomically(out / "classes.yaml", json.dumps({"names": kept.class_names}).encode() + b"\n")
-    return len(ids)
+    return len(unreadable.others(range(count)))
 
 
 def _network(kept: Kept) -> Detector | Segmenter:
@@ -242,11 +294,11 @@ def _begin(out: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _names(source: Source, ids: Sequence[int]) -> dict[int, str]:
+def _names(source: Source) -> list[str]:
     """What the source calls each image."""
     if not isinstance(source, FileSource):
-        return {number: f"{number:09d}" for number in ids}
-    return {number: os.fsdecode(os.path.normpath(source.relative_paths[number])) for number in ids}
+        return [f"{number:09d}" for number in range(len(source))]
+    return [os.fsdecode(os.path.normpath(path)) for path in source.relative_paths]
 
 
 def _below(number: int, name: str) -> str:
@@ -259,15 +311,22 @@ def _below(number: int, name: str) -> str:
     return name if inside else f"{number:09d}-{os.path.basename(name)}"
 
 
-def _whole_lines(file: Path) -> int:
-    """How many images are done; a line that a kill has torn is cut off."""
+def _whole_batches(file: Path, count: int, unreadable: Unreadable) -> int:
+    """How many images are done, and which of them cannot be read. A batch that a kill has torn is cut off: what is
+    found in an image may depend, in the last bits, on those beside it."""
     if not file.is_file():
         return 0
-    content = file.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        write_atomically(file, whole)
-    return whole.count(b"\n")
+    ends, broken = [0], list[tuple[int, str]]()
+    with open(file, "rb") as lines:
+        for line in (line for line in lines if line.endswith(b"\n")):
+            if line.startswith(b'{"%s"' % UNREADABLE.encode()):
+                broken.append((len(ends) - 1, json.loads(line)[UNREADABLE]))
+            ends.append(ends[-1] + len(line))
+    done = len(ends) - 1
+    done -= done % DENSE_BATCH if done < count else 0
+    os.truncate(file, ends[done])
+    unreadable.note(one for one in broken if one[0] < done)
+    return done
 
 
 @dataclass
@@ -276,13 +335,13 @@ class _Folder:
 
     out: Path
     kept: Kept
-    names: dict[int, str]
+    names: list[str]
     draw: bool
 
     def __post_init__(self) -> None:
-        places = {number: _below(number, name) for number, name in self.names.items()}
-        stems = {number: os.path.splitext(place)[0] for number, place in places.items()}
-        self.stems = stems if len(set(stems.values())) == len(stems) else places  # a.jpg beside a.png
+        places = [_below(number, name) for number, name in enumerate(self.names)]
+        stems = [os.path.splitext(place)[0] for place in places]
+        self.stems = stems if len(set(stems)) == len(stems) else places  # a.jpg beside a.png
 
     def write(self, number: int, image: Tensor, one: Any) -> dict[str, Any]:
         """Its line in found.jsonl."""
@@ -292,10 +351,10 @@ class _Folder:
             line["found"] = [_entry(entry) for entry in detections_as_coco([one], protocol.model.masks)]
             drawn = pictures.with_boxes(image, one, names) if self.draw else None
         else:
-            _save(Image.fromarray(one.numpy().astype(np.uint8)), self.out / "masks" / f"{stem}.png", "PNG")
+            save_picture(Image.fromarray(one.numpy().astype(np.uint8)), self.out / "masks" / f"{stem}.png")
             drawn = pictures.painted(image, one) if self.draw else None
         if drawn is not None:
-            _save(drawn, self.out / "pictures" / f"{stem}.png", "PNG")
+            save_picture(drawn, self.out / "pictures" / f"{stem}.png")
         return line
 
 
@@ -308,16 +367,11 @@ def _entry(found: dict[str, Any]) -> dict[str, Any]:
     return found | {"area": float(mask.area(shape)), "segmentation": shape | {"counts": shape["counts"].decode()}}
 
 
-def _save(image: Image.Image, path: Path, kind: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        image.save(file, kind)
-
-
 def _write_coco(file: Path, found: Path, class_names: Sequence[str]) -> None:
     """An instances file: images and annotations count from 1, each annotation has its score."""
     images, annotations = list[dict[str, Any]](), list[dict[str, Any]]()
-    for number, line in enumerate(_lines(found), start=1):
+    seen = (line for line in _lines(found) if UNREADABLE not in line)
+    for number, line in enumerate(seen, start=1):
         annotations += [
             one | {"id": len(annotations) + place, "image_id": number, "iscrowd": 0}
             for place, one in enumerate(line.pop("found"), start=1)

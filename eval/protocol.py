@@ -267,6 +267,10 @@ def fingerprint(protocol: AnyProtocol) -> str:
     values["data"]["scenes"] = scenes_identity(values["data"]["scenes"])
     if values["data"].get("fraction") == 1:  # a key that is younger than stored results
         values["data"].pop("fraction")
+    if isinstance(protocol, Detection | Segmentation):  # keys that are younger than stored results
+        for key, default in {"optimizer": "sgd", "layer_decay": 1.0}.items():
+            if values["training"][key] == default:
+                values["training"].pop(key)
     # Options of other losses, and what only suites use, change nothing in a run.
     if isinstance(protocol, Supervised):
         values["options_of"] = protocol.loss_options()

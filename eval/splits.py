@@ -8,16 +8,15 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 from mls import distributed
 from mls.config import ScenesConfig
 from mls.data.listing import locate
-from mls.data.unreadable import readable, say
+from mls.data.unreadable import say
 from mls.errors import ConfigError, DataError
 from mls.eval import data as data_sets
 from mls.eval.data import DataSet, LabelledImages, class_folders, folder_of, scenes, table
 from mls.eval.data.content import content_hash
+from mls.eval.data.own import all_readable
 from mls.eval.data.table import OwnLabels
 from mls.eval.protocol import DataConfig, scenes_identity
 
@@ -99,14 +98,7 @@ def _own(name: str, root: str | None, own: OwnLabels) -> DataSet:
         found = class_folders.read_list(Path(own.labels_file), folder)
     else:
         found = data_sets.build(name, folder)
-    found = DataSet(
-        name, _readable(found.train, own), _readable(found.test, own), found.val and _readable(found.val, own)
-    )
+    found = all_readable(DataSet(name, found.train, found.test, found.val), own.most_unreadable)
     if distributed.rank() == 0:
         say("\n".join(filter(None, [note, table.summary(found)])))
     return found
-
-
-def _readable(images: LabelledImages, own: OwnLabels) -> LabelledImages:
-    rows = readable(images.images, images.numbers(), own.most_unreadable, "data.max_unreadable")
-    return images if len(rows) == len(images) else images.part(torch.tensor(rows))

@@ -117,8 +117,11 @@ def load_suite(name: str | Path) -> Suite:
 
 def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], None] = print) -> Comparison:
     """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
-    if suite.source and any(one.startswith("data.name=") for one in part.overrides):
-        raise ConfigError("the columns of a paper's table name their data sets: use the suite own_labels for your own")
+    name = next((one.removeprefix("data.name=") for one in part.overrides if one.startswith("data.name=")), None)
+    if name is not None:
+        if part.tiny:
+            raise ConfigError(f"--tiny is the embedded scenes, and data.name={name} is not: leave out one of them")
+        suite = on_own_data(suite, name, part.overrides)
     columns = suite.tiny if part.tiny else suite.columns
     rows = chosen_rows(suite, part.weights, part.tiny, part.only, part.overrides)
     found = Comparison(suite, columns, rows, part.tiny, overrides=part.overrides)
@@ -155,6 +158,50 @@ def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], 
             found.chosen[row.name, column.name] = chosen
             found.dates += [one.date for one in measured if one.stored_before]
     return found
+
+
+CLASSIFY = ("multilabel", "finetune", "linear", "knn", "svm")
+MAPS = ("dense_linear", "dense_knn", "dense_cluster")
+OF_OWN = {"table": CLASSIFY, "folder": CLASSIFY, "masks": MAPS, "coco": ("objects",), "yolo": ("objects",)}  # tasks
+
+
+def on_own_data(suite: Suite, name: str, overrides: Sequence[str]) -> Suite:
+    """The suite's rows on the user's own images, without the paper's numbers, which are of other images. Of columns
+    that would measure the same with other settings the first is left, and is named as its settings are."""
+    if name not in OF_OWN:
+        known = ", ".join(OF_OWN)
+        raise ConfigError(
+            f"the suite's columns name their data sets: leave out data.name={name}, or name yours ({known})"
+        )
+    columns: dict[Any, Column] = {}
+    tasks = {protocol: load_protocol(protocol).task for protocol in {column.protocol for column in suite.columns}}
+    for column in (column for column in suite.columns if tasks[column.protocol] in OF_OWN[name]):
+        key = (tasks[column.protocol], column.metric, *column.set)
+        columns.setdefault(key, replace(column, name=f"{column.metric}, as {column.name}", table=""))
+    kept = list(columns.values())
+    if kept and OF_OWN[name] is CLASSIFY:  # which metrics there are depends on the labels
+        from mls.eval.splits import load
+
+        single = load(load_protocol(kept[0].protocol, [*kept[0].set, *overrides]).data).train.single_label
+        kept = [column for column in kept if single == column.metric.startswith("top")]
+    if not kept:
+        raise ConfigError(_unsuited(suite, name, set(tasks.values())))
+    rows = [replace(row, paper=[]) for row in suite.rows if row.ours]
+    return replace(suite, title=f"{suite.title}: its settings on own images", source="", columns=kept, rows=rows)
+
+
+def _unsuited(suite: Suite, name: str, tasks: set[str]) -> str:
+    images, labels = OF_OWN[name] is CLASSIFY, bool(tasks & {*CLASSIFY})
+    if images and labels:
+        why = "measures several labels of an image, and these have one each"
+        use = "the suite paper_classification, or the protocols linear, knn and finetune"
+    elif images:
+        why, use = "measures boxes and regions", "the suites own_labels and paper_classification"
+    else:
+        why = "measures labels of images" if labels else "trains as long as the published sets need"
+        why = "has no column for boxes" if tasks & {*MAPS} else why
+        use = "the protocols detection, segmentation, dense_linear and objects, once for each of the weights"
+    return f"the suite '{suite.title}' {why}, so it cannot run on data.name={name}: use {use}"
 
 
 def choose(

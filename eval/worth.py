@@ -22,7 +22,7 @@ from mls.eval.data import DataSet, LabelledImages
 from mls.eval.paired import half_width
 from mls.eval.protocol import Supervised, load_protocol
 from mls.eval.supervised import prepare, prepare_training
-from mls.models import card_of, card_of_name
+from mls.models import card_of, card_of_name, load_backbone
 from mls.progress import counting
 from mls.tables import Column, Row, Table
 
@@ -99,7 +99,10 @@ def question(
     named: dict[str, str] = {}
     for start, end in zip(starts, ends, strict=True):
         name = end if Path(start).exists() and ends.count(end) == 1 else start
-        named[name] = f"torchvision:{backbone}" if start == "imagenet" else start
+        named[name] = start
+        if start == "imagenet":
+            named[name] = f"torchvision:{architecture_of('random', protocol.model.backbone)}"
+            load_backbone(named[name])  # had now, or told what to download, before anything is trained
     return Question(protocol, named, sorted(set(fractions)), seeds)
 
 

@@ -128,6 +128,10 @@ class ModelConfig:
     projection: int = positive(256)
     hidden: int | None = positive(None)  # width of the head's hidden layer; default: the backbone's feature width
     head_norm: Literal["none", "batch"] = "none"
+    drop_path: float = limited(
+        0.0, low=0, high=0.9
+    )  # stochastic depth of a network of timm: the last block's rate; the first has none
+    freeze_patches: bool = False  # a transformer's patch projection stays as it begins, as in MoCo-v3
     momentum: float = share(0.995)  # of the key encoder
     final_momentum: float | None = share(None)  # reached by a half cosine at the end of the run; default: it stays
     key_norm: Literal["shuffle", "split", "sync", "none"] = "shuffle"
@@ -183,15 +187,21 @@ class WindowsConfig:
 
 
 @dataclass(frozen=True)
-class RegionsConfig:
-    """Which images are neighbours, by windows of a grid (`objective.labels_from=regions`)."""
+class GridConfig:
+    """Windows of a grid through the run's own key encoder: the regions of its images."""
 
-    lists: str | None = None  # a file of `mls regions`; default: the run finds neighbours with its own key encoder
     every_epochs: int = zero_or_more(4)  # from the end of the warm-up on, anew after so many epochs; 0: once
     grid: int = positive(3)  # windows in a row and in a column
     side: float = limited(0.5, above=0, high=1)  # of a window: a share of the image's shorter side
     size: int = positive(112)  # pixels that a window is scaled to
     whiten: int = zero_or_more(32)  # principal components that are kept, scaled to the same variance; 0: only centred
+
+
+@dataclass(frozen=True)
+class RegionsConfig(GridConfig):
+    """Which images are neighbours, by regions (`objective.labels_from=regions`)."""
+
+    lists: str | None = None  # a file of `mls regions`; default: the run finds neighbours with its own key encoder
     neighbours: int = positive(256)  # of each image
     choose: Literal["nearest", "threshold"] = "nearest"  # k rows for each image, or k on average: all above one score
     novelty: float = zero_or_more(0.0)  # so much of the whole images' similarity is taken off, in standard deviations
@@ -245,6 +255,19 @@ class MLSOptions(MoCoOptions):
             )
 
 
+@_objective("mls_words")
+@dataclass(frozen=True)
+class WordsOptions(MoCoOptions):
+    method: str = "mls_words"
+    words: int = limited(128, low=2)  # clusters of the regions of all images: the classes
+    sharpness: float = positive(0.1)  # temperature of a region's softmax over the words
+    weight: float = zero_or_more(1.0)  # of the term beside InfoNCE
+    regions: GridConfig = field(default_factory=GridConfig)
+    warmup_epochs: float = zero_or_more(0.0)  # InfoNCE and windows alone for the first epochs
+    # The last two are controls, not methods: the words of another image, the true labels in the words' place.
+    pseudo_labels: Literal["matched", "random", "oracle"] = "matched"
+
+
 @_objective("knn_moco")
 @dataclass(frozen=True)
 class KnnMoCoOptions(MLSOptions):
@@ -286,6 +309,14 @@ class BYOLOptions(ObjectiveConfig):
     predictor: int = positive(4096)  # width of the predictor's hidden layer
 
 
+@_objective("moco_v3")
+@dataclass(frozen=True)
+class MoCoV3Options(ObjectiveConfig):
+    method: str = "moco_v3"
+    temperature: float = positive(0.2)
+    hidden: int = positive(4096)  # width of the hidden layers of projector and predictor
+
+
 @_objective("densecl")
 @dataclass(frozen=True)
 class DenseCLOptions(MoCoOptions):
@@ -325,7 +356,7 @@ class OptimConfig:
     clip_norm: float | None = positive(None)  # a longer gradient is scaled down to this length; default: none is
     weight_decay: float = zero_or_more(1e-4)
     final_weight_decay: float | None = zero_or_more(None)  # reached as model.final_momentum is; default: it stays
-    decay_norm_and_bias: bool = True
+    decay_norm_and_bias: bool = True  # and a transformer's positions and class token
     momentum: float = share(0.9)
     nesterov: bool = False
     betas: tuple[float, float] = limited((0.9, 0.999), low=0, high=1 - 1e-9)
@@ -340,7 +371,8 @@ class EngineConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # bf16 on a GPU, fp32 on a CPU
     channels_last: bool = True
     augment: Literal["auto", "worker", "device"] = "auto"  # where views get their colours; worker beside a CPU
-    compile: bool = False
+    compile: bool = False  # torch.compile the encoders, and what augments on the device
+    checkpointing: bool = False  # blocks are computed once more in the backward pass: less memory, the same gradients
     accumulate: int = positive(1)  # micro-batches per step
     threads: int | None = zero_or_more(None)  # CPU threads per process; default: torch's own choice
     checkpoint_every: int = positive(1000)  # steps

@@ -11,9 +11,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mls.errors import REFUSED, ConfigError, DataError, UserError, os_error, reason
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # What to do about a full disk.
 AGAIN = "free some, and run the same command again"
@@ -124,6 +127,33 @@ def demand_pyarrow(file: Path) -> None:
 def runs_folder() -> Path:
     """Where runs and results go: $MLS_RUNS, else ./runs."""
     return Path(os.environ.get("MLS_RUNS") or "runs").expanduser()
+
+
+def place_for(name: str, out: Path | None, run: str | Path | None = None) -> Path:
+    """Where a command writes `name`: `out`, else the folder of the run that it is about, else $MLS_RUNS. The current
+    folder only where it is asked for."""
+    about = Path(run).expanduser() if run is not None else None
+    usual = about if about is not None and (about / "config.yaml").is_file() else runs_folder()
+    place = usual / name if out is None else out.expanduser()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+PICTURES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
+
+
+def check_picture(path: Path) -> None:
+    """Before anything is computed for it."""
+    if path.suffix.lower() not in PICTURES:
+        raise ConfigError(f"{path} names no format of a picture: choose another name that ends in .png or .jpg")
+
+
+def save_picture(image: Image, path: Path) -> None:
+    """In the format of its suffix."""
+    check_picture(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        image.save(file, PICTURES[path.suffix.lower()])
 
 
 def cache_folder(kind: str) -> Path:

@@ -111,6 +111,7 @@ NAMES = {
     "loss/info_nce": "info_nce",
     "loss/windows": "windows",
     "loss/multi_label": "multi_label",
+    "loss/words": "words",
     "knn/map": "kNN mAP",
     "knn/top1": "kNN top-1",
     "linear/map": "linear mAP",
@@ -125,6 +126,7 @@ CHANCE = {
     "loss/info_nce": "chance/info_nce",
     "loss/windows": "chance/windows",
     "loss/multi_label": "loss/multi_label_random_rows",
+    "loss/words": "chance/words",
     "labels/overlap": "labels/overlap_chance",
     "dense/miou": "dense/miou_untrained",
 }

@@ -36,7 +36,7 @@ from mls.streams import derive
 CONFIGS = Path(__file__).parents[1] / "configs"
 STEPS, BATCH = 3, 4
 SMALL = "model.backbone=resnet_tiny augment.size=32 model.projection=32 dictionary.size=64 data.batch_size=16"
-SMALL += " objective.k=5 engine.device=cpu model.weights=null"
+SMALL += " objective.k=5 engine.device=cpu model.weights=null model.drop_path=0 model.freeze_patches=false"
 FEW = ["data.scenes.count=40", "data.scenes.test_count=16"]
 BOXES = """data.name=scenes_objects data.min_sizes=[32] data.test_size=32 data.max_size=32 model.backbone=resnet_tiny
 model.width=16 model.box_width=32 model.before_nms=[20,20] model.proposals=[20,20] model.proposal_batch=16

@@ -53,15 +53,13 @@ def embed(
     source = source_from(images)
     embedder = Embedder.of(weights)
     grid = embedder.grid() if dense else None
-    stored, broken = stored_features(source, embedder, workers, grid)
+    stored, readable = stored_features(source, embedder, workers, grid)
     shape = (*(grid or ()), stored.features.shape[1])
-    features = stored.features.view(len(source), *shape)
-    readable = torch.ones(len(source), dtype=torch.bool)
-    readable[broken] = False
-    ids = readable.nonzero()[:, 0]
+    features, ids = stored.features.view(len(source), *shape), torch.tensor(readable)
     with atomic_file(out.expanduser()) as file:
         (_parquet if out.suffix == ".parquet" else _npz)(file, source, features, ids)
-    told = f" ({len(broken)} that cannot be read are left out)" if broken else ""
+    broken = len(source) - len(ids)
+    told = f" ({broken} that cannot be read are left out)" if broken else ""
     print(f"{out}: {len(ids):,} images, {' × '.join(map(str, shape))} features each{told}")
 
 

@@ -24,7 +24,7 @@ PREFIX = "Where a file holds several networks: module.encoder_q"
 def export(
     weights: Annotated[str, typer.Argument(metavar="RUN|FILE|NAME", help=WEIGHTS)],
     to: Annotated[str | None, typer.Option(help=TARGETS)] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/export, export beside FILE, or ./export.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: export in RUN, beside FILE, or in $MLS_RUNS.")] = None,
     architecture: Annotated[str | None, typer.Option(help=ARCHITECTURE)] = None,
     prefix: Annotated[str | None, typer.Option(help=PREFIX)] = None,
 ) -> None:

@@ -25,7 +25,9 @@ def maps(
     size: Annotated[int | None, typer.Option(min=16, help="Pixels that images are squashed to.")] = None,
     layer: Annotated[str | None, typer.Option(help="A module, or a transformer's block by number.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="Of the map of a CNN: a smaller one shows more.")] = None,
-    out: Annotated[Path | None, typer.Option(help="A .png; default: maps.png in the (first) run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The picture; default: maps.png in the (first) run, or in $MLS_RUNS.")
+    ] = None,
 ) -> None:
     """Draw the three principal components of the features of all places as red, green and blue.
 
@@ -39,23 +41,21 @@ def maps(
 
         mls maps runs/my-run torchvision:resnet50 --images /data/photos --stride 8 --out maps.png
     """
-    from mls.files import atomic_file
+    from mls.files import check_picture, place_for, save_picture
     from mls.frozen import map_picture
     from mls.tools.neighbours import weights_and_source
 
     if len(networks) > 2:
         raise ConfigError(f"{len(networks)} networks were named: mls maps draws one, or two side by side")
     weights, source = weights_and_source(networks[0], images, "--images")
-    file = out or (Path(weights) / "maps.png" if Path(weights).is_dir() else None)
-    if file is None or file.suffix != ".png":
-        raise ConfigError("say where the picture goes: --out FILE.png (of a run it is maps.png in its folder)")
+    file = place_for("maps.png", out, weights)
+    check_picture(file)
     pixels = _pixels(source, count)
     found: list[map_picture.Coloured] = []
     for name in networks:
         features = _maps(name, pixels, size, layer, stride)
         found.append(map_picture.coloured(features, like=found[0] if found else None))
-    with atomic_file(file.expanduser()) as opened:
-        map_picture.draw(pixels, networks, found).save(opened, "PNG")
+    save_picture(map_picture.draw(pixels, networks, found), file)
     for name, one in zip(networks, found, strict=True):
         print(f"{name}: three components have {one.explained:.0%} of the variance of its features")
     if len(found) == 2:
@@ -65,21 +65,11 @@ def maps(
 
 def _pixels(source: Source, count: int) -> list[Tensor]:
     """Of images that can be read, evenly spaced."""
-    import sys
-
     from mls.chunks import spaced
-    from mls.data.decode import UnreadableImage, decode
-    from mls.errors import DataError, reason
+    from mls.data.unreadable import Unreadable, decoded
 
-    found = []
-    for row in spaced(len(source), count):
-        try:
-            found.append(decode(source.read(row)))
-        except (UnreadableImage, OSError) as error:
-            print(f"skipped {source.describe(row)}, which cannot be read ({reason(error)})", file=sys.stderr)
-    if not found:
-        raise DataError(f"none of {min(count, len(source))} images of {source.name} can be read: name others")
-    return found
+    rows = spaced(len(source), count)
+    return [*decoded(source, rows, Unreadable(len(rows))).values()]
 
 
 def _maps(name: str, pixels: list[Tensor], size: int | None, layer: str | None, stride: int | None) -> Any:
@@ -91,7 +81,7 @@ def _maps(name: str, pixels: list[Tensor], size: int | None, layer: str | None, 
     from mls.distributed import start
     from mls.frozen.neighbours import Embedder
     from mls.frozen.untrained import with_batch_statistics
-    from mls.models import weights_file
+    from mls.models import is_untrained
     from mls.models.spatial import DenseFeatures, patches_of
 
     embedder, device = Embedder.of(name), start().device
@@ -104,7 +94,7 @@ def _maps(name: str, pixels: list[Tensor], size: int | None, layer: str | None, 
     batches = [
         normalise(tv.resize(one, [side, side], antialias=True)[None], embedder.augment, device) for one in pixels
     ]
-    if weights_file(name) is None and not name.startswith(("torchvision:", "timm:")):  # untrained
+    if is_untrained(name):
         with_batch_statistics(network, batches[:STATISTICS])
     with torch.no_grad():
         return torch.cat([network(batch).float().cpu() for batch in batches])

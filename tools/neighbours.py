@@ -30,7 +30,9 @@ def neighbours(
     figure: Annotated[
         bool, typer.Option("--figure", help="The paper's figure: what a run chose for 60 random crops.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("neighbours.png"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The picture; default: neighbours.png in RUN, or in $MLS_RUNS.")
+    ] = None,
 ) -> None:
     """Find the images of a data set that a network finds most alike, with their cosines, as text and as a picture.
 
@@ -49,16 +51,19 @@ def neighbours(
         mls neighbours runs/my-run --figure
     """
     from mls.errors import ConfigError
+    from mls.files import check_picture, place_for
 
+    check_picture(out or Path("neighbours.png"))
     if figure:
         if query or dataset:
             raise ConfigError("--figure shows crops of the run's own images: leave out --query and --dataset")
         return _draw_figure(run, k, out)
     weights, source = weights_and_source(run, dataset)
-    _draw_nearest(weights, source, query or [], k, out)
+    _draw_nearest(weights, source, query or [], k, place_for("neighbours.png", out, weights))
 
 
 def _draw_nearest(weights: str, source: Source, query: list[Path], k: int, out: Path) -> None:
+    from mls.files import save_picture
     from mls.frozen.features import embed
     from mls.frozen.match_picture import draw
     from mls.frozen.neighbours import EmbeddedSource, Embedder, InMemorySource, gallery_row
@@ -78,21 +83,24 @@ def _draw_nearest(weights: str, source: Source, query: list[Path], k: int, out: 
         for image, cosine in pairs:
             print(f"  {cosine:.3f}  {source.describe(image)}")
         lines.append(gallery_row(queries, number, source, pairs))
-    draw(lines).save(out)
+    save_picture(draw(lines), out)
     print(out)
 
 
-def _draw_figure(run: str, k: int, out: Path) -> None:
+def _draw_figure(run: str, k: int, out: Path | None) -> None:
     from mls.data.sources import build_source
     from mls.engine import Run
     from mls.engine.gallery import gallery, in_whole_images
+    from mls.files import place_for, save_picture
     from mls.frozen.match_picture import WHOLE, draw
 
-    opened, crops = Run.open(run), out.with_stem(f"{out.stem}-crops")
+    opened = Run.open(run)
+    whole = place_for("neighbours.png", out, opened.path)
+    crops = whole.with_stem(f"{whole.stem}-crops")
     rows = gallery(opened, FIGURE_QUERIES, k, warn=lambda text: typer.echo(text, err=True))
-    draw(in_whole_images(rows, build_source(opened.config.data)), WHOLE, frame=0).save(out)
-    draw(rows).save(crops)
-    print(f"{out}: boxes in the whole images; {crops}: the crops")
+    save_picture(draw(in_whole_images(rows, build_source(opened.config.data)), WHOLE, frame=0), whole)
+    save_picture(draw(rows), crops)
+    print(f"{whole}: boxes in the whole images; {crops}: the crops")
 
 
 def weights_and_source(run: str, dataset: str | None, option: str = "--dataset") -> tuple[str, Source]:
@@ -127,7 +135,9 @@ def leakcheck(
         str | None, typer.Option(metavar="RUN", help="A trained network; default: thumbnails of 16 × 16 pixels.")
     ] = None,
     threshold: Annotated[float | None, typer.Option(help="A cosine; default: found with altered copies.")] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="For leakcheck.json and a picture of each B.")] = Path("."),
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="For leakcheck.json and pictures; default: in RUN or $MLS_RUNS.")
+    ] = None,
 ) -> None:
     """Find images of B that have a near-duplicate in A: what was pretrained on should not be evaluated on.
 
@@ -143,12 +153,13 @@ def leakcheck(
 
         mls leakcheck scenes scenes:test --weights runs/my-run --out leaks
     """
-    from mls.files import write_atomically
+    from mls.files import place_for, write_atomically
     from mls.frozen.neighbours import EmbeddedSource, Embedder, calibrate, near_duplicates, source_from
     from mls.tables import markdown_table, terminal_width
 
-    out.mkdir(parents=True, exist_ok=True)
     weights = None if weights is None else _weights_and_data(weights)[0]
+    out = place_for("leakcheck", out, weights)
+    out.mkdir(exist_ok=True)
     embedded = EmbeddedSource(source_from(first), Embedder.of(weights))
     calibration = calibrate(embedded)
     limit = calibration.threshold if threshold is None else threshold
@@ -159,11 +170,8 @@ def leakcheck(
         pairs, total = near_duplicates(embedded, other, limit), len(other.source)
         picture = _draw(embedded, other, pairs, out)
         lines.append([text, f"{total:,}", f"{len(pairs):,}", f"{len(pairs) / total:.2%}", picture])
-        named = [
-            {**vars(pair), "names": [embedded.source.describe(pair.first), other.source.describe(pair.second)]}
-            for pair in pairs
-        ]
-        report["second"][text] = {"images": total, "pairs": named}
+        names = lambda pair, other=other: [embedded.source.describe(pair.first), other.source.describe(pair.second)]
+        report["second"][text] = {"images": total, "pairs": [vars(pair) | {"names": names(pair)} for pair in pairs]}
     header = ["B", "images", "near-duplicates in A", "share", "picture"]
     print(f"\n{markdown_table(header, lines, terminal_width())}\n")
     write_atomically(out / "leakcheck.json", json.dumps(report, indent=1).encode())
@@ -184,7 +192,7 @@ def _explained(embedded: EmbeddedSource, calibration: Calibration, limit: float,
 
 def _draw(first: EmbeddedSource, second: EmbeddedSource, pairs: list[Pair], folder: Path) -> str:
     """Each line: an image of B in red, the image of A that it is like in yellow."""
-    from mls.files import slug
+    from mls.files import save_picture, slug
     from mls.frozen.match_picture import draw
     from mls.frozen.neighbours import gallery_row
 
@@ -194,5 +202,5 @@ def _draw(first: EmbeddedSource, second: EmbeddedSource, pairs: list[Pair], fold
         gallery_row(second.source, pair.second, first.source, [(pair.first, pair.cosine)]) for pair in pairs[:SHOWN]
     ]
     path = folder / f"leaks-{slug(second.source.name)}.png"
-    draw(shown).save(path)
+    save_picture(draw(shown), path)
     return str(path)

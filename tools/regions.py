@@ -33,7 +33,10 @@ def regions(
     dataset: Annotated[
         str | None, typer.Option(help="Folder, list, COCO, VOC, shards or scenes; default: the run's data.")
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The lists.")] = Path("neighbours.safetensors"),
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Lists; default: neighbours.safetensors in RUN or $MLS_RUNS."),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw which region matched which, for some images.")
     ] = None,
@@ -52,22 +55,25 @@ def regions(
 
         mls regions torchvision:resnet50 size=96 --dataset /data/coco --out coco.safetensors
 
-        mls pretrain mls_regions_scenes_tiny objective.regions.lists=neighbours.safetensors
+        mls pretrain mls_regions_scenes_tiny objective.regions.lists=runs/my-run/neighbours.safetensors
 
         mls regions mls_regions_coco_r50 --cost 118287
     """
     if cost is not None:
         return _tell_cost(weights, options or [], cost)
+    from mls.files import check_picture, place_for, save_picture
     from mls.frozen.match_picture import draw_pairs
 
-    backbone, augment, wanted, source = _given(weights, options or [], dataset)
+    check_picture(picture or Path("pairs.png"))
+    weights, backbone, augment, wanted, source = _given(weights, options or [], dataset)
     lists, features = _neighbours(backbone, augment, wanted, source, weights)
-    lists.save(out)
-    print(f"{out}: {lists.ids.shape[1]} neighbours of each of {len(source):,} images, by {wanted.grid**2} regions")
+    file = place_for("neighbours.safetensors", out, weights)
+    lists.save(file)
+    print(f"{file}: {lists.ids.shape[1]} neighbours of each of {len(source):,} images, by {wanted.grid**2} regions")
     if source.labels is not None:
         print(_overlap(source.labels, lists))
     if picture is not None:
-        draw_pairs(_pairs(source, wanted, lists, features)).save(picture)
+        save_picture(draw_pairs(_pairs(source, wanted, lists, features)), picture.expanduser())
         print(picture)
 
 
@@ -127,7 +133,7 @@ def _neighbours(
     encoder = RegionEncoder.fitted(backbone, source, augment, options, start().device, workers=workers)
     with counting(f"regions of {source.name}", 2 * len(source)) as advance:
         tell = lambda what, done, of: advance(done + of * (what == "neighbours"))
-        found, features = neighbours_of_all(encoder, source, tell)
+        found, features = neighbours_of_all(encoder, source, options, tell)
     keys = {key: value for key, value in asdict(options).items() if key not in NOT_OPTIONS}
     identity = {"images": hash_of_images(source), "weights": hash_of_weights(backbone), "name": name, **keys}
     identity |= {"mean": [*augment.mean], "std": [*augment.std], "grey": augment.grey == 1}
@@ -136,8 +142,8 @@ def _neighbours(
 
 def _given(
     weights: str, options: list[str], dataset: str | None
-) -> tuple[Backbone, AugmentConfig, RegionsConfig, Source]:
-    """Of a run what its configuration says; of other weights the defaults."""
+) -> tuple[str, Backbone, AugmentConfig, RegionsConfig, Source]:
+    """The weights, or the run's folder. Of a run what its configuration says; of other weights the defaults."""
     from mls.config import MLSOptions, RegionsConfig
     from mls.engine import Run
     from mls.errors import UserError
@@ -157,9 +163,9 @@ def _given(
     objective = load_config("mls_coco_r50", [*before, *overrides]).objective
     assert isinstance(objective, MLSOptions)
     if config is not None:
-        return load_backbone(weights), config.augment, objective.regions, source
+        return weights, load_backbone(weights), config.augment, objective.regions, source
     embedder = Embedder.of(weights)
-    return embedder.network, embedder.augment, objective.regions, source  # pyright: ignore[reportReturnType]
+    return weights, embedder.network, embedder.augment, objective.regions, source  # pyright: ignore[reportReturnType]
 
 
 def _overlap(labels: Tensor, lists: NeighbourLists) -> str:

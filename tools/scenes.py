@@ -51,7 +51,9 @@ def export(
 
 @app.command()
 def preview(
-    out: Annotated[Path, typer.Option(help="The picture to write (.png or .jpg).")] = Path("scenes.png"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The picture, .png or .jpg; default: scenes.png in $MLS_RUNS.")
+    ] = None,
     count: Annotated[int, typer.Option(help="Number of scenes.")] = 40,
     split: Annotated[str, typer.Option(help="train or test.")] = "train",
     size: Annotated[int, typer.Option(help="Side of the scenes in pixels.")] = 32,
@@ -72,17 +74,14 @@ def preview(
     """
     from mls.config import ScenesConfig
     from mls.data.scenes import scenes_of
-    from mls.errors import DataError
+    from mls.files import check_picture, place_for, save_picture
 
-    out = out.expanduser()
+    check_picture(out or Path("scenes.png"))
     style = "hard" if hard else "easy" if easy else "standard"
     scenes, names = scenes_of(ScenesConfig(count, count, size, seed, style, objects), split)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(scenes, names).save(out)
-    except (OSError, ValueError) as error:  # Pillow's ValueError: a suffix that is no image format
-        raise DataError(f"cannot write {out} ({error}): choose another --out that ends in .png or .jpg") from error
-    print(f"{out}: {count} scenes of {size} pixels, boxes drawn around what is seen of each object")
+    file = place_for("scenes.png", out)
+    save_picture(contact_sheet(scenes, names), file)
+    print(f"{file}: {count} scenes of {size} pixels, boxes drawn around what is seen of each object")
 
 
 def contact_sheet(scenes: Scenes, names: Sequence[str]) -> Image:

@@ -7,7 +7,6 @@ import onnxruntime
 
 MEAN = (0.485, 0.456, 0.406)  # of RGB, from 0 to 1
 STD = (0.229, 0.224, 0.225)
-OPSET = 18
 SIZE = 224  # of the images that it was trained on
 SMALLEST = 64  # side of an image; None: images have SIZE and no other
 

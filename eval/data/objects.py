@@ -68,10 +68,12 @@ class ObjectImages:
     def objects(self, row: int) -> Objects:
         return self.everything.some(slice(int(self.starts[row]), int(self.starts[row + 1])))
 
-    def some(self, rows: Sequence[int]) -> ObjectImages:
-        everything, starts = gather([self.objects(row) for row in rows])
+    def part(self, rows: Int64[Tensor, "rows"]) -> ObjectImages:
+        """Of one's own files."""
+        everything, starts = gather([self.objects(row) for row in rows.tolist()])
         images: Any = self.images
-        return replace(self, images=images.some(rows), sizes=self.sizes[rows], everything=everything, starts=starts)
+        some = images.some(rows.tolist())
+        return replace(self, images=some, sizes=self.sizes[rows], everything=everything, starts=starts)
 
     def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
         pixels = decode(self.images.read(row))

@@ -1,5 +1,5 @@
-"""The user's own images with objects or regions: what their readers (own_objects.py, own_masks.py) share. Which images
-are for training and which for the test, and sentences that never ask to download anything."""
+"""The user's own images: what their readers (own_objects.py, own_masks.py, table.py) share. Which images are for
+training and which for the test, which can be read, and sentences that never ask to download anything."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mls.data.listing import FileSource, printable, show
+from mls.data.unreadable import readable
 from mls.errors import DataError
-from mls.eval.data import DataSet
+from mls.eval.data import DataSet, LabelledImages
 from mls.eval.data.one_class import every_image
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -44,6 +48,19 @@ def part_of(name: str) -> str | None:
     """
     words = set(re.findall("[a-z]+", name.lower()))
     return next((part for part, known in PARTS.items() if words & set(known)), None)
+
+
+def all_readable(data: DataSet[Any], most: float) -> DataSet[Any]:
+    """Without images that cannot be read, which are named; more than this share of them are an error."""
+
+    def of(images: Any) -> Any:
+        if images is None:
+            return None
+        numbers = images.numbers() if isinstance(images, LabelledImages) else range(len(images))
+        rows = readable(images.images, numbers, most, "data.max_unreadable")
+        return images if len(rows) == len(images) else images.part(torch.tensor(rows))
+
+    return replace(data, train=of(data.train), test=of(data.test), val=of(data.val))
 
 
 def listed(name: str, root: Path, paths: Sequence[bytes], named_by: Path) -> FileSource:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from PIL import Image
 from mls import yaml_files
 from mls.data.annotated import folder_with
 from mls.data.listing import FileSource, list_images, printable, show
+from mls.data.masks import numbered_names
 from mls.data.truth import CocoTruth, Odd, coco_truth, odd_boxes
 from mls.errors import DataError, reason
 from mls.eval.data import DataSet, Layout, register
@@ -103,7 +103,9 @@ def read_yolo(root: Path) -> DataSet[ObjectImages]:
     shares of the image's sides."""
     file = _yaml(root)
     content = yaml_files.read(file, numbered=True)[0]
-    names = _names(content, file)
+    names = numbered_names(content, file)
+    if content.get("nc", len(names)) != len(names):
+        raise DataError(f"{show(file)} says nc: {content['nc']} and has {len(names)} names: correct one of them")
     base = Path(os.path.normpath(file.parent / str(content.get("path") or "")))
     if not base.is_dir():
         raise DataError(f"{show(file)} says path: {content['path']}, and {show(base)} is no folder: correct that line")
@@ -127,17 +129,6 @@ def _yaml(root: Path) -> Path:
         words = f"{len(found)} .yaml files" if found else "no data.yaml"
         raise DataError(f"{show(root)} has {words}: name it with data.root=FILE.yaml; it lists names, train and val")
     return found[0]
-
-
-def _names(content: Any, file: Path) -> dict[int, str]:
-    """The number of each class in the labels, and its name."""
-    names = content.get("names") if isinstance(content, Mapping) else None
-    numbered = dict(enumerate(names)) if isinstance(names, list) else names
-    if not isinstance(numbered, Mapping) or not numbered or not all(isinstance(number, int) for number in numbered):
-        raise DataError(f"{show(file)} has no names of classes: write `names: [cat, dog]`, in the order of the numbers")
-    if content.get("nc", len(numbered)) != len(numbered):
-        raise DataError(f"{show(file)} says nc: {content['nc']} and has {len(numbered)} names: correct one of them")
-    return {number: str(name) for number, name in numbered.items()}
 
 
 def _image_paths(base: Path, place: Any, part: str, file: Path) -> list[bytes]:
@@ -167,7 +158,7 @@ def _image_paths(base: Path, place: Any, part: str, file: Path) -> list[bytes]:
 
 def _yolo_part(part: str, base: Path, paths: list[bytes], names: dict[int, str], file: Path) -> ObjectImages:
     odd, kept, many, sizes = Odd(file), [], [], []
-    column = {number: place for place, number in enumerate(sorted(names))}
+    column = {number: place for place, number in enumerate(names)}
     listed(f"yolo {part}", base, paths, file)  # all are there
     with counting(f"labels of {part}", len(paths)) as progress:
         for number, path in enumerate(paths, start=1):

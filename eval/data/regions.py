@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import UInt8
+from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from mls.config import ScenesConfig
@@ -37,12 +37,12 @@ class RegionImages:
     def __len__(self) -> int:
         return len(self.images)
 
-    def some(self, rows: Sequence[int]) -> RegionImages:
+    def part(self, rows: Int64[Tensor, "rows"]) -> RegionImages:
         """Of one's own files."""
         images: Any = self.images
         assert isinstance(self.labels, IndexedFiles)
-        labels = replace(self.labels, paths=[self.labels.paths[row] for row in rows])
-        return replace(self, images=images.some(rows), labels=labels)
+        labels = replace(self.labels, paths=[self.labels.paths[row] for row in rows.tolist()])
+        return replace(self, images=images.some(rows.tolist()), labels=labels)
 
     def pixels(self, row: int) -> UInt8[Tensor, "3 height width"]:
         return decode(self.images.read(row))

@@ -22,11 +22,11 @@ from mls.data.listing import FileSource, locate, printable, show
 from mls.data.unreadable import MOST
 from mls.errors import ConfigError, DataError, reason
 from mls.eval.data import DataSet, LabelledImages, Layout, register
+from mls.eval.data.own import PARTS as PART_NAMES
 from mls.files import demand_pyarrow
 
 IMAGE = ("image", "path", "file", "filename", "file_name")  # names of the column that names the image; else the first
-PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-PARTS |= {"test": "test", "testing": "test"}
+PARTS = {word: part for part, words in PART_NAMES.items() for word in words}  # in the column split
 BLANK = 2  # of a cell; zero and blank become labels once the whole table is known
 VALUES = {"": BLANK, "nan": BLANK, "na": BLANK, "n/a": BLANK, "none": BLANK, "null": BLANK, "\u22121": -1}
 VALUES |= {"1": 1, "+1": 1, "1.0": 1, "true": 1, "0": 0, "0.0": 0, "-0.0": 0, "false": 0, "-1": -1, "-1.0": -1}

@@ -1,6 +1,6 @@
 """Faster R-CNN and Mask R-CNN of torchvision's parts, on a feature pyramid or on the fourth stage (C4), as detectron2
-is configured for self-supervised backbones: all layers are trained, heads have batch normalisation, RoIAlign is
-aligned. Losses that differ from torchvision's are in proposals.py and roi_heads.py."""
+is configured for self-supervised backbones, and on ViTDet's simple pyramid: all layers are trained, heads have batch
+normalisation, RoIAlign is aligned. Losses that differ from torchvision's are in proposals.py and roi_heads.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.models.detection.rpn import RPNHead
@@ -24,7 +25,7 @@ from mls.eval.dense.coco_ap import Detections
 from mls.eval.dense.proposals import Anchors, Proposals
 from mls.eval.dense.roi_heads import BoxHead, BoxPredictor, Heads, MaskPredictor
 from mls.eval.dense.schema import Detection, DetectorConfig
-from mls.eval.dense.trunk import Maps, Trunk
+from mls.eval.dense.trunk import Intermediates, Maps, Trunk, build_trunk
 from mls.eval.dense.views import ObjectTarget
 from mls.models.backbones import Backbone
 
@@ -54,7 +55,7 @@ class Detector(nn.Module):
         std: Sequence[float],
     ) -> None:
         super().__init__()
-        trunk, self.masks, data = Trunk(backbone), protocol.model.masks, protocol.data
+        trunk, self.masks, data = build_trunk(backbone), protocol.model.masks, protocol.data
         body, heads = PARTS[protocol.model.neck](trunk, protocol.model, classes)
         sizes = protocol.model.anchors
         anchors = Anchors([[size] for size in sizes] if protocol.model.neck == "fpn" else [sizes], body.strides)
@@ -110,12 +111,18 @@ class Detector(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid on all stages. One more level, by subsampling, if the settings have one more anchor."""
+    """A feature pyramid on all stages, or on a transformer's last map. One more level, by subsampling, if the settings
+    have one more anchor."""
 
-    def __init__(self, trunk: Trunk, settings: DetectorConfig) -> None:
+    def __init__(self, trunk: Trunk | Intermediates, settings: DetectorConfig) -> None:
         super().__init__()
         self.trunk, self.out_channels = trunk, settings.width
-        self.strides = list(trunk.strides.values())
+        patch, channels = list(trunk.strides.values())[-1], list(trunk.channels.values())
+        if trunk.plain and patch % 4:
+            raise ConfigError(
+                f"patches of {patch} pixels make no pyramid: choose a transformer with patches of 4, 8 or 16"
+            )
+        self.strides = [patch // 4, patch // 2, patch, 2 * patch] if trunk.plain else list(trunk.strides.values())
         self.divisor = self.strides[-1]  # of the padded sides: each map must be twice as large as the next
         levels, sizes = len(self.strides), len(settings.anchors)
         if sizes not in (levels, levels + 1):
@@ -124,14 +131,55 @@ class Pyramid(nn.Module):
                 f"{levels + 1} for one more level"
             )
         more = LastLevelMaxPool() if sizes > levels else None
-        channels = list(trunk.channels.values())
-        self.pyramid = FeaturePyramidNetwork(channels, settings.width, more, norm_layer=nn.BatchNorm2d)
+        self.pyramid: nn.Module = (
+            SimplePyramid(channels[-1], settings.width, more)
+            if trunk.plain
+            else FeaturePyramidNetwork(channels, settings.width, more, norm_layer=nn.BatchNorm2d)
+        )
         self.pooled = list(self.strides)  # boxes are not pooled from the subsampled level
         if more is not None:
             self.strides.append(2 * self.strides[-1])
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Maps:
         return self.pyramid(self.trunk(images))
+
+
+class SimplePyramid(nn.Module):
+    """Maps of a quarter, half, once and twice the stride of a transformer's last map (ViTDet,
+    https://arxiv.org/abs/2203.16527). The windows that ViTDet puts into most blocks to save memory on large images are
+    left out: the network stays as it was pretrained."""
+
+    def __init__(self, channels: int, width: int, more: LastLevelMaxPool | None) -> None:
+        super().__init__()
+        half, quarter, up = channels // 2, channels // 4, lambda i, o: nn.ConvTranspose2d(i, o, 2, stride=2)
+        scaled: list[tuple[int, list[nn.Module]]] = [
+            (quarter, [up(channels, half), _norm(half), nn.GELU(), up(half, quarter)]),
+            (half, [up(channels, half)]),
+            (channels, []),
+            (channels, [nn.MaxPool2d(2)]),
+        ]
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                *layers,
+                nn.Conv2d(inputs, width, 1, bias=False),
+                _norm(width),
+                nn.Conv2d(width, width, 3, padding=1, bias=False),
+                _norm(width),
+            )
+            for inputs, layers in scaled
+        )
+        self.more = more
+
+    def forward(self, maps: Maps) -> Maps:
+        last = list(maps.values())[-1]
+        found, names = [level(last) for level in self.levels], [str(number) for number in range(len(self.levels))]
+        if self.more is not None:
+            found, names = self.more(found, [last], names)
+        return dict(zip(names, found, strict=True))
+
+
+def _norm(channels: int) -> nn.Module:
+    return LayerNorm2d(channels, eps=1e-6)
 
 
 class FourthStage(nn.Module):
@@ -176,7 +224,7 @@ class Pool(nn.Module):
         return (wanted - first).clamp(0, len(self.strides) - 1).long()
 
 
-def _with_pyramid(trunk: Trunk, settings: DetectorConfig, classes: int) -> tuple[Pyramid, Heads]:
+def _with_pyramid(trunk: Trunk | Intermediates, settings: DetectorConfig, classes: int) -> tuple[Pyramid, Heads]:
     body, width = Pyramid(trunk, settings), settings.width
     parts = {}
     if settings.masks:
@@ -189,9 +237,11 @@ def _with_pyramid(trunk: Trunk, settings: DetectorConfig, classes: int) -> tuple
     return body, Heads(Pool(BOX_SIZE, body.pooled), box_head, predictor, **_box_settings(settings), **parts)
 
 
-def _with_res5(trunk: Trunk, settings: DetectorConfig, classes: int) -> tuple[FourthStage, Heads]:
+def _with_res5(trunk: Trunk | Intermediates, settings: DetectorConfig, classes: int) -> tuple[FourthStage, Heads]:
     """The head is the backbone's last stage on every proposal, then one more normalisation (detectron2's Res5ROIHeads,
     with the extra norm of MoCo's configuration)."""
+    if isinstance(trunk, Intermediates):
+        raise ConfigError(f"model.neck=c4 needs a ResNet, {type(trunk.network).__name__} is none: set model.neck=fpn")
     channels, last = trunk.channels[trunk.names[-1]], trunk.take_last()
     body, box_head = FourthStage(trunk), nn.Sequential(last, nn.BatchNorm2d(channels))
     masks = MaskPredictor(channels, settings.width, classes) if settings.masks else None

@@ -1,5 +1,5 @@
-"""The one training loop of the dense tasks, counted in steps: a network that gives losses, SGD, a schedule, exact
-resume, one process or several. What is trained is in detector.py and segmenter.py, what it sees in views.py."""
+"""The one training loop of the dense tasks, counted in steps: a network that gives losses, an optimizer, a schedule,
+exact resume, one process or several. What is trained is in detector.py and segmenter.py, what it sees in views.py."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from mls.errors import ConfigError, DivergedError
 from mls.eval.data.objects import ObjectImages
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import Dense, Schedule
+from mls.eval.dense.trunk import Intermediates, Trunk
 from mls.eval.dense.views import training_batches
 from mls.models.momentum import HALF, precision_on
+from mls.models.stages import stages, tokens
 from mls.progress import counting
 from mls.streams import derive
 
@@ -88,7 +90,7 @@ class DenseTraining:
     def train_step(self, batch: Sequence[tuple[Tensor, Any]]) -> dict[str, Tensor]:
         lr = self.schedule.lr * lr_share(self.schedule, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("share", 1.0)  # a state of before has none
         self.network.train()
         losses = self.losses(batch, self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -145,13 +147,23 @@ def format_losses(losses: dict[str, Tensor], step: int) -> dict[str, str]:
 
 
 def build_optimizer(schedule: Schedule, network: nn.Module) -> torch.optim.Optimizer:
-    """SGD; normalisation layers have their own weight decay."""
+    """SGD, where normalisation layers have their own weight decay; or AdamW, where biases, positions and tokens have it
+    as well."""
     norms = {id(p) for part in network.modules() if isinstance(part, _BatchNorm) for p in part.parameters()}
+    if schedule.optimizer == "adamw":
+        norms = tokens(network) | {id(p) for p in network.parameters() if p.ndim < 2}
     learning = [p for p in network.parameters() if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in learning if id(p) not in norms], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in learning if id(p) in norms], "weight_decay": schedule.norm_decay},
-    ]
+    trunks = [part for part in network.modules() if isinstance(part, Trunk | Intermediates)]
+    below = [stage for trunk in trunks for stage in reversed(stages(trunk))] if schedule.layer_decay < 1 else []
+    distance = {id(p): far for far, stage in enumerate(below, start=1) for p in stage}
+    groups: list[dict[str, Any]] = []
+    for far in range(len(below) + 1):
+        here, share = [p for p in learning if distance.get(id(p), 0) == far], schedule.layer_decay**far
+        for chosen, decay in ((False, schedule.weight_decay), (True, schedule.norm_decay)):
+            own = [p for p in here if (id(p) in norms) == chosen]
+            groups.append({"params": own, "weight_decay": decay, "share": share})
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(groups, schedule.lr)
     return torch.optim.SGD(groups, schedule.lr, momentum=schedule.momentum)
 
 

@@ -31,7 +31,7 @@ from mls.eval.dense.views import in_memory
 from mls.eval.images import unreadable
 from mls.frozen.features import cached_features, hash_of_weights
 from mls.frozen.untrained import with_batch_statistics
-from mls.models import weights_file
+from mls.models import is_untrained
 from mls.models.momentum import HALF, precision_on
 from mls.models.spatial import DenseFeatures, patches_of
 
@@ -109,7 +109,7 @@ class Extractor:
         self.network = DenseFeatures(backbone.to(self.device), settings.layer or None, settings.output_stride).eval()
         with torch.no_grad():
             self.grid = tuple(self.network(torch.zeros(1, 3, *self.size, device=self.device)).shape[2:])
-        if weights_file(weights) is None and not weights.startswith(("torchvision:", "timm:")):  # untrained
+        if is_untrained(weights):
             first = SquashedImages(train, self.size, settings.batch_size)
             count = min(len(first), -(-STATISTICS_IMAGES // settings.batch_size))
             with_batch_statistics(self.network, (self._images(first[number]) for number in range(count)))

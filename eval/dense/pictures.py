@@ -15,7 +15,7 @@ from mls.data.pictures import VOID
 from mls.eval.data.objects import ObjectImages, Objects, RunLengths
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.coco_ap import Detections
-from mls.files import atomic_file
+from mls.files import save_picture
 
 Pixels = UInt8[Tensor, "3 height width"]
 
@@ -45,9 +45,8 @@ def save(file: Path, images: ObjectImages | RegionImages, rows: Sequence[int], f
             views = [painted(pixels, one), painted(pixels, images.labels(row))]
             classes |= {*one.unique().tolist(), *images.labels(row).unique().tolist()} - {VOID}
         lines.append([scaled(pixels), *views])
-    with atomic_file(file, "free some, and run the same again") as out:
-        sheet = _table(lines, ["image", "found", "true"], [images.describe(row) for row in rows])
-        _with_legend(sheet, {images.class_names[i]: colour(i) for i in sorted(classes)}).save(out, "PNG")
+    sheet = _table(lines, ["image", "found", "true"], [images.describe(row) for row in rows])
+    save_picture(_with_legend(sheet, {images.class_names[i]: colour(i) for i in sorted(classes)}), file)
 
 
 def scaled(pixels: Pixels) -> Image.Image:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from mls import distributed
 from mls.config import AugmentConfig, ScenesConfig
 from mls.data.truth import AS_DETECTRON2
-from mls.data.unreadable import readable
 from mls.errors import DataError, command
 from mls.eval import data as data_sets
-from mls.eval.data import DataSet, LabelledImages, objects, regions
+from mls.eval.data import DataSet, objects, regions
 from mls.eval.data.content import content_hash
 from mls.eval.data.objects import ObjectImages
+from mls.eval.data.own import all_readable
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense.schema import Dense, Detection, FrozenDense
 from mls.eval.schema import DataSetConfig
@@ -103,18 +102,7 @@ def without_workers(data: DataSetConfig) -> Facts:
 def _load(facts: Facts) -> DataSet[Any]:
     name, root, check_sizes, scenes, most = facts
     found = SCENES[name](scenes) if name in SCENES else data_sets.build(name, root, check_sizes)
-    if data_sets.LAYOUTS[name].own:
-        parts = {part: _readable(getattr(found, part), most) for part in ("train", "test", "val")}
-        found = replace(found, **parts)
-    return found
-
-
-def _readable(images: Any, most: float) -> Any:
-    """One's own images without those that cannot be read."""
-    if images is None or isinstance(images, LabelledImages):
-        return images
-    rows = readable(images.images, range(len(images)), most, "data.max_unreadable")
-    return images if len(rows) == len(images) else images.some(rows)
+    return all_readable(found, most) if data_sets.LAYOUTS[name].own else found
 
 
 def content(protocol: Dense | FrozenDense) -> str:

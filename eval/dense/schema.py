@@ -19,14 +19,16 @@ class DenseData(DataSetConfig):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The training of both tasks: SGD, counted in steps."""
+    """The training of both tasks, counted in steps."""
 
     steps: int = positive(90000)
     batch_size: int = positive(16)  # images per step, of all processes together
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: float = positive(0.02)
+    layer_decay: float = limited(1.0, above=0, high=1)  # times lr, once for every stage between a layer and the heads
     momentum: float = share(0.9)
     weight_decay: float = zero_or_more(1e-4)
-    norm_decay: float = zero_or_more(0.0)  # the weight decay of normalisation layers
+    norm_decay: float = zero_or_more(0.0)  # of batch normalisation; with adamw of all norms, biases, positions, tokens
     schedule: Literal["steps", "poly"] = "steps"  # poly: lr * (1 - step / steps) ** power
     falls: list[int] = limited([60000, 80000], above=0, empty=True)  # the rate is multiplied by 0.1 after each
     power: float = zero_or_more(0.9)
@@ -227,6 +229,11 @@ def check(protocol: Dense) -> None:
     if training.schedule == "steps" and any(fall >= training.steps for fall in training.falls):
         raise ConfigError(
             f"training.falls {training.falls} lie behind the {training.steps} steps of training: scale them as well"
+        )
+    if protocol.backend != "torchvision" and (training.optimizer, training.layer_decay) != ("sgd", 1.0):
+        raise ConfigError(
+            f"backend={protocol.backend} trains with SGD and one rate: set training.optimizer=sgd and "
+            "training.layer_decay=1, or backend=torchvision"
         )
     if isinstance(protocol, Detection) and protocol.backend == "detectron2":
         _check_detectron2(protocol)

@@ -1,5 +1,5 @@
-"""A dilated backbone, a head and an auxiliary FCN (mmsegmentation's EncoderDecoder): images to losses in training, to a
-class for every pixel in the test."""
+"""A backbone, dilated where it has stages, a head and an auxiliary FCN (mmsegmentation's EncoderDecoder): images to
+losses in training, to a class for every pixel in the test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mls.data.pictures import VOID
 from mls.eval.dense.heads import FCN, PSPNet, resized
 from mls.eval.dense.psanet import PSANet
 from mls.eval.dense.schema import Segmentation, SegmenterConfig
-from mls.eval.dense.trunk import Trunk
+from mls.eval.dense.trunk import build_trunk
 from mls.eval.dense.views import fitting
 from mls.models.backbones import Backbone
 
@@ -42,8 +42,8 @@ class Segmenter(nn.Module):
         super().__init__()
         settings = protocol.model
         self.data, self.classes, self.settings = protocol.data, classes, settings
-        self.trunk = Trunk(backbone, settings.output_stride)
-        self.last, self.before = self.trunk.names[-1], self.trunk.names[-2]
+        self.trunk = build_trunk(backbone, settings.output_stride)
+        self.last, self.before = self.trunk.names[-1], self.trunk.names[-2:][0]
         self.head = HEADS[settings.head](self.trunk.channels[self.last], settings, classes)
         width, channels = settings.auxiliary_width, self.trunk.channels[self.before]
         self.auxiliary = FCN(channels, width, classes, settings.dropout, convolutions=1)

@@ -1,17 +1,18 @@
-"""The feature maps of a backbone's stages, dilated for a smaller output stride. The modules are the backbone's own,
-with its pretrained weights."""
+"""The feature maps of a backbone's stages, dilated for a smaller output stride: of ResNets, and of what timm gives with
+`features_only`. The modules are the backbone's own, with its pretrained weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mls.errors import ConfigError
+from mls.errors import ConfigError, reason
 from mls.models.backbones import Backbone
-from mls.models.spatial import dilate
+from mls.models.spatial import dilate, dilated
 
 Maps = dict[str, Float[Tensor, "batch channels height width"]]
 
@@ -27,6 +28,8 @@ class Trunk(nn.Module):
     ({'layer1': 32, 'layer2': 64, 'layer3': 128}, {'layer1': 2, 'layer2': 4, 'layer3': 8})
     """
 
+    plain = False
+
     def __init__(self, backbone: Backbone, output_stride: int | None = None) -> None:
         """`output_stride`: stages with a larger stride are dilated."""
         super().__init__()
@@ -35,7 +38,7 @@ class Trunk(nn.Module):
         if len(self.names) < 2 or not {"conv1", "bn1"} <= parts.keys():
             raise ConfigError(
                 f"{type(backbone).__name__} has no stages layer1, layer2 ... behind conv1 and bn1: detection and "
-                "segmentation need a ResNet, such as resnet50, resnet_tiny or timm:resnet50"
+                "segmentation need a ResNet, such as resnet50 or resnet_tiny, or a network of timm with stages or tokens"
             )
         self.conv1, self.bn1 = parts["conv1"], parts["bn1"]
         self.maxpool = parts.get("maxpool", nn.Identity())
@@ -60,12 +63,54 @@ class Trunk(nn.Module):
         return last
 
 
+class Intermediates(nn.Module):
+    """A network of timm: the last four stages of one that has stages, as `features_only` gives them; of a transformer
+    without, tokens as maps, behind three quarters of its blocks and behind the last (`plain`), both normalised. Its
+    attention is over the whole image, and its positions are interpolated."""
+
+    def __init__(self, backbone: Any, output_stride: int | None = None) -> None:
+        super().__init__()
+        strides, kind = [stage["reduction"] for stage in backbone.feature_info], type(backbone).__name__
+        self.plain, count = len(set(strides)) == 1, len(strides)
+        if output_stride is not None and output_stride < strides[-1]:
+            try:
+                backbone = dilated(backbone, output_stride)
+            except ConfigError:
+                own = f"{kind} cannot be dilated, its last map has a stride of {strides[-1]}"
+                raise ConfigError(f"{own}: set model.output_stride={strides[-1]}") from None
+        self.network = backbone
+        self.taken = sorted({3 * count // 4 - 1, count - 1} - {-1}) if self.plain else list(range(count))[-4:]
+        backbone.prune_intermediate_layers(self.taken, prune_norm=not self.plain)  # what maps do not pass through
+        self.names = (
+            [f"block{block}" for block in self.taken] if self.plain else [f"stage{stage}" for stage in self.taken]
+        )
+        try:
+            self.channels, self.strides = _measure(self)
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError(
+                f"{kind} takes images of one size alone ({reason(error)}): choose another backbone"
+            ) from None
+        if self.plain:
+            self.strides = dict.fromkeys(self.names, strides[-1])
+
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Maps:
+        options = {"indices": self.taken, "norm": self.plain, "intermediates_only": True}
+        return dict(zip(self.names, self.network.forward_intermediates(images, **options), strict=True))
+
+
+def build_trunk(backbone: Any, output_stride: int | None = None) -> Trunk | Intermediates:
+    resnet = {"conv1", "bn1", "layer1", "layer2"} <= dict(backbone.named_children()).keys()
+    if not resnet and hasattr(backbone, "prune_intermediate_layers") and hasattr(backbone, "feature_info"):
+        return Intermediates(backbone, output_stride)
+    return Trunk(backbone, output_stride)
+
+
 @torch.no_grad()
-def _measure(trunk: Trunk) -> tuple[Mapping[str, int], Mapping[str, int]]:
+def _measure(trunk: Trunk | Intermediates) -> tuple[Mapping[str, int], Mapping[str, int]]:
     """The channels of each stage, and its stride in pixels of the image."""
     training, size = trunk.training, 64
     device = next(trunk.parameters()).device
-    maps = trunk.eval()(torch.zeros(1, 3, size, size, device=device))
+    maps = trunk.eval()(torch.zeros(1, 3, size, 2 * size, device=device))
     trunk.train(training)
     channels = {name: one.shape[1] for name, one in maps.items()}
     return channels, {name: size // one.shape[2] for name, one in maps.items()}

@@ -4,7 +4,6 @@ its checkpoints, of a file only what it is."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from mls.config import Config, MLSOptions
 from mls.core.matching import Matches
 from mls.core.neighbour_lists import NeighbourLists
-from mls.core.regions import RegionEncoder, Tell, most_alike, neighbours_of_all
+from mls.core.regions import RegionEncoder, Tell, due, most_alike, neighbours_of_all
 from mls.data import Source
 from mls.data.loader import worker_count
 from mls.data.sources import hash_of_images
@@ -43,20 +42,16 @@ class RegionLabels:
             self.least = self.lists.least(average)
         return self.lists.among(queries, rows, self.objective.k, self.least)
 
-    def due(self, step: int, steps_per_epoch: int) -> bool:
-        since = step - 1 - math.floor(self.objective.warmup_epochs * steps_per_epoch)
-        every = self.options.every_epochs * steps_per_epoch
-        return self.file is None and (since == 0 or (since > 0 and every > 0 and since % every == 0))
-
     def refresh(
         self, backbone: Backbone, source: Source, step: int, steps_per_epoch: int, tell: Tell
     ) -> dict[str, float]:
         self.check(source)
-        if not self.due(step, steps_per_epoch):
+        warmup, every = self.objective.warmup_epochs, self.options.every_epochs
+        if self.file is not None or not due(step, steps_per_epoch, warmup, every):
             return {}
         augment, workers = self.config.augment, worker_count(self.config.data.workers)
         encoder = RegionEncoder.fitted(backbone, source, augment, self.options, self.device, self.precision, workers)
-        found, features = neighbours_of_all(encoder, source, tell)
+        found, features = neighbours_of_all(encoder, source, self.options, tell)
         before, self.least = self.lists, None
         identity = {"step": step, "images": self.images}
         self.lists = NeighbourLists.of(found, identity, most_alike(features, found.indices))

@@ -5,6 +5,7 @@ match by layout; windows cannot. Exact, with no more than BUDGET products at a t
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mls.chunks import chunks, rows_within, spaced
-from mls.config import AugmentConfig, RegionsConfig
+from mls.config import AugmentConfig, GridConfig, RegionsConfig
 from mls.core.matching import Matches, merge
 from mls.data import Source
 from mls.data.augment import normalise
@@ -37,7 +38,7 @@ RIDGE = 1e-3  # of the largest variance, added to all before whitening
 Tell = Callable[[str, int, int], None]  # what is worked out, for how many images, of how many
 
 
-def region_boxes(height: int, width: int, options: RegionsConfig) -> list[Box]:
+def region_boxes(height: int, width: int, options: GridConfig) -> list[Box]:
     """Square windows, evenly spread, row by row.
 
     >>> region_boxes(32, 48, RegionsConfig(grid=2, side=0.5))
@@ -52,7 +53,7 @@ class RegionWindows(Dataset["UInt8[Tensor, 'windows 3 size size'] | UserError"])
     """Item i is all windows of the i-th batch of the images `ids`. Of an image that cannot be read they are black: a
     training puts another image in its place, so its neighbours are never asked for."""
 
-    def __init__(self, source: Source, ids: Sequence[int], options: RegionsConfig) -> None:
+    def __init__(self, source: Source, ids: Sequence[int], options: GridConfig) -> None:
         self.source, self.ids, self.options = source, ids, options
 
     def __len__(self) -> int:
@@ -87,7 +88,7 @@ class RegionEncoder:
     network: nn.Module
     whole: nn.Module  # the same, with the statistics of its training: for whole images
     augment: AugmentConfig
-    options: RegionsConfig
+    options: GridConfig
     device: torch.device
     workers: int
     mean: Float[Tensor, "features"]
@@ -100,7 +101,7 @@ class RegionEncoder:
         backbone: Backbone,
         source: Source,
         augment: AugmentConfig,
-        options: RegionsConfig,
+        options: GridConfig,
         device: torch.device,
         precision: Precision = "fp32",
         workers: int = 0,
@@ -109,7 +110,7 @@ class RegionEncoder:
         whole images, or of both."""
         copied = lambda: Encoder(copy.deepcopy(backbone), nn.Identity(), precision).to(device)
         network = copied()
-        whole = copied().eval() if options.novelty else network
+        whole = copied().eval() if isinstance(options, RegionsConfig) and options.novelty else network
         encoder = cls(
             network, whole, augment, options, device, workers, torch.zeros(backbone.feature_dim, device=device)
         )
@@ -132,7 +133,7 @@ class RegionEncoder:
         return self._through(self.network, source, ids, self.options)
 
     def _through(
-        self, network: nn.Module, source: Source, ids: Sequence[int], options: RegionsConfig
+        self, network: nn.Module, source: Source, ids: Sequence[int], options: GridConfig
     ) -> Iterator[Float[Tensor, "windows features"]]:
         grey = self.augment.grey == 1  # then it has never seen a colour
         for windows in in_workers(RegionWindows(source, ids, options), self.workers):
@@ -223,22 +224,36 @@ def relative_spread(features: Float[Tensor, "images regions dim"], whole: Float[
     return float((scores.std(dim=1) / (whole[some] @ whole[others].T).std(dim=1)).mean())
 
 
-def neighbours_of_all(
+def features_of_all(
     encoder: RegionEncoder, source: Source, tell: Tell
+) -> tuple[Float[Tensor, "images regions dim"], Int64[Tensor, "share"]]:
+    """Each process works out its share; and which images these are, the last ones maybe repeated."""
+    share = -(-len(source) // world())
+    own = torch.arange(rank() * share, (rank() + 1) * share).clamp(max=len(source) - 1)
+    (features,) = gather([encoder(source, own.tolist(), tell)])
+    return features[: len(source)], own
+
+
+def neighbours_of_all(
+    encoder: RegionEncoder, source: Source, options: RegionsConfig, tell: Tell
 ) -> tuple[Matches, Float[Tensor, "images regions dim"]]:
     """For each image of a data set those of the highest score; and the features of all. Each process does its share."""
     images = len(source)
-    share = -(-images // world())
-    own = torch.arange(rank() * share, (rank() + 1) * share).clamp(max=images - 1)  # the last ones maybe repeated
-    (features,) = gather([encoder(source, own.tolist(), tell)])
-    count, whole, weight = min(encoder.options.neighbours, images - 1), None, 0.0
-    if encoder.options.novelty:
+    features, own = features_of_all(encoder, source, tell)
+    count, whole, weight = min(options.neighbours, images - 1), None, 0.0
+    if options.novelty:
         (whole,) = gather([encoder.whole_images(source, own.tolist())])
-        weight = encoder.options.novelty * relative_spread(features[:images], whole[:images])
         whole = whole[:images]
-    found = nearest_images(features[:images], own.to(features.device), count, tell, whole, weight)
+        weight = options.novelty * relative_spread(features, whole)
+    found = nearest_images(features, own.to(features.device), count, tell, whole, weight)
     indices, scores = gather([found.indices, found.scores])
-    return Matches(indices[:images], scores[:images]), features[:images]
+    return Matches(indices[:images], scores[:images]), features
+
+
+def due(step: int, steps_per_epoch: int, warmup_epochs: float, every_epochs: int) -> bool:
+    """Is it the step of the warm-up's end, or one of those after it at which all images are gone through anew?"""
+    since, every = step - 1 - math.floor(warmup_epochs * steps_per_epoch), every_epochs * steps_per_epoch
+    return since == 0 or (since > 0 and every > 0 and since % every == 0)
 
 
 def most_alike(
@@ -266,6 +281,6 @@ def best_pairs(
     return sorted(mutual, key=lambda pair: -pair[2])[:count]
 
 
-def box_shares(height: int, width: int, options: RegionsConfig) -> list[tuple[float, float, float, float]]:
+def box_shares(height: int, width: int, options: GridConfig) -> list[tuple[float, float, float, float]]:
     """The windows as x0 y0 x1 y1 in shares of the image's width and height."""
     return [shares(box, height, width) for box in region_boxes(height, width, options)]

@@ -127,7 +127,7 @@ class Augment:
     ) -> None:
         size = rows_within(CACHE, crops[0].numel()) if self.device.type == "cpu" else len(crops)
         for rows in chunks(len(crops), size):
-            views[rows] = _standardise(apply(_float(crops[rows]), parameters[rows], self.config), self.config)
+            views[rows] = standardise(apply(to_float(crops[rows]), parameters[rows], self.config), self.config)
 
 
 def normalise(
@@ -137,8 +137,8 @@ def normalise(
     grey: bool = False,
 ) -> Float[Tensor, "batch 3 height width"]:
     """Images as a backbone expects them, without augmentation; `grey`: without their colours."""
-    pixels = _float(images.to(device, non_blocking=True))
-    return _standardise(_luminance(pixels).repeat(1, 3, 1, 1) if grey else pixels, config)
+    pixels = to_float(images.to(device, non_blocking=True))
+    return standardise(luminance(pixels).repeat(1, 3, 1, 1) if grey else pixels, config)
 
 
 def draw(config: AugmentConfig, seed: int, epoch: int, ids: NDArray[np.int64], view: int) -> Parameters:
@@ -192,7 +192,7 @@ def apply(
 
 def _jitter(images: Tensor, parameters: Parameters) -> Tensor:
     """Each sample's four operations in its own order, one slot after the other. All but hue are 3 × 3 matrices."""
-    matrices, towards_mean = _colour_matrices(parameters)
+    matrices, towards_mean = colour_matrices(parameters)
     matrices = matrices.to(images.device, non_blocking=True)[..., None, None]  # batch slot out in 1 1
     to_mean = towards_mean.to(images.device, non_blocking=True)[..., None, None, None]
     for slot in range(len(OPERATIONS)):
@@ -200,7 +200,7 @@ def _jitter(images: Tensor, parameters: Parameters) -> Tensor:
         mixed = images[:, 0:1] * matrix[:, :, 0]
         mixed.addcmul_(images[:, 1:2], matrix[:, :, 1]).addcmul_(images[:, 2:3], matrix[:, :, 2])
         if towards_mean[:, slot].any():
-            mixed += to_mean[:, slot] * _luminance(images.mean(dim=(2, 3), keepdim=True))
+            mixed += to_mean[:, slot] * luminance(images.mean(dim=(2, 3), keepdim=True))
         images = mixed.clamp_(0, 1)
         rows = (parameters.order[:, slot] == OPERATIONS.index("hue")).nonzero()[:, 0]
         if len(rows) > 0:
@@ -209,7 +209,7 @@ def _jitter(images: Tensor, parameters: Parameters) -> Tensor:
     return images
 
 
-def _colour_matrices(parameters: Parameters) -> tuple[Float[Tensor, "batch 4 3 3"], Float[Tensor, "batch 4"]]:
+def colour_matrices(parameters: Parameters) -> tuple[Float[Tensor, "batch 4 3 3"], Float[Tensor, "batch 4"]]:
     """For each slot a 3 × 3 matrix (hue: the identity), and the share of the image's mean grey to be added."""
     brightness, contrast, saturation = (
         factor[:, None, None] for factor in (parameters.brightness, parameters.contrast, parameters.saturation)
@@ -246,28 +246,33 @@ def turn_hue(
     for channel, peak in enumerate((0, 2, 4)):  # where on the circle of six the channel is the brightest
         far = sextant - (peak + 3)  # from the sextant where it is the darkest
         far.sub_((far / 6).round_(), alpha=6).abs_().neg_().add_(2).clamp_(0, 1)
-        torch.sub(high, far.mul_(chroma), out=turned[:, channel])
+        turned[:, channel] = high - far.mul_(chroma)
     return turned
 
 
 def _grey(images: Tensor, parameters: Parameters) -> Tensor:
-    return _luminance(images).expand_as(images)
+    return luminance(images).expand_as(images)
 
 
-def _luminance(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1 height width"]:
+def luminance(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1 height width"]:
     red, green, blue = images.split(1, dim=1)
     return (red * GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
 
 
 def _blur(images: Tensor, parameters: Parameters, radius: int) -> Tensor:
+    weights = blur_weights(parameters.sigma, radius)
+    radius = int(weights.any(dim=0).sum()) - 1
+    weights = weights.to(images.device, non_blocking=True)[:, :, None, None, None]
+    images = smooth(pad(images, (radius, radius, 0, 0), mode="reflect"), weights, radius, dim=3)
+    return smooth(pad(images, (0, 0, radius, radius), mode="reflect"), weights, radius, dim=2)
+
+
+def blur_weights(sigma: Float[Tensor, "batch"], radius: int) -> Float[Tensor, "batch taps"]:
+    """Of the middle and of each distance from it, in one direction."""
     distance = torch.arange(radius + 1, dtype=torch.float64)
-    kernel = torch.exp(-0.5 * (distance / parameters.sigma.double()[:, None]) ** 2)
+    kernel = torch.exp(-0.5 * (distance / sigma.double()[:, None]) ** 2)
     kernel[kernel < FAINT] = 0  # exactly, so that it does not matter who else in the batch is blurred more
-    radius = int(kernel.any(dim=0).sum()) - 1
-    kernel /= 2 * kernel.sum(dim=1, keepdim=True) - 1
-    weights = kernel.float().to(images.device, non_blocking=True)[:, :, None, None, None]
-    images = _smooth(pad(images, (radius, radius, 0, 0), mode="reflect"), weights, radius, dim=3)
-    return _smooth(pad(images, (0, 0, radius, radius), mode="reflect"), weights, radius, dim=2)
+    return (kernel / (2 * kernel.sum(dim=1, keepdim=True) - 1)).float()
 
 
 def blur_radius(config: AugmentConfig, height: int, width: int) -> int:
@@ -275,7 +280,7 @@ def blur_radius(config: AugmentConfig, height: int, width: int) -> int:
     return min(math.ceil(3 * config.blur_sigma[1]), height - 1, width - 1)
 
 
-def _smooth(padded: Tensor, weights: Float[Tensor, "batch taps 1 1 1"], radius: int, dim: int) -> Tensor:
+def smooth(padded: Tensor, weights: Float[Tensor, "batch taps 1 1 1"], radius: int, dim: int) -> Tensor:
     """The weighted sum over neighbours in one direction."""
     length = padded.shape[dim] - 2 * radius
     out = padded.narrow(dim, radius, length) * weights[:, 0]
@@ -291,17 +296,21 @@ def _flip(images: Tensor, parameters: Parameters) -> Tensor:
 
 def _noise(images: Tensor, parameters: Parameters) -> Tensor:
     deviation = parameters.noise.to(images.device, non_blocking=True)[:, None, None, None]
-    bell = hashed_bell(parameters.noise_key.to(images.device, non_blocking=True), images[0].numel())
-    return (images + deviation * bell.view(images.shape)).clamp_(0, 1)
+    noise = hashed_bell(parameters.noise_key.to(images.device, non_blocking=True), images[0].numel())
+    return (images + deviation * noise.view(images.shape)).clamp_(0, 1)
 
 
 def hashed_bell(keys: Int64[Tensor, "batch"], count: int) -> Float[Tensor, "batch count"]:
-    """`count` numbers for each key, near to normal: mean 0, deviation 1, at most 4.9.
+    """`count` numbers for each key, near to normal: mean 0, deviation 1, at most 4.9."""
+    return bell(keys[:, None] + hash_steps(count, keys.device))
 
-    The bytes of a hash (streams.uniforms' splitmix64) are summed: integers, so a GPU gives the same bits as a CPU.
-    """
-    steps = torch.arange(1, count + 1, device=keys.device) * _signed(0x9E3779B97F4A7C15)
-    x = keys[:, None] + steps
+
+def hash_steps(count: int, device: torch.device) -> Int64[Tensor, "count"]:
+    return torch.arange(1, count + 1, device=device) * _signed(0x9E3779B97F4A7C15)
+
+
+def bell(x: Int64[Tensor, "batch count"]) -> Float[Tensor, "batch count"]:
+    """The bytes of a hash (streams.uniforms' splitmix64), summed: integers, so a GPU gives the same bits as a CPU."""
     x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
     x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
     x = x ^ _shift(x, 31)
@@ -319,11 +328,11 @@ def _signed(bits: int) -> int:
     return bits - (1 << 64) if bits >> 63 else bits
 
 
-def _float(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+def to_float(images: UInt8[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
     return images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def _standardise(images: Float[Tensor, "batch 3 height width"], config: AugmentConfig) -> Tensor:
+def standardise(images: Float[Tensor, "batch 3 height width"], config: AugmentConfig) -> Tensor:
     for channel, (mean, std) in enumerate(zip(config.mean, config.std, strict=True)):
         images[:, channel].sub_(mean).div_(std)  # numbers, not tensors: nothing to copy to a GPU
     return images

@@ -91,6 +91,9 @@ def _loaded(root: str, split: str | None) -> Any:
             "data set that can be downloaded here"
         ) from None
     if not isinstance(found, dict):
+        if split is not None and str(found.split) != split:
+            of = f"of the split {found.split}" if found.split is not None else "without a split's name"
+            raise DataError(f"{show(root)} holds one table {of}: leave out data.annotations={split}")
         return found
     chosen = split or "train"
     if chosen not in found:

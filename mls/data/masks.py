@@ -82,24 +82,31 @@ def classes_of(root: Path) -> tuple[dict[int, str], tuple[int, ...]]:
         )
     if file.suffix == ".txt":
         lines = [printable(line.strip()) for line in file.read_bytes().splitlines()]
-        names: Any = [line for line in lines if line]
-        void: Any = VOID
+        content: Any = {"names": [line for line in lines if line]}
     else:
         content = yaml_files.read(file, numbered=True)[0]
-        content = content if isinstance(content, Mapping) else {}
-        names, void = content.get("names"), content.get("void", VOID)
-    numbered = dict(enumerate(names)) if isinstance(names, list) else names
+    numbered = numbered_names(content, file, ", and `void: 255`, a number or several")
+    void = content.get("void", VOID)
     voids = void if isinstance(void, list) else [void]
-    numbers = [*numbered, *voids] if isinstance(numbered, Mapping) else []
-    if not numbers or not numbered or not all(type(number) is int and 0 <= number < 1 << 16 for number in numbers):
-        raise DataError(
-            f"{show(file)} has no list of classes: write `names: [road, tree]` in the order of their numbers, or "
-            "`names: {7: road, 8: tree}`, and `void: 255`, a number or several"
-        )
-    numbered = {number: str(name) for number, name in sorted(numbered.items()) if number not in voids}
+    if not all(type(number) is int and 0 <= number < 1 << 16 for number in voids):
+        raise DataError(f"{show(file)} says void: {void}: write `void: 255`, a number or a list of numbers")
+    numbered = {number: name for number, name in numbered.items() if number not in voids}
     if len(numbered) > VOID:
         raise DataError(f"{show(file)} has {len(numbered)} classes: at most {VOID} are read, so join some")
     return numbered, tuple(voids)
+
+
+def numbered_names(content: Any, file: Path, more: str = "") -> dict[int, str]:
+    """The number of each class in the labels, and its name, by number, as `names` in a YAML file says."""
+    names = content.get("names") if isinstance(content, Mapping) else None
+    numbered = dict(enumerate(names)) if isinstance(names, list) else names
+    whole = isinstance(numbered, Mapping) and all(type(number) is int and 0 <= number < 1 << 16 for number in numbered)
+    if not whole or not numbered:
+        raise DataError(
+            f"{show(file)} has no names of classes: write `names: [cat, dog]` in the order of their numbers, or "
+            f"`names: {{7: cat, 8: dog}}`{more}"
+        )
+    return {number: str(name) for number, name in sorted(numbered.items())}
 
 
 def masks_beside(folder: Path, paths: Sequence[Path]) -> IndexedFiles:

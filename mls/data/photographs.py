@@ -3,6 +3,7 @@ under FOLDER/train and FOLDER/test. They stay where they are; a part of them is 
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def photographs(folder: str, split: str) -> Instances:
     ]
     glyphs = torch.stack([_read(source, number) for numbers in chosen for number in numbers.tolist()])
     counts = torch.tensor([len(numbers) for numbers in chosen])
-    return Instances(glyphs, torch.cat(chosen), counts.cumsum(0) - counts, counts, tuple(names))
+    numbers = torch.cat(chosen)
+    made_of = hashlib.sha256(b"\0".join(source.relative_paths[number] for number in numbers.tolist())).hexdigest()[:16]
+    return Instances(glyphs, numbers, counts.cumsum(0) - counts, counts, tuple(names), made_of)
 
 
 def _of_classes(folder: Path) -> FileSource:

@@ -107,6 +107,7 @@ class Instances:
     starts: Int64[Tensor, " classes"]  # where each class begins
     counts: Int64[Tensor, " classes"]
     names: tuple[str, ...] = tuple(CLASS_NAMES)
+    made_of: str | None = None  # a hash of the names of photographs
 
 
 @cache
@@ -192,13 +193,22 @@ def scene_chunks(
 
 def scenes_of(config: ScenesConfig, split: str, masks: bool = False) -> tuple[Scenes, tuple[str, ...]]:
     """The scenes of a configuration and the names of their classes."""
-    instances, style = digits(split), STYLES[config.style]
-    if config.objects is not None:
-        from mls.data.photographs import photographs
-
-        instances, style = photographs(config.objects, split), PHOTOGRAPHS
+    instances, style = instances_of(config, split), PHOTOGRAPHS if config.objects else STYLES[config.style]
     count = config.count if split == "train" else config.test_count
     return make_scenes(count, split, config.size, config.seed, style, masks, instances), instances.names
+
+
+def instances_of(config: ScenesConfig, split: str) -> Instances:
+    if config.objects is None:
+        return digits(split)
+    if config.style != "standard":
+        raise DataError(
+            f"data.scenes.style={config.style} is a style of digits, and photographs have their own: leave it out, or "
+            "data.scenes.objects"
+        )
+    from mls.data.photographs import photographs
+
+    return photographs(config.objects, split)
 
 
 class ScenesSource:
@@ -212,6 +222,7 @@ class ScenesSource:
         self.scenes, names = scenes_of(config, split, masks)
         self.class_names = list(names)
         self.labels = self.scenes.labels
+        self.made_of = instances_of(config, split).made_of
 
     def __len__(self) -> int:
         return len(self.scenes)

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from jaxtyping import UInt8
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mls.data import Source
-from mls.data.decode import Encoded, UnreadableImage
+from mls.data.decode import Encoded, UnreadableImage, decode
 from mls.data.loader import cores, in_workers
 from mls.data.sources import hash_of_images
 from mls.errors import DataError, reason
@@ -52,10 +54,16 @@ class Unreadable:
                 with open(self.file, "a", errors="surrogateescape") as file:
                     file.write(words + "\n")
             self.say(f"skipped an image that cannot be read: {words}")
+        where = f"listed in {self.file}" if self.file is not None else "`mls data check` lists them"
+        if self.found and len(self.found) == self.of:
+            raise DataError(f"none of the images can be read, of which there are {self.of} ({where}): repair them")
         if len(self.found) > self.limit:
-            where = f"listed in {self.file}" if self.file is not None else "`mls data check` lists them"
             more = f", or raise {self.key}" if self.key else ""
             raise DataError(f"{len(self.found)} of {self.of} images cannot be read ({where}): repair them{more}")
+
+    def others(self, images: Sequence[int]) -> list[int]:
+        """The places in `images` of those that can be read."""
+        return [place for place, image in enumerate(images) if image not in self.found]
 
     @property
     def limit(self) -> float:
@@ -96,9 +104,18 @@ def readable(
     """The places in `images` of those that can be read; the others are named."""
     unreadable = Unreadable(len(images), most, key=key)
     unreadable.note(unreadable_in(source, images, quiet))
-    if images and len(unreadable.found) == len(images):
-        raise DataError(f"{source.name}: none of its images can be read ({len(images)}): repair them")
-    return [place for place, image in enumerate(images) if image not in unreadable.found]
+    return unreadable.others(images)
+
+
+def decoded(source: Source, images: Sequence[int], unreadable: Unreadable) -> dict[int, UInt8[Tensor, "3 _ _"]]:
+    """Those of `images` that can be read, by number; the others are noted."""
+    found = {}
+    for image in images:
+        try:
+            found[image] = decode(source.read(image))
+        except (UnreadableImage, OSError) as error:
+            unreadable.note([(image, f"{source.describe(image)}: {reason(error)}")])
+    return found
 
 
 class _Chunks(Dataset[list[tuple[int, str]]]):

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
 
 from mls.chunks import power_of_two
-from mls.config import Config, MLSOptions, MoCoOptions, runs_root
+from mls.config import Config, MLSOptions, MoCoOptions, WordsOptions, runs_root
 from mls.core import methods
 from mls.core.method import Method
 from mls.core.products import ENTRIES
@@ -24,6 +25,7 @@ from mls.data.loader import whole_batches
 from mls.engine.optim import scaled_lr
 from mls.models import backbones
 from mls.models.momentum import precision_on
+from mls.models.stages import blocks
 from mls.streams import initialisation
 
 Level = Literal["fine", "warning", "fails"]
@@ -255,9 +257,10 @@ def _warmup(plan: Plan) -> Iterator[Finding]:
         yield Finding("warm-up", "fails", words, f"optim.warmup_epochs={optim.epochs // 10}")
     elif optim.warmup_epochs:
         yield Finding("warm-up", "fine", f"{optim.warmup_epochs:g} of {optim.epochs} epochs")
-    if not isinstance(options, MLSOptions) or not options.weight:
+    if not isinstance(options, (MLSOptions, WordsOptions)) or not options.weight:
         return
-    first = 1 + max(ceil(options.k / plan.config.data.batch_size), int(options.warmup_epochs * plan.steps_per_epoch))
+    filled = ceil(options.k / plan.config.data.batch_size) if isinstance(options, MLSOptions) else 0
+    first = 1 + max(filled, int(options.warmup_epochs * plan.steps_per_epoch))
     words = f"joins InfoNCE at step {first:,} of {plan.total:,}"
     if first > plan.total:
         late = options.warmup_epochs * plan.steps_per_epoch >= plan.total
@@ -271,34 +274,61 @@ def _warmup(plan: Plan) -> Iterator[Finding]:
 # -------------------------------------------------------------------------------------------------------- the machine
 
 
+class _Kept:
+    """What autograd saves of a network's passes, by storage: `None` stands for all that is outside of these blocks, and
+    for what they take in."""
+
+    def __init__(self, network: nn.Module, blocks: list[nn.Module]) -> None:
+        self.weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+        self.found: dict[nn.Module | None, dict[int, Tensor]] = {None: {}}
+        self.block: nn.Module | None = None
+        for block in blocks:
+            block.register_forward_pre_hook(self.enter)
+            block.register_forward_hook(lambda *_: setattr(self, "block", None))
+
+    def enter(self, block: nn.Module, given: tuple[Tensor, ...]) -> None:
+        self.keep(given[0])
+        self.block = block
+
+    def keep(self, saved: Tensor) -> Tensor:
+        key = saved.untyped_storage()._cdata
+        if key not in self.weights:  # held, so that no storage gets the name of another
+            self.found.setdefault(self.block, {})[key] = saved
+        return saved
+
+    @property
+    def most(self) -> int:
+        """Bytes outside of the blocks, and inside of the largest."""
+        outside = self.found.pop(None)
+        size = lambda tensors: sum(one.untyped_storage().nbytes() for one in tensors)
+        inside = [size(one for key, one in block.items() if key not in outside) for block in self.found.values()]
+        return size(outside.values()) + max(inside, default=0)
+
+
 def kept_of_image(config: Config, half: bool) -> int:
     """Bytes that the backward pass through the backbone keeps of one image: the tensors that autograd saves, counted on
-    torch's meta device, where a tensor has a size and no values. 0: the network cannot be counted so.
+    torch's meta device, where a tensor has a size and no values. With engine.checkpointing it is what blocks take in,
+    and what the largest of them keeps while it is computed again. 0: the network cannot be counted so.
 
     >>> round(kept_of_image(Config(), half=True) / 2**20)  # ResNet-50, 224 pixels
     42
+    >>> round(kept_of_image(Config(engine=EngineConfig(checkpointing=True)), half=True) / 2**20)
+    0
     """
     dtype = torch.bfloat16 if half else torch.float32
-    found: dict[int, Tensor] = {}
     sizes = [config.augment.size, *[config.augment.small_size] * config.augment.small_crops]
     if isinstance(config.objective, MoCoOptions):
         sizes += [config.objective.windows.size] * config.objective.windows.count
     try:
         with torch.device("meta"), initialisation(0):
             network = backbones.build(config.model.backbone).to(dtype).train()
-            weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-
-        def keep(saved: Tensor) -> Tensor:
-            found[saved.untyped_storage()._cdata] = saved  # held, so that no storage gets the name of another
-            return saved
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        kept = _Kept(network, blocks(network) if config.engine.checkpointing else [])
+        with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda saved: saved):
             for size in sizes:
                 network(torch.empty(2, 3, size, size, dtype=dtype, device="meta"))
     except Exception:  # an operation that has no answer there, of a network from elsewhere
         return 0
-    kept = sum(saved.untyped_storage().nbytes() for key, saved in found.items() if key not in weights)
-    return kept // 2
+    return kept.most // 2
 
 
 def memory(plan: Plan, sizes: Sizes, device: torch.device) -> Finding:

@@ -21,9 +21,10 @@ SHOWN = 3  # names in a sentence
 
 
 def hash_of_names(source: Source) -> str | None:
-    """Of image files, wherever their folder lies; None of other sources, whose images are numbered by other means."""
+    """Of image files, wherever their folder lies, or of the photographs that scenes are composed of; None of other
+    sources, whose images are numbered by other means."""
     if not isinstance(source, FileSource):
-        return None
+        return getattr(source, "made_of", None)
     names = source.relative_paths
     digest = hashlib.sha256(names.starts.tobytes())
     digest.update(names.text.tobytes())
@@ -53,6 +54,8 @@ def accept_other_images(run: Path, state: dict[str, Any], source: Source, accept
         return ""
     old = _read(run, before)
     what, new = f"learnt from {count:,} images and data.root has {len(source):,}", {}
+    if count == len(source):
+        what = f"learnt from {'other images' if isinstance(source, FileSource) else 'scenes of other photographs'}"
     if old is not None and isinstance(source, FileSource):
         new = {name: number for number, name in enumerate(source.relative_paths)}
         gone, added = [name for name in old if name not in new], sorted(new.keys() - set(old))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
 from mls.config import Config
 from mls.core.method import OwnRate
-from mls.models.stages import stages
+from mls.models.stages import stages, tokens
 
 
 def scaled_lr(config: Config) -> float:
@@ -32,11 +33,13 @@ def build(
     learning = [p for p in network.parameters() if p.requires_grad and id(p) not in apart]
     below = list(reversed(stages(backbone))) if backbone is not None and optim.layer_decay < 1 else []
     distance = {id(p): far for far, stage in enumerate(below, start=1) for p in stage}
+    apart_by_name = tokens(network)
     groups: list[dict[str, object]] = []
     for far in range(len(below) + 1):
         here = [p for p in learning if distance.get(id(p), 0) == far]
-        decayed, share = [p for p in here if p.ndim > 1 or optim.decay_norm_and_bias], optim.layer_decay**far
-        rest = [p for p in here if not (p.ndim > 1 or optim.decay_norm_and_bias)]
+        plain = [optim.decay_norm_and_bias or (p.ndim > 1 and id(p) not in apart_by_name) for p in here]
+        decayed, share = list(compress(here, plain)), optim.layer_decay**far
+        rest = [p for p, decays in zip(here, plain, strict=True) if not decays]
         groups.append({"params": decayed, "weight_decay": optim.weight_decay, "share": share})
         groups.append({"params": rest, "weight_decay": 0.0, "share": share, "adapt": False})
     groups += [

@@ -156,6 +156,7 @@ def _fresh_name(config: Config) -> str:
 FREE = ("run.name", "run.root", "run.recipe", "data.root", "data.annotations", "data.workers", "data.max_unreadable")
 FREE += ("engine.device", "engine.threads", "engine.checkpoint_every", "engine.checkpoint_minutes")
 FREE += ("engine.keep_last", "engine.milestone_epochs", "engine.max_steps", "engine.max_bad_steps", "engine.compile")
+FREE += ("engine.checkpointing",)
 FREE += ("dictionary.sharded", "run.plugins", "engine.timeout_minutes", "engine.deterministic")
 
 

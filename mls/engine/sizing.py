@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mls.chunks import power_of_two, spaced
-from mls.config import SIZED, Config, MLSOptions, MoCoOptions, check
+from mls.config import SIZED, Config, MLSOptions, MoCoOptions, WordsOptions, check
 from mls.core import methods
 from mls.data import Source, Views
 from mls.data.decode import Encoded, UnreadableImage
@@ -256,10 +256,10 @@ def _warmup(config: Config, facts: Facts) -> tuple[float, str]:
 
 def _later_labels(config: Config, facts: Facts) -> tuple[float, str]:
     options = config.objective
-    assert isinstance(options, MLSOptions)
-    if options.labels_from == "regions":
-        return config.optim.epochs / 4, "neighbours by regions want a network that has learnt"
-    if not options.info_nce_weight or _steps(config, facts) >= SHORT:
+    of_rows = isinstance(options, MLSOptions)
+    if isinstance(options, WordsOptions) or (of_rows and options.labels_from == "regions"):
+        return config.optim.epochs / 4, "what regions show wants a network that has learnt"
+    if of_rows and (not options.info_nce_weight or _steps(config, facts) >= SHORT):
         return 0.0, "pseudo-labels from the start, as the paper"
     return config.optim.epochs / 10, "the first neighbours of an untrained network are noise"
 

@@ -30,7 +30,7 @@ class Status:
     heard: float | None  # Unix seconds of the last line of its log or its events
 
     def last(self, names: Sequence[str]) -> tuple[str, float, int] | None:
-        """The newest value that has one of these names: its name, the value and its step."""
+        """Of the newest line at the end of the log that has one of these names: the name, its value and the step."""
         log = self.run.path / "metrics.jsonl"
         for most in (TAIL, 16 * TAIL):  # the very end of the log has it, as a rule
             for row in newest_rows(log, most):

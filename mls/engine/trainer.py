@@ -21,7 +21,8 @@ from mls.config import Config, EngineConfig, to_dict
 from mls.core import methods
 from mls.core.method import StepOutput, gradient_norms
 from mls.data import Batch, Source
-from mls.data.augment import Augment
+from mls.data.augment import Augment, in_worker
+from mls.data.augment_compiled import CompiledAugment
 from mls.data.formats import missed
 from mls.data.loader import Loader, remedy, steps_per_epoch
 from mls.data.sources import build_source
@@ -52,6 +53,7 @@ from mls.monitor.verdict import WAITING
 from mls.monitor.window import Window
 from mls.progress import duration, for_people, summary
 from mls.recipes import from_dict
+from mls.streams import derive
 from mls.tables import markdown_table
 
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
@@ -112,8 +114,9 @@ class Trainer:
         # Autocast would round the views in the first convolution; here it halves their memory, and changes no bit.
         half, engine = HALF.get(self.precision, torch.float32), self.config.engine
         parts = (self.config.augment, self.config.run.seed, self.process.device, engine.channels_last, half)
+        kind = CompiledAugment if engine.compile and not in_worker(engine, self.process.device) else Augment
         # Without micro-batches a step is over before the next one's views are made.
-        return Augment(*parts, self.plan.positions, reuse=engine.accumulate == 1)
+        return kind(*parts, self.plan.positions, reuse=engine.accumulate == 1)
 
     def refuse_sizes(self) -> None:
         """Networks of timm may take images of one size alone."""
@@ -168,6 +171,8 @@ class Trainer:
         self.method.set_progress(self.step, epoch, self.steps_per_epoch)
         self.refresh(epoch)
         self.optimizer.zero_grad(set_to_none=True)
+        # What a network drops at random follows from the seed and the step, so a resume needs nothing else.
+        torch.manual_seed(derive(self.config.run.seed, "dropout", self.step, self.process.rank))
         torch._foreach_copy_(self.buffers_before, self.buffers)
         logging = self.logs()
 
@@ -318,10 +323,14 @@ class Trainer:
         return first if last is None else between(step, self.total, first, last)
 
     def clip_gradient(self) -> None:
-        if (most := self.config.optim.clip_norm) is not None:
+        if (most := self.config.optim.clip_norm) is None:
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if (norm := self.window.gradient) is None:  # fp16's gradients are scaled
             self.scaler.unscale_(self.optimizer)
-            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, most)
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
     def no_sync_until_last(self, number: int, count: int) -> contextlib.AbstractContextManager[Any]:
         if isinstance(self.forward, DistributedDataParallel) and number < count - 1:

@@ -27,7 +27,7 @@ from mls.exporting import (
 )
 from mls.exporting.certify import Loaded, certificate, certify
 from mls.exporting.source import DISK_FULL, NoCounterpart, Source
-from mls.files import read_json, sha256, sync_folder, telling_disk_errors
+from mls.files import read_json, runs_folder, sha256, sync_folder, telling_disk_errors
 from mls.locks import locked
 from mls.models import weights_file
 from mls.plugins import Registry, load_installed
@@ -107,7 +107,7 @@ def export(
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Checked]:
     """Write the backbone of a run, a checkpoint or a name for other programs, by default for all that have such a
-    network, into `RUN/export`. All files are checked; after an error none is written."""
+    network, into `RUN/export` (of a name: $MLS_RUNS/export). All files are checked; after an error none is written."""
     load_installed()
     for name in to or ():
         TARGETS[name]  # a wrong name is told before anything is read
@@ -120,7 +120,8 @@ def export(
         usual = source.card["mean"] == list(AugmentConfig().mean)
         statistics = "; mean and std are taken to be ImageNet's" if usual else ""
         say(f"{source.path} holds {source.card['origin']}{statistics}")
-    final = Path(out).expanduser() if out else source.path.parent / "export"
+    beside = source.path.parent if source.path.exists() else runs_folder()  # of a name
+    final = Path(out).expanduser() if out else beside / "export"
     checked = []
     with _all_or_nothing(final) as folder:
         for name in to or TARGETS:

@@ -13,30 +13,28 @@ from mls.config import Config
 from mls.engine.run import Run
 from mls.errors import CheckpointError, reason
 from mls.exporting.certify import TOLERANCE, Loaded
-from mls.exporting.source import DISK_FULL, NoCounterpart, Source, stages_of
-from mls.exporting.to_timm import network_of
+from mls.exporting.source import NoCounterpart, Source, stages_of
+from mls.exporting.to_safetensors import save_with_card
+from mls.exporting.to_timm import network_of, options_of
 from mls.exporting.to_torchvision import prepared
 from mls.files import read_json, sha256
 from mls.frameworks import installed as frameworks
 from mls.models import foreign
+from mls.models.backbones import ANY_SIZE, TINY
 from mls.recipes import from_dict
 
 FILE, RECIPE = "huggingface/model.safetensors", "config.json"
-ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True}  # of a transformer, as mls builds it
 LARGEST = 4096  # img_size: a larger one is none that was meant
 PROBES = ("knn/", "linear/")  # in the log of a run
 
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
-    from safetensors.torch import save
-
     name = network_of(source)
     if frameworks.missing("timm"):
         raise NoCounterpart(f"huggingface is checked by timm: {frameworks.FRAMEWORKS['timm'].commands[0]}")
     file = folder / FILE
     file.parent.mkdir()
-    state = {name: tensor.contiguous() for name, tensor in source.backbone.state_dict().items()}
-    card.write(file, save(state), {**source.card, "feature_dim": source.backbone.feature_dim}, DISK_FULL)
+    save_with_card(source, file)
     (file.parent / RECIPE).write_text(json.dumps(_config(source, name), indent=2) + "\n")
     (file.parent / "README.md").write_text(model_card(source, file))
     return [RECIPE]
@@ -47,7 +45,7 @@ def _config(source: Source, name: str) -> dict[str, Any]:
     patches = (
         getattr(source.backbone, "patch_embed", None) if getattr(source.backbone, "dynamic_img_size", False) else None
     )
-    arguments = {} if patches is None else {"model_args": ANY_SIZE | {"img_size": max(patches.img_size)}}
+    arguments = {} if patches is None else {"model_args": {"img_size": max(patches.img_size), **options_of(source)}}
     pretrained = {"input_size": [3, size, size], "fixed_input_size": False, "mean": mean, "std": std, "crop_pct": 0.875}
     pretrained |= {"interpolation": "bilinear", "num_classes": 0, "tag": "mls"}
     facts = {"architecture": name, "num_classes": 0, "num_features": source.backbone.feature_dim}
@@ -81,6 +79,7 @@ def _settings(recipe: Path, timm: Any) -> dict[str, Any]:
             raise ValueError
         others = {key: value for key, value in arguments.items() if value is not ANY_SIZE.get(key)}
         side = others.pop("img_size", 1)  # of the images whose positions were learnt
+        others = {} if {**others, "img_size": side} == TINY else others  # of vit_tiny
         if others or found["num_classes"] != 0 or type(side) is not int or not 0 < side <= LARGEST:
             raise CheckpointError(
                 f"{recipe} asks for more than a backbone as mls exports it: num_classes is 0, and model_args hold "

@@ -14,15 +14,19 @@ RECIPE = "backbone.json"
 
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
-    from safetensors.torch import save
-
     if not source.architecture.startswith("timm:") and source.architecture not in backbones.names():
         raise NoCounterpart(
             f"mls itself does not build {source.architecture} from a file: give timm's network of that kind"
         )
-    state = {name: tensor.contiguous() for name, tensor in source.backbone.state_dict().items()}
-    card.write(folder / FILE, save(state), {**source.card, "feature_dim": source.backbone.feature_dim}, DISK_FULL)
+    save_with_card(source, folder / FILE)
     return [RECIPE]
+
+
+def save_with_card(source: Source, file: Path) -> None:
+    from safetensors.torch import save
+
+    state = {name: tensor.contiguous() for name, tensor in source.backbone.state_dict().items()}
+    card.write(file, save(state), {**source.card, "feature_dim": source.backbone.feature_dim}, DISK_FULL)
 
 
 def load(source: Source, file: Path, recipe: Path | None) -> Loaded:

@@ -53,11 +53,11 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
     return [RECIPE]
 
 
-def filled(snippet: str, source: Source, network: str, title: str) -> str:
+def filled(snippet: str, source: Source, network: str, title: str, **more: Any) -> str:
     mean, std = tuple(source.card["mean"]), tuple(source.card["std"])
     size, dim = source.card["input_size"], source.backbone.feature_dim
     facts = {"title": title, "network": network, "mean": mean, "std": std, "size": size, "dim": dim}
-    return snippet.format(**facts, resize=round(size * 8 / 7))
+    return snippet.format(**facts, **more, resize=round(size * 8 / 7))
 
 
 def load(source: Source, file: Path, recipe: Path | None) -> Loaded:

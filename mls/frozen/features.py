@@ -24,6 +24,7 @@ from mls.data import Source
 from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, centre, decode
 from mls.data.loader import in_workers
+from mls.data.unreadable import Unreadable
 from mls.errors import DataError, Stopped, UserError, reason
 from mls.files import cache_folder, remove_unfinished, telling_disk_errors, write_atomically
 from mls.locks import locked
@@ -62,19 +63,21 @@ def embed_batches(
     device: torch.device | str = "cpu",
     batch: int = 250,
     workers: int = 0,
-    skip: bool = False,
+    unreadable: Unreadable | None = None,
 ) -> Generator[Float[Tensor, "batch dim"], None, None]:
     """The features of `embed`, a batch at a time; `workers` processes read and decode. An image that cannot be read is
-    an error, or with `skip` a row of zeros."""
-    unreadable: list[int] = []  # rows of the present batch
+    an error, or noted in `unreadable`, and its row is zeros."""
+    dark: list[int] = []  # rows of the present batch
 
     def pixels() -> Iterator[UInt8[Tensor, "batch 3 size size"]]:
-        for images, broken in in_workers(WholeImages(source, ids, config.size, batch, skip), workers):
-            unreadable[:] = [row for row, _, _ in broken]
+        for images, broken in in_workers(WholeImages(source, ids, config.size, batch, unreadable is not None), workers):
+            if unreadable is not None:
+                unreadable.note((image, f"{source.describe(image)}: {why}") for _, image, why in broken)
+            dark[:] = [row for row, _, _ in broken]
             yield images
 
     for features in embed_pixels(backbone, pixels(), config, device, source.name):
-        features[unreadable] = 0
+        features[dark] = 0
         yield features
 
 

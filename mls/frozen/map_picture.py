@@ -13,6 +13,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mls.frozen.match_picture import end_of
+
 Maps = Float[Tensor, "images dim rows columns"]
 SIDE, GAP, HEAD = 200, 6, 34  # pixels of the drawn picture
 RANGE = (0.01, 0.99)  # shares of the places between which colours go from nothing to full
@@ -76,7 +78,7 @@ def draw(
     for column, (head, pictures) in enumerate(zip(["image", *names], columns, strict=True)):
         left = GAP + column * pitch
         told = "" if column == 0 else f"{found[column - 1].explained:.0%} of the variance"
-        pen.text((left, 3), _end_of(head, font), fill=INK, font=font)
+        pen.text((left, 3), end_of(head, SIDE, font), fill=INK, font=font)
         pen.text((left, 17), told, fill=INK, font=font)
         for row, picture in enumerate(pictures):
             how = Image.Resampling.BILINEAR if column == 0 else Image.Resampling.NEAREST  # each place is seen
@@ -92,10 +94,3 @@ def _fitting(height: int, width: int) -> tuple[int, int]:
     """
     long = max(height, width)
     return max(1, SIDE * width // long), max(1, SIDE * height // long)
-
-
-def _end_of(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
-    """As much of the end as fits over a column."""
-    while font.getlength(text) > SIDE and len(text) > 4:
-        text = f"…{text[2:]}"
-    return text

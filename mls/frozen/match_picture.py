@@ -62,10 +62,7 @@ def draw(rows: list[GalleryRow], cell: int = CELL, frame: int = FRAME) -> Image.
         top = HEADER + line * (pitch + CAPTION)
         picture.paste(framed(row.query, RED), (MARGIN, top))
         name = (MARGIN + side // 2, top + side + CAPTION // 2)
-        text = row.name or f"image {row.query_id}"
-        while font.getlength(text) > side:
-            text = f"…{text.lstrip('…')[1:]}"  # the end of a file's name tells more
-        pen.text(name, text, fill=INK, font=font, anchor="mm")
+        pen.text(name, end_of(row.name or f"image {row.query_id}", side, font), fill=INK, font=font, anchor="mm")
         for number, (match, score) in enumerate(zip(row.matches, row.scores, strict=True)):
             left = MARGIN + (number + 1) * pitch + 2 * GAP
             picture.paste(framed(match, YELLOW), (left, top))
@@ -74,6 +71,13 @@ def draw(rows: list[GalleryRow], cell: int = CELL, frame: int = FRAME) -> Image.
             if row.shared is not None and row.shared[number]:
                 _tick(pen, middle + 20, below)
     return picture
+
+
+def end_of(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """As much as fits: the end of a path tells more than its beginning."""
+    while font.getlength(text) > width:
+        text = f"…{text.lstrip('…')[1:]}"
+    return text
 
 
 def _scaled(pixels: Pixels, size: tuple[int, int]) -> Image.Image:

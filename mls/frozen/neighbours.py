@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from mls.config import AugmentConfig, DataConfig
 from mls.data import Source
 from mls.data.crops import UnreadableImage, decode
 from mls.data.sources import build_source, hash_of_images
-from mls.data.unreadable import Unreadable, reason_of
+from mls.data.unreadable import Unreadable
 from mls.errors import DataError, reason
 from mls.frozen.features import BLOCK, CachedFeatures, cached_features, embed, embed_batches, hash_of_weights
 from mls.frozen.index import Index, build
@@ -74,8 +74,8 @@ class Embedder:
 def stored_features(
     source: Source, embedder: Embedder, workers: int | None = None, grid: tuple[int, int] | None = None
 ) -> tuple[CachedFeatures, list[int]]:
-    """Of all images of a source, computed once, and which of them cannot be read: their rows are zeros. With the `grid`
-    of the embedder's maps a row for each place, image by image, row by row, in fp16."""
+    """Of all images of a source, computed once, and which of them can be read: the rows of others are zeros. With the
+    `grid` of the embedder's maps a row for each place, image by image, row by row, in fp16."""
     from mls.distributed import start
 
     device, each = start().device, math.prod(grid or ())
@@ -85,26 +85,35 @@ def stored_features(
     facts |= {"size": augment.size, "statistics": [*augment.mean, *augment.std]}
     facts |= {} if grid is None else {"maps": grid}
 
-    def compute(first: int) -> Generator[Tensor, None, None]:
-        ids = range(first // each, count)
+    unreadable = Unreadable(count)
+
+    def compute(ids: Sequence[int]) -> Generator[Tensor, None, None]:
         usual = min(8, len(os.sched_getaffinity(0)) - 1) if len(ids) > 2000 else 0
         several = usual if workers is None else workers
-        for found in embed_batches(network, source, ids, augment, device, 64, several, skip=True):
+        for found in embed_batches(network, source, ids, augment, device, 64, several, unreadable):
             yield found if grid is None else found.flatten(2).transpose(1, 2).flatten(0, 1)
 
     title, block = f"{'maps' if grid else 'features'} of {source.name}", MAPS * each if grid else BLOCK
-    stored = cached_features(facts, count * each, compute, title, block=block, half=grid is not None)
-    return stored, left_out(source, stored.features, each)
+    rest = lambda first: compute(range(first // each, count))
+    stored = cached_features(facts, count * each, rest, title, block=block, half=grid is not None)
+    read_again(stored.features, compute, unreadable, each)
+    return stored, unreadable.others(range(count))
 
 
-def left_out(source: Source, features: Float[Tensor, "rows dim"], each: int = 1) -> list[int]:
-    """Which images cannot be read, of whose `each` rows all are zeros: each is named, and too many are an error."""
-    unreadable, dark = Unreadable(len(source)), list[int]()
-    for part in chunks(len(source), ROWS // each or 1):
-        rows = features[part.start * each : part.stop * each].unflatten(0, (-1, each))
+def read_again(
+    stored: Float[Tensor, "rows dim"],
+    compute: Callable[[Sequence[int]], Iterable[Tensor]],
+    unreadable: Unreadable,
+    each: int = 1,
+) -> None:
+    """Rows of zeros that an earlier call stored are those of images that it could not read, or what was computed: these
+    images are read again. They are noted, or their rows (`each` of an image) are put in place."""
+    dark = list[int]()
+    for part in chunks(len(stored) // each, ROWS // each or 1):
+        rows = stored[part.start * each : part.stop * each].unflatten(0, (-1, each))
         dark += (part.start + (~rows.flatten(1).any(1)).nonzero()[:, 0]).tolist()
-    unreadable.note((image, words) for image in dark if (words := reason_of(source, image)) is not None)
-    return list(unreadable.found)
+    if dark := [image for image in dark if image not in unreadable.found]:
+        stored.unflatten(0, (-1, each))[dark] = torch.cat([*compute(dark)]).unflatten(0, (-1, each)).to(stored.dtype)
 
 
 @dataclass
@@ -118,8 +127,8 @@ class EmbeddedSource:
     index: Index = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cached, broken = stored_features(self.source, self.embedder)
-        self.broken = set(broken)
+        self.cached, readable = stored_features(self.source, self.embedder)
+        self.broken = {*range(len(self.source))}.difference(readable)
         self.index = build(self.cached.features, self.cached.folder / "ivfpq.index")
 
     def nearest(self, queries: EmbeddedSource | Float[Tensor, "batch dim"], k: int) -> list[list[tuple[int, float]]]:

@@ -44,11 +44,13 @@ def build_encoder(config: ModelConfig, seed: int, precision: Precision = "fp32")
     """Backbone and projection head with the weights that the seed's `init` stream gives, or the backbone's from
     `model.weights`."""
     with initialisation(seed):
-        backbone = backbones.build(config.backbone)
+        backbone = backbones.build(config.backbone, config.drop_path)
         width = backbone.feature_dim
         head = projection_head(width, config.hidden or width, config.projection, config.head_norm)
     if config.weights:
         start_from(backbone, config.weights, config.backbone)
+    if config.freeze_patches:
+        backbones.freeze_patches(backbone, config.backbone)
     return Encoder(backbone, head, precision)
 
 
@@ -231,6 +233,11 @@ def untrained(backbone: str) -> str:
     """
     prefix, _, rest = backbone.partition(":")
     return {"timm": f"random:{backbone}", "torchvision": f"random:{rest.partition('@')[0]}"}.get(prefix, backbone)
+
+
+def is_untrained(weights: str) -> bool:
+    """Whether they are the initial weights of a network, and no file's or anybody's published ones."""
+    return weights_file(weights) is None and not weights.startswith(("torchvision:", "timm:"))
 
 
 def _card_of(found: foreign.Found, file: Path) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from mls.plugins import Registry
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 RESNETS += ("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d")
+ANY_SIZE = {"dynamic_img_size": True, "dynamic_img_pad": True}  # of timm's transformers
+TINY_OF = "vit_tiny_patch16_224"  # the network of timm that is vit_tiny with these arguments
+TINY = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
 
 
 if TYPE_CHECKING:
@@ -35,13 +38,18 @@ register = BACKBONES.register
 names = BACKBONES.names
 
 
-def build(name: str) -> Backbone:
-    """A randomly initialised backbone.
+def build(name: str, drop_path: float = 0.0) -> Backbone:
+    """A randomly initialised backbone. `drop_path`: in training the last block leaves its branch out in this share of
+    the images, earlier ones in smaller shares (stochastic depth, https://arxiv.org/abs/1603.09382).
 
     >>> build("resnet18").feature_dim
     512
     """
-    return timm_network(name.removeprefix("timm:")) if name.startswith("timm:") else BACKBONES[name]()
+    if name.startswith("timm:"):
+        return timm_network(name.removeprefix("timm:"), **({"drop_path_rate": drop_path} if drop_path else {}))
+    if drop_path:
+        raise ConfigError(f"model.drop_path={drop_path:g} is for networks of timm: set it to 0 for {name}")
+    return BACKBONES[name]()
 
 
 def _resnet(name: str) -> Backbone:
@@ -73,15 +81,19 @@ def timm_name(name: str) -> str:
     return f"{found.architecture}.{found.tag}" if found is not None and found.tag else name
 
 
-def timm_network(name: str, published: bool = False) -> Backbone:
+def timm_network(name: str, published: bool = False, **options: Any) -> Backbone:
     """A network of timm, random or with the weights that its name and tag (`NAME.TAG`) are published with."""
     timm = _timm(name)
     try:
-        model = _of_any_size(partial(timm.create_model, name, pretrained=published, num_classes=0))
+        model = _of_any_size(partial(timm.create_model, name, pretrained=published, num_classes=0, **options))
+    except TypeError as error:  # a network that knows no such option
+        raise ConfigError(f"timm:{name} does not take {', '.join(options)} ({reason(error)})") from None
     except (OSError, RuntimeError) as error:  # no network, no such file, or no weights under this name
         if not published:
             raise
         raise CheckpointError(_not_published(name, error)) from None
+    if "drop_path_rate" in options and not drop_paths(model):
+        raise ConfigError(f"timm:{name} has no stochastic depth: set model.drop_path=0")
     backbone = cast(Backbone, model)
     backbone.feature_dim = cast(int, model.num_features)
     if published:
@@ -92,9 +104,24 @@ def timm_network(name: str, published: bool = False) -> Backbone:
 def _of_any_size(create: Callable[..., Any]) -> Any:
     """A transformer interpolates its positions to the images and fills them up to whole patches, if it can."""
     try:
-        return create(dynamic_img_size=True, dynamic_img_pad=True)
+        return create(**ANY_SIZE)
     except TypeError:  # another kind of network; no weight was drawn or downloaded
         return create()
+
+
+def drop_paths(network: nn.Module) -> list[Any]:
+    """The layers that leave out a branch at random."""
+    return [module for module in network.modules() if type(module).__name__ == "DropPath"]
+
+
+def freeze_patches(backbone: nn.Module, name: str) -> None:
+    """A transformer's patch projection learns nothing: MoCo-v3 found its gradients to come in bursts."""
+    projection = getattr(getattr(backbone, "patch_embed", None), "proj", None)
+    if not isinstance(projection, nn.Conv2d):
+        raise ConfigError(
+            f"{name} has no patch projection: set model.freeze_patches=false, or take a transformer of timm"
+        )
+    projection.requires_grad_(False)
 
 
 def timm_card(name: str) -> dict[str, Any]:
@@ -171,3 +198,6 @@ class TinyResNet(Backbone):
 
 # Half as wide at twice the resolution, for the same cost: what small windows need.
 BACKBONES.add("resnet_tiny_fine", partial(TinyResNet, width=16, stride=1))
+
+# A transformer for 32-pixel images: 64 patches of 4 pixels, 0.2 million parameters, features of width 64.
+BACKBONES.add("vit_tiny", partial(timm_network, TINY_OF, **TINY))

@@ -10,7 +10,7 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mls.errors import CheckpointError, refusal
+from mls.errors import CheckpointError, ConfigError, refusal
 from mls.models import backbones
 from mls.models.resnet_names import from_detectron2, from_sequential
 
@@ -149,7 +149,7 @@ def _behind(tensors: dict[str, Tensor], names: str, prefix: str) -> dict[str, Te
 
 def _fit(tensors: dict[str, Tensor], names: str, prefix: str, architecture: str | None) -> Found | None:
     state = _behind(tensors, names, prefix)
-    for candidate in [architecture] if architecture else backbones.names():
+    for candidate in _candidates(architecture):
         if not misfits(state, candidate):
             shapes = _shapes(candidate)
             own = {name: state[name] for name in shapes if name in state}
@@ -158,6 +158,18 @@ def _fit(tensors: dict[str, Tensor], names: str, prefix: str, architecture: str 
             others |= {name.split(".")[0] for name in outside}
             return Found(candidate, own, prefix, names, tuple(sorted(others)))
     return None
+
+
+def _candidates(architecture: str | None) -> Iterator[str]:
+    """Without an architecture all that can be built here; one may need a library that is not installed."""
+    for name in [architecture] if architecture else backbones.names():
+        try:
+            _shapes(name)
+        except ConfigError:
+            if architecture:
+                raise
+        else:
+            yield name
 
 
 def misfits(state: Mapping[str, Tensor], architecture: str) -> list[str]:
@@ -184,8 +196,7 @@ def _nothing(tensors: dict[str, Tensor], path: Path, architecture: str | None, p
     for names, where in _places(tensors, architecture):
         if prefix in (None, where):
             state = _behind(tensors, names, where)
-            tried = [architecture] if architecture else backbones.names()
-            near += [(misfits(state, candidate), candidate, where) for candidate in tried]
+            near += [(misfits(state, candidate), candidate, where) for candidate in _candidates(architecture)]
     if not near:
         names = ", ".join(list(tensors)[:3])
         return f"{path} holds no network of mls (its names: {names}, …): {ARCHITECTURE}"

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mls.errors import ConfigError
-from mls.models.backbones import Backbone
+from mls.models.backbones import Backbone, drop_paths
 from mls.models.spatial import pooled_and_map
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -68,6 +68,8 @@ class EncoderPair(nn.Module, Generic[Network]):
         self.query = query
         self.key = copy.deepcopy(query)
         self.key.requires_grad_(False)
+        for module in drop_paths(self.key):  # keys are of the whole network, as DINO's teacher's
+            module.drop_prob = 0.0
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:

@@ -21,10 +21,16 @@ class KeyNorm:
     - split: images are put in random groups of `group`, each normalised by itself (what `shuffle` is with one process)
     - sync: statistics over all processes' images
     - none: each process' own batch
+
+    A `network` without batch normalisation, as transformers and ConvNeXts are, gives each image the same key in any
+    company: then it is none.
     """
 
-    def __init__(self, mode: str, group: int) -> None:
+    def __init__(self, mode: str, group: int, network: nn.Module | None = None) -> None:
         self.note = ""
+        if network is not None and mode != "none" and not has_batch_norm(network):
+            self.note = f"model.key_norm={mode} has nothing to do: there is no batch normalisation"
+            mode = "none"
         if mode == "shuffle" and distributed.world() == 1:
             self.note = "model.key_norm=shuffle needs several processes: with one it is split (random groups of images)"
             mode = "split"
@@ -54,6 +60,10 @@ class KeyNorm:
         outputs = encode(of_all[order[own]].contiguous(memory_format=_format(images)))
         back = order.argsort()[own]
         return tuple(output[back] for output in distributed.gather(outputs))
+
+
+def has_batch_norm(network: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules())
 
 
 def _order(count: int, stream: torch.Generator | Tensor) -> Tensor:

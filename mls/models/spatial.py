@@ -182,7 +182,7 @@ def dilated(backbone: nn.Module, output_stride: int) -> nn.Module:
         dilate(stages, _strides(network, stages), output_stride)
         return network
     architecture = (getattr(backbone, "pretrained_cfg", None) or {}).get("architecture")
-    if architecture is not None and not hasattr(backbone, "blocks"):
+    if architecture is not None and len({stage["reduction"] for stage in cast(Any, backbone).feature_info}) > 1:
         import timm
 
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
 
 def stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
     """All parameters of a network in their order, from the stem to the last stage.
@@ -29,10 +31,38 @@ def stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
     return [stage for stage in found if stage]
 
 
+def tokens(network: nn.Module) -> set[int]:
+    """By `id` the parameters that networks of timm say to be no weights: positions, class tokens, registers."""
+    those = [(part, part.no_weight_decay()) for part in network.modules() if hasattr(part, "no_weight_decay")]
+    return {id(parameter) for part, names in those for name, parameter in part.named_parameters() if name in names}
+
+
+def blocks(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of a network, from the first to the last: the modules, themselves made of layers, of its innermost
+    sequences; where it has none its parts layer1, layer2, and so on.
+
+    >>> from mls.models import load_backbone
+    >>> [len(blocks(load_backbone(name))) for name in ("resnet_tiny", "resnet50")]
+    [3, 16]
+    """
+    found = [
+        child
+        for sequence in backbone.modules()
+        if isinstance(sequence, SEQUENCES)
+        for child in sequence.children()
+        if _has_layers(child) and not isinstance(child, SEQUENCES) and not _holds_blocks(child)
+    ]
+    return found or [part for name, part in backbone.named_children() if name.startswith("layer")]
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    sequences = [part for part in module.modules() if isinstance(part, SEQUENCES)]
+    return any(_has_layers(child) for sequence in sequences for child in sequence.children())
+
+
 def _has_blocks(module: nn.Module) -> bool:
     """Whether a sequence of modules that have layers is somewhere in it."""
-    kinds = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-    sequences = [part for part in module.modules() if isinstance(part, kinds)]
+    sequences = [part for part in module.modules() if isinstance(part, SEQUENCES)]
     return any(sum(_has_layers(child) for child in sequence.children()) > 1 for sequence in sequences)
 
 

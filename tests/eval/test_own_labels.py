@@ -202,7 +202,7 @@ def test_own_images_that_cannot_be_read_are_named_and_left_out_up_to_a_limit(
         load(load_protocol("knn", [*settings, "data.workers=0", "data.seed=7"]).data)
     assert fingerprint(protocol) == fingerprint(load_protocol("knn", ["data.name=table", *settings[2:]]))
     file = write(folder, f"image,cat,split\n{paths(0)},1,test\n{paths(1)},0,train\n")
-    with pytest.raises(DataError, match=r"table test: none of its images can be read \(1\): repair them"):
+    with pytest.raises(DataError, match=r"none of the images can be read, of which there are 1 .*: repair them"):
         load(load_protocol("knn", settings).data)
 
 

@@ -1,6 +1,8 @@
 """`mls predict`: what was tested says the same of the same images, goes on where it was stopped, names bad files."""
 
 import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from mls.eval import load_protocol, prediction
 from mls.eval.cells import Evaluation, evaluation
 from mls.eval.dense.run import build_network
 from mls.eval.outcome import Outcome, for_file
-from mls.eval.prediction import Kept, predict, predict_dense
+from mls.eval.prediction import Kept, predict, predict_batches, predict_dense
 from mls.eval.protocol import to_yaml
 from mls.files import write_atomically
 from mls.models import load_backbone, save_backbone
@@ -65,7 +67,9 @@ def test_predictions_are_those_that_were_measured(folder: Path, task: str) -> No
     assert torch.equal(predict(folder / "backbone.safetensors", folder / "images", quiet=True).scores, found.scores)
 
 
-def test_a_table_of_scores_leaves_out_what_cannot_be_read(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_table_of_scores_leaves_out_what_cannot_be_read(
+    folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     cell = small("linear", folder)
     made = kept(
         cell, Outcome({}, "", None, 0, {"weight": torch.randn(2, 128), "bias": torch.zeros(2)}), folder / "runs"
@@ -76,9 +80,16 @@ def test_a_table_of_scores_leaves_out_what_cannot_be_read(folder: Path, capfd: p
     assert "dark/4.png: not an image" in told.err
     assert "19 images, scores of 2 classes" in told.out
     lines = (folder / "preds.csv").read_text().splitlines()
+    monkeypatch.setattr(prediction, "BATCH", 7)
+    batches = list(predict_batches(made, folder / "images", quiet=True))
+    assert [len(batch.paths) for batch in batches] == [7, 6, 6]
+    assert [path for batch in batches for path in batch.paths] == [line.partition(",")[0] for line in lines[1:]]
+    assert torch.allclose(
+        torch.cat([batch.scores for batch in batches]), predict(made, folder / "images", True).scores, atol=1e-6
+    )
     (folder / "broken").mkdir()
     (folder / "broken" / "4.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"none of its images can be read \(1\): repair them"):
+    with pytest.raises(DataError, match="none of the images can be read, of which there are 1 "):
         predict(made, folder / "broken", quiet=True)
     assert lines[0] == "path,dark,light"
     assert len(lines) == 20
@@ -133,31 +144,37 @@ def test_dense_predictions_go_on_where_they_were_stopped(
     network = build_network(cell.protocol, cell.weights, 0, [str(n) for n in range(10 + (task == "segmentation"))])
     made = kept(cell, Outcome({}, "", None, 0, for_file(network.state_dict())), folder / "runs")
     monkeypatch.setattr(prediction, "DENSE_BATCH", 6)
-    written = prediction._Folder.write
+    written, (broken, *_) = prediction._Folder.write, sorted((folder / "images").rglob("*.png"))
+    broken.write_bytes(b"broken")
 
     def stopping(self: object, number: int, *rest: object) -> object:
         if number == 3:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGINT)
         return written(self, number, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(prediction._Folder, "write", stopping)
-    with pytest.raises(Stopped, match="6 of 20 images are written; the same command goes on"):
+    with pytest.raises(Stopped, match="6 of 20 images are done; the same command goes on"):
         predict_dense(made, folder / "images", folder / "out", quiet=True)
     monkeypatch.setattr(prediction._Folder, "write", written)
-    with open(folder / "out" / "found.jsonl", "a") as file:
-        file.write('{"id": 7, "fi')  # as a kill leaves it
-    assert predict_dense(made, folder / "images", folder / "out", quiet=True) == 20
-    assert len(list((folder / "out" / "pictures").rglob("*.png"))) == 20
+    found = folder / "out" / "found.jsonl"
+    found.write_bytes(found.read_bytes()[:-1])  # as a kill leaves it: five lines of the six of a batch, and a part
+    decoding, read = prediction.decoded, list[int]()
+    monkeypatch.setattr(
+        prediction, "decoded", lambda source, ids, *rest: (read.extend(ids), decoding(source, ids, *rest))[1]
+    )
+    assert predict_dense(made, folder / "images", folder / "out", quiet=True) == 19
+    assert read == list(range(20))  # the torn batch is done again, and each image is decoded once
+    assert predict_dense(made, folder / "images", folder / "whole", quiet=True) == 19
+    everything = [path.relative_to(folder / "whole") for path in (folder / "whole").rglob("*") if path.is_file()]
+    assert all((folder / "out" / path).read_bytes() == (folder / "whole" / path).read_bytes() for path in everything)
+    assert sum(path.parts[0] == "pictures" for path in everything) == 19
     if task == "detection":
         content = json.loads((folder / "out" / "predictions.json").read_text())
-        assert [image["file_name"] for image in content["images"]][:2] == ["dark/0.png", "dark/10.png"]
-        assert [image["id"] for image in content["images"]] == list(range(1, 21))
+        assert [image["file_name"] for image in content["images"]][:2] == ["dark/10.png", "dark/12.png"]
+        assert [image["id"] for image in content["images"]] == list(range(1, 20))
         assert all({"score", "bbox", "area", "segmentation"} <= one.keys() for one in content["annotations"])
     else:
-        mask = np.array(Image.open(folder / "out" / "masks" / "dark" / "0.png"))
+        mask = np.array(Image.open(folder / "out" / "masks" / "dark" / "10.png"))
         assert mask.shape == (20, 24)
         assert mask.max() < 11
     other = Kept.open(made).facts

@@ -1,16 +1,18 @@
 """Protocols and suites that ship with mls, and what a suite does: run, resume, leave out what has no data."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from mls.errors import ConfigError, DataError
 from mls.eval import cells, load_protocol, load_suite, protocols, suites
 from mls.eval import suite as suite_module
 from mls.eval.comparison import as_tables
 from mls.eval.protocol import Supervised
-from mls.eval.suite import Column, Part, Row, Suite, choose, chosen_rows
+from mls.eval.suite import Column, Part, Row, Suite, choose, chosen_rows, on_own_data
 from mls.results import Results
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
@@ -47,6 +49,64 @@ def test_rows_of_a_suite_have_names_of_their_own(name: str) -> None:
     for tiny in (False, True):
         rows = chosen_rows(suite, (), tiny, ())
         assert len({row.name for row in rows}) == len(rows)
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """The overrides that name a table of one's own labels."""
+    monkeypatch.setenv("MLS_CACHE", str(tmp_path / "cache"))
+    for number in range(12):
+        Image.new("RGB", (16, 16), (20 * number, 60, 30)).save(tmp_path / f"{number}.png")
+    many = [f"{number}.png,{number % 2},{number // 2 % 2},{(number + 1) % 2}" for number in range(12)]
+    (tmp_path / "many.csv").write_text("\n".join(["image,a,b,c", *many, ""]))
+    one = [f"{number}.png,{'ab'[number % 2]}" for number in range(12)]
+    (tmp_path / "one.csv").write_text("\n".join(["image,class", *one, ""]))
+    return lambda name: ["data.name=table", f"data.labels_file={tmp_path / name}.csv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "labels", "columns"),
+    [
+        ("paper_spml", "many", ["map, as VOC"]),
+        ("paper_partial", "many", ["map, as VOC", "map, as VOC LI"]),
+        ("paper_two_way", "many", ["map_class, as COCO class", "map_sample, as COCO sample"]),
+        ("paper_classification", "many", ["map, as VOC07", "map, as VOC07 SVM"]),
+        ("paper_classification", "one", ["top1, as CUB"]),
+    ],
+)
+def test_a_papers_rows_run_on_own_labels_without_its_numbers(
+    own: Callable[[str], list[str]], name: str, labels: str, columns: list[str]
+) -> None:
+    found = on_own_data(load_suite(name), "table", own(labels))
+    assert [column.name for column in found.columns] == columns
+    assert not found.source and all(row.ours and not row.paper for row in found.rows)
+
+
+def test_a_suite_that_has_no_meaning_on_own_images_says_why_and_what_to_use(own: Callable[[str], list[str]]) -> None:
+    for name, data, labels, words in (
+        ("paper_spml", "table", "one", "measures several labels of an image, and these have one each.*: use the suite"),
+        ("paper_dense", "table", "many", "measures boxes and regions.*: use the suites own_labels and"),
+        ("paper_dense", "yolo", "many", "trains as long as the published sets need.*: use the protocols detection"),
+        ("paper_spml", "masks", "many", "measures labels of images, so it cannot run on data.name=masks: use the prot"),
+        ("frozen_dense", "coco", "many", "has no column for boxes.*: use the protocols"),
+        ("paper_spml", "voc2012", "many", "leave out data.name=voc2012, or name yours"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            on_own_data(load_suite(name), data, own(labels))
+    masks = on_own_data(load_suite("frozen_dense"), "masks", ["data.name=masks"])
+    assert [column.name for column in masks.columns][:2] == ["miou, as VOC kNN", "miou, as VOC linear"]
+    with pytest.raises(ConfigError, match="--tiny is the embedded scenes, and data.name=table is not"):
+        suite_module.run(load_suite("paper_spml"), Path(), Part(tiny=True, overrides=own("many")))
+
+
+def test_the_suite_of_single_positives_trains_on_an_own_table(own: Callable[[str], list[str]], tmp_path: Path) -> None:
+    few = ["augment.size=16", "training.epochs=1", "training.precision=fp32", "model.backbone=resnet_tiny"]
+    part = Part(["random:resnet_tiny"], seeds=1, only=["EM"], overrides=[*own("many"), *few, "data.workers=0"])
+    found = suite_module.run(load_suite("paper_spml"), tmp_path / "runs", part, lambda text: None)
+    (values,) = found.values.values()
+    assert 0 <= values[0] <= 1
+    (table,) = as_tables(found)
+    assert [column.name for column in table.columns] == ["map, as VOC"]
 
 
 def test_paper_numbers_are_those_of_the_papers_tables() -> None:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from scipy import stats
+from torchvision import models
 
 from mls.config import AugmentConfig
 from mls.data.listing import FileSource, list_images
 from mls.engine.run import run_folder
-from mls.errors import ConfigError
+from mls.errors import CheckpointError, ConfigError
 from mls.eval import splits, worth
 from mls.eval.cells import pretraining_config
 from mls.eval.paired import half_width
@@ -30,6 +31,28 @@ def start(tmp_path: Path) -> str:
     torch.manual_seed(0)
     save_backbone(tmp_path, load_backbone("resnet_tiny"), {"architecture": "resnet_tiny"}, AugmentConfig(size=32))
     return str(tmp_path / "backbone.safetensors")
+
+
+def test_the_published_weights_of_imagenet_are_read_where_torch_keeps_them_or_asked_for_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(worth, "FEWEST_STEPS", 1)
+    ask = lambda: worth.question(SMALL, ["random", "imagenet"], [1.0], 1, "shufflenet_v2_x0_5")
+    with pytest.raises(CheckpointError, match="weights shufflenet_v2_x0_5@IMAGENET1K_V1 cannot be had .*: download"):
+        ask()
+    published = models.ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1]
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    torch.save(models.shufflenet_v2_x0_5().state_dict(), tmp_path / "hub" / "checkpoints" / published)
+    asked = ask()
+    assert asked.starts["imagenet"] == "torchvision:shufflenet_v2_x0_5" and asked.networks() == {"shufflenet_v2_x0_5"}
+    (cell,) = asked.cells["imagenet", 1.0]
+    assert 0 <= cell.finish(tmp_path / "runs", quiet=True).values["map"] <= 1
+
+
+def no_network(*given: object, **more: object) -> None:
+    raise OSError("no network")
 
 
 def test_starts_are_paired_and_what_is_stored_is_not_trained_again(

@@ -11,8 +11,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from mls.config import AugmentConfig
-from mls.data import Batch
+from mls.data import Batch, augment_compiled
 from mls.data.augment import OPERATIONS, Augment, Parameters, apply, blur_radius, draw, hashed_bell, normalise
+from mls.data.augment_compiled import CompiledAugment
 from mls.data.augment_uint8 import augment_in_place
 
 CONFIG = AugmentConfig(size=32, small_crops=1, small_size=21, noise=0.1)
@@ -277,3 +278,28 @@ def test_a_gpu_gives_the_views_of_the_cpu() -> None:
         assert (here - there.cpu()).abs().max() < 1e-4
     keys = torch.arange(5)
     assert torch.equal(hashed_bell(keys, 999), hashed_bell(keys.cuda(), 999).cpu())
+
+
+# ------------------------------------------------------------------------------------------------ as one program
+
+
+def as_one_program(config: AugmentConfig, of: Batch) -> list[tuple[Tensor, Tensor]]:
+    """What both make of a batch, in the type and layout of a run."""
+    parts = (config, 0, "cpu", True, torch.float32)
+    pairs = list(zip(Augment(*parts)(of).images, CompiledAugment(*parts)(of).images, strict=True))
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for pair in pairs for view in pair)
+    return pairs
+
+
+NORMALISED = TOLERANCE / min(CONFIG.std)  # rounding, after the division
+
+
+@pytest.mark.parametrize("changes", [{}, {"noise": 0.0, "blur": 0.0}, {"jitter": 1.0, "grey": 0.0, "flip": 1.0}])
+def test_one_program_without_choices_gives_what_the_operations_give(
+    changes: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        augment_compiled, "program", lambda: augment_compiled.augmented
+    )  # without waiting for the compiler
+    for eager, program in as_one_program(replace(CONFIG, **changes), batch(list(range(64)))):
+        torch.testing.assert_close(program, eager, rtol=0, atol=NORMALISED)

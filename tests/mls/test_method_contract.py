@@ -13,6 +13,7 @@ import mls
 from mls.config import AugmentConfig, ObjectiveConfig
 from mls.core import methods
 from mls.core.method import Method, StepOutput
+from mls.core.methods import moco_v3
 from mls.data import View, ViewPlan, Views
 from mls.data.augment import Augment
 from mls.data.crops import CropDataset
@@ -25,7 +26,7 @@ from mls.recipes import load_config
 ROOT = Path(__file__).parents[2]
 PREDICTOR = "objective.predictor=64"
 OWN_KEYS = {"simsiam": PREDICTOR, "byol": PREDICTOR, "densecl": "objective.dense_weight=0.5"}
-OWN_KEYS["slotcon"] = "objective.hidden=64"
+OWN_KEYS |= {"slotcon": "objective.hidden=64", "moco_v3": "objective.hidden=64"}
 
 
 def settings(tiny: list[str], method: str) -> list[str]:
@@ -144,6 +145,36 @@ def test_slotcon_equals_the_official_steps_in_plain_loops() -> None:
     torch.testing.assert_close(method.pair.key.head[0].weight, key + (query - key) * (1 - method.momentum))
     dots = torch.cat([sides["k"][0][1], sides["k"][1][1]])
     torch.testing.assert_close(method.centre, 0.9 * centre + 0.1 * dots.mean((0, 2, 3)))
+
+
+def test_moco_v3_equals_the_official_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """moco/builder.py of facebookresearch/moco-v3 restated, for the second of two processes: labels count on from the
+    first one's keys."""
+    config = load_config("mls_scenes_tiny", ["objective.method=moco_v3", "objective.hidden=32", "model.projection=16"])
+    method, stream = methods.build(config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in method.pair.key.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=stream))
+    others = F.normalize(torch.randn(4, 16, generator=stream), dim=1)
+    monkeypatch.setattr(moco_v3, "gather", lambda keys: [torch.cat([others, key]) for key in keys])
+    monkeypatch.setattr(moco_v3, "rank", lambda: 1)
+    images = [torch.randn(4, 3, 32, 32, generator=stream) for _ in range(2)]
+    loss = method(Views(images, [torch.zeros(4, 4)] * 2, torch.arange(4))).loss
+
+    def contrastive_loss(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        q, k = F.normalize(q, dim=1), torch.cat([others, F.normalize(k, dim=1)])
+        logits = torch.einsum("nc,mc->nm", q, k) / 0.2
+        labels = torch.arange(len(q), dtype=torch.long) + len(q) * 1
+        return torch.nn.CrossEntropyLoss()(logits, labels) * (2 * 0.2)
+
+    q1, q2 = (method.predictor(method.pair.query(x)[1]) for x in images)
+    k1, k2 = (method.pair.key(x)[1].detach() for x in images)
+    assert loss.item() == pytest.approx((contrastive_loss(q1, k2) + contrastive_loss(q2, k1)).item(), abs=1e-6)
+    loss.backward()
+    learnt = {
+        name.partition(".")[0] for name, parameter in method.pair.named_parameters() if parameter.grad is not None
+    }
+    assert learnt == {"query"}
 
 
 def test_a_key_of_another_method_is_refused_and_a_recipe_s_are_left_out() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError
 from mls.models import backbones, build_pair, load_backbone, save_backbone
+from mls.models.gradient_checkpointing import checkpoint_blocks
 from mls.models.norm import KeyNorm
 
 
@@ -124,3 +125,58 @@ def test_none_normalises_the_whole_batch() -> None:
     g, _ = KeyNorm("none", group=4)(spy, images, torch.Generator())
     assert spy.batches == [40]
     assert torch.allclose(g, copy.deepcopy(spy).norm.train()(images.mean((2, 3))), atol=1e-6)
+
+
+def test_keys_of_a_network_without_batch_normalisation_are_encoded_as_they_come() -> None:
+    mode = KeyNorm("shuffle", 32, nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3)))
+    assert mode.mode == "none" and "there is no batch normalisation" in mode.note
+    assert KeyNorm("sync", 32, nn.BatchNorm1d(3)).mode == "sync"
+
+
+def test_stochastic_depth_is_the_query_s_alone_and_a_frozen_projection_stays() -> None:
+    config = ModelConfig(backbone="timm:test_vit", drop_path=0.5, freeze_patches=True, projection=8)
+    pair = build_pair(config, seed=0)
+    rates = [[module.drop_prob for module in backbones.drop_paths(side)] for side in (pair.query, pair.key)]
+    assert max(rates[0]) == 0.5 and rates[1] and not any(rates[1])
+    frozen = [name for name, parameter in pair.query.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["backbone.patch_embed.proj.weight", "backbone.patch_embed.proj.bias"]
+    plain = build_pair(ModelConfig(backbone="timm:test_vit", projection=8), seed=0)
+    same = zip(pair.state_dict().values(), plain.state_dict().values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in same)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone": "resnet_tiny", "drop_path": 0.1}, "drop_path=0.1 is for networks of timm"),
+        ({"backbone": "timm:vgg11", "drop_path": 0.1}, "does not take drop_path_rate|has no stochastic depth"),
+        ({"backbone": "timm:test_convnext", "freeze_patches": True}, "has no patch projection"),
+    ],
+)
+def test_what_a_network_has_not_is_one_sentence(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_pair(ModelConfig(**changes), seed=0)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet_tiny", "timm:test_vit", "timm:test_convnext"])
+def test_checkpointing_gives_the_same_gradients_and_statistics_to_the_bit(name: str) -> None:
+    torch.manual_seed(0)
+    plain = backbones.build(name, 0.3 if name.startswith("timm:") else 0.0)
+    torch.manual_seed(0)
+    twin = backbones.build(name, 0.3 if name.startswith("timm:") else 0.0)
+    names = [one for one, _ in twin.named_parameters()]
+    checkpoint_blocks(twin)
+    assert [one for one, _ in copy.deepcopy(twin).named_parameters()] == names
+    images = torch.randn(4, 3, 32, 32)
+    for network in (plain, twin):
+        torch.manual_seed(1)  # of what stochastic depth leaves out
+        network(images).square().sum().backward()
+    for one, other in zip(plain.parameters(), twin.parameters(), strict=True):
+        assert one.grad is not None and other.grad is not None and torch.equal(one.grad, other.grad)
+    assert all(torch.equal(one, other) for one, other in zip(plain.buffers(), twin.buffers(), strict=True))
+    assert torch.equal(plain.eval()(images), twin.eval()(images))
+
+
+def test_a_network_without_blocks_cannot_be_checkpointed() -> None:
+    with pytest.raises(ConfigError, match="set engine.checkpointing=false"):
+        checkpoint_blocks(nn.Sequential(nn.Conv2d(3, 4, 3)))

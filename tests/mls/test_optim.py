@@ -7,6 +7,7 @@ from torch import nn
 from mls.config import Config, DataConfig, OptimConfig
 from mls.engine import optim
 from mls.engine.schedule import cosine, epoch_of
+from mls.models import backbones
 
 
 def test_cosine_warms_up_linearly_then_falls_to_the_final_share() -> None:
@@ -56,6 +57,16 @@ def test_norm_and_bias_are_decayed_only_when_asked() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     groups = optim.build(Config(optim=OptimConfig(decay_norm_and_bias=False)), model).param_groups
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 1e-4), (3, 0.0)]
+
+
+def test_positions_and_tokens_of_a_transformer_are_decayed_as_biases_are() -> None:
+    model = backbones.build("timm:test_vit")
+    for wanted in (False, True):
+        config = Config(optim=OptimConfig(name="adamw", decay_norm_and_bias=wanted, layer_decay=0.9, weight_decay=0.1))
+        groups = optim.build(config, nn.ModuleList([model, nn.Linear(64, 2)]), backbone=model).param_groups
+        decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+        found = {decay[id(model.pos_embed)], decay[id(model.cls_token)], decay[id(model.norm.weight)]}
+        assert found == {0.1 if wanted else 0.0} and decay[id(model.blocks[0].attn.qkv.weight)] == 0.1
 
 
 def test_lars_step_is_trust_times_the_weights_norm() -> None:

@@ -1,5 +1,6 @@
 """Scenes composed of photographs in class folders."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from PIL import Image
 from mls.config import ScenesConfig
 from mls.data.photographs import SIDE, photographs
 from mls.data.scenes import ScenesSource, make_scenes, scenes_of
-from mls.errors import DataError
+from mls.engine.images import accept_other_images, hash_of_names
+from mls.errors import CheckpointError, DataError
 from mls.eval.cells import _images_of, config_hash
 from mls.eval.protocol import scenes_identity
 from mls.recipes import load_config
@@ -69,6 +71,23 @@ def test_the_ground_does_not_tell_the_classes(folder: Path) -> None:
         .std(0)
         .max()
     )
+
+
+def test_a_resume_on_scenes_of_other_photographs_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = ScenesConfig(count=8, size=32, objects=str(folder))
+    state = {"images": 8, "names": hash_of_names(ScenesSource(config))}
+    (tmp_path / "moved").symlink_to(folder)
+    elsewhere = replace(config, objects=str(tmp_path / "moved"))
+    assert accept_other_images(tmp_path, state, ScenesSource(elsewhere), accept=False) == ""
+    used = int(photographs(str(folder), "train").numbers[0])
+    sorted(folder.glob("*/*.png"))[used].rename(folder / "blue" / "9.png")
+    photographs.cache_clear()
+    for accept in (False, True):
+        with pytest.raises(CheckpointError, match="scenes of other photographs|none can be mapped: start a new run"):
+            accept_other_images(tmp_path, state, ScenesSource(config), accept)
+    assert hash_of_names(ScenesSource(ScenesConfig(count=8))) is None  # digits are the same everywhere
+    with pytest.raises(DataError, match=r"data.scenes.style=hard is a style of digits.*: leave it out"):
+        ScenesSource(replace(config, style="hard"))
 
 
 def test_folders_that_cannot_be_composed_are_one_sentence(folder: Path) -> None:

@@ -192,7 +192,7 @@ def test_region_features_are_centred_whitened_and_of_the_windows() -> None:
     with torch.no_grad():
         expected = encoder.network((grey - 0.5) / 0.25)[0] - encoder.mean
     torch.testing.assert_close(raw[4 * 3 + 3], expected[0], atol=1e-4, rtol=1e-4)
-    found, _ = neighbours_of_all(encoder, source, QUIET)
+    found, _ = neighbours_of_all(encoder, source, options, QUIET)
     assert found.indices.shape == (100, 9)
     assert not (found.indices == torch.arange(100)[:, None]).any()
 

@@ -24,7 +24,7 @@ from mls.data.scenes import (
     make_scenes,
     type_classes,
 )
-from mls.errors import DataError
+from mls.errors import ConfigError, DataError
 from mls.tools.scenes import app
 
 # More objects than there is room for: some are hidden by later ones, a few of them wholly.
@@ -278,5 +278,5 @@ def test_the_preview_is_a_picture_of_the_scenes_with_boxes(tmp_path):
 
 def test_a_preview_that_cannot_be_written_says_so(tmp_path):
     result = CliRunner().invoke(app, ["preview", "--out", str(tmp_path / "scenes.foo"), "--count", "1"])
-    assert isinstance(result.exception, DataError)
-    assert "choose another --out that ends in .png or .jpg" in str(result.exception)
+    assert isinstance(result.exception, ConfigError)
+    assert "choose another name that ends in .png or .jpg" in str(result.exception)

@@ -73,7 +73,7 @@ def test_the_parts_together_are_the_whole(world: int, per_process: int, portions
     assert torch.equal(loaded.rows().backbone, parts[-1].rows().backbone)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.long)])
 def compared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, mls_command: Call
 ) -> list[dict[str, Any]]:
@@ -104,7 +104,7 @@ def test_every_process_holds_its_part_and_the_saved_rows_are_those_of_the_whole(
 
 
 def test_processes_find_together_the_neighbours_that_one_finds(compared: list[dict[str, Any]]) -> None:
-    assert all(found["neighbours"] for found in compared)
+    assert all(found["neighbours"] and found["words"] for found in compared)
 
 
 def test_a_gradient_through_gather_and_totals_is_that_of_the_plain_sum(compared: list[dict[str, Any]]) -> None:
@@ -262,17 +262,28 @@ def neighbours() -> bool:
     config = load_config("mls_regions_scenes_tiny", ["objective.regions.neighbours=4", "objective.regions.grid=3"])
     source, options = ScenesSource(ScenesConfig(count=11, test_count=2)), config.objective.regions
     encoder = RegionEncoder.fitted(TinyResNet(width=4), source, config.augment, options, torch.device("cpu"))
-    found, features = neighbours_of_all(encoder, source, lambda *done: None)
+    found, features = neighbours_of_all(encoder, source, options, lambda *done: None)
     alone = nearest_images(encoder(source, range(11)), torch.arange(11), 4, lambda *done: None)
     same = features.shape == (11, 9, 16) and torch.equal(found.indices, alone.indices)
     return same and (found.scores - alone.scores).abs().max().item() < 1e-5
+
+
+def words() -> bool:
+    """All processes have the same bags, those that one process alone would have."""
+    keys = ["objective.method=mls_words", "objective.words=8", "data.workers=0", "objective.windows.count=0"]
+    method = methods.build(load_config("mls_regions_scenes_tiny", keys))
+    method.set_progress(1, 1, 1)
+    source = ScenesSource(ScenesConfig(count=11, test_count=2))
+    found, _ = method.of_regions(source, None, lambda *done: None)  # type: ignore[operator]
+    (everyone,) = distributed.gather([found])
+    return found.shape == (11, 8) and all(torch.equal(found, one) for one in everyone.split(11))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     process = distributed.start("cpu")
     results: dict[str, Any] = {case: compare(case) for case in CASES}
-    results["exchange"], results["neighbours"] = exchange(), neighbours()
+    results["exchange"], results["neighbours"], results["words"] = exchange(), neighbours(), words()
     results["gathered"], results["collectives"] = gather()
     (Path(sys.argv[1]) / f"{process.rank}.json").write_text(json.dumps(results))
     distributed.barrier()

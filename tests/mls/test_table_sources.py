@@ -149,5 +149,24 @@ def test_a_saved_data_set_of_hugging_face_is_read_in_place(tmp_path: Path) -> No
     assert source(tmp_path / "gaps").labels is None
     with pytest.raises(DataError, match=r"has no split test: set data.annotations to one of those there \(train\)"):
         source(tmp_path / "saved", annotations="test")
+    with pytest.raises(DataError, match="holds one table of the split train: leave out data.annotations=test"):
+        source(tmp_path / "more" / "saved", annotations="test")
     with pytest.raises(DataError, match="cannot be loaded by datasets .*: name a folder that save_to_disk wrote"):
         source(tmp_path / "nothing", source="huggingface")
+
+
+def test_a_published_repository_is_loaded_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    for split, numbers in (("train", range(8)), ("test", range(8, 12))):
+        rows = {"img": [{"bytes": encoded(number), "path": None} for number in numbers]}
+        rows["label"] = [number % 2 for number in numbers]
+        file = tmp_path / "somebody" / "insects" / "data" / f"{split}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(str(file))
+    train, test = (source(Path("somebody/insects"), source="huggingface", annotations=one) for one in (None, "test"))
+    assert (len(train), len(test), train.name, train.class_names) == (8, 4, "huggingface:insects", ["ant", "bee"])
+    for image, number in ((train.read(7), 7), (test.read(0), 8)):
+        assert torch.equal(decode(image), decode(encoded(number)))

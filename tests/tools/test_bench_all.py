@@ -10,6 +10,7 @@ from mls.tools.bench import together
 from mls.tools.cli import app
 
 
+@pytest.mark.long
 def test_benches_run_one_after_another_and_one_that_fails_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

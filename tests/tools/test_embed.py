@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from mls.data.decode import UnreadableImage
 from mls.errors import ConfigError, DataError
-from mls.frozen.neighbours import EmbeddedSource, Embedder, source_from
+from mls.frozen import features
+from mls.frozen.neighbours import EmbeddedSource, Embedder, source_from, stored_features
 from mls.tools.embed import embed
 
 IMAGES = 120
@@ -40,6 +43,24 @@ def test_an_unreadable_image_is_named_and_left_out(photographs: Path, capsys: py
     embedded = EmbeddedSource(source_from(str(photographs)), Embedder.of("resnet_tiny"))
     (near,) = embedded.nearest_others([6], IMAGES)  # it is nobody's neighbour
     assert sorted(image for image, _ in near) == [number for number in range(IMAGES) if number not in (6, 7)]
+
+
+def test_an_image_that_was_out_of_reach_is_read_again(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, embedder = source_from(str(photographs)), Embedder.of("resnet_tiny")
+    reach, gone = features.decode, source.read(5)
+
+    def broken(data: bytes) -> torch.Tensor:
+        if data == gone:
+            raise UnreadableImage("the disk is gone")
+        return reach(data)
+
+    monkeypatch.setattr(features, "decode", broken)
+    before, readable = stored_features(source, embedder, workers=0)
+    assert readable == [*range(5), *range(6, IMAGES)] and not before.features[5].any()
+    monkeypatch.setattr(features, "decode", reach)
+    after, readable = stored_features(source, embedder, workers=0)
+    assert after.folder == before.folder and readable == [*range(IMAGES)] and after.features[5].any()
+    assert torch.equal(after.features[4], before.features[4])
 
 
 def test_many_unreadable_images_and_unknown_formats_are_refused(photographs: Path) -> None:

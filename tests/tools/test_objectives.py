@@ -29,6 +29,7 @@ def numbers(table: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows[2:]}
 
 
+@pytest.mark.long
 def test_objectives_compare_losses_in_one_table_and_go_on_where_they_stopped(
     tmp_path: Path, mls_command: Command
 ) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 import mls
 from mls.config import MLSOptions
 from mls.core.neighbour_lists import NeighbourLists
-from mls.core.region_labels import RegionLabels
+from mls.core.regions import due
 from mls.data.sources import build_source, hash_of_images
 from mls.frozen.features import hash_of_weights
 from mls.frozen.match_picture import GAP, MARGIN, WHOLE, RegionPair, draw_pairs
@@ -67,8 +67,8 @@ def test_the_cost_of_a_recipe_counts_the_searches_that_its_run_makes() -> None:
     for changed in ("", "objective.regions.every_epochs=2", "objective.regions.every_epochs=0", "optim.epochs=5"):
         config = mls.load_config("mls_regions_scenes_tiny", [changed] * bool(changed))
         assert isinstance(config.objective, MLSOptions)
-        due, labels = config.optim.epochs * 46, RegionLabels(config, "fp32")
-        searches = sum(labels.due(step, 46) for step in range(1, due + 1))
+        warmup, every = config.objective.warmup_epochs, config.objective.regions.every_epochs
+        searches = sum(due(step, 46, warmup, every) for step in range(1, 46 * config.optim.epochs + 1))
         found = {name.strip(): value for name, value in costs(config, config.objective, 6000)}
         assert found["searches of neighbours"].startswith(f"{searches}, ")
     assert found["a step, over one without windows"] == "1.50 times"  # two windows of half the side

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 UNTRAINED, MOCO, WINDOWS = "untrained", "MoCo-v2", "+ windows"
 OWN, RANDOM, ORACLE = "+ own region labels", "+ random labels", "+ oracle labels"
+WORDS = "+ own words"
+# As mls_words_scenes_tiny.
+MLS_WORDS = ("objective.method=mls_words", "objective.weight=5", "objective.regions.every_epochs=1")
 PLAIN = ("objective.windows.count=0",)  # an arm without windows has nothing to share with the others
 CONTROL = ("objective.labels_from=backbone",)  # as many rows as the lists give, without making lists
 # Each question's arms; those of ALWAYS are in all of them.
@@ -54,6 +57,11 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
         "own, λ 4": ("objective.weight=4",),
         "own, LL-R": ("objective.loss=ll_r",),
         "own, EM": ("objective.loss=em",),
+    },
+    "words": {
+        WORDS: MLS_WORDS,
+        "+ words of other images": (*MLS_WORDS, "objective.pseudo_labels=random"),
+        "+ true labels as words": (*MLS_WORDS, "objective.pseudo_labels=oracle"),
     },
     "windows": {
         "windows, their image's no negatives": ("objective.method=moco_v2", "objective.windows.same_image=false"),

@@ -46,7 +46,7 @@ def bench(
         setting = Setting(device, backbone, batch or (256 if on_gpu else 8), size or (224 if on_gpu else 64), count)
         found.append(training_steps.measure(setting, rounds, compiled))
         _show(setting, found[-1])
-    augmentation = training_steps.augmentation(device)
+    augmentation = training_steps.augmentation(device, compiled)
     print("dispatches of the augmentation of a batch: " + ", ".join(f"{k} {v}" for k, v in augmentation.items()))
     if out is not None:
         write_results(out, {"steps": found, "augmentation": augmentation})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import models
 
@@ -22,6 +23,7 @@ from mls.core import methods
 from mls.core.methods.moco import MoCo
 from mls.data import Batch, Views
 from mls.data.augment import Augment
+from mls.data.augment_compiled import CompiledAugment
 from mls.engine import optim
 from mls.models.momentum import precision_on
 from mls.recipes import load_config
@@ -260,13 +262,18 @@ def _lightly(setting: Setting) -> Step:
     return step
 
 
-def augmentation(device: str, batch: int = 64, size: int = 64) -> dict[str, int]:
-    """Dispatches for two views of a batch: all of it on the device, and what is left after the workers."""
+def augmentation(device: str, compiled: bool, batch: int = 64, size: int = 64) -> dict[str, int]:
+    """Dispatches for two views of a batch: all of it on the device, the same as one compiled program (the kernels that
+    it was made into, which both views run), and what is left after the workers."""
     config = AugmentConfig(size=size)
     crops = [torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8) for _ in range(2)]
     made = Batch(crops, [torch.zeros(batch, 4)] * 2, torch.arange(batch), epoch=1)
     augment = Augment(config, 0, device)
     found = {"engine.augment=device": dispatches(lambda: augment(made))}
+    if compiled:
+        before = metrics.generated_kernel_count
+        CompiledAugment(config, 0, device)(made)
+        found["engine.augment=device, compiled, kernels a view"] = metrics.generated_kernel_count - before
     made.augmented = True
     found["engine.augment=worker, normalisation"] = dispatches(lambda: augment(made))
     return found

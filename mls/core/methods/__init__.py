@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Method", "StepOutput", "build", "find", "names", "register"]
 
-FILES = {"knn_moco": "mls", "supervised": "controls"}  # of the methods that are not in a file of their own name
+# Of the methods that are not in a file of their own name.
+FILES = {"knn_moco": "mls", "mls_words": "words", "supervised": "controls"}
 METHODS: Registry[type[Method]] = Registry("method")
 
 MethodClass = TypeVar("MethodClass", bound="type[Method]")
@@ -48,7 +49,12 @@ def find(name: str) -> type[Method]:
 
 def build(config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> Method:
     """`image_labels` [images, classes] are for the controls (oracle, supervised): no method learns from them."""
-    return find(config.objective.method)(config, precision, image_labels)
+    method = find(config.objective.method)(config, precision, image_labels)
+    if config.engine.checkpointing:
+        from mls.models.gradient_checkpointing import checkpoint_blocks
+
+        checkpoint_blocks(method.backbone)
+    return method
 
 
 def __getattr__(name: str) -> object:

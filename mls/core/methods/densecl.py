@@ -56,7 +56,7 @@ class DenseCL(Method):
         encoder = build_encoder(config.model, config.run.seed, precision)
         with initialisation(config.run.seed, "dense head"):
             self.pair = EncoderPair(DenseEncoder(encoder, self.options.dense_projection))
-        self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group)
+        self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group, self.pair.key)
         self.dictionary = Dictionary(
             config.dictionary.size,
             storage=config.dictionary.storage,

@@ -53,12 +53,13 @@ class Keys:
 @register("moco_v2", MoCoOptions)
 class MoCo(Method):
     info_nce_weight = 1.0  # MLS lets it be chosen
+    term = "multi_label"  # the part of the loss beside InfoNCE, where a method has one
 
     def __init__(self, config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> None:
         super().__init__(config, precision, image_labels)
         self.options = cast(MoCoOptions, config.objective)
         self.pair = build_pair(config.model, config.run.seed, precision)
-        self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group)
+        self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group, self.pair.key)
         if self.key_norm.mode == "sync":
             share_statistics(self.pair.key)
         windows = self.options.windows
@@ -104,7 +105,7 @@ class MoCo(Method):
             out.loss = out.loss + (weighted if term is None else weighted + term) / len(crops)
             if number == 0:
                 out.outputs = [query.projection, query.backbone]
-                out.parts |= {"info_nce": weighted} | ({} if term is None else {"multi_label": term})
+                out.parts |= {"info_nce": weighted} | ({} if term is None else {self.term: term})
                 out.scalars["loss/info_nce"] = contrast.detach()
                 out.scalars["chance/info_nce"] = self.chance(rows, keys, views)
                 out.scalars["cosine/own_key"] = own_key.mean().detach()

@@ -5,15 +5,18 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models import resnet50
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import roi_align
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from mls.config import ScenesConfig
 from mls.errors import ConfigError
+from mls.eval import load_protocol
 from mls.eval.data import objects, regions
-from mls.eval.dense.detector import Detector, Pool
+from mls.eval.dense.detector import Detector, Pool, SimplePyramid
 from mls.eval.dense.loop import build_optimizer
 from mls.eval.dense.schema import (
     Detection,
@@ -29,6 +32,7 @@ from mls.eval.dense.trunk import Trunk
 from mls.eval.dense.views import object_view, region_view
 from mls.frameworks.psamask import spread
 from mls.models import load_backbone
+from mls.models.backbones import timm_network
 
 STATISTICS = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 FEW = ScenesConfig(count=6, test_count=4)
@@ -76,6 +80,111 @@ def test_every_parameter_of_a_detector_learns(neck: str, masks: bool) -> None:
     assert ("loss_mask" in losses) == masks
     torch.stack(list(losses.values())).sum().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "strides"),
+    [
+        ("test_vit", [4, 8, 16, 32, 64]),
+        ("test_convnext", [4, 8, 16, 32, 64]),
+        ("test_efficientnet", [4, 8, 16, 32, 64]),
+    ],
+)
+def test_every_parameter_of_a_detector_and_a_segmenter_on_a_network_of_timm_learns(
+    name: str, strides: list[int]
+) -> None:
+    torch.manual_seed(0)
+    model = DetectorConfig(width=16, box_width=16, box_batch=16, anchors=[4, 8, 12, 16, 24])
+    protocol = Detection(data=DetectionData(min_sizes=[48], test_size=48), model=model)
+    network, images = (
+        Detector(load_backbone(f"random:timm:{name}"), protocol, 10, *STATISTICS),
+        objects.scenes(FEW).train,
+    )
+    views = [object_view(images, row, DetectionData(flip=0.5), seed=row) for row in range(4)]
+    assert network.model.backbone.strides == strides
+    maps = network.model.backbone(torch.zeros(1, 3, 64, 96))
+    assert [tuple(one.shape[2:]) for one in maps.values()] == [(64 // s, 96 // s) for s in strides[:4]] + [(1, 2)]
+    segmentation = Segmentation(
+        data=SegmentationData(resize=(32, 32), crop=(32, 32)),
+        model=SegmenterConfig(width=8, auxiliary_width=8, output_stride=16),
+    )
+    other, labelled = (
+        Segmenter(load_backbone(f"random:timm:{name}"), segmentation, 11, *STATISTICS),
+        regions.scenes(FEW),
+    )
+    losses = network(*zip(*views, strict=True)) | other(
+        *zip(*(region_view(labelled.train, row, segmentation.data, seed=row) for row in range(4)), strict=True)
+    )
+    torch.stack(list(losses.values())).sum().backward()
+    unlearnt = [part for one in (network, other) for part, p in one.named_parameters() if p.grad is None]
+    assert unlearnt == []
+    assert network.eval().predict([torch.zeros(3, 30, 41, dtype=torch.uint8)])[0].boxes.shape[1] == 4
+    assert other.eval().predict([torch.zeros(3, 30, 41, dtype=torch.uint8)])[0].shape == (30, 41)
+
+
+def test_a_simple_pyramid_is_vitdets() -> None:
+    """detectron2/modeling/backbone/vit.py restated: two, one and no transposed convolution, and pooling; then 1 x 1 and
+    3 x 3 convolutions, normalised over channels."""
+    torch.manual_seed(0)
+    pyramid, x = SimplePyramid(8, 6, LastLevelMaxPool()), torch.randn(1, 8, 4, 6)
+    found = list(pyramid({"early": torch.zeros(1, 8, 4, 6), "last": x}).values())
+
+    def normalised(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+        mean, variance = x.mean(1, keepdim=True), x.var(1, unbiased=False, keepdim=True)
+        return (x - mean) / (variance + 1e-6).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    def scaled(scale: float) -> torch.Tensor:
+        layers = list(pyramid.levels[[4.0, 2.0, 1.0, 0.5].index(scale)])[:-4]
+        if scale == 4.0:
+            up = F.gelu(normalised(layers[0](x), layers[1]))
+            return F.conv_transpose2d(up, layers[3].weight, layers[3].bias, stride=2)
+        if scale == 2.0:
+            return F.conv_transpose2d(x, layers[0].weight, layers[0].bias, stride=2)
+        return x if scale == 1.0 else F.max_pool2d(x, 2, 2)
+
+    for level, scale in enumerate((4.0, 2.0, 1.0, 0.5)):
+        one, norm1, three, norm3 = list(pyramid.levels[level])[-4:]
+        assert one.bias is None and three.bias is None
+        wanted = normalised(
+            F.conv2d(normalised(F.conv2d(scaled(scale), one.weight), norm1), three.weight, padding=1), norm3
+        )
+        torch.testing.assert_close(found[level], wanted)
+    assert torch.equal(found[4], F.max_pool2d(found[3], 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("timm:test_vit", {"neck": "c4", "anchors": [8]}, "model.neck=c4 needs a ResNet, VisionTransformer is none"),
+        ("timm:test_maxvit", {}, "takes images of one size alone"),
+        ("patches of 14", {}, "patches of 14 pixels make no pyramid"),
+    ],
+)
+def test_a_network_that_a_detector_cannot_use_is_one_sentence(name: str, changes: dict, message: str) -> None:
+    small = {"patch_size": 14, "img_size": 56}
+    backbone = timm_network("test_vit", **small) if "14" in name else load_backbone(f"random:{name}")
+    with pytest.raises(ConfigError, match=message):
+        Detector(backbone, Detection(model=DetectorConfig(**changes)), 10, *STATISTICS)
+
+
+def test_a_segmenter_takes_a_transformer_at_the_stride_of_its_patches() -> None:
+    with pytest.raises(ConfigError, match="its last map has a stride of 16: set model.output_stride=16"):
+        Segmenter(load_backbone("random:timm:test_vit"), Segmentation(), 11, *STATISTICS)
+
+
+def test_adamw_decays_no_norm_and_layers_learn_slower_the_further_they_are_from_the_heads() -> None:
+    network = Segmenter(
+        load_backbone("vit_tiny"), Segmentation(model=SegmenterConfig(output_stride=4)), 11, *STATISTICS
+    )
+    groups = build_optimizer(Schedule(optimizer="adamw", layer_decay=0.5, weight_decay=0.1), network).param_groups
+    of = {id(p): (group["weight_decay"], group["share"]) for group in groups for p in group["params"]}
+    vit, head = network.trunk.network, network.head.classify[1]
+    assert [of[id(p)] for p in (head.weight, head.bias)] == [(0.1, 1.0), (0.0, 1.0)]
+    assert [of[id(vit.blocks[block].attn.qkv.weight)] for block in (3, 0)] == [(0.1, 0.5), (0.1, 0.5**4)]
+    assert [of[id(p)] for p in (vit.pos_embed, vit.patch_embed.proj.weight)] == [(0.0, 0.5**5), (0.1, 0.5**5)]
+    assert of[id(vit.norm.weight)] == (0.0, 0.5)
+    with pytest.raises(ConfigError, match="backend=mmseg trains with SGD"):
+        load_protocol("segmentation_scenes", ["backend=mmseg", "training.optimizer=adamw"])
 
 
 @pytest.mark.parametrize("head", ["fcn", "pspnet", "psanet"])

@@ -250,7 +250,7 @@ HOSTILE = {
             broken_masks(lambda root: (root / "masks/train/0.png").write_bytes(b"")),
             "0.png cannot be read .*: correct it",
         ),
-        (broken_masks(lambda root: text(root / "classes.yaml", "")), "has no list of classes: write `names:"),
+        (broken_masks(lambda root: text(root / "classes.yaml", "")), "has no names of classes: write `names:"),
         (
             broken_masks(lambda root: (root / "classes.yaml").unlink()),
             "has no list of classes: write classes.yaml, with",
