@@ -58,7 +58,7 @@ def demo(
         mls demo --seeds 3 --controls
     """
     from mls.config import runs_root
-    from mls.eval.pretraining import OVERLAP, PROBES, Pretraining, compare, scene_type_map, table_of
+    from mls.eval.pretraining import DENSE, OVERLAP, PROBES, Pretraining, compare, scene_type_map, table_of
     from mls.recipes import load_config
     from mls.tables import Row, show
 
@@ -71,9 +71,9 @@ def demo(
         for row, (recipe, own) in (ROWS | (CONTROLS if controls else {})).items()
     }
     found = compare(cells, seeds, folder)
-    note = f"mAP in per cent on unseen scenes, {seeds} seed{'s' * (seeds > 1)}{', mean ± std' * (seeds > 1)}"
+    note = f"mAP and mIoU in per cent on unseen scenes, {seeds} seed{'s' * (seeds > 1)}{', mean ± std' * (seeds > 1)}"
     heading = "backbone (--quick: too short to show anything)" if quick else "backbone"
-    table = table_of(found, heading, (*PROBES, *OVERLAP), note)
+    table = table_of(found, heading, (*PROBES, DENSE, *OVERLAP), note)
     if controls:
         alone = {"linear": [scene_type_map(load_config("mls_scenes_tiny", short))]}
         table = replace(table, rows=[*table.rows, Row(["scene type alone"], alone)])
