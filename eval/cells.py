@@ -391,6 +391,7 @@ class Evaluation(Cell):
             shutil.rmtree(rest, ignore_errors=True)
 
     def measure(self, folder: Path, quiet: bool) -> Outcome:
+        fresh = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.rank() == 0:
             remove_unfinished(folder, "*")
@@ -398,7 +399,12 @@ class Evaluation(Cell):
         run = RUNNERS[self.protocol.task]
         weights = self.source.placed(folder)
         distributed.barrier()
-        return run(self.protocol, weights, self.seed, folder, title=self.title, quiet=quiet)
+        try:
+            return run(self.protocol, weights, self.seed, folder, title=self.title, quiet=quiet)
+        except ConfigError:  # settings that cannot work, told before anything is trained
+            if fresh and distributed.rank() == 0 and not any(folder.rglob("step-*.pt")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def run(
