@@ -509,8 +509,11 @@ def config_hash(config: Config) -> str:
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:
             del values["objective"][key]
-    if (regions := values["objective"].get("regions", {})).get("novelty") == 0.0:  # younger than the rest of them
-        del regions["novelty"]
+    if "lists" in (regions := values["objective"].get("regions", {})):
+        regions = {"lists": regions.pop("lists"), **regions}  # the order that stored results know
+        if regions["novelty"] == 0.0:  # younger than the rest of them
+            del regions["novelty"]
+        values["objective"]["regions"] = regions
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     made = config.data.source == "scenes" and config.data.scenes.objects is None  # not read
     images = "" if made else _images_of(config.data)

@@ -29,11 +29,13 @@ from mls.frozen.metrics import mean_average_precision
 from mls.frozen.probe import knn_scores, linear_probe
 from mls.frozen.untrained import untrained
 from mls.models import load_backbone
+from mls.monitor.dense import DenseProbe
 from mls.recipes import applicable, load_config
 from mls.results import Results
 from mls.tables import Column, Row, Table
 
 PROBES = (Column("linear mAP", "linear"), Column("kNN mAP", "knn"))
+DENSE, DENSE_IMAGES = Column("dense mIoU", "dense"), 500
 OVERLAP = (Column("pseudo-label overlap", "overlap", 3, scale=1), Column("by chance", "chance", 3, scale=1))
 PRECISION = Column("pseudo-label precision", "precision", 3, scale=1)
 MEASURED = (*PROBES, *OVERLAP, PRECISION)
@@ -155,13 +157,16 @@ def table_of(found: Mapping[str, Sequence[Measured]], heading: str, columns: Seq
 
 
 def probe_on_scenes(backbone: nn.Module, config: Config) -> dict[str, float]:
-    """Multi-label mAP of a linear probe and of kNN, trained on the train split, measured on the test split."""
+    """Multi-label mAP of a linear probe and of kNN, trained on the train split, measured on the test split; and the
+    mIoU of the online dense probe, on some scenes of both."""
     train, test = ScenesSource(config.data.scenes, "train"), ScenesSource(config.data.scenes, "test")
     features = embed(backbone, train, range(len(train)), config.augment)
     queries = embed(backbone, test, range(len(test)), config.augment)
     probe = linear_probe(features, train.labels, queries)
     votes = knn_scores(features, train.labels, queries)
+    dense = DenseProbe(replace(config, monitor=replace(config.monitor, dense_images=DENSE_IMAGES)), train)
     return {
+        "dense": dense.miou(backbone, torch.device("cpu")),
         "linear": float(mean_average_precision(probe.scores, test.labels)),
         "knn": float(mean_average_precision(votes, test.labels)),
     }

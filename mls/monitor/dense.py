@@ -64,9 +64,8 @@ class DenseProbe:
         training itself judges whether it goes on)."""
         if epoch % self.config.monitor.dense_every_epochs or distributed.rank() != 0:
             return {}
-        if self.memory is None:
-            self.read()
         if self.untrained is None:
+            self.read()
             with torch.random.fork_rng():
                 network = build_pair(replace(self.config.model, weights=None), self.config.run.seed).query.backbone
                 with_batch_statistics(network.to(device), self.batches(self.memory, device))
@@ -90,7 +89,7 @@ class DenseProbe:
             return
         masks = masks_of(self.source)
         images, labels = read_pairs(self.source, masks, order.tolist(), size)
-        self.classes, first = masks.classes, max(1, round(FOR_MEMORY * len(images)))
+        self.classes, first = masks.classes, min(len(images) - 1, round(FOR_MEMORY * len(images)))
         self.memory, self.asked = (images[:first], labels[:first]), (images[first:], labels[first:])
 
     def batches(self, part: tuple[Images, Labels] | None, device: torch.device) -> Iterator[Tensor]:
@@ -99,6 +98,8 @@ class DenseProbe:
 
     @torch.no_grad()
     def miou(self, backbone: nn.Module, device: torch.device) -> float:
+        if self.memory is None:
+            self.read()
         training, network = backbone.training, DenseFeatures(backbone).eval()
         try:
             maps, queries = (

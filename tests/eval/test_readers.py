@@ -560,6 +560,7 @@ def is_colour(pixels: torch.Tensor, colour: tuple[int, int, int]) -> bool:
 def test_every_reader_of_labelled_images_is_under_this_contract() -> None:
     dense = {name for name in LAYOUTS if name.endswith(("_objects", "_regions"))}  # tests/eval/dense
     dense |= {"coco2017", "voc0712", "voc12aug", "cityscapes", "ade20k", "camvid", "coco", "yolo", "masks"}
+    dense |= {"coco_stuff", "coco_things", "coco_stuff27", "coco_stuff171", "ecssd", "duts", "dut_omron"}
     assert set(LAYOUTS) - dense - {"scenes", "table"} == set(READERS)
 
 

@@ -145,8 +145,8 @@ def test_the_dense_probe_reads_each_image_with_its_mask_once(
 
 def test_the_dense_probe_beside_an_untrained_network_and_without_masks(folders: Path) -> None:
     keys = ["monitor.dense_every_epochs=1", "monitor.dense_images=20"]
-    config = load_config("mls_scenes_tiny", keys)
-    probe = DenseProbe.build(config, sources.build_source(DataConfig(source="scenes")))
+    config = load_config("mls_scenes_tiny", [*keys, "data.scenes.count=200", "monitor.dense_images=100"])
+    probe = DenseProbe.build(config, sources.build_source(config.data))
     assert probe is not None
     values = probe(build_pair(config.model, config.run.seed + 1).query.backbone, 1, torch.device("cpu"))
     assert 0 < values["dense/miou"] < 1 and values["dense/miou"] != values["dense/miou_untrained"]

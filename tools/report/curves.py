@@ -173,10 +173,13 @@ def _numbers(table: list[list[Any]]) -> NDArray[np.float64]:
 # ------------------------------------------------------------------------------------------------------ what is drawn
 
 
+REFERENCES = ("chance", "untrained")  # labels, as page.js knows them
+
+
 @dataclass(frozen=True)
 class Chart:
-    """`curves`: labels and metrics; the label "chance" marks a reference. The value axis spans at least `span`, so that
-    noise does not look like a change, and holds `low` and `high`."""
+    """`curves`: labels and metrics; those of REFERENCES mark what a curve is beside. The value axis spans at least
+    `span`, so that noise does not look like a change, and holds `low` and `high`."""
 
     title: str
     note: str
@@ -306,7 +309,7 @@ def _charts() -> Iterator[Chart]:
 
 
 def _has(chart: Chart, runs: Sequence[Mapping[str, Any]]) -> bool:
-    return any(metric in curves for label, metric in chart.curves.items() for curves in runs if label != "chance")
+    return any(metric in curves for label, metric in chart.curves.items() for curves in runs if label not in REFERENCES)
 
 
 def _described(chart: Chart, logs: Sequence[Log], labels: Sequence[str]) -> dict[str, Any]:

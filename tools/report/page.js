@@ -12,6 +12,7 @@ all(".scripted").forEach(part => { part.hidden = false; });
 // ------------------------------------------------------------------------------------------------------ the curves
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 const DASHES = [[], [8, 4], [3, 3], [10, 3, 2, 3]], CHANCE = [2, 3], HEIGHT = 190;
+const REFERENCES = ["chance", "untrained"];
 const short = value => value === 0 ? "0" : Math.abs(value) >= 1e6 ? +(value / 1e6).toPrecision(4) + "M"
   : Math.abs(value) >= 1e4 ? +(value / 1e3).toPrecision(4) + "k" : Math.abs(value) < 1e-3 ? value.toExponential(1)
   : String(+value.toPrecision(4));
@@ -86,8 +87,8 @@ function draw(place) {
   if (chart.log) for (const values of points.slice(1)) values.forEach((value, n) => { if (value <= 0) values[n] = null; });
   const series = shown.map(line => ({
     label: line.label, width: line.run === 0 && several ? 3 : 1.8, show: one(`input[name=run][value="${line.run}"]`).checked,
-    stroke: several ? colour("c" + line.run % 8) : line.label === "chance" ? colour("soft") : colour("c" + line.kind),
-    dash: line.label === "chance" ? CHANCE : several ? DASHES[line.kind % 4] : [],
+    stroke: several ? colour("c" + line.run % 8) : REFERENCES.includes(line.label) ? colour("soft") : colour("c" + line.kind),
+    dash: REFERENCES.includes(line.label) ? CHANCE : several ? DASHES[line.kind % 4] : [],
     points: {show: line.y.length <= 12, size: 5},
   }));
   plot(place, chart, shown, points, series, axis, {sync: {key: "mls", scales: ["x", null]}}, [marks]);
