@@ -33,7 +33,8 @@ OWN_KEYS["moco_v3"] += " optim.name=adamw engine.checkpointing=true"
 
 def settings(tiny: list[str], method: str) -> list[str]:
     """The tiny recipe without the keys that only mls has."""
-    return [*(one for one in tiny if not one.startswith("objective.")), f"objective.method={method}", *OWN_KEYS[method].split()]
+    others = [one for one in tiny if not one.startswith("objective.")]
+    return [*others, f"objective.method={method}", *OWN_KEYS[method].split()]
 
 
 @pytest.mark.parametrize("method", OWN_KEYS)
