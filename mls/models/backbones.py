@@ -84,17 +84,19 @@ def timm_name(name: str) -> str:
 
 def timm_network(name: str, published: bool = False, **options: Any) -> Backbone:
     """A network of timm, random or with the weights that its name and tag (`NAME.TAG`) are published with."""
-    timm = _timm(name)
+    timm, without = _timm(name), f"timm:{name} has no stochastic depth: set model.drop_path=0"
     try:
         model = _of_any_size(partial(timm.create_model, name, pretrained=published, num_classes=0, **options))
-    except TypeError as error:  # a network that knows no such option
-        raise ConfigError(f"timm:{name} does not take {', '.join(options)} ({reason(error)})") from None
+    except TypeError:  # a network that knows no such option
+        if "drop_path_rate" not in options:
+            raise
+        raise ConfigError(without) from None
     except (OSError, RuntimeError) as error:  # no network, no such file, or no weights under this name
         if not published:
             raise
         raise CheckpointError(_not_published(name, error)) from None
     if "drop_path_rate" in options and not drop_paths(model):
-        raise ConfigError(f"timm:{name} has no stochastic depth: set model.drop_path=0")
+        raise ConfigError(without)
     backbone = cast(Backbone, model)
     backbone.feature_dim = cast(int, model.num_features)
     if published:

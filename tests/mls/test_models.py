@@ -149,7 +149,7 @@ def test_stochastic_depth_is_the_query_s_alone_and_a_frozen_projection_stays() -
     ("changes", "message"),
     [
         ({"backbone": "resnet_tiny", "drop_path": 0.1}, "drop_path=0.1 is for networks of timm"),
-        ({"backbone": "timm:vgg11", "drop_path": 0.1}, "does not take drop_path_rate|has no stochastic depth"),
+        ({"backbone": "timm:vgg11", "drop_path": 0.1}, "has no stochastic depth: set model.drop_path=0"),
         ({"backbone": "timm:test_convnext", "freeze_patches": True}, "has no patch projection"),
     ],
 )
