@@ -391,6 +391,7 @@ class Evaluation(Cell):
             shutil.rmtree(rest, ignore_errors=True)
 
     def measure(self, folder: Path, quiet: bool) -> Outcome:
+        fresh = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.rank() == 0:
             remove_unfinished(folder, "*")
@@ -398,7 +399,12 @@ class Evaluation(Cell):
         run = RUNNERS[self.protocol.task]
         weights = self.source.placed(folder)
         distributed.barrier()
-        return run(self.protocol, weights, self.seed, folder, title=self.title, quiet=quiet)
+        try:
+            return run(self.protocol, weights, self.seed, folder, title=self.title, quiet=quiet)
+        except ConfigError:  # settings that cannot work, told before anything is trained
+            if fresh and distributed.rank() == 0 and not any(folder.rglob("step-*.pt")):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def run(
@@ -503,8 +509,11 @@ def config_hash(config: Config) -> str:
     for key in YOUNGER & values["objective"].keys():
         if values["objective"][key] == usual[key]:
             del values["objective"][key]
-    if (regions := values["objective"].get("regions", {})).get("novelty") == 0.0:  # younger than the rest of them
-        del regions["novelty"]
+    if "lists" in (regions := values["objective"].get("regions", {})):
+        regions = {"lists": regions.pop("lists"), **regions}  # the order that stored results know
+        if regions["novelty"] == 0.0:  # younger than the rest of them
+            del regions["novelty"]
+        values["objective"]["regions"] = regions
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     made = config.data.source == "scenes" and config.data.scenes.objects is None  # not read
     images = "" if made else _images_of(config.data)

@@ -174,7 +174,10 @@ def on_own_data(suite: Suite, name: str, overrides: Sequence[str]) -> Suite:
             f"the suite's columns name their data sets: leave out data.name={name}, or name yours ({known})"
         )
     columns: dict[Any, Column] = {}
-    tasks = {protocol: load_protocol(protocol).task for protocol in {column.protocol for column in suite.columns}}
+    protocols = {protocol: load_protocol(protocol) for protocol in {column.protocol for column in suite.columns}}
+    if all(protocol.data.name == name for protocol in protocols.values()):
+        return suite
+    tasks = {key: protocol.task for key, protocol in protocols.items()}
     for column in (column for column in suite.columns if tasks[column.protocol] in OF_OWN[name]):
         key = (tasks[column.protocol], column.metric, *column.set)
         columns.setdefault(key, replace(column, name=f"{column.metric}, as {column.name}", table=""))

@@ -75,6 +75,8 @@ def test_every_recipe_learns_with_its_own_optimizer(name: str) -> None:
     if getattr(method, "regions", None) is not None:  # which a run would ask of all its images
         rows_of_images = Matches(torch.arange(100, 164).repeat(16, 1), torch.rand(16, 64).sort(descending=True).values)
         method.regions.lists = NeighbourLists.of(rows_of_images, {})
+    if "bags" in method.memories():
+        method.bags.keep(torch.rand(16, method.count), None, "")  # type: ignore[operator, union-attr, arg-type]
     optim.set_lr(optimizer, optim.scaled_lr(config))
     method.set_progress(step=9, epoch=9, steps_per_epoch=1)
     losses, found = [], []

@@ -26,6 +26,7 @@ CONTROLS: dict[str, tuple[str, list[str]]] = {
     # At twice the resolution, which windows need: to be compared with each other. `mls bench evidence` is the study.
     "MoCo-v2 with windows, finer": ("mls_regions_scenes_tiny", ["objective.method=moco_v2"]),
     "MLS with regions, finer": ("mls_regions_scenes_tiny", []),
+    "MLS with words, finer": ("mls_words_scenes_tiny", []),
 }
 QUICK = ["data.scenes.count=1536", "data.scenes.test_count=500", "optim.epochs=6", "dictionary.size=1024"]
 QUICK += ["objective.warmup_epochs=1"]
@@ -45,7 +46,8 @@ def demo(
     """Pretrain on the embedded scenes with MoCo-v2 and with MLS, and compare the backbones.
 
     `--controls` adds MLS with random and with oracle pseudo-labels, the same network trained with the true labels, what
-    the scene's type alone, its background, would tell, and windows and region labels in a network of finer maps.
+    the scene's type alone, its background, would tell, and windows, labels from regions and words in a network of finer
+    maps.
 
     Needs no data and no GPU. What is finished is not done again: interrupt it and call it again.
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from mls.config import AugmentConfig, Config, MLSOptions, RegionsConfig
+    from mls.config import AugmentConfig, Config, MLSOptions, RegionsConfig, WordsOptions
     from mls.core.neighbour_lists import NeighbourLists
     from mls.data import Source
     from mls.frozen.match_picture import RegionPair
@@ -78,7 +78,7 @@ def regions(
 
 
 def _tell_cost(recipe: str, overrides: list[str], images: int) -> None:
-    from mls.config import MLSOptions
+    from mls.config import MLSOptions, WordsOptions
     from mls.engine.sizing import Facts, choose
     from mls.errors import ConfigError
     from mls.recipes import load_config
@@ -87,34 +87,58 @@ def _tell_cost(recipe: str, overrides: list[str], images: int) -> None:
     config = load_config(recipe, overrides)
     if config.run.auto:  # as on a GPU of 80 GiB with photographs of 480 pixels
         config, _ = choose(config, Facts(images, 480, 80.0))
-    if not isinstance(config.objective, MLSOptions) or config.objective.labels_from != "regions":
+    by_lists = isinstance(config.objective, MLSOptions) and config.objective.labels_from == "regions"
+    if not by_lists and not isinstance(config.objective, WordsOptions):
         raise ConfigError(f"{recipe} has no labels from regions: name a recipe such as mls_regions_coco_r50")
     print_table([f"{recipe}, {images:,} images", "computed"], costs(config, config.objective, images))
 
 
-def costs(config: Config, objective: MLSOptions, images: int) -> list[list[str]]:
+def costs(config: Config, objective: MLSOptions | WordsOptions, images: int) -> list[list[str]]:
     """By the pixels that go through the network, where a backward pass is two forward ones, and by the sizes of what is
     kept."""
-    from mls.core.regions import BUDGET, SAMPLE
+    from mls.config import RegionsConfig, WordsOptions
+    from mls.core.regions import SAMPLE
     from mls.models import backbones
 
     options, windows = objective.regions, objective.windows
     pixels = lambda size: (size / config.augment.size) ** 2  # of a crop
     step = 4 * (1 + windows.count * pixels(windows.size))  # forward passes: the query's and backward, the key's
     rest, every = config.optim.epochs - objective.warmup_epochs, options.every_epochs
-    rounds = 0 if options.lists or rest <= 0 else 1 + (math.ceil(rest / every) - 1 if every else 0)
+    from_file = isinstance(options, RegionsConfig) and options.lists
+    rounds = 0 if from_file or rest <= 0 else 1 + (math.ceil(rest / every) - 1 if every else 0)
     a_round = options.grid**2 * pixels(options.size) * (1 + 2 * min(SAMPLE, images) / images)
     width = options.whiten or backbones.build(config.model.backbone).feature_dim
-    kept, megabytes = min(options.neighbours, images - 1), lambda count: f"{count / 1e6:,.0f} MB"
     return [
         ["a step, over one without windows", f"{step / 4:.2f} times"],
-        ["searches of neighbours", f"{rounds}, {a_round:.2f} forward passes of the images each"],
+        ["times that all regions are gone through", f"{rounds}, {a_round:.2f} forward passes of the images each"],
         ["  share of all forward and backward passes", f"{rounds * a_round / (step * config.optim.epochs):.1%}"],
-        ["features of all regions, while they are compared", megabytes(4 * images * options.grid**2 * width)],
-        ["products that exist at once, on a GPU", megabytes(4 * BUDGET["cuda"])],
-        ["lists, on each GPU and in every checkpoint", megabytes(6 * images * kept)],
+        ["features of all regions, while they are compared", _megabytes(4 * images * options.grid**2 * width)],
+        *(_of_words(objective, images) if isinstance(objective, WordsOptions) else _of_lists(config, images)),
+    ]
+
+
+def _of_words(objective: WordsOptions, images: int) -> list[list[str]]:
+    from mls.core.methods.words import LARGEST
+
+    kept = _megabytes(8 * images * min(LARGEST, objective.words))
+    return [["bags of words, on each GPU and in every checkpoint", kept]]
+
+
+def _of_lists(config: Config, images: int) -> list[list[str]]:
+    from mls.config import MLSOptions
+    from mls.core.regions import BUDGET
+
+    assert isinstance(config.objective, MLSOptions)
+    kept = min(config.objective.regions.neighbours, images - 1)
+    return [
+        ["products that exist at once, on a GPU", _megabytes(4 * BUDGET["cuda"])],
+        ["lists, on each GPU and in every checkpoint", _megabytes(6 * images * kept)],
         ["neighbours among the dictionary's rows, of an image", f"{kept * config.dictionary.size / images:.1f}"],
     ]
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.0f} MB"
 
 
 def _neighbours(

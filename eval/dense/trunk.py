@@ -38,7 +38,7 @@ class Trunk(nn.Module):
         if len(self.names) < 2 or not {"conv1", "bn1"} <= parts.keys():
             raise ConfigError(
                 f"{type(backbone).__name__} has no stages layer1, layer2 ... behind conv1 and bn1: detection and "
-                "segmentation need a ResNet, such as resnet50 or resnet_tiny, or a network of timm with stages or tokens"
+                "segmentation need a ResNet, as resnet50 or resnet_tiny, or a network of timm with stages or blocks"
             )
         self.conv1, self.bn1 = parts["conv1"], parts["bn1"]
         self.maxpool = parts.get("maxpool", nn.Identity())
@@ -70,7 +70,8 @@ class Intermediates(nn.Module):
 
     def __init__(self, backbone: Any, output_stride: int | None = None) -> None:
         super().__init__()
-        strides, kind = [stage["reduction"] for stage in backbone.feature_info], type(backbone).__name__
+        strides: list[int] = [stage["reduction"] for stage in backbone.feature_info]
+        kind = type(backbone).__name__
         self.plain, count = len(set(strides)) == 1, len(strides)
         if output_stride is not None and output_stride < strides[-1]:
             try:
@@ -81,15 +82,12 @@ class Intermediates(nn.Module):
         self.network = backbone
         self.taken = sorted({3 * count // 4 - 1, count - 1} - {-1}) if self.plain else list(range(count))[-4:]
         backbone.prune_intermediate_layers(self.taken, prune_norm=not self.plain)  # what maps do not pass through
-        self.names = (
-            [f"block{block}" for block in self.taken] if self.plain else [f"stage{stage}" for stage in self.taken]
-        )
+        self.names = [f"{'block' if self.plain else 'stage'}{number}" for number in self.taken]
         try:
             self.channels, self.strides = _measure(self)
         except (AssertionError, RuntimeError) as error:
-            raise ConfigError(
-                f"{kind} takes images of one size alone ({reason(error)}): choose another backbone"
-            ) from None
+            words = f"{kind} takes images of one size alone ({reason(error)})"
+            raise ConfigError(f"{words}: choose another backbone") from None
         if self.plain:
             self.strides = dict.fromkeys(self.names, strides[-1])
 

@@ -80,7 +80,7 @@ class Method(nn.Module):
 
     >>> from mls.core.methods import names
     >>> names()
-    ['byol', 'densecl', 'knn_moco', 'mls', 'mls_words', 'moco_v2', 'simsiam', 'slotcon', 'supervised']
+    ['byol', 'densecl', 'knn_moco', 'mls', 'mls_words', 'moco_v2', 'moco_v3', 'simsiam', 'slotcon', 'supervised']
     """
 
     momentum = 1.0  # of a key encoder, the configuration's; set before each step where it is scheduled

@@ -312,8 +312,9 @@ def kept_of_image(config: Config, half: bool) -> int:
 
     >>> round(kept_of_image(Config(), half=True) / 2**20)  # ResNet-50, 224 pixels
     42
+    >>> from mls.config import EngineConfig
     >>> round(kept_of_image(Config(engine=EngineConfig(checkpointing=True)), half=True) / 2**20)
-    0
+    20
     """
     dtype = torch.bfloat16 if half else torch.float32
     sizes = [config.augment.size, *[config.augment.small_size] * config.augment.small_crops]

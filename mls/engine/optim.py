@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +32,12 @@ def build(
     learning = [p for p in network.parameters() if p.requires_grad and id(p) not in apart]
     below = list(reversed(stages(backbone))) if backbone is not None and optim.layer_decay < 1 else []
     distance = {id(p): far for far, stage in enumerate(below, start=1) for p in stage}
-    apart_by_name = tokens(network)
+    spared = set() if optim.decay_norm_and_bias else tokens(network) | {id(p) for p in learning if p.ndim < 2}
     groups: list[dict[str, object]] = []
     for far in range(len(below) + 1):
         here = [p for p in learning if distance.get(id(p), 0) == far]
-        plain = [optim.decay_norm_and_bias or (p.ndim > 1 and id(p) not in apart_by_name) for p in here]
-        decayed, share = list(compress(here, plain)), optim.layer_decay**far
-        rest = [p for p, decays in zip(here, plain, strict=True) if not decays]
+        decayed, share = [p for p in here if id(p) not in spared], optim.layer_decay**far
+        rest = [p for p in here if id(p) in spared]
         groups.append({"params": decayed, "weight_decay": optim.weight_decay, "share": share})
         groups.append({"params": rest, "weight_decay": 0.0, "share": share, "adapt": False})
     groups += [

@@ -31,7 +31,7 @@ prepare = timm.data.create_transform((3, {size}, {size}), mean=MEAN, std=STD)
 
 
 def load(**options) -> torch.nn.Module:
-    """The backbone, whose output is the {dim} features; features_only=True gives its stages."""
+    """The backbone, whose output is the {dim} features{stages}."""
     network = timm.create_model(NETWORK, pretrained=False, **{{"num_classes": 0, **OPTIONS, **options}})
     network.load_state_dict(torch.load(Path(__file__).with_name("backbone.pth"), weights_only=True))
     return network.eval()
@@ -55,7 +55,8 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
     name = network_of(source)
     save_tensors(source, folder / FILE)
     title, options = f"The backbone of {final.parent} in timm.", options_of(source)
-    (folder / RECIPE).write_text(filled(SNIPPET, source, name, title, options=options))
+    stages = "; features_only=True gives its stages" if source.plan else ""  # others have other names there
+    (folder / RECIPE).write_text(filled(SNIPPET, source, name, title, options=options, stages=stages))
     return [RECIPE]
 
 

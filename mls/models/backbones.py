@@ -46,7 +46,8 @@ def build(name: str, drop_path: float = 0.0) -> Backbone:
     512
     """
     if name.startswith("timm:"):
-        return timm_network(name.removeprefix("timm:"), **({"drop_path_rate": drop_path} if drop_path else {}))
+        options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        return timm_network(name.removeprefix("timm:"), **options)
     if drop_path:
         raise ConfigError(f"model.drop_path={drop_path:g} is for networks of timm: set it to 0 for {name}")
     return BACKBONES[name]()

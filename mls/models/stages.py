@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import nn
 
 SEQUENCES = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -33,7 +35,9 @@ def stages(backbone: nn.Module) -> list[list[nn.Parameter]]:
 
 def tokens(network: nn.Module) -> set[int]:
     """By `id` the parameters that networks of timm say to be no weights: positions, class tokens, registers."""
-    those = [(part, part.no_weight_decay()) for part in network.modules() if hasattr(part, "no_weight_decay")]
+    those = [
+        (part, cast(Any, part).no_weight_decay()) for part in network.modules() if hasattr(part, "no_weight_decay")
+    ]
     return {id(parameter) for part, names in those for name, parameter in part.named_parameters() if name in names}
 
 

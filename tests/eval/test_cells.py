@@ -4,8 +4,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from mls.config import to_yaml
-from mls.eval.cells import Cell, config_hash, over_seeds
+from mls.errors import ConfigError
+from mls.eval import load_protocol
+from mls.eval.cells import Cell, config_hash, evaluation, over_seeds
 from mls.eval.outcome import Outcome
 from mls.eval.pretraining import PROBES, Pretraining, table_of
 from mls.recipes import load_config
@@ -98,6 +102,13 @@ def test_a_key_younger_than_stored_results_counts_only_where_it_is_set() -> None
     assert config_hash(half) != config_hash(plain)
     regions, new = (load_config("mls_regions_scenes_tiny", few) for few in ([], ["objective.regions.novelty=0.5"]))
     assert config_hash(regions) == "a91e541e" != config_hash(new)
+
+
+def test_settings_that_cannot_work_leave_no_folder(tmp_path: Path) -> None:
+    protocol = load_protocol("detection_scenes", [*FEW[:2], "model.anchors=[6]"])
+    with pytest.raises(ConfigError, match="model.anchors has 1 sizes"):
+        evaluation(protocol, "resnet_tiny").finish(tmp_path, quiet=True)
+    assert list((tmp_path / "eval").glob("detection*")) == []
 
 
 def test_a_row_that_goes_on_from_a_shared_start_equals_one_trained_from_its_own(tmp_path: Path) -> None:

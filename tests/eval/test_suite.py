@@ -93,6 +93,7 @@ def test_a_suite_that_has_no_meaning_on_own_images_says_why_and_what_to_use(own:
     ):
         with pytest.raises(ConfigError, match=words):
             on_own_data(load_suite(name), data, own(labels))
+    assert on_own_data(suite := load_suite("own_labels"), "table", own("many")) is suite
     masks = on_own_data(load_suite("frozen_dense"), "masks", ["data.name=masks"])
     assert [column.name for column in masks.columns][:2] == ["miou, as VOC kNN", "miou, as VOC linear"]
     with pytest.raises(ConfigError, match="--tiny is the embedded scenes, and data.name=table is not"):

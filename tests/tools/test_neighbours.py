@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 import mls
 from mls.errors import DataError
+from mls.files import place_for
 from mls.frozen.neighbours import EmbeddedSource, Embedder, InMemorySource, source_from
 from mls.tools.bench.input import write_photographs
 
@@ -98,6 +99,19 @@ def test_neighbours_of_a_file_and_of_the_runs_own_images(
         assert whole.height > 60 * 160 and 60 * 96 < crops.height < whole.height
     done = mls_command("neighbours", str(run.path), "--figure", "--query", query)
     assert done.returncode == 2 and "--figure shows crops of the run's own images: leave out --query" in done.stderr
+
+
+def test_files_go_into_the_run_or_the_folder_of_runs_and_elsewhere_when_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLS_RUNS", str(tmp_path / "runs"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    assert place_for("x.png", None, tmp_path / "run") == tmp_path / "run" / "x.png"
+    assert place_for("x.png", None, "resnet_tiny") == place_for("x.png", None) == tmp_path / "runs" / "x.png"
+    assert place_for("x.png", Path("deep/y.png"), tmp_path / "run") == Path("deep/y.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "run", "runs"]
 
 
 def test_mistakes_are_one_sentence(mls_command: Call) -> None:

@@ -70,6 +70,6 @@ def test_the_cost_of_a_recipe_counts_the_searches_that_its_run_makes() -> None:
         warmup, every = config.objective.warmup_epochs, config.objective.regions.every_epochs
         searches = sum(due(step, 46, warmup, every) for step in range(1, 46 * config.optim.epochs + 1))
         found = {name.strip(): value for name, value in costs(config, config.objective, 6000)}
-        assert found["searches of neighbours"].startswith(f"{searches}, ")
+        assert found["times that all regions are gone through"].startswith(f"{searches}, ")
     assert found["a step, over one without windows"] == "1.50 times"  # two windows of half the side
     assert found["lists, on each GPU and in every checkpoint"] == "9 MB"

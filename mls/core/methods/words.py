@@ -34,7 +34,7 @@ from mls.streams import generator, initialisation
 SCALE = 10.0  # of the feature, which has unit length
 CLUSTERED = 8192  # images whose regions make the words
 ROUNDS = 25  # of k-means
-LARGEST = 64  # words that are kept of an image
+LARGEST = 128  # words that are kept of an image
 TOGETHER = 1024  # images whose regions are given their words together
 
 
