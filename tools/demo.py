@@ -81,8 +81,7 @@ def demo(
     picture = _picture(mls_run, folder / "pseudo_positives.png")
     show(table, folder / "table.md")
     print(f"\n{picture}: query crops (red) and the rows MLS chose as their positives (yellow)")
-    print(f"mls report {mls_run} {moco_run}   makes a page of curves and crops")
-    print(f"took {time.monotonic() - began:.0f} s")
+    print(f"mls report {mls_run} {moco_run}   makes a page of curves and crops\ntook {time.monotonic() - began:.0f} s")
 
 
 def _picture(run: Path, target: Path) -> Path:

@@ -66,7 +66,7 @@ class DenseProbe:
             return {}
         if self.untrained is None:
             self.read()
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 network = build_pair(replace(self.config.model, weights=None), self.config.run.seed).query.backbone
                 with_batch_statistics(network.to(device), self.batches(self.memory, device))
             self.untrained = self.miou(network, device)
