@@ -87,10 +87,10 @@ def _tell_cost(recipe: str, overrides: list[str], images: int) -> None:
     config = load_config(recipe, overrides)
     if config.run.auto:  # as on a GPU of 80 GiB with photographs of 480 pixels
         config, _ = choose(config, Facts(images, 480, 80.0))
-    by_lists = isinstance(config.objective, MLSOptions) and config.objective.labels_from == "regions"
-    if not by_lists and not isinstance(config.objective, WordsOptions):
+    options = config.objective
+    if not isinstance(options, (MLSOptions, WordsOptions)) or getattr(options, "labels_from", "regions") != "regions":
         raise ConfigError(f"{recipe} has no labels from regions: name a recipe such as mls_regions_coco_r50")
-    print_table([f"{recipe}, {images:,} images", "computed"], costs(config, config.objective, images))
+    print_table([f"{recipe}, {images:,} images", "computed"], costs(config, options, images))
 
 
 def costs(config: Config, objective: MLSOptions | WordsOptions, images: int) -> list[list[str]]:
@@ -168,7 +168,7 @@ def _given(
     weights: str, options: list[str], dataset: str | None
 ) -> tuple[str, Backbone, AugmentConfig, RegionsConfig, Source]:
     """The weights, or the run's folder. Of a run what its configuration says; of other weights the defaults."""
-    from mls.config import MLSOptions, RegionsConfig
+    from mls.config import MLSOptions, RegionsConfig, WordsOptions
     from mls.engine import Run
     from mls.errors import UserError
     from mls.frozen.neighbours import Embedder
@@ -182,8 +182,9 @@ def _given(
     except UserError:
         config = None
     overrides = [f"objective.regions.{option}" for option in options]
-    own = config.objective.regions if config and isinstance(config.objective, MLSOptions) else RegionsConfig()
-    before = [f"objective.regions.{key}={value}" for key, value in asdict(own).items() if key not in NOT_OPTIONS]
+    labelled = config is not None and isinstance(config.objective, (MLSOptions, WordsOptions))
+    own = asdict(config.objective.regions if labelled else RegionsConfig())  # type: ignore[union-attr]
+    before = [f"objective.regions.{key}={value}" for key, value in own.items() if key not in NOT_OPTIONS]
     objective = load_config("mls_coco_r50", [*before, *overrides]).objective
     assert isinstance(objective, MLSOptions)
     if config is not None:

@@ -47,7 +47,8 @@ class RegionLabels:
     ) -> dict[str, float]:
         self.check(source)
         warmup, every = self.objective.warmup_epochs, self.options.every_epochs
-        if self.file is not None or not due(step, steps_per_epoch, warmup, every):
+        wanting = self.lists is None and step > warmup * steps_per_epoch  # a branch ended the warm-up behind it
+        if self.file is not None or not (wanting or due(step, steps_per_epoch, warmup, every)):
             return {}
         augment, workers = self.config.augment, worker_count(self.config.data.workers)
         encoder = RegionEncoder.fitted(backbone, source, augment, self.options, self.device, self.precision, workers)

@@ -83,7 +83,7 @@ def _map(state: dict[str, Any], mapping: Tensor) -> bool:
     emptied = False
     for name, memory in state["method"]["_extra_state"].items():
         if not isinstance(memory, dict) or "filled" not in memory:  # no dictionary, such as lists of neighbours
-            if memory:
+            if memory and "images" not in memory:  # what names its data is made anew on others by its method
                 raise CheckpointError(f"numbers in the run's {name} cannot be mapped by name: start a new run")
             continue
         ids = memory["ids"][: memory["filled"]]

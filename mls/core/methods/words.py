@@ -45,34 +45,39 @@ class Bags:
         self.words: Int64[Tensor, "images kept"] | None = None
         self.shares: Float[Tensor, "images kept"] | None = None
         self.clusters: Int64[Tensor, "points"] | None = None  # of the regions that were clustered
+        self.usual: Float[Tensor, "words"] | None = None  # the mean bag
         self.images = ""  # hash of the data that they are of
+        self.device = torch.device("cpu")
 
     def keep(self, bags: Float[Tensor, "images words"], clusters: Int64[Tensor, "points"] | None, images: str) -> None:
         shares, words = bags.topk(min(LARGEST, bags.shape[1]), dim=1)
         self.words, self.shares = words.int(), shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-12)
-        self.clusters, self.images = clusters, images
+        self.clusters, self.images, self.usual = clusters, images, bags.mean(dim=0)
+        self.to(self.device)
 
     def of(self, ids: Int64[Tensor, "batch"], count: int) -> Float[Tensor, "batch words"]:
         assert self.words is not None and self.shares is not None, "`refresh` was not called"
         shares = self.shares[ids]
         return shares.new_zeros(len(ids), count).scatter(1, self.words[ids].long(), shares)
 
-    def usual(self, count: int) -> Float[Tensor, "words"]:
-        """The mean bag."""
-        assert self.words is not None and self.shares is not None, "`refresh` was not called"
-        sums = self.shares.new_zeros(count).index_add(0, self.words.flatten(), self.shares.flatten())
-        return sums / len(self.shares)
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"words": self.words, "shares": self.shares, "usual": self.usual, "clusters": self.clusters}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device | str) -> None:
-        self.words, self.shares = (None if one is None else one.to(device) for one in (self.words, self.shares))
+        self.device = torch.device(device)
+        for name, tensor in self.tensors().items():
+            setattr(self, name, tensor if name == "clusters" else tensor.to(device))  # k-means is the CPU's work
 
     def state_dict(self) -> dict[str, Any]:
-        whole = {"words": self.words, "shares": self.shares, "clusters": self.clusters}
-        return {name: one.cpu().clone() for name, one in whole.items() if one is not None} | {"images": self.images}
+        copies = {name: tensor.cpu().clone() for name, tensor in self.tensors().items()}
+        return {**copies, "images": self.images} if copies else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.words, self.shares, self.clusters = (state.get(name) for name in ("words", "shares", "clusters"))
-        self.images = state["images"]
+        for name in ("words", "shares", "usual", "clusters"):
+            setattr(self, name, state.get(name))
+        self.images = state.get("images", "")
+        self.to(self.device)
 
 
 @register("mls_words", WordsOptions)
@@ -103,7 +108,8 @@ class Words(MoCo):
         loss = -(bags * logits.log_softmax(dim=1)).sum(dim=1).mean()
         if out is not None:
             out.scalars["loss/words"] = loss.detach()
-            one_for_all = self.bags.usual(self.count).clamp_min(1e-12).log()
+            assert self.bags.usual is not None
+            one_for_all = self.bags.usual.clamp_min(1e-12).log()
             out.scalars["chance/words"] = -(bags * one_for_all).sum(dim=1).mean()
         return self.options.weight * loss
 
@@ -115,10 +121,13 @@ class Words(MoCo):
         options = self.options
         if not self.images:
             self.images = hash_of_images(source)
-        others = self.bags.words is not None and self.bags.images != self.images  # those of a resume on other data
-        if not others and not due(self.step, self.steps_per_epoch, options.warmup_epochs, options.regions.every_epochs):
+        # There are none of these images in a resume on others, and where a branch ended the warm-up behind it.
+        wanting = self.bags.images != self.images and not self.warming_up
+        if not wanting and not due(
+            self.step, self.steps_per_epoch, options.warmup_epochs, options.regions.every_epochs
+        ):
             return {}
-        clusters = None if others else self.bags.clusters
+        clusters = self.bags.clusters if self.bags.images == self.images else None
         if self.truth is not None:
             bags = self.truth.float() / self.truth.float().sum(dim=1, keepdim=True).clamp_min(1)
         else:
@@ -139,6 +148,10 @@ class Words(MoCo):
         )
         features, _ = features_of_all(encoder, source, tell)
         some = features[spaced(len(source), CLUSTERED)].flatten(0, 1).cpu()
+        if len(some) < self.count:
+            raise ConfigError(
+                f"{len(some)} regions cannot make {self.count} words: lower objective.words to {len(some) // 10} or so"
+            )
         centres, clusters = on_main(lambda: clustered(some, self.count, self.stream("words"), clusters))
         bags, directions = features.new_empty(len(features), self.count), centres.to(device).T
         for part in chunks(len(features), TOGETHER):
