@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 UNTRAINED, MOCO, WINDOWS = "untrained", "MoCo-v2", "+ windows"
 OWN, RANDOM, ORACLE = "+ own region labels", "+ random labels", "+ oracle labels"
 WORDS = "+ own words"
-MLS_WORDS = ("objective.method=mls_words", "objective.weight=5")  # as mls_words_scenes_tiny
+MLS_WORDS = ("objective.method=mls_words", "objective.weight=10")  # as mls_words_scenes_tiny
 PLAIN = ("objective.windows.count=0",)  # an arm without windows has nothing to share with the others
 CONTROL = ("objective.labels_from=backbone",)  # as many rows as the lists give, without making lists
 # Each question's arms; those of ALWAYS are in all of them.
