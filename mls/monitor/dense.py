@@ -23,6 +23,7 @@ from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, decode
 from mls.data.listing import FileSource
 from mls.data.masks import IndexedFiles, masks_beside
+from mls.data.pictures import VOID
 from mls.data.scenes import ScenesSource
 from mls.errors import ConfigError, DataError
 from mls.frozen.confusion import confusion, segmentation_metrics
@@ -74,7 +75,25 @@ class DenseProbe:
             return {"dense/miou": self.miou(backbone, device), "dense/miou_untrained": self.untrained}
         return {}
 
+    @torch.no_grad()
+    def refuse_unusable(self, backbone: nn.Module, device: torch.device) -> None:
+        """Before the first step: masks that cannot be used, and a network that gives no map of the probe's images."""
+        if distributed.rank() != 0:
+            return
+        self.read()
+        training, network = backbone.training, DenseFeatures(backbone).eval()
+        try:
+            network(next(self.batches(self.memory, device))[:1])
+        except ConfigError as error:
+            raise ConfigError(
+                f"monitor.dense_every_epochs measures at twice augment.size: {error}; or set it to 0"
+            ) from None
+        finally:
+            backbone.train(training)
+
     def read(self) -> None:
+        if self.memory is not None:
+            return
         seed, count, size = self.config.run.seed, self.config.monitor.dense_images, 2 * self.config.augment.size
         order = torch.randperm(len(self.source), generator=generator(seed, "dense probe"))[:count]
         first = round(FOR_MEMORY * len(order))
@@ -90,6 +109,12 @@ class DenseProbe:
         masks = masks_of(self.source)
         images, labels = read_pairs(self.source, masks, order.tolist(), size)
         self.classes, first = masks.classes, min(len(images) - 1, round(FOR_MEMORY * len(images)))
+        for part, does in ((labels[:first], "learns from"), (labels[first:], "segments")):
+            if (part == VOID).all():
+                raise DataError(
+                    f"the masks of {self.source.name} label no pixel of the {len(part)} images that the dense probe "
+                    f"{does}: correct them, raise monitor.dense_images, or set monitor.dense_every_epochs=0"
+                )
         self.memory, self.asked = (images[:first], labels[:first]), (images[first:], labels[first:])
 
     def batches(self, part: tuple[Images, Labels] | None, device: torch.device) -> Iterator[Tensor]:
@@ -98,8 +123,7 @@ class DenseProbe:
 
     @torch.no_grad()
     def miou(self, backbone: nn.Module, device: torch.device) -> float:
-        if self.memory is None:
-            self.read()
+        self.read()
         training, network = backbone.training, DenseFeatures(backbone).eval()
         try:
             maps, queries = (
