@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from mls.core import matching
 from mls.data import Source
 from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, decode
-from mls.data.listing import FileSource
+from mls.data.listing import FileSource, show
 from mls.data.masks import IndexedFiles, masks_beside
 from mls.data.pictures import VOID
 from mls.data.scenes import ScenesSource
@@ -57,7 +58,7 @@ class DenseProbe:
         if not config.monitor.dense_every_epochs:
             return None
         if not isinstance(source, ScenesSource):
-            masks_of(source)  # what is missing is said before the first step
+            drawn(config, source, masks_of(source))  # what is missing is said before the first step
         return cls(config, source)
 
     def __call__(self, backbone: nn.Module, epoch: int, device: torch.device) -> dict[str, float]:
@@ -94,11 +95,11 @@ class DenseProbe:
     def read(self) -> None:
         if self.memory is not None:
             return
-        seed, count, size = self.config.run.seed, self.config.monitor.dense_images, 2 * self.config.augment.size
-        order = torch.randperm(len(self.source), generator=generator(seed, "dense probe"))[:count]
-        first = round(FOR_MEMORY * len(order))
+        size = 2 * self.config.augment.size
         if isinstance(self.source, ScenesSource):  # they have a test split of their own
-            scenes = replace(self.config.data.scenes, count=first, test_count=len(order) - first)
+            count = min(self.config.monitor.dense_images, len(self.source))
+            first = round(FOR_MEMORY * count)
+            scenes = replace(self.config.data.scenes, count=first, test_count=count - first)
             self.classes = len(self.source.class_names) + 1
             made = [ScenesSource(scenes, split, masks=True) for split in ("train", "test")]
             self.memory, self.asked = (
@@ -107,7 +108,7 @@ class DenseProbe:
             )
             return
         masks = masks_of(self.source)
-        images, labels = read_pairs(self.source, masks, order.tolist(), size)
+        images, labels = read_pairs(self.source, masks, drawn(self.config, self.source, masks), size)
         self.classes, first = masks.classes, min(len(images) - 1, round(FOR_MEMORY * len(images)))
         for part, does in ((labels[:first], "learns from"), (labels[first:], "segments")):
             if (part == VOID).all():
@@ -162,6 +163,18 @@ def masks_of(source: Source) -> IndexedFiles:
             "with ROOT/masks beside it, or set it to 0"
         )
     return masks_beside(Path(os.fsdecode(source.root)), [Path(os.fsdecode(path)) for path in source.relative_paths])
+
+
+def drawn(config: Config, source: Source, masks: IndexedFiles) -> list[int]:
+    """The same images each time, of those whose mask is there."""
+    order = torch.randperm(len(source), generator=generator(config.run.seed, "dense probe")).tolist()
+    rows = list(islice((row for row in order if masks.paths[row].is_file()), config.monitor.dense_images))
+    if len(rows) < 2:
+        raise DataError(
+            f"{source.name} has {len(rows)} images with a mask, and the dense probe needs two: put that of each image "
+            f"where that of the first is looked for, in {show(masks.paths[0])}, or set monitor.dense_every_epochs to 0"
+        )
+    return rows
 
 
 def read_pairs(source: Source, masks: IndexedFiles, rows: Sequence[int], size: int) -> tuple[Images, Labels]:

@@ -186,3 +186,24 @@ def test_the_dense_probe_beside_an_untrained_network_and_without_masks(folders: 
     (folders.parent / "masks").rmdir()
     with pytest.raises(DataError, match="has no masks beside it: they are looked for in ROOT/masks"):
         DenseProbe.build(of_folder, sources.build_source(of_folder.data))
+
+
+def test_the_dense_probe_draws_from_the_images_that_have_a_mask(folders: Path) -> None:
+    (folders.parent / "classes.yaml").write_text("names: [dark, bright]\n")
+    keys = ["data.source=auto", f"data.root={folders}", "augment.size=16", "monitor.dense_every_epochs=1"]
+    config = load_config("mls_scenes_tiny", [*keys, "monitor.dense_images=58"])
+    first, *others = sorted(folders.rglob("*.png"))
+    for image in others:
+        mask = folders.parent / "masks" / image.relative_to(folders)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16)).save(mask)
+    probe = DenseProbe.build(config, sources.build_source(config.data))
+    assert probe is not None
+    probe.read()
+    assert probe.memory is not None and probe.asked is not None
+    assert len(probe.memory[0]) + len(probe.asked[0]) == 58
+    for image in others[1:]:
+        (folders.parent / "masks" / image.relative_to(folders)).unlink()
+    where = folders.parent / "masks" / first.relative_to(folders)
+    with pytest.raises(DataError, match=f"has 1 images with a mask, and the dense probe needs two: .* in {where}, or"):
+        DenseProbe.build(config, sources.build_source(config.data))
