@@ -24,7 +24,7 @@ from mls.chunks import chunks
 from mls.data import Source
 from mls.data.listing import FileSource
 from mls.data.sources import hash_of_images
-from mls.data.unreadable import Unreadable, decoded
+from mls.data.unreadable import Unreadable, decoded, reason_of
 from mls.distributed import start
 from mls.errors import CheckpointError, ConfigError, Stopped
 from mls.eval.boosted import BoostedClassifier
@@ -247,7 +247,7 @@ def predict_dense(
     identity = {"classifier": kept.facts["sha256"], "images": hash_of_images(source)}
     _begin(out, identity | {"pictures": draw})
     folder, found = _Folder(out, kept, _names(source), draw), out / "found.jsonl"
-    done = _whole_batches(found, count, unreadable)
+    done = _whole_batches(found, source, unreadable)
     with StopFlag() as stop, counting("predictions", count, not quiet, done) as progress, open(found, "ab") as lines:
         for part in chunks(count - done, DENSE_BATCH):
             batch = range(done, count)[part]
@@ -311,9 +311,10 @@ def _below(number: int, name: str) -> str:
     return name if inside else f"{number:09d}-{os.path.basename(name)}"
 
 
-def _whole_batches(file: Path, count: int, unreadable: Unreadable) -> int:
+def _whole_batches(file: Path, source: Source, unreadable: Unreadable) -> int:
     """How many images are done, and which of them cannot be read. A batch that a kill has torn is cut off: what is
-    found in an image may depend, in the last bits, on those beside it."""
+    found in an image may depend, in the last bits, on those beside it. So is all from the batch on in which an image
+    could not be read that can be read now."""
     if not file.is_file():
         return 0
     ends, broken = [0], list[tuple[int, str]]()
@@ -322,8 +323,8 @@ def _whole_batches(file: Path, count: int, unreadable: Unreadable) -> int:
             if line.startswith(b'{"%s"' % UNREADABLE.encode()):
                 broken.append((len(ends) - 1, json.loads(line)[UNREADABLE]))
             ends.append(ends[-1] + len(line))
-    done = len(ends) - 1
-    done -= done % DENSE_BATCH if done < count else 0
+    done = next((number for number, _ in broken if reason_of(source, number) is None), len(ends) - 1)
+    done -= done % DENSE_BATCH if done < len(source) else 0
     os.truncate(file, ends[done])
     unreadable.note(one for one in broken if one[0] < done)
     return done

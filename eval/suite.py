@@ -119,7 +119,7 @@ def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], 
     """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
     name = next((one.removeprefix("data.name=") for one in part.overrides if one.startswith("data.name=")), None)
     if name is not None:
-        if part.tiny:
+        if part.tiny and name in OF_OWN:
             raise ConfigError(f"--tiny is the embedded scenes, and data.name={name} is not: leave out one of them")
         suite = on_own_data(suite, name, part.overrides)
     columns = suite.tiny if part.tiny else suite.columns
@@ -166,18 +166,18 @@ OF_OWN = {"table": CLASSIFY, "folder": CLASSIFY, "masks": MAPS, "coco": ("object
 
 
 def on_own_data(suite: Suite, name: str, overrides: Sequence[str]) -> Suite:
-    """The suite's rows on the user's own images, without the paper's numbers, which are of other images. Of columns
-    that would measure the same with other settings the first is left, and is named as its settings are."""
+    """A paper's rows on the user's own images, without the paper's numbers, which are of other images. Of columns
+    that would measure the same with other settings the first is left, and is named as its settings are. A suite of no
+    paper stays as it is written."""
+    if not suite.source:
+        return suite
     if name not in OF_OWN:
         known = ", ".join(OF_OWN)
         raise ConfigError(
             f"the suite's columns name their data sets: leave out data.name={name}, or name yours ({known})"
         )
     columns: dict[Any, Column] = {}
-    protocols = {protocol: load_protocol(protocol) for protocol in {column.protocol for column in suite.columns}}
-    if all(protocol.data.name == name for protocol in protocols.values()):
-        return suite
-    tasks = {key: protocol.task for key, protocol in protocols.items()}
+    tasks = {protocol: load_protocol(protocol).task for protocol in {column.protocol for column in suite.columns}}
     for column in (column for column in suite.columns if tasks[column.protocol] in OF_OWN[name]):
         key = (tasks[column.protocol], column.metric, *column.set)
         columns.setdefault(key, replace(column, name=f"{column.metric}, as {column.name}", table=""))

@@ -139,7 +139,10 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             self.open_log(stack)
             stack.enter_context(self.session.running(self.run.name, self.quiet))
-            built = (kind.build(self.config, self.source) for kind in (OnlineProbes, DenseProbe))
+            dense = DenseProbe.build(self.config, self.source)
+            if dense is not None:
+                dense.refuse_unusable(self.method.backbone, self.process.device)
+            built = (OnlineProbes.build(self.config, self.source), dense)
             self.probes = [probe for probe in built if probe is not None]
             self.guard = self.build_guard()
             self.moment_epochs = moment_epochs(self.config.optim.epochs, self.config.monitor.moments)

@@ -3,6 +3,7 @@ features.py and searched by index.py."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -129,7 +130,9 @@ class EmbeddedSource:
     def __post_init__(self) -> None:
         self.cached, readable = stored_features(self.source, self.embedder)
         self.broken = {*range(len(self.source))}.difference(readable)
-        self.index = build(self.cached.features, self.cached.folder / "ivfpq.index")
+        # An index finds no image whose row was zeros when it was built: it is kept under the images that were broken.
+        dark = "-" + hashlib.sha256(repr(sorted(self.broken)).encode()).hexdigest()[:16] if self.broken else ""
+        self.index = build(self.cached.features, self.cached.folder / f"ivfpq{dark}.index")
 
     def nearest(self, queries: EmbeddedSource | Float[Tensor, "batch dim"], k: int) -> list[list[tuple[int, float]]]:
         """For each query the k nearest images of this data set that can be read: their numbers and cosines."""

@@ -97,6 +97,9 @@ def timm_network(name: str, published: bool = False, **options: Any) -> Backbone
         raise CheckpointError(_not_published(name, error)) from None
     if "drop_path_rate" in options and not drop_paths(model):
         raise ConfigError(without)
+    if "drop_path_rate" not in options:
+        for layer in drop_paths(model):  # some networks of timm have a rate of their own, as Swin's 0.1
+            layer.drop_prob = 0.0
     backbone = cast(Backbone, model)
     backbone.feature_dim = cast(int, model.num_features)
     if published:

@@ -188,7 +188,7 @@ def dilated(backbone: nn.Module, output_stride: int) -> nn.Module:
         try:
             network = timm.create_model(architecture, num_classes=0, output_stride=output_stride)
             network.load_state_dict(backbone.state_dict())
-            return network.train(backbone.training)
+            return network.to(next(backbone.parameters())).train(backbone.training)
         except (TypeError, AssertionError, RuntimeError, NotImplementedError):
             pass
     raise ConfigError(

@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from mls.core import matching
 from mls.data import Source
 from mls.data.augment import normalise
 from mls.data.crops import UnreadableImage, decode
-from mls.data.listing import FileSource
+from mls.data.listing import FileSource, show
 from mls.data.masks import IndexedFiles, masks_beside
+from mls.data.pictures import VOID
 from mls.data.scenes import ScenesSource
 from mls.errors import ConfigError, DataError
 from mls.frozen.confusion import confusion, segmentation_metrics
@@ -56,7 +58,7 @@ class DenseProbe:
         if not config.monitor.dense_every_epochs:
             return None
         if not isinstance(source, ScenesSource):
-            masks_of(source)  # what is missing is said before the first step
+            drawn(config, source, masks_of(source))  # what is missing is said before the first step
         return cls(config, source)
 
     def __call__(self, backbone: nn.Module, epoch: int, device: torch.device) -> dict[str, float]:
@@ -74,12 +76,30 @@ class DenseProbe:
             return {"dense/miou": self.miou(backbone, device), "dense/miou_untrained": self.untrained}
         return {}
 
+    @torch.no_grad()
+    def refuse_unusable(self, backbone: nn.Module, device: torch.device) -> None:
+        """Before the first step: masks that cannot be used, and a network that gives no map of the probe's images."""
+        if distributed.rank() != 0:
+            return
+        self.read()
+        training, network = backbone.training, DenseFeatures(backbone).eval()
+        try:
+            network(next(self.batches(self.memory, device))[:1])
+        except ConfigError as error:
+            raise ConfigError(
+                f"monitor.dense_every_epochs measures at twice augment.size: {error}; or set it to 0"
+            ) from None
+        finally:
+            backbone.train(training)
+
     def read(self) -> None:
-        seed, count, size = self.config.run.seed, self.config.monitor.dense_images, 2 * self.config.augment.size
-        order = torch.randperm(len(self.source), generator=generator(seed, "dense probe"))[:count]
-        first = round(FOR_MEMORY * len(order))
+        if self.memory is not None:
+            return
+        size = 2 * self.config.augment.size
         if isinstance(self.source, ScenesSource):  # they have a test split of their own
-            scenes = replace(self.config.data.scenes, count=first, test_count=len(order) - first)
+            count = min(self.config.monitor.dense_images, len(self.source))
+            first = round(FOR_MEMORY * count)
+            scenes = replace(self.config.data.scenes, count=first, test_count=count - first)
             self.classes = len(self.source.class_names) + 1
             made = [ScenesSource(scenes, split, masks=True) for split in ("train", "test")]
             self.memory, self.asked = (
@@ -88,8 +108,14 @@ class DenseProbe:
             )
             return
         masks = masks_of(self.source)
-        images, labels = read_pairs(self.source, masks, order.tolist(), size)
+        images, labels = read_pairs(self.source, masks, drawn(self.config, self.source, masks), size)
         self.classes, first = masks.classes, min(len(images) - 1, round(FOR_MEMORY * len(images)))
+        for part, does in ((labels[:first], "learns from"), (labels[first:], "segments")):
+            if (part == VOID).all():
+                raise DataError(
+                    f"the masks of {self.source.name} label no pixel of the {len(part)} images that the dense probe "
+                    f"{does}: correct them, raise monitor.dense_images, or set monitor.dense_every_epochs=0"
+                )
         self.memory, self.asked = (images[:first], labels[:first]), (images[first:], labels[first:])
 
     def batches(self, part: tuple[Images, Labels] | None, device: torch.device) -> Iterator[Tensor]:
@@ -98,8 +124,7 @@ class DenseProbe:
 
     @torch.no_grad()
     def miou(self, backbone: nn.Module, device: torch.device) -> float:
-        if self.memory is None:
-            self.read()
+        self.read()
         training, network = backbone.training, DenseFeatures(backbone).eval()
         try:
             maps, queries = (
@@ -138,6 +163,18 @@ def masks_of(source: Source) -> IndexedFiles:
             "with ROOT/masks beside it, or set it to 0"
         )
     return masks_beside(Path(os.fsdecode(source.root)), [Path(os.fsdecode(path)) for path in source.relative_paths])
+
+
+def drawn(config: Config, source: Source, masks: IndexedFiles) -> list[int]:
+    """The same images each time, of those whose mask is there."""
+    order = torch.randperm(len(source), generator=generator(config.run.seed, "dense probe")).tolist()
+    rows = list(islice((row for row in order if masks.paths[row].is_file()), config.monitor.dense_images))
+    if len(rows) < 2:
+        raise DataError(
+            f"{source.name} has {len(rows)} images with a mask, and the dense probe needs two: put that of each image "
+            f"where that of the first is looked for, in {show(masks.paths[0])}, or set monitor.dense_every_epochs to 0"
+        )
+    return rows
 
 
 def read_pairs(source: Source, masks: IndexedFiles, rows: Sequence[int], size: int) -> tuple[Images, Labels]:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from PIL import Image
 
 from mls.config import AugmentConfig
+from mls.data import Source
+from mls.data.unreadable import Unreadable
 from mls.errors import CheckpointError, ConfigError, DataError, Stopped
 from mls.eval import load_protocol, prediction
 from mls.eval.cells import Evaluation, evaluation
@@ -181,3 +184,32 @@ def test_dense_predictions_go_on_where_they_were_stopped(
     assert other["task"] == task
     with pytest.raises(ConfigError, match="holds predictions of another network, of other images"):
         predict_dense(made, folder / "images" / "dark", folder / "out", quiet=True)
+
+
+class ByBrightness:
+    """Says of each pixel whether it is bright."""
+
+    def predict(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [(image[0] > 100).long() for image in images]
+
+
+def test_dense_predictions_are_made_of_an_image_that_was_out_of_reach(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = evaluation(load_protocol("segmentation_scenes", FEW), "random:resnet_tiny")
+    made = kept(cell, Outcome({}, "", None, 0, {"weight": torch.ones(1)}), folder / "runs")
+    monkeypatch.setattr(prediction, "_network", lambda _: ByBrightness())
+    images, decoding, read = sorted((folder / "images").rglob("*.png")), prediction.decoded, list[int]()
+
+    def without(source: Source, ids: Sequence[int], unreadable: Unreadable) -> dict[int, torch.Tensor]:
+        unreadable.note([(9, "9 is out of reach")] if 9 in ids else [])
+        return decoding(source, [number for number in ids if number != 9], unreadable)
+
+    again = lambda source, ids, *rest: (read.extend(ids), decoding(source, ids, *rest))[1]
+    for decode, count in ((without, 19), (again, 20), (again, 20)):
+        monkeypatch.setattr(prediction, "decoded", decode)
+        assert predict_dense(made, folder / "images", folder / "out", quiet=True) == count
+    assert read == list(range(8, 20))  # from its batch on, once
+    masks = [folder / "out" / "masks" / one.relative_to(folder / "images") for one in images]
+    assert [mask.is_file() for mask in masks] == [True] * 20
+    assert len((folder / "out" / "found.jsonl").read_bytes().splitlines()) == 20

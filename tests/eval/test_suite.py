@@ -1,6 +1,7 @@
 """Protocols and suites that ship with mls, and what a suite does: run, resume, leave out what has no data."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,11 +94,25 @@ def test_a_suite_that_has_no_meaning_on_own_images_says_why_and_what_to_use(own:
     ):
         with pytest.raises(ConfigError, match=words):
             on_own_data(load_suite(name), data, own(labels))
-    assert on_own_data(suite := load_suite("own_labels"), "table", own("many")) is suite
     masks = on_own_data(load_suite("frozen_dense"), "masks", ["data.name=masks"])
     assert [column.name for column in masks.columns][:2] == ["miou, as VOC kNN", "miou, as VOC linear"]
     with pytest.raises(ConfigError, match="--tiny is the embedded scenes, and data.name=table is not"):
         suite_module.run(load_suite("paper_spml"), Path(), Part(tiny=True, overrides=own("many")))
+
+
+def test_a_suite_of_no_paper_takes_any_data_set_and_stays_as_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = load_suite("own_labels")
+    mine = replace(suite, rows=[replace(row, paper=[1.0, 2.0, 3.0]) for row in suite.rows])
+    assert all(on_own_data(mine, name, [f"data.name={name}"]) is mine for name in ("table", "folder", "voc07"))
+
+    def nothing(planned: dict[str, list[cells.Evaluation]], *_: object) -> None:
+        raise DataError(f"{planned['em'][0].protocol.data.name} is not there")
+
+    monkeypatch.setattr(suite_module, "over_seeds", nothing)
+    tiny = Part(tiny=True, only=["em"], overrides=["data.name=scenes"])
+    assert suite_module.run(suite, tmp_path, tiny, lambda text: None).missing == {"mAP": "scenes is not there"}
 
 
 def test_the_suite_of_single_positives_trains_on_an_own_table(own: Callable[[str], list[str]], tmp_path: Path) -> None:

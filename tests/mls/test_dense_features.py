@@ -97,7 +97,9 @@ def test_dilation_is_torchvisions_and_timms() -> None:
     torch.testing.assert_close(found, expected)
     assert dense_features(backbone, IMAGES).shape[2:] == (2, 3)  # the network itself is as it was
     for name in ("timm:test_resnet", "timm:test_convnext"):
-        assert dense_features(load_backbone(f"random:{name}"), IMAGES, output_stride=16).shape[2:] == (4, 6)
+        double = load_backbone(f"random:{name}").double()
+        found = dense_features(double, IMAGES.double(), output_stride=16)
+        assert found.shape[2:] == (4, 6) and found.dtype == torch.float64
     with pytest.raises(ConfigError, match="cannot be dilated"):
         DenseFeatures("random:timm:test_vit", output_stride=8)
 

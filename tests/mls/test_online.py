@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+import mls
 from mls import distributed
 from mls.config import Config, DataConfig
 from mls.data import pack, sources
 from mls.data.listing import FileSource
-from mls.errors import DataError
+from mls.engine.trainer import Trainer
+from mls.errors import DataError, UserError
 from mls.frozen.untrained import untrained
 from mls.models import build_pair
 from mls.monitor import online
@@ -143,6 +145,33 @@ def test_the_dense_probe_reads_each_image_with_its_mask_once(
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (255, "the masks of .* label no pixel of the 16 images that the dense probe learns from: correct them"),
+        (3, "pixels of unknown classes, such as 3"),
+        (1, "measures at twice augment.size: Means has no pooling layer .*; or set it to 0"),
+    ],
+)
+def test_what_the_dense_probe_cannot_use_is_said_before_the_first_step(
+    value: int, message: str, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folders.parent / "classes.txt").write_text("road\ntree\n")
+    for file in folders.glob("*/*.png"):
+        mask = folders.parent / "masks" / file.relative_to(folders)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), value).save(mask)
+    keys = ["data.source=auto", f"data.root={folders}", "data.workers=0", "augment.size=16", "data.batch_size=20"]
+    keys += ["optim.epochs=1", "dictionary.size=40", "objective.k=2", "monitor.dense_every_epochs=1"]
+    config = load_config("mls_scenes_tiny", [*keys, "monitor.dense_images=20", f"run.root={folders.parent}/runs"])
+    monkeypatch.setattr(Trainer, "train_step", lambda *_: pytest.fail("a step"))
+    real = DenseProbe.refuse_unusable
+    of_means = lambda probe, backbone, device: real(probe, Means() if value == 1 else backbone, device)
+    monkeypatch.setattr(DenseProbe, "refuse_unusable", of_means)
+    with pytest.raises(UserError, match=message):
+        mls.pretrain(config, quiet=True)
+
+
 def test_the_dense_probe_beside_an_untrained_network_and_without_masks(folders: Path) -> None:
     keys = ["monitor.dense_every_epochs=1", "monitor.dense_images=20"]
     config = load_config("mls_scenes_tiny", [*keys, "data.scenes.count=200", "monitor.dense_images=100"])
@@ -157,3 +186,24 @@ def test_the_dense_probe_beside_an_untrained_network_and_without_masks(folders: 
     (folders.parent / "masks").rmdir()
     with pytest.raises(DataError, match="has no masks beside it: they are looked for in ROOT/masks"):
         DenseProbe.build(of_folder, sources.build_source(of_folder.data))
+
+
+def test_the_dense_probe_draws_from_the_images_that_have_a_mask(folders: Path) -> None:
+    (folders.parent / "classes.yaml").write_text("names: [dark, bright]\n")
+    keys = ["data.source=auto", f"data.root={folders}", "augment.size=16", "monitor.dense_every_epochs=1"]
+    config = load_config("mls_scenes_tiny", [*keys, "monitor.dense_images=58"])
+    first, *others = sorted(folders.rglob("*.png"))
+    for image in others:
+        mask = folders.parent / "masks" / image.relative_to(folders)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16)).save(mask)
+    probe = DenseProbe.build(config, sources.build_source(config.data))
+    assert probe is not None
+    probe.read()
+    assert probe.memory is not None and probe.asked is not None
+    assert len(probe.memory[0]) + len(probe.asked[0]) == 58
+    for image in others[1:]:
+        (folders.parent / "masks" / image.relative_to(folders)).unlink()
+    where = folders.parent / "masks" / first.relative_to(folders)
+    with pytest.raises(DataError, match=f"has 1 images with a mask, and the dense probe needs two: .* in {where}, or"):
+        DenseProbe.build(config, sources.build_source(config.data))

@@ -1,5 +1,6 @@
 """`mls embed`: one row for each image that can be read."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from mls.data.decode import UnreadableImage
 from mls.errors import ConfigError, DataError
-from mls.frozen import features
+from mls.frozen import features, index
 from mls.frozen.neighbours import EmbeddedSource, Embedder, source_from, stored_features
 from mls.tools.embed import embed
 
@@ -45,15 +46,23 @@ def test_an_unreadable_image_is_named_and_left_out(photographs: Path, capsys: py
     assert sorted(image for image, _ in near) == [number for number in range(IMAGES) if number not in (6, 7)]
 
 
-def test_an_image_that_was_out_of_reach_is_read_again(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, embedder = source_from(str(photographs)), Embedder.of("resnet_tiny")
-    reach, gone = features.decode, source.read(5)
+@pytest.fixture
+def broken(photographs: Path) -> Callable[[bytes], torch.Tensor]:
+    """Decodes as always, but for image 5, which is out of reach."""
+    reach, gone = features.decode, (photographs / "005.png").read_bytes()
 
-    def broken(data: bytes) -> torch.Tensor:
+    def decode(data: bytes) -> torch.Tensor:
         if data == gone:
             raise UnreadableImage("the disk is gone")
         return reach(data)
 
+    return decode
+
+
+def test_an_image_that_was_out_of_reach_is_read_again(
+    photographs: Path, broken: Callable[[bytes], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, embedder, reach = source_from(str(photographs)), Embedder.of("resnet_tiny"), features.decode
     monkeypatch.setattr(features, "decode", broken)
     before, readable = stored_features(source, embedder, workers=0)
     assert readable == [*range(5), *range(6, IMAGES)] and not before.features[5].any()
@@ -61,6 +70,22 @@ def test_an_image_that_was_out_of_reach_is_read_again(photographs: Path, monkeyp
     after, readable = stored_features(source, embedder, workers=0)
     assert after.folder == before.folder and readable == [*range(IMAGES)] and after.features[5].any()
     assert torch.equal(after.features[4], before.features[4])
+
+
+def test_the_kept_index_finds_an_image_that_was_out_of_reach(
+    photographs: Path, broken: Callable[[bytes], torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "EXACT_UP_TO", 100)
+    source, embedder = source_from(str(photographs)), Embedder.of("resnet_tiny", 32)
+    embedded = lambda: EmbeddedSource(source, embedder)
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "decode", broken)
+        assert embedded().broken == {5}
+        patch.setattr(index, "_trained", lambda *_: pytest.fail("the index is built again"))
+        assert embedded().broken == {5}
+    after = embedded()
+    (found,) = after.nearest(after.cached.features[5:6], 1)
+    assert found[0][0] == 5
 
 
 def test_many_unreadable_images_and_unknown_formats_are_refused(photographs: Path) -> None:
