@@ -120,6 +120,16 @@ def drop_paths(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if type(module).__name__ == "DropPath"]
 
 
+def measuring_norms(network: nn.Module) -> list[nn.Module]:
+    """Batch normalisation alone is in training, to take the mean over the batches that come: nothing else may drop a
+    branch or a channel at random. They are given back; there may be none."""
+    norms = [module for module in network.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None
+    return norms
+
+
 def freeze_patches(backbone: nn.Module, name: str) -> None:
     """A transformer's patch projection learns nothing: MoCo-v3 found its gradients to come in bursts."""
     projection = getattr(getattr(backbone, "patch_embed", None), "proj", None)

@@ -7,6 +7,7 @@ from torch import nn
 
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError
+from mls.frozen.untrained import with_batch_statistics
 from mls.models import backbones, build_pair, load_backbone, save_backbone
 from mls.models.gradient_checkpointing import checkpoint_blocks
 from mls.models.norm import KeyNorm
@@ -150,6 +151,12 @@ def test_stochastic_depth_is_what_is_asked_for_whatever_the_network_s_own_rate(r
     with torch.device("meta"):
         network = backbones.build("timm:swin_tiny_patch4_window7_224", rate)  # its own rate is 0.1
     assert max(layer.drop_prob for layer in backbones.drop_paths(network)) == pytest.approx(rate)
+
+
+def test_statistics_of_batch_normalisation_are_taken_with_nothing_dropped() -> None:
+    images, norm = torch.rand(8, 3, 4, 4), nn.BatchNorm2d(3)
+    with_batch_statistics(nn.Sequential(nn.Dropout(0.9), norm), [images[:4], images[4:]])
+    torch.testing.assert_close(norm.running_mean, images.mean((0, 2, 3)))
 
 
 @pytest.mark.parametrize(
