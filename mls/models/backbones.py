@@ -45,12 +45,12 @@ def build(name: str, drop_path: float = 0.0) -> Backbone:
     >>> build("resnet18").feature_dim
     512
     """
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if name.startswith("timm:"):
-        options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         return timm_network(name.removeprefix("timm:"), **options)
-    if drop_path:
+    if drop_path and name != "vit_tiny":
         raise ConfigError(f"model.drop_path={drop_path:g} is for networks of timm: set it to 0 for {name}")
-    return BACKBONES[name]()
+    return cast(Callable[..., Backbone], BACKBONES[name])(**options)
 
 
 def _resnet(name: str) -> Backbone:
