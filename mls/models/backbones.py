@@ -1,7 +1,7 @@
 """Backbones by name: torchvision's ResNets, a tiny one for demos, any of timm's. Each maps images to one feature a
 image and says its width in `feature_dim`. Parameter names are the library's own, so exports need no renaming."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -120,7 +120,7 @@ def drop_paths(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if type(module).__name__ == "DropPath"]
 
 
-def measuring_norms(network: nn.Module) -> list[nn.Module]:
+def measuring_norms(network: nn.Module) -> Sequence[nn.Module]:
     """Batch normalisation alone is in training, to take the mean over the batches that come: nothing else may drop a
     branch or a channel at random. They are given back; there may be none."""
     norms = [module for module in network.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
