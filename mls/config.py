@@ -295,23 +295,36 @@ class SupervisedOptions(MoCoOptions):
         no_windows(self)
 
 
+def no_small_crops(config: Config) -> None:
+    if config.augment.small_crops:
+        raise ConfigError(f"objective.method={config.objective.method} takes two crops: use augment.small_crops=0")
+
+
+@dataclass(frozen=True)
+class TwoCropOptions(ObjectiveConfig):
+    """Of a method that takes two crops of an image and nothing else."""
+
+    def check(self, config: Config) -> None:
+        no_small_crops(config)
+
+
 @_objective("simsiam")
 @dataclass(frozen=True)
-class SimSiamOptions(ObjectiveConfig):
+class SimSiamOptions(TwoCropOptions):
     method: str = "simsiam"
     predictor: int = positive(512)  # width of the predictor's hidden layer
 
 
 @_objective("byol")
 @dataclass(frozen=True)
-class BYOLOptions(ObjectiveConfig):
+class BYOLOptions(TwoCropOptions):
     method: str = "byol"
     predictor: int = positive(4096)  # width of the predictor's hidden layer
 
 
 @_objective("moco_v3")
 @dataclass(frozen=True)
-class MoCoV3Options(ObjectiveConfig):
+class MoCoV3Options(TwoCropOptions):
     method: str = "moco_v3"
     temperature: float = positive(0.2)
     hidden: int = positive(4096)  # width of the hidden layers of projector and predictor
@@ -327,11 +340,12 @@ class DenseCLOptions(MoCoOptions):
     def check(self, config: Config) -> None:
         super().check(config)
         no_windows(self)
+        no_small_crops(config)
 
 
 @_objective("slotcon")
 @dataclass(frozen=True)
-class SlotConOptions(ObjectiveConfig):
+class SlotConOptions(TwoCropOptions):
     method: str = "slotcon"
     prototypes: int = limited(256, low=2)
     hidden: int = positive(4096)  # width of the hidden layers of head and predictor

@@ -18,6 +18,7 @@ from mls.eval.dense.schema import Segmentation, SegmenterConfig
 from mls.eval.dense.trunk import build_trunk
 from mls.eval.dense.views import fitting
 from mls.models.backbones import Backbone
+from mls.models.spatial import patches_of
 
 
 class Segmenter(nn.Module):
@@ -43,6 +44,7 @@ class Segmenter(nn.Module):
         settings = protocol.model
         self.data, self.classes, self.settings = protocol.data, classes, settings
         self.trunk = build_trunk(backbone, settings.output_stride)
+        self.patch = patches_of(backbone) if self.trunk.plain else (1, 1)
         self.last, self.before = self.trunk.names[-1], self.trunk.names[-2:][0]
         self.head = HEADS[settings.head](self.trunk.channels[self.last], settings, classes)
         width, channels = settings.auxiliary_width, self.trunk.channels[self.before]
@@ -71,7 +73,7 @@ class Segmenter(nn.Module):
     ) -> Float[Tensor, ""]:
         """Cross-entropy, averaged over all pixels; void pixels count with loss 0, so that a crop full of them weighs
         less."""
-        scores = resized(scores, labels.shape[1:], self.settings.align_corners).float()
+        scores = self.over_view(scores, labels.shape[1:])
         return F.cross_entropy(scores, labels, ignore_index=VOID, reduction="sum") / labels.numel()
 
     @torch.no_grad()
@@ -89,7 +91,15 @@ class Segmenter(nn.Module):
 
     def _scores(self, view: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 classes height width"]:
         scores = self.head(self.trunk(view)[self.last])
-        return resized(scores, view.shape[2:], self.settings.align_corners).float()
+        return self.over_view(scores, view.shape[2:])
+
+    def over_view(
+        self, scores: Float[Tensor, "batch classes map_height map_width"], size: Sequence[int]
+    ) -> Float[Tensor, "batch classes height width"]:
+        """A transformer fills its view up to whole patches: what its map says of the filling is cut off."""
+        height, width = size
+        whole = (height + -height % self.patch[0], width + -width % self.patch[1])
+        return resized(scores, whole, self.settings.align_corners)[..., :height, :width].float()
 
     def _slide(self, view: Float[Tensor, "1 3 height width"]) -> Float[Tensor, "1 classes height width"]:
         """The mean over overlapping windows; the last one of a row or column ends with the image."""

@@ -26,6 +26,7 @@ from mls.data.loader import in_workers
 from mls.distributed import gather, rank, world
 from mls.errors import UserError
 from mls.models import Backbone, Encoder, Precision
+from mls.models.backbones import measuring_norms
 from mls.models.finite import finite
 from mls.streams import watched
 
@@ -114,13 +115,8 @@ class RegionEncoder:
         encoder = cls(
             network, whole, augment, options, device, workers, torch.zeros(backbone.feature_dim, device=device)
         )
-        norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
         sample = spaced(len(source), SAMPLE)
-        if norms:
-            network.train()
+        if measuring_norms(network):
             for _ in encoder.features(source, sample):
                 pass
         network.eval()

@@ -280,15 +280,16 @@ class _Kept:
 
     def __init__(self, network: nn.Module, blocks: list[nn.Module]) -> None:
         self.weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-        self.found: dict[nn.Module | None, dict[int, Tensor]] = {None: {}}
-        self.block: nn.Module | None = None
+        self.found: dict[tuple[int, nn.Module] | None, dict[int, Tensor]] = {None: {}}
+        self.block: tuple[int, nn.Module] | None = None
+        self.passes = 0  # the backward pass computes a block of one pass at a time
         for block in blocks:
             block.register_forward_pre_hook(self.enter)
             block.register_forward_hook(lambda *_: setattr(self, "block", None))
 
     def enter(self, block: nn.Module, given: tuple[Tensor, ...]) -> None:
         self.keep(given[0])
-        self.block = block
+        self.block = (self.passes, block)
 
     def keep(self, saved: Tensor) -> Tensor:
         key = saved.untyped_storage()._cdata
@@ -325,7 +326,7 @@ def kept_of_image(config: Config, half: bool) -> int:
             network = backbones.build(config.model.backbone).to(dtype).train()
         kept = _Kept(network, blocks(network) if config.engine.checkpointing else [])
         with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda saved: saved):
-            for size in sizes:
+            for kept.passes, size in enumerate(sizes):
                 network(torch.empty(2, 3, size, size, dtype=dtype, device="meta"))
     except Exception:  # an operation that has no answer there, of a network from elsewhere
         return 0

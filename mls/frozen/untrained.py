@@ -15,6 +15,7 @@ from mls.data import Source
 from mls.data.augment import normalise
 from mls.data.crops import centre, decode
 from mls.models import build_pair
+from mls.models.backbones import measuring_norms
 
 STATISTICS_IMAGES = 2048  # on which the statistics of batch normalisation are measured
 
@@ -35,11 +36,7 @@ def untrained(config: Config, source: Source) -> nn.Module:
 @torch.no_grad()
 def with_batch_statistics(backbone: nn.Module, batches: Iterable[Float[Tensor, "batch 3 height width"]]) -> nn.Module:
     """Set the statistics of batch normalisation to those of these images, in place."""
-    backbone.train()
-    for module in backbone.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.reset_running_stats()
-            module.momentum = None  # a plain mean over all batches
+    measuring_norms(backbone)
     for images in batches:
         backbone(images)
     return backbone.eval()

@@ -1,7 +1,7 @@
 """Backbones by name: torchvision's ResNets, a tiny one for demos, any of timm's. Each maps images to one feature a
 image and says its width in `feature_dim`. Parameter names are the library's own, so exports need no renaming."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,12 +45,12 @@ def build(name: str, drop_path: float = 0.0) -> Backbone:
     >>> build("resnet18").feature_dim
     512
     """
+    options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
     if name.startswith("timm:"):
-        options: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
         return timm_network(name.removeprefix("timm:"), **options)
-    if drop_path:
+    if drop_path and name != "vit_tiny":
         raise ConfigError(f"model.drop_path={drop_path:g} is for networks of timm: set it to 0 for {name}")
-    return BACKBONES[name]()
+    return cast(Callable[..., Backbone], BACKBONES[name])(**options)
 
 
 def _resnet(name: str) -> Backbone:
@@ -118,6 +118,16 @@ def _of_any_size(create: Callable[..., Any]) -> Any:
 def drop_paths(network: nn.Module) -> list[Any]:
     """The layers that leave out a branch at random."""
     return [module for module in network.modules() if type(module).__name__ == "DropPath"]
+
+
+def measuring_norms(network: nn.Module) -> Sequence[nn.Module]:
+    """Batch normalisation alone is in training, to take the mean over the batches that come: nothing else may drop a
+    branch or a channel at random. They are given back; there may be none."""
+    norms = [module for module in network.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None
+    return norms
 
 
 def freeze_patches(backbone: nn.Module, name: str) -> None:

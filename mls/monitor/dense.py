@@ -152,8 +152,10 @@ def segmented(
     k, matcher = min(NEIGHBOURS, int(known.sum())), matching.build("torch")
     votes = in_context(as_rows(queries), as_rows(maps)[known], shares[known], [k], [TEMPERATURE], matcher)
     scores = votes[k, TEMPERATURE].view(len(queries), rows, columns, classes).permute(0, 3, 1, 2)
-    found = F.interpolate(scores, truth.shape[1:], mode="bilinear").argmax(1)
-    return segmentation_metrics(confusion(found, truth, classes))["miou"]
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    for one, wanted in zip(scores.split(1), truth.split(1), strict=True):  # the scores of all pixels may be gigabytes
+        counts += confusion(F.interpolate(one, truth.shape[1:], mode="bilinear").argmax(1), wanted, classes)
+    return segmentation_metrics(counts)["miou"]
 
 
 def masks_of(source: Source) -> IndexedFiles:

@@ -180,6 +180,20 @@ def test_moco_v3_equals_the_official_loss(monkeypatch: pytest.MonkeyPatch) -> No
     assert learnt == {"query"}
 
 
+@pytest.mark.parametrize("method", ["simsiam", "byol", "moco_v3", "densecl", "slotcon"])
+def test_small_crops_are_refused_where_they_would_be_cut_and_never_used(method: str) -> None:
+    with pytest.raises(ConfigError, match=f"objective.method={method} takes two crops: use augment.small_crops=0"):
+        load_config("mls_scenes_tiny", [f"objective.method={method}", "augment.small_crops=2"])
+
+
+def test_moco_v3_names_the_keys_of_the_model_that_it_does_not_use() -> None:
+    config = load_config("mls_scenes_tiny", ["objective.method=moco_v3", "objective.hidden=32", "model.key_norm=split"])
+    (sentence,) = methods.build(config).introduction()
+    assert "not used by moco_v3: model.hidden, model.head_norm, model.key_norm (" in sentence
+    with torch.device("meta"):
+        assert methods.build(load_config("moco_v3_scenes_vit")).introduction() == []
+
+
 def test_a_key_of_another_method_is_refused_and_a_recipe_s_are_left_out() -> None:
     with pytest.raises(
         ConfigError, match=r"moco_v2 has no objective.k \(the command line\): it is a key of knn_moco, mls"

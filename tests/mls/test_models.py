@@ -7,6 +7,7 @@ from torch import nn
 
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError
+from mls.frozen.untrained import with_batch_statistics
 from mls.models import backbones, build_pair, load_backbone, save_backbone
 from mls.models.gradient_checkpointing import checkpoint_blocks
 from mls.models.norm import KeyNorm
@@ -145,11 +146,18 @@ def test_stochastic_depth_is_the_query_s_alone_and_a_frozen_projection_stays() -
     assert all(torch.equal(one, other) for one, other in same)
 
 
+@pytest.mark.parametrize("name", ["vit_tiny", "timm:swin_tiny_patch4_window7_224"])  # Swin's own rate is 0.1
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_stochastic_depth_is_what_is_asked_for_whatever_the_network_s_own_rate(rate: float) -> None:
+def test_stochastic_depth_is_what_is_asked_for_whatever_the_network_s_own_rate(name: str, rate: float) -> None:
     with torch.device("meta"):
-        network = backbones.build("timm:swin_tiny_patch4_window7_224", rate)  # its own rate is 0.1
-    assert max(layer.drop_prob for layer in backbones.drop_paths(network)) == pytest.approx(rate)
+        network = backbones.build(name, rate)
+    assert max((layer.drop_prob for layer in backbones.drop_paths(network)), default=0.0) == pytest.approx(rate)
+
+
+def test_statistics_of_batch_normalisation_are_taken_with_nothing_dropped() -> None:
+    images, norm = torch.rand(8, 3, 4, 4), nn.BatchNorm2d(3)
+    with_batch_statistics(nn.Sequential(nn.Dropout(0.9), norm), [images[:4], images[4:]])
+    torch.testing.assert_close(norm.running_mean, images.mean((0, 2, 3)))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from mls.engine.trainer import Trainer
 from mls.errors import DataError, UserError
 from mls.frozen.untrained import untrained
 from mls.models import build_pair
-from mls.monitor import online
+from mls.monitor import dense, online
 from mls.monitor.dense import DenseProbe
 from mls.monitor.online import OnlineProbes
 from mls.recipes import load_config
@@ -172,12 +172,18 @@ def test_what_the_dense_probe_cannot_use_is_said_before_the_first_step(
         mls.pretrain(config, quiet=True)
 
 
-def test_the_dense_probe_beside_an_untrained_network_and_without_masks(folders: Path) -> None:
+def test_the_dense_probe_beside_an_untrained_network_and_without_masks(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = ["monitor.dense_every_epochs=1", "monitor.dense_images=20"]
     config = load_config("mls_scenes_tiny", [*keys, "data.scenes.count=200", "monitor.dense_images=100"])
     probe = DenseProbe.build(config, sources.build_source(config.data))
     assert probe is not None
+    counted: list[int] = []  # images whose scores of all pixels exist at once
+    real = dense.confusion
+    monkeypatch.setattr(dense, "confusion", lambda found, *rest: counted.append(len(found)) or real(found, *rest))
     values = probe(build_pair(config.model, config.run.seed + 1).query.backbone, 1, torch.device("cpu"))
+    assert counted == [1] * 40  # twenty, beside an untrained network
     assert 0 < values["dense/miou"] < 1 and values["dense/miou"] != values["dense/miou_untrained"]
     of_folder = load_config("mls_scenes_tiny", ["data.source=auto", f"data.root={folders}", *keys])
     (folders.parent / "masks").mkdir()

@@ -125,6 +125,14 @@ def test_images_are_counted_with_their_windows_and_halved_where_they_can_be(monk
         assert findings.memory(plan, Sizes.planned(plan.config, world=1), CPU).override == override
 
 
+def test_blocks_that_are_computed_once_more_keep_one_pass_at_a_time() -> None:
+    keys = ["engine.checkpointing=true", "augment.small_size=32"]
+    two, four = (
+        findings.kept_of_image(plan_of(*keys, f"augment.small_crops={count}").config, half=False) for count in (1, 3)
+    )
+    assert 1.2 * two < four < 1.8 * two  # what blocks take in is kept of all passes
+
+
 def test_planned_sizes_are_those_of_the_network_and_its_checkpoint(tmp_path: Path) -> None:
     from mls.core import methods
     from mls.engine import optim

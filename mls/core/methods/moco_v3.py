@@ -6,8 +6,9 @@ encoder, all of unit length, and the keys of all processes:
 
 The key encoder slows down to a stop: model.momentum=0.99 model.final_momentum=1. Transformers want optim.name=adamw, a
 warm-up and model.freeze_patches=true. Projector and predictor are those of its transformers. What the official code has
-and this has not: batch statistics over all processes, fixed sine-cosine positions (timm's are learnt) and an
-initialisation of its own (timm's stands).
+and this has not: batch statistics over all processes, fixed sine-cosine positions (timm's are learnt), an
+initialisation of its own (timm's stands), and an augmentation for each of the crops (blur in 100 and 10 per cent,
+solarized 0 and 20 per cent).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from mls.distributed import gather, rank
 from mls.models import Backbone, EncoderPair, Precision, build_encoder
 from mls.models.heads import normalised_mlp
 from mls.streams import initialisation
+
+USUAL = (None, "none", "shuffle")  # of model keys that mean nothing here: what they are where nobody sets them
 
 
 @register("moco_v3", MoCoV3Options)
@@ -60,6 +63,11 @@ class MoCoV3(Method):
     def cross_entropy(self, q: Float[Tensor, "batch dim"], k: Float[Tensor, "all dim"]) -> Float[Tensor, ""]:
         logits = F.normalize(q.float(), dim=1) @ k.T / self.options.temperature
         return F.cross_entropy(logits, rank() * len(q) + torch.arange(len(q), device=q.device))
+
+    def introduction(self) -> list[str]:
+        keys = [key for key in ("hidden", "head_norm", "key_norm") if getattr(self.config.model, key) not in USUAL]
+        names = ", ".join(f"model.{key}" for key in keys)
+        return [f"not used by moco_v3: {names} (its projector and predictor have objective.hidden)"] if keys else []
 
     def after_step(self, outputs: list[StepOutput]) -> None:
         self.pair.update(self.momentum)

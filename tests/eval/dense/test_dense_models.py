@@ -172,6 +172,18 @@ def test_a_segmenter_takes_a_transformer_at_the_stride_of_its_patches() -> None:
         Segmenter(load_backbone("random:timm:test_vit"), Segmentation(), 11, *STATISTICS)
 
 
+@torch.no_grad()
+def test_scores_of_patches_that_reach_beyond_the_view_are_cut_off_not_squeezed_into_it() -> None:
+    model = SegmenterConfig(width=8, auxiliary_width=8, output_stride=4)
+    network = Segmenter(load_backbone("vit_tiny"), Segmentation(model=model), 11, *STATISTICS).eval()
+    view = torch.rand(1, 3, 32, 33)  # patches of 4 pixels
+    maps = network.head(network.trunk(view)[network.last])
+    whole = F.interpolate(maps, (32, 36), mode="bilinear", align_corners=model.align_corners)
+    assert maps.shape[2:] == (8, 9) and torch.equal(network._scores(view), whole[..., :33])
+    labels = torch.randint(11, (1, 32, 33))
+    torch.testing.assert_close(network.loss(maps, labels), F.cross_entropy(whole[..., :33], labels))
+
+
 def test_adamw_decays_no_norm_and_layers_learn_slower_the_further_they_are_from_the_heads() -> None:
     network = Segmenter(
         load_backbone("vit_tiny"), Segmentation(model=SegmenterConfig(output_stride=4)), 11, *STATISTICS

@@ -15,6 +15,7 @@ from mls.errors import DataError
 from mls.eval import cells, data, load_protocol
 from mls.eval.dense import maps as extraction
 from mls.eval.dense.prepare import load_images
+from mls.eval.protocol import fingerprint
 from mls.frozen import discovery, patches
 from mls.frozen.confusion import confusion, segmentation_metrics
 from mls.frozen.probe import linear_probe
@@ -27,6 +28,20 @@ FEW = ["data.scenes.count=48", "data.scenes.test_count=24", "features.device=cpu
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "before"),
+    [
+        (["probe.solver=lbfgs"], "62b1206b0313"),
+        (["probe.solver=lbfgs", "probe.first=null"], "62b1206b0313"),
+        (["probe.first=null"], "fab7542cc746"),
+    ],
+)
+def test_a_fit_that_the_first_epochs_do_not_choose_for_keeps_its_stored_results(keys: list[str], before: str) -> None:
+    """Fingerprints are those of the program that had no `probe.first`."""
+    assert fingerprint(load_protocol("dense_linear_scenes", keys)) == before
+    assert fingerprint(load_protocol("dense_linear_scenes")) != before
 
 
 def hummingbird(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, side: int, k: int) -> torch.Tensor:
