@@ -101,7 +101,7 @@ class Words(MoCo):
     def beside_info_nce(
         self, query: Query, rows: QueriedRows, views: Views, out: StepOutput | None
     ) -> Float[Tensor, ""] | None:
-        if self.warming_up:  # DDP waits for a gradient of every parameter
+        if self.warming_up or self.bags.words is None:  # DDP waits for a gradient of every parameter
             return 0.0 * (self.classifier.weight.sum() + self.classifier.bias.sum())
         bags = self.bags.of(views.ids, self.count)
         logits = self.classifier(SCALE * query.backbone)

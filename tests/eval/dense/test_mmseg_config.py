@@ -131,7 +131,7 @@ ELSEWHERE = {
     "data": {"name", "root", "check_sizes", "max_unreadable", "workers", "scenes"},
     "model": {"backbone", "weights"},
 }
-ELSEWHERE |= {"training": {"batch_size", "precise_bn", "precision", "device"}}
+ELSEWHERE |= {"training": {"batch_size", "precise_bn", "precision", "device", "optimizer", "layer_decay"}}
 
 
 def test_no_field_of_a_protocol_is_left_out_silently() -> None:
