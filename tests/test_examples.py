@@ -81,6 +81,7 @@ def test_the_example_of_a_loss_is_what_its_formula_says(registries_as_before: No
     assert torch.allclose(more, 2 * away, atol=1e-5)
 
 
+@pytest.mark.long
 def test_the_exported_program_runs_without_mls(tmp_path: Path, tiny: list[str], registries_as_before: None) -> None:
     plugins.load([str(ROOT / "examples" / "my_export_target.py")])
     run = mls.pretrain(mls.load_config("mls_scenes_tiny", [*tiny, "optim.epochs=1"]), quiet=True)

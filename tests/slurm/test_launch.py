@@ -73,6 +73,7 @@ def test_mistakes_are_one_sentence(words: str, sentence: str, mls_command: Call,
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_a_local_job_trains_in_two_processes_and_is_watched(mls_command: Call, tiny: list[str], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     local = ["--cluster", "local", "--name", "here", "--slurm", "tasks_per_node=2"]
