@@ -117,11 +117,7 @@ def load_suite(name: str | Path) -> Suite:
 
 def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], None] = print) -> Comparison:
     """Run what is not finished. A column whose data set is not there is left out and named in `missing`."""
-    name = next((one.removeprefix("data.name=") for one in part.overrides if one.startswith("data.name=")), None)
-    if name is not None:
-        if part.tiny and name in OF_OWN:
-            raise ConfigError(f"--tiny is the embedded scenes, and data.name={name} is not: leave out one of them")
-        suite = on_own_data(suite, name, part.overrides)
+    suite = on_own_data(suite, part.tiny, part.overrides)
     columns = suite.tiny if part.tiny else suite.columns
     rows = chosen_rows(suite, part.weights, part.tiny, part.only, part.overrides)
     found = Comparison(suite, columns, rows, part.tiny, overrides=part.overrides)
@@ -165,11 +161,14 @@ MAPS = ("dense_linear", "dense_knn", "dense_cluster")
 OF_OWN = {"table": CLASSIFY, "folder": CLASSIFY, "masks": MAPS, "coco": ("objects",), "yolo": ("objects",)}  # tasks
 
 
-def on_own_data(suite: Suite, name: str, overrides: Sequence[str]) -> Suite:
-    """A paper's rows on the user's own images, without the paper's numbers, which are of other images. Of columns
-    that would measure the same with other settings the first is left, and is named as its settings are. A suite of no
-    paper stays as it is written."""
-    if not suite.source:
+def on_own_data(suite: Suite, tiny: bool, overrides: Sequence[str]) -> Suite:
+    """With `data.name=` a paper's rows on the user's own images, without the paper's numbers: those are of others.
+    Of columns that would measure the same with other settings the first is left, and is named as its settings are. A
+    suite of no paper stays as it is written."""
+    name = next((one.removeprefix("data.name=") for one in overrides if one.startswith("data.name=")), None)
+    if tiny and name in OF_OWN:
+        raise ConfigError(f"--tiny is the embedded scenes, and data.name={name} is not: leave out one of them")
+    if name is None or not suite.source:
         return suite
     if name not in OF_OWN:
         known = ", ".join(OF_OWN)

@@ -15,6 +15,7 @@ from mls.eval.comparison import as_tables
 from mls.eval.protocol import Supervised
 from mls.eval.suite import Column, Part, Row, Suite, choose, chosen_rows, on_own_data
 from mls.results import Results
+from mls.tools.submit.evaluate import plan as submitted
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "eval"
 FEW = ["data.scenes.count=80", "data.scenes.test_count=32", "training.epochs=2", "training.pseudo_from=1"]
@@ -78,9 +79,16 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list
 def test_a_papers_rows_run_on_own_labels_without_its_numbers(
     own: Callable[[str], list[str]], name: str, labels: str, columns: list[str]
 ) -> None:
-    found = on_own_data(load_suite(name), "table", own(labels))
+    found = on_own_data(load_suite(name), False, own(labels))
     assert [column.name for column in found.columns] == columns
     assert not found.source and all(row.ours and not row.paper for row in found.rows)
+
+
+def test_what_is_submitted_of_a_papers_suite_on_own_labels_is_what_runs_here(
+    own: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    tasks = submitted("paper_spml", ["random:resnet_tiny"], tmp_path, seeds=1, only=["AN"], overrides=own("many"))
+    assert len(tasks) == 1  # of one column, where the paper has four data sets
 
 
 def test_a_suite_that_has_no_meaning_on_own_images_says_why_and_what_to_use(own: Callable[[str], list[str]]) -> None:
@@ -93,8 +101,8 @@ def test_a_suite_that_has_no_meaning_on_own_images_says_why_and_what_to_use(own:
         ("paper_spml", "voc2012", "many", "leave out data.name=voc2012, or name yours"),
     ):
         with pytest.raises(ConfigError, match=words):
-            on_own_data(load_suite(name), data, own(labels))
-    masks = on_own_data(load_suite("frozen_dense"), "masks", ["data.name=masks"])
+            on_own_data(load_suite(name), False, [f"data.name={data}", *own(labels)[1:]])
+    masks = on_own_data(load_suite("frozen_dense"), False, ["data.name=masks"])
     assert [column.name for column in masks.columns][:2] == ["miou, as VOC kNN", "miou, as VOC linear"]
     with pytest.raises(ConfigError, match="--tiny is the embedded scenes, and data.name=table is not"):
         suite_module.run(load_suite("paper_spml"), Path(), Part(tiny=True, overrides=own("many")))
@@ -105,7 +113,7 @@ def test_a_suite_of_no_paper_takes_any_data_set_and_stays_as_it_is_written(
 ) -> None:
     suite = load_suite("own_labels")
     mine = replace(suite, rows=[replace(row, paper=[1.0, 2.0, 3.0]) for row in suite.rows])
-    assert all(on_own_data(mine, name, [f"data.name={name}"]) is mine for name in ("table", "folder", "voc07"))
+    assert all(on_own_data(mine, False, [f"data.name={name}"]) is mine for name in ("table", "folder", "voc07"))
 
     def nothing(planned: dict[str, list[cells.Evaluation]], *_: object) -> None:
         raise DataError(f"{planned['em'][0].protocol.data.name} is not there")

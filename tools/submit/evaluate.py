@@ -104,7 +104,7 @@ def plan(
     from mls.eval.dense.schema import FrozenDense
     from mls.eval.protocol import Frozen, to_yaml
 
-    suite = suites.load_suite(name)
+    suite = suites.on_own_data(suites.load_suite(name), tiny, overrides)
     tasks: dict[str, Task] = {}
     for column in suite.tiny if tiny else suite.columns:
         for row in suites.chosen_rows(suite, weights, tiny, only, overrides):
