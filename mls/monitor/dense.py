@@ -76,11 +76,13 @@ class DenseProbe:
             return {"dense/miou": self.miou(backbone, device), "dense/miou_untrained": self.untrained}
         return {}
 
-    @torch.no_grad()
     def refuse_unusable(self, backbone: nn.Module, device: torch.device) -> None:
-        """Before the first step: masks that cannot be used, and a network that gives no map of the probe's images."""
-        if distributed.rank() != 0:
-            return
+        """Before the first step, on every process: masks that cannot be used, and a network that gives no map of the
+        probe's images. The first process, which measures, finds out."""
+        distributed.on_main(lambda: self.tried(backbone, device))
+
+    @torch.no_grad()
+    def tried(self, backbone: nn.Module, device: torch.device) -> None:
         self.read()
         training, network = backbone.training, DenseFeatures(backbone).eval()
         try:
