@@ -177,7 +177,8 @@ def _with_positives(config: Config, k: int) -> Config:
         shared = {name.name: getattr(options, name.name) for name in fields(MoCoOptions) if name.name != "method"}
         return replace(config, objective=MLSOptions(k=k, **shared))
     raise CheckpointError(
-        f"{options.method} keeps no dictionary of features and projections: replay a run of mls, knn_moco or moco_v2"
+        f"{options.method} does not match features and projections of a dictionary: replay a run of mls, knn_moco or "
+        "moco_v2"
     )
 
 
