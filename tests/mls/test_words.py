@@ -108,6 +108,9 @@ def test_bags_are_of_an_image_s_own_regions_and_controls_are_what_they_say() -> 
     assert own.refresh(source, QUIET) == {}
     own.bags.images = "other data"  # after a resume with --accept-data
     assert own.refresh(source, QUIET)
+    finer = built("objective.regions.grid=2", source=source)  # a branch with another grid: its words are new ones
+    finer.bags.keep(torch.rand(64, 12), own.bags.clusters, own.images)
+    assert finer.refresh(source, QUIET)
     ended = built(source=source)  # by a branch, at a step that is not due
     ended.set_progress(step=7, epoch=2, steps_per_epoch=4)
     assert ended.refresh(source, QUIET)

@@ -133,12 +133,13 @@ class Words(MoCo):
         else:
             bags, clusters = self.of_regions(source, clusters, tell)
         self.bags.keep(bags, clusters, self.images)
-        usual = bags.mean(dim=0)
+        usual = self.bags.usual
+        assert usual is not None
         return {"words/used": float(torch.exp(-torch.xlogy(usual, usual).sum()))}  # as many of equal share say as much
 
     @torch.no_grad()
     def of_regions(
-        self, source: Source, clusters: Int64[Tensor, "points"] | None, tell: Tell
+        self, source: Source, clusters: Int64[Tensor, "before"] | None, tell: Tell
     ) -> tuple[Float[Tensor, "images words"], Int64[Tensor, "points"]]:
         """`clusters`: those that the regions were in before."""
         config, device = self.config, next(self.parameters()).device
@@ -152,6 +153,8 @@ class Words(MoCo):
             raise ConfigError(
                 f"{len(some)} regions cannot make {self.count} words: lower objective.words to {len(some) // 10} or so"
             )
+        if clusters is not None and len(clusters) != len(some):  # a branch with another grid
+            clusters = None
         centres, clusters = on_main(lambda: clustered(some, self.count, self.stream("words"), clusters))
         bags, directions = features.new_empty(len(features), self.count), centres.to(device).T
         for part in chunks(len(features), TOGETHER):
