@@ -31,7 +31,7 @@ def test_demo_trains_probes_prints_a_table_and_is_not_done_twice(
     first = capsys.readouterr()
     cells = {cell.row["weights"]: cell for cell in stored_cells(Results(folder / "results.jsonl").rows())}
     rows = {name: cell.values for name, cell in cells.items()}
-    assert set(rows) == {"random", "MoCo-v2", "MLS"}
+    assert set(rows) == {"random", "MoCo-v2", "MLS", "MLS with words"}
     # Nothing here asserts that MLS beats MoCo-v2: on these scenes it need not (README).
     for learnt in ("MoCo-v2", "MLS"):
         assert rows[learnt]["scenes/linear"] > rows["random"]["scenes/linear"] + 0.03
