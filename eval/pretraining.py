@@ -156,8 +156,8 @@ def compare(rows: Mapping[str, Pretraining], seeds: int, root: Path, helped: boo
 
 @contextlib.contextmanager
 def _second_process(rows: Mapping[str, Pretraining], seeds: int, root: Path) -> Iterator[None]:
-    """Measures the same cells from the last to the first meanwhile, where there is no GPU to share: networks as small as
-    those of the scenes gain little by a second thread. What it fails in is left to this process."""
+    """Measures the same cells from the last to the first meanwhile, where there is no GPU to share: networks as small
+    as those of the scenes gain little by a second thread. What it fails in is left to this process."""
     threads = torch.get_num_threads()
     if threads == 1 or torch.cuda.is_available():
         yield
