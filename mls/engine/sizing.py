@@ -289,8 +289,8 @@ def _window(config: Config, facts: Facts) -> tuple[int, str]:
 
 
 def _words(config: Config, facts: Facts) -> tuple[int, str]:
-    words = min(1024, max(2, power_of_two(facts.images / 40)))
-    return words, "one of 40 images or more, at most 1,024; 128 were good for 6,000 scenes"
+    words = min(1024, max(16, power_of_two(facts.images / 40)))
+    return words, "one of 40 images, 16 to 1,024; 128 were good for 6,000 scenes"
 
 
 _IN_ORDER = (_size, _blur, _backbone, _batch, _key_group, _dictionary, _k, _epochs, _warmup, _later_labels, _momentum)

@@ -43,7 +43,7 @@ def test_sizes_can_work_for_any_number_of_images(images: int, memory: float | No
 
 @pytest.mark.parametrize(
     ("images", "memory", "sizes"),
-    [(16, None, (16, 16, 2)), (6000, None, (32, 32, 128)), (118_287, 80.0, (112, 112, 1024))],
+    [(16, None, (16, 16, 16)), (6000, None, (32, 32, 128)), (118_287, 80.0, (112, 112, 1024))],
 )
 def test_windows_and_words_follow_the_crops_and_the_images(
     images: int, memory: float | None, sizes: tuple[int, int, int]
