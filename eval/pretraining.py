@@ -159,10 +159,10 @@ def _second_process(rows: Mapping[str, Pretraining], seeds: int, root: Path) -> 
     """Measures the same cells from the last to the first meanwhile, where there is no GPU to share: networks as small
     as those of the scenes gain little by a second thread. What it fails in is left to this process."""
     threads = torch.get_num_threads()
-    if threads == 1 or torch.cuda.is_available():
+    cells = [cell.with_seed(seed) for seed in reversed(range(seeds)) for cell in reversed(rows.values())]
+    if threads == 1 or torch.cuda.is_available() or all(cell.stored(root) for cell in cells):
         yield
         return
-    cells = [cell.with_seed(seed) for seed in reversed(range(seeds)) for cell in reversed(rows.values())]
     second = multiprocessing.get_context("spawn").Process(target=_finish_all, args=(cells, root, threads // 2))
     second.start()
     torch.set_num_threads(threads - threads // 2)
