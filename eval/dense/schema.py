@@ -230,11 +230,6 @@ def check(protocol: Dense) -> None:
         raise ConfigError(
             f"training.falls {training.falls} lie behind the {training.steps} steps of training: scale them as well"
         )
-    if protocol.backend != "torchvision" and (training.optimizer, training.layer_decay) != ("sgd", 1.0):
-        raise ConfigError(
-            f"backend={protocol.backend} trains with SGD and one rate: set training.optimizer=sgd and "
-            "training.layer_decay=1, or backend=torchvision"
-        )
     if isinstance(protocol, Detection) and protocol.backend == "detectron2":
         _check_detectron2(protocol)
 
