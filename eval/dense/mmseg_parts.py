@@ -99,8 +99,9 @@ class OurBackbone(BaseModule):
 
     def __init__(self, architecture: str, output_stride: int, synced: bool, init_cfg: Any = None) -> None:
         super().__init__(init_cfg)
-        trunk = build_trunk(backbones.build(architecture), output_stride)
-        self.trunk = nn.SyncBatchNorm.convert_sync_batchnorm(trunk) if synced else trunk
+        self.trunk = build_trunk(backbones.build(architecture), output_stride)
+        if synced:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.trunk)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         return tuple(self.trunk(images).values())

@@ -236,13 +236,8 @@ def check(protocol: Dense) -> None:
 
 def _check_detectron2(protocol: Detection) -> None:
     """Refuse settings that detectron2 does not have."""
-    data, model, training = protocol.data, protocol.model, protocol.training
+    data, training = protocol.data, protocol.training
     if data.flip not in (0.0, 0.5):
         raise ConfigError(f"data.flip is {data.flip}: detectron2 mirrors half of the images or none, set 0.5 or 0")
     if training.schedule != "steps":
         raise ConfigError(f"training.schedule={training.schedule} is not detectron2's: set training.schedule=steps")
-    if model.neck == "fpn" and len(model.anchors) not in (4, 5):
-        raise ConfigError(
-            f"model.anchors has {len(model.anchors)} sizes: detectron2's pyramid has a ResNet's four levels and one "
-            "more, so give 5 sizes, or 4 to leave that one out"
-        )

@@ -32,6 +32,7 @@ from mls.eval.dense.trunk import build_trunk
 from mls.eval.dense.views import training_loader
 from mls.eval.outcome import Outcome, for_file
 from mls.exporting import to_mmseg, to_torchvision
+from mls.exporting.source import save_tensors
 from mls.frameworks import installed as frameworks
 from mls.frameworks.resnet_plan import NoCounterpart
 from mls.models.spatial import patches_of
@@ -75,7 +76,7 @@ def write_backbone(protocol: Segmentation, weights: str, seed: int, state: Path)
         network = source.plan_for("mmseg")
     except NoCounterpart:
         patch, trunk = patches_of(source.backbone), build_trunk(source.backbone, protocol.model.output_stride)
-        torch.save({f"trunk.{name}": tensor for name, tensor in trunk.state_dict().items()}, file)
+        save_tensors({f"trunk.{name}": tensor for name, tensor in trunk.state_dict().items()}, file)
         patch = patch if trunk.plain else (1, 1)
         network = OurTrunk(source.architecture, list(trunk.channels.values()), patch)
     return Start(network, source.mean, source.std, str(file))

@@ -100,10 +100,10 @@ class Source:
         return stages_of(self.backbone, images)
 
 
-def save_tensors(source: Source, file: Path) -> None:
+def save_tensors(tensors: Mapping[str, Any], file: Path) -> None:
     """Through a file of Python's: of a full disk torch's own says nothing."""
     with open(file, "wb") as opened:
-        torch.save(dict(source.backbone.state_dict()), opened)
+        torch.save(dict(tensors), opened)
 
 
 def in_colours(pixels: Pixels, rgb: bool) -> Pixels:
