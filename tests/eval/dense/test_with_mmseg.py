@@ -241,6 +241,7 @@ def test_two_processes_share_a_batch_and_the_test_and_the_first_tells_of_it(
     assert done.returncode == 0, done.stderr
     printed = [line for line in done.stderr.splitlines() if not line.startswith(("W", "*"))]  # torchrun's own
     assert printed and all(line.startswith(("segmentation_scenes on mmseg", "test images")) for line in printed)
+    assert "classifier.safetensors: the network that mmseg trained" in done.stdout and "mls predict" not in done.stdout
     stored = Results(tmp_path / "results.jsonl").read()
     assert {row["backend"] for row in stored} == {"mmseg"}
     (cell,) = (tmp_path / "eval").iterdir()
