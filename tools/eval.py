@@ -73,7 +73,10 @@ def _name_files(folder: Path, protocol: AnyProtocol) -> None:
     """What lies beside the numbers of one training."""
     from mls.eval.dense.schema import Dense, FrozenDense
 
-    if (folder / "classifier.safetensors").is_file() and not isinstance(protocol, FrozenDense):
+    backend, network = getattr(protocol, "backend", "torchvision"), folder / "classifier.safetensors"
+    if network.is_file() and backend != "torchvision":  # `mls predict` does not build its networks
+        print(f"{network}: the network that {backend} trained")
+    elif network.is_file() and not isinstance(protocol, FrozenDense):
         place = "found" if isinstance(protocol, Dense) else "preds.csv"
         print(f"mls predict {folder} IMAGES --out {place}   (what it says of other images)")
     if (folder / "found.png").is_file():

@@ -117,20 +117,9 @@ class Pyramid(nn.Module):
     def __init__(self, trunk: Trunk | Intermediates, settings: DetectorConfig) -> None:
         super().__init__()
         self.trunk, self.out_channels = trunk, settings.width
-        patch, channels = list(trunk.strides.values())[-1], list(trunk.channels.values())
-        if trunk.plain and patch % 4:
-            raise ConfigError(
-                f"patches of {patch} pixels make no pyramid: choose a transformer with patches of 4, 8 or 16"
-            )
-        self.strides = [patch // 4, patch // 2, patch, 2 * patch] if trunk.plain else list(trunk.strides.values())
+        channels, self.strides = list(trunk.channels.values()), pyramid_strides(trunk, settings)
         self.divisor = self.strides[-1]  # of the padded sides: each map must be twice as large as the next
-        levels, sizes = len(self.strides), len(settings.anchors)
-        if sizes not in (levels, levels + 1):
-            raise ConfigError(
-                f"model.anchors has {sizes} sizes and the backbone's pyramid {levels} levels: give {levels} sizes, or "
-                f"{levels + 1} for one more level"
-            )
-        more = LastLevelMaxPool() if sizes > levels else None
+        more = LastLevelMaxPool() if len(settings.anchors) > len(self.strides) else None
         self.pyramid: nn.Module = (
             SimplePyramid(channels[-1], settings.width, more)
             if trunk.plain
@@ -142,6 +131,25 @@ class Pyramid(nn.Module):
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Maps:
         return self.pyramid(self.trunk(images))
+
+
+def pyramid_strides(trunk: Trunk | Intermediates, settings: DetectorConfig) -> list[int]:
+    """Without the subsampled level."""
+    strides = list(trunk.strides.values())
+    if trunk.plain:
+        patch = strides[-1]
+        if patch % 4:
+            raise ConfigError(
+                f"patches of {patch} pixels make no pyramid: choose a transformer with patches of 4, 8 or 16"
+            )
+        strides = [patch // 4, patch // 2, patch, 2 * patch]
+    levels, sizes = len(strides), len(settings.anchors)
+    if sizes not in (levels, levels + 1):
+        raise ConfigError(
+            f"model.anchors has {sizes} sizes and the backbone's pyramid {levels} levels: give {levels} sizes, or "
+            f"{levels + 1} for one more level"
+        )
+    return strides
 
 
 class SimplePyramid(nn.Module):

@@ -3,20 +3,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mls.data.loader import worker_count
 from mls.errors import ConfigError
+from mls.eval.dense.detector import pyramid_strides
 from mls.eval.dense.prepare import SCENES
-from mls.eval.dense.schema import Detection
+from mls.eval.dense.schema import Detection, DetectorConfig
+from mls.eval.dense.trunk import Intermediates, Trunk
 from mls.exporting.source import Source
 from mls.exporting.to_detectron2 import C4, FPN
 from mls.frameworks import detectron2_train
 
 RECIPES = {"fpn": FPN, "c4": C4}
 NORMS = ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
+
+
+@dataclass(frozen=True)
+class OurTrunk:
+    """A network that detectron2 does not have: detectron2_backbone.py puts ours under its pyramids."""
+
+    architecture: str
+    levels: list[str]  # by detectron2's names, with the subsampled one
+
+    @classmethod
+    def of(cls, architecture: str, trunk: Trunk | Intermediates, settings: DetectorConfig) -> OurTrunk:
+        strides = pyramid_strides(trunk, settings)
+        first = int(math.log2(strides[0]))
+        if strides != [2 ** (first + level) for level in range(len(strides))]:
+            raise ConfigError(
+                f"detectron2's pyramids have strides that double from a power of 2, those of {architecture} are "
+                f"{', '.join(map(str, strides))}: choose another backbone, or backend=torchvision"
+            )
+        return cls(architecture, [f"p{first + level}" for level in range(len(strides) + 1)])
 
 
 def overrides(protocol: Detection) -> dict[str, Any]:
@@ -69,16 +92,28 @@ def overrides(protocol: Detection) -> dict[str, Any]:
 
 def refuse_unknown_to_detectron2(protocol: Detection, source: Source) -> None:
     """Refuse a backbone that it cannot build. schema.py refuses what depends on the protocol alone."""
-    plan = source.plan_for("detectron2", "take a ResNet such as resnet50, or set backend=torchvision")
-    if protocol.model.neck == "c4" and not plan.bottleneck:
+    if protocol.model.neck == "c4" and (source.plan is None or not source.plan.bottleneck):
         raise ConfigError(
-            f"detectron2's C4 needs a ResNet of 50 layers or more, {plan.name} has fewer: set model.neck=fpn, or "
-            "backend=torchvision"
+            f"detectron2's C4 needs a ResNet of 50 layers or more, {source.architecture} is none: set model.neck=fpn, "
+            "or backend=torchvision"
+        )
+    sizes = len(protocol.model.anchors)
+    if protocol.model.neck == "fpn" and source.plan is not None and sizes not in (4, 5):
+        raise ConfigError(
+            f"model.anchors has {sizes} sizes: detectron2's pyramid has a ResNet's four levels and one more, so give 5 "
+            "sizes, or 4 to leave that one out"
         )
 
 
 def configuration(
-    protocol: Detection, recipe: Path, train: Sequence[str], test: str, classes: int, device: str, world: int
+    protocol: Detection,
+    recipe: Path,
+    train: Sequence[str],
+    test: str,
+    classes: int,
+    device: str,
+    world: int,
+    ours: OurTrunk | None = None,
 ) -> Any:
     """detectron2's CfgNode. SyncBN is used only with several GPUs."""
     cfg = detectron2_train.new_config()
@@ -87,6 +122,12 @@ def configuration(
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = classes
     cfg.MODEL.DEVICE = device
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(train), (test,)
+    if ours is not None:
+        from mls.eval.dense import detectron2_backbone
+
+        cfg.MODEL.BACKBONE.NAME, cfg.MODEL.TRUNK = detectron2_backbone.NAME, ours.architecture
+        cfg.MODEL.ROI_HEADS.IN_FEATURES = ours.levels[:-1]
+        cfg.MODEL.RPN.IN_FEATURES = ours.levels[: len(protocol.model.anchors)]
     for part in NORMS:
         if cfg.MODEL[part].NORM == "SyncBN" and (device != "cuda" or world == 1):
             cfg.MODEL[part].NORM = "BN"

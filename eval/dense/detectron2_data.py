@@ -74,10 +74,12 @@ def register(data: DetectionData, state: Path) -> tuple[list[str], str]:
 
 
 def _register_voc(root: Path, year: int, split: str) -> str:
+    from detectron2.data import MetadataCatalog  # pyright: ignore
     from detectron2.data.datasets import register_pascal_voc  # pyright: ignore
 
     name = detectron2_train.unregistered(f"{root}/VOC{year}/{split}")
     register_pascal_voc(name, str(root / f"VOC{year}"), split, year)
+    MetadataCatalog.get(name).evaluator_type = "pascal_voc"  # detectron2 says so of its own sets alone
     return name
 
 

@@ -146,22 +146,23 @@ def format_losses(losses: dict[str, Tensor], step: int) -> dict[str, str]:
     return {"loss": f"{total:.3f}"} | {name: f"{value:.3f}" for name, value in values.items()}
 
 
-def build_optimizer(schedule: Schedule, network: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(schedule: Schedule, network: nn.Module, backbone: nn.Module | None = None) -> torch.optim.Optimizer:
     """SGD, where normalisation layers have their own weight decay; or AdamW, where biases, positions and tokens have it
-    as well."""
+    as well. `backbone`: the part below the heads, where rates fall; by default the network's trunk."""
     norms = {id(p) for part in network.modules() if isinstance(part, _BatchNorm) for p in part.parameters()}
     if schedule.optimizer == "adamw":
         norms = tokens(network) | {id(p) for p in network.parameters() if p.ndim < 2}
     learning = [p for p in network.parameters() if p.requires_grad]
-    trunks = [part for part in network.modules() if isinstance(part, Trunk | Intermediates)]
-    below = [stage for trunk in trunks for stage in reversed(stages(trunk))] if schedule.layer_decay < 1 else []
+    if backbone is None:
+        backbone = next(part for part in network.modules() if isinstance(part, Trunk | Intermediates))
+    below = stages(backbone)[::-1] if schedule.layer_decay < 1 else []
     distance = {id(p): far for far, stage in enumerate(below, start=1) for p in stage}
     groups: list[dict[str, Any]] = []
     for far in range(len(below) + 1):
         here, share = [p for p in learning if distance.get(id(p), 0) == far], schedule.layer_decay**far
         for chosen, decay in ((False, schedule.weight_decay), (True, schedule.norm_decay)):
             own = [p for p in here if (id(p) in norms) == chosen]
-            groups.append({"params": own, "weight_decay": decay, "share": share})
+            groups.append({"params": own, "lr": schedule.lr * share, "weight_decay": decay, "share": share})
     if schedule.optimizer == "adamw":
         return torch.optim.AdamW(groups, schedule.lr)
     return torch.optim.SGD(groups, schedule.lr, momentum=schedule.momentum)

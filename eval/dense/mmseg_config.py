@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,18 +41,33 @@ AMP = {"bf16": {"dtype": "bfloat16", "loss_scale": 1.0}, "fp16": {"dtype": "floa
 
 
 @dataclass(frozen=True)
+class OurTrunk:
+    """A network that mmsegmentation does not have: OurBackbone of mmseg_parts.py puts ours there."""
+
+    architecture: str
+    channels: list[int]  # of its maps
+    patch: tuple[int, int]  # of a transformer; of others (1, 1)
+
+
+@dataclass(frozen=True)
 class Start:
     """The backbone that training starts from, as a file that mmsegmentation reads."""
 
-    plan: ResNetPlan
+    network: ResNetPlan | OurTrunk
     mean: list[float]  # of pixels from 0 to 255
     std: list[float]
     checkpoint: str
 
+    @property
+    def channels(self) -> list[int]:
+        if isinstance(self.network, OurTrunk):
+            return self.network.channels
+        return [self.network.dim // 2 ** (3 - stage) for stage in range(4)]
+
 
 def check(protocol: Segmentation, device: torch.device) -> None:
     """Refuse settings of the protocol that mmsegmentation does not have."""
-    training, stride = protocol.training, protocol.model.output_stride
+    training = protocol.training
     if training.precise_bn:
         raise ConfigError(
             f"training.precise_bn is {training.precise_bn}, which mmsegmentation does not have: set it to 0"
@@ -60,8 +76,10 @@ def check(protocol: Segmentation, device: torch.device) -> None:
         raise ConfigError(
             "mmseg takes training.norm_decay as a multiple of training.weight_decay, which is 0: set both or none"
         )
-    if stride not in STRIDES:
-        raise ConfigError(f"model.output_stride is {stride}: choose one of {', '.join(map(str, STRIDES))}")
+    if training.layer_decay < 1 and training.schedule == "poly" and training.min_lr:
+        raise ConfigError(
+            "mmseg's poly ends at training.min_lr in all layers alike: set training.min_lr=0, or training.layer_decay=1"
+        )
     check_batch_size(training)
     if device.type == "cpu" and torch.cuda.is_available():
         raise ConfigError(
@@ -81,7 +99,7 @@ def configuration(protocol: Segmentation, start: Start, classes: int, device: to
             {"type": "LoadRegionLabels"},
             {"type": "PackSegInputs"},
         ],
-        "optim_wrapper": optim_wrapper(training, device),
+        "optim_wrapper": optim_wrapper(training, device, isinstance(start.network, OurTrunk)),
         "param_scheduler": param_scheduler(training),
         "train_cfg": {"type": "IterBasedTrainLoop", "max_iters": training.steps},
         "test_cfg": {"type": "TestLoop"},
@@ -97,6 +115,8 @@ def model(protocol: Segmentation, start: Start, classes: int, device: torch.devi
     norm_cfg = {"type": "SyncBN" if synced else "BN", "requires_grad": True}
     head = {"dropout_ratio": settings.dropout, "num_classes": classes, "norm_cfg": norm_cfg}
     head |= {"align_corners": settings.align_corners}
+    last = len(start.channels) - 1
+    before = max(last - 1, 0)
     return {
         "type": "EncoderDecoder",
         "data_preprocessor": {
@@ -104,21 +124,22 @@ def model(protocol: Segmentation, start: Start, classes: int, device: torch.devi
             "pad_val": 0,
             "seg_pad_val": VOID,
             "size": turned(protocol.data.crop),
+            **whole_patches(protocol, start),
         },
         "pretrained": None,
         "backbone": backbone(start, settings.output_stride, norm_cfg),
         "decode_head": {
             **HEADS[settings.head],
-            "in_channels": start.plan.dim,
-            "in_index": 3,
+            "in_channels": start.channels[last],
+            "in_index": last,
             "channels": settings.width,
             **head,
             "loss_decode": cross_entropy(1.0),
         },
         "auxiliary_head": {
             "type": "FCNHead",
-            "in_channels": start.plan.dim // 2,
-            "in_index": 2,
+            "in_channels": start.channels[before],
+            "in_index": before,
             "channels": settings.auxiliary_width,
             "num_convs": 1,
             "concat_input": False,
@@ -130,16 +151,35 @@ def model(protocol: Segmentation, start: Start, classes: int, device: torch.devi
     }
 
 
+def whole_patches(protocol: Segmentation, start: Start) -> Config:
+    """A transformer takes whole patches: test images are filled up to them, and scores of the filling are cut off."""
+    if not isinstance(start.network, OurTrunk) or start.network.patch == (1, 1):
+        return {}
+    patch = start.network.patch
+    if any(side % part for side, part in zip(turned(protocol.data.crop), patch, strict=True)):
+        raise ConfigError(
+            f"data.crop is {list(protocol.data.crop)}, and {start.network.architecture} has patches of {patch[0]} "
+            "pixels: mmsegmentation takes whole ones, so give multiples"
+        )
+    return {"test_cfg": {"size_divisor": math.lcm(*patch)}}
+
+
 def backbone(start: Start, output_stride: int, norm_cfg: Config) -> Config:
+    init_cfg = mmseg_network.pretrained(start.checkpoint)
+    if isinstance(start.network, OurTrunk):
+        facts = {"architecture": start.network.architecture, "output_stride": output_stride}
+        return {"type": "OurBackbone", **facts, "synced": norm_cfg["type"] == "SyncBN", "init_cfg": init_cfg}
+    if output_stride not in STRIDES:
+        raise ConfigError(f"model.output_stride is {output_stride}: choose one of {', '.join(map(str, STRIDES))}")
     return {
-        **mmseg_network.network(start.plan),
+        **mmseg_network.network(start.network),
         "num_stages": 4,
         "out_indices": (0, 1, 2, 3),
         **STRIDES[output_stride],
         "norm_cfg": norm_cfg,
         "norm_eval": False,
         "contract_dilation": True,
-        "init_cfg": mmseg_network.pretrained(start.checkpoint),
+        "init_cfg": init_cfg,
     }
 
 
@@ -170,11 +210,13 @@ def turned(size: tuple[int, int]) -> tuple[int, int]:
     return size[1], size[0]
 
 
-def optim_wrapper(training: Schedule, device: torch.device) -> Config:
+def optim_wrapper(training: Schedule, device: torch.device, ours: bool) -> Config:
     precision = precision_on(device, training.precision, "training.precision")
     sgd = {"type": "SGD", "lr": training.lr, "momentum": training.momentum, "weight_decay": training.weight_decay}
     kind = "AmpOptimWrapper" if precision in AMP else "OptimWrapper"
     wrapper: Config = {"type": kind, **AMP.get(precision, {}), "optimizer": sgd, "clip_grad": None}
+    if ours or (training.optimizer, training.layer_decay) != ("sgd", 1.0):
+        return {**wrapper, "constructor": "OurOptimizer", "paramwise_cfg": {"schedule": training}}
     if training.norm_decay != training.weight_decay:
         wrapper["paramwise_cfg"] = {"norm_decay_mult": training.norm_decay / training.weight_decay}
     return wrapper

@@ -1,5 +1,5 @@
 """Transforms, loader and metric for mmsegmentation: images and labels come from our readers, which know every layout
-and the embedded scenes; its metric without the rounding."""
+and the embedded scenes; its metric without the rounding. Backbones that it does not have, and our optimizer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ import numpy as np
 import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import BaseModule, is_model_wrapper
 from mmengine.registry import DefaultScope
 from mmseg.evaluation.metrics import IoUMetric
-from mmseg.registry import METRICS, TRANSFORMS
+from mmseg.registry import METRICS, MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, TRANSFORMS
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mls import distributed
 from mls.errors import UserError
 from mls.eval.data.regions import RegionImages
+from mls.eval.dense.loop import build_optimizer
 from mls.eval.dense.schema import SegmentationData
+from mls.eval.dense.trunk import build_trunk
 from mls.eval.dense.views import TrainingViews, loader
+from mls.models import backbones
 
 
 @TRANSFORMS.register_module()
@@ -84,3 +89,32 @@ class UnroundedIoUMetric(IoUMetric):
         right, either, found, true = counts
         values = self.total_area_to_metrics(right, either, found, true, self.metrics, self.nan_to_num, self.beta)
         return {name: float(np.nanmean(of_classes)) for name, of_classes in values.items()}
+
+
+@MODELS.register_module()
+class OurBackbone(BaseModule):
+    """A network as our own segmenters take it (trunk.py). mmsegmentation's VisionTransformer would give other maps at
+    other sizes than that of pretraining, as it interpolates positions in another way, and has no registers; its
+    TIMMBackbone would leave out a transformer's last normalisation."""
+
+    def __init__(self, architecture: str, output_stride: int, synced: bool, init_cfg: Any = None) -> None:
+        super().__init__(init_cfg)
+        self.trunk = build_trunk(backbones.build(architecture), output_stride)
+        if synced:
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.trunk)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.trunk(images).values())
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class OurOptimizer:
+    """The optimizer of our own loop: AdamW, rates that fall from the heads to the stem."""
+
+    def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any]) -> None:
+        self.wrapper, self.schedule = optim_wrapper_cfg, paramwise_cfg["schedule"]
+
+    def __call__(self, model: Any) -> Any:
+        network = model.module if is_model_wrapper(model) else model
+        optimizer = build_optimizer(self.schedule, network, network.backbone)
+        return OPTIM_WRAPPERS.build({**self.wrapper, "optimizer": optimizer})

@@ -230,24 +230,14 @@ def check(protocol: Dense) -> None:
         raise ConfigError(
             f"training.falls {training.falls} lie behind the {training.steps} steps of training: scale them as well"
         )
-    if protocol.backend != "torchvision" and (training.optimizer, training.layer_decay) != ("sgd", 1.0):
-        raise ConfigError(
-            f"backend={protocol.backend} trains with SGD and one rate: set training.optimizer=sgd and "
-            "training.layer_decay=1, or backend=torchvision"
-        )
     if isinstance(protocol, Detection) and protocol.backend == "detectron2":
         _check_detectron2(protocol)
 
 
 def _check_detectron2(protocol: Detection) -> None:
     """Refuse settings that detectron2 does not have."""
-    data, model, training = protocol.data, protocol.model, protocol.training
+    data, training = protocol.data, protocol.training
     if data.flip not in (0.0, 0.5):
         raise ConfigError(f"data.flip is {data.flip}: detectron2 mirrors half of the images or none, set 0.5 or 0")
     if training.schedule != "steps":
         raise ConfigError(f"training.schedule={training.schedule} is not detectron2's: set training.schedule=steps")
-    if model.neck == "fpn" and len(model.anchors) not in (4, 5):
-        raise ConfigError(
-            f"model.anchors has {len(model.anchors)} sizes: detectron2's pyramid has a ResNet's four levels and one "
-            "more, so give 5 sizes, or 4 to leave that one out"
-        )

@@ -18,12 +18,15 @@ from mls import distributed
 from mls.engine.session import Saving, Session
 from mls.errors import DataError, DivergedError
 from mls.eval.dense import detectron2_data
-from mls.eval.dense.detectron2_config import RECIPES, configuration, refuse_unknown_to_detectron2
+from mls.eval.dense import loop as our_loop
+from mls.eval.dense.detectron2_config import RECIPES, OurTrunk, configuration, refuse_unknown_to_detectron2
 from mls.eval.dense.loop import LOG_EVERY, SAVE_EVERY, check_batch_size, check_precision
 from mls.eval.dense.prepare import backbone_source, load_images
-from mls.eval.dense.schema import Detection
+from mls.eval.dense.schema import Detection, Schedule
+from mls.eval.dense.trunk import build_trunk
 from mls.eval.outcome import Outcome, for_file
-from mls.exporting import to_detectron2
+from mls.exporting import to_detectron2, to_torchvision
+from mls.exporting.source import save_tensors
 from mls.frameworks import installed as frameworks
 from mls.models.momentum import HALF, precision_on
 from mls.progress import counting
@@ -53,17 +56,25 @@ def prepare(protocol: Detection, weights: str, seed: int, state: Path) -> tuple[
         raise DataError(f"none of the {len(data.train)} training images has an object: give others with data.root")
     source = backbone_source(protocol, weights, seed)
     refuse_unknown_to_detectron2(protocol, source)
+    trunk = build_trunk(source.backbone) if source.plan is None else None
+    ours = None if trunk is None else OurTrunk.of(source.architecture, trunk, protocol.model)
 
     def write() -> None:
         state.mkdir(parents=True, exist_ok=True)
-        to_detectron2.write(source, state, state)
+        if trunk is None:
+            to_detectron2.write(source, state, state)
+        else:
+            place, file = "net" if trunk.plain else "bottom_up", state / to_torchvision.FILE
+            tensors = {f"backbone.{place}.trunk.{name}": tensor for name, tensor in trunk.state_dict().items()}
+            save_tensors({"model": tensors}, file)
+            (state / to_detectron2.FPN).write_text(to_detectron2.recipe_text(to_detectron2.FPN, source, file))
         if detectron2_data.written(protocol.data):
             detectron2_data.write(data, state / "data")
 
     distributed.on_main(write)
     train, test = detectron2_data.register(protocol.data, state / "data")
     recipe, classes = state / RECIPES[protocol.model.neck], len(data.train.class_names)
-    cfg = configuration(protocol, recipe, train, test, classes, device.type, world)
+    cfg = configuration(protocol, recipe, train, test, classes, device.type, world, ours)
     return cfg, learnt
 
 
@@ -77,7 +88,7 @@ class Detectron2Training:
         from detectron2.checkpoint import DetectionCheckpointer  # pyright: ignore
         from detectron2.engine import create_ddp_model  # pyright: ignore
         from detectron2.modeling import build_model  # pyright: ignore
-        from detectron2.solver import build_lr_scheduler, build_optimizer  # pyright: ignore
+        from detectron2.solver import build_lr_scheduler  # pyright: ignore
 
         self.cfg, self.images, self.seed = cfg, images, seed
         self.draw("init")  # heads are the same whatever the backbone has drawn
@@ -90,7 +101,7 @@ class Detectron2Training:
             DetectionCheckpointer(self.network).load(cfg.MODEL.WEIGHTS)
         ids = [self.device.index] if self.device.type == "cuda" else None
         self.parallel = create_ddp_model(self.network, device_ids=ids, **distributed.exchanging_buffers(False))
-        self.optimizer = build_optimizer(cfg, self.network)
+        self.optimizer = build_optimizer(protocol.training, cfg, self.network)
         self.schedule = build_lr_scheduler(cfg, self.optimizer)
         self.step = 0
         self.trainer = self.build_trainer()
@@ -177,6 +188,18 @@ class Detectron2Training:
         self.network.load_state_dict(state["weights"])
         self.trainer.load_state_dict(state["trainer"])
         self.schedule.load_state_dict(state["schedule"])
+
+
+def build_optimizer(schedule: Schedule, cfg: Any, network: Any) -> torch.optim.Optimizer:
+    """detectron2's SGD for its own networks, else the optimizer of our own loop: AdamW, rates that fall."""
+    from detectron2.solver import build_optimizer  # pyright: ignore
+
+    if "TRUNK" not in cfg.MODEL and (schedule.optimizer, schedule.layer_decay) == ("sgd", 1.0):
+        return build_optimizer(cfg, network)
+    below = network.backbone
+    for name in ("bottom_up", "net"):  # of FPN, of ViTDet's pyramid
+        below = getattr(below, name, below)
+    return our_loop.build_optimizer(schedule, network, below)
 
 
 @dataclass

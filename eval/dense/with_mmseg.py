@@ -20,19 +20,22 @@ from torch import nn
 
 from mls import distributed
 from mls.engine.session import Saving, Session
-from mls.errors import ConfigError, UserError
+from mls.errors import UserError
 from mls.eval.data.regions import RegionImages
 from mls.eval.dense import mmseg_config
 from mls.eval.dense.loop import LOG_EVERY, SAVE_EVERY, format_losses
-from mls.eval.dense.mmseg_config import Config, Start
+from mls.eval.dense.mmseg_config import Config, OurTrunk, Start
 from mls.eval.dense.mmseg_parts import MmsegViews, test_loader
 from mls.eval.dense.prepare import backbone_source, load_images
 from mls.eval.dense.schema import Segmentation
+from mls.eval.dense.trunk import build_trunk
 from mls.eval.dense.views import training_loader
 from mls.eval.outcome import Outcome, for_file
 from mls.exporting import to_mmseg, to_torchvision
+from mls.exporting.source import save_tensors
 from mls.frameworks import installed as frameworks
 from mls.frameworks.resnet_plan import NoCounterpart
+from mls.models.spatial import patches_of
 from mls.progress import counting
 from mls.streams import derive
 
@@ -67,15 +70,16 @@ def write_backbone(protocol: Segmentation, weights: str, seed: int, state: Path)
     """Called in the first process."""
     state.mkdir(parents=True, exist_ok=True)
     source = backbone_source(protocol, weights, seed)
+    file = state / to_torchvision.FILE
     try:
         to_mmseg.write(source, state, state)
+        network = source.plan_for("mmseg")
     except NoCounterpart:
-        raise ConfigError(
-            f"mmsegmentation has no network with the layers of {source.architecture}: choose a ResNet such as "
-            "resnet50 (model.backbone, or --weights), or backend=torchvision"
-        ) from None
-    assert source.plan is not None
-    return Start(source.plan, source.mean, source.std, str(state / to_torchvision.FILE))
+        patch, trunk = patches_of(source.backbone), build_trunk(source.backbone, protocol.model.output_stride)
+        save_tensors({f"trunk.{name}": tensor for name, tensor in trunk.state_dict().items()}, file)
+        patch = patch if trunk.plain else (1, 1)
+        network = OurTrunk(source.architecture, list(trunk.channels.values()), patch)
+    return Start(network, source.mean, source.std, str(file))
 
 
 class Training(Hook):

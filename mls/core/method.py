@@ -16,7 +16,7 @@ from mls.config import Config
 from mls.data import Source, ViewPlan, Views
 
 if TYPE_CHECKING:
-    from mls.models import Backbone, Precision
+    from mls.models import Backbone, Encoder, EncoderPair, Precision
 
 
 @dataclass
@@ -176,6 +176,19 @@ class Method(nn.Module):
         for memory in self.memories().values():
             memory.to(next(self.parameters()).device)
         return self
+
+
+class MomentumMethod(Method):
+    """A method whose key encoder is the moving average of its query encoder."""
+
+    pair: EncoderPair[Encoder]
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.pair.query.backbone
+
+    def after_step(self, outputs: list[StepOutput]) -> None:
+        self.pair.update(self.momentum)
 
 
 def gradient_norms(out: StepOutput) -> dict[str, float]:

@@ -49,12 +49,14 @@ class Source:
             plan = None if foreign.misfits(backbone.state_dict(), name) else ResNetPlan.of(name)
         return cls(backbone, path, card, plan, prefix)
 
-    def plan_for(self, target: str, advice: str | None = None) -> ResNetPlan:
+    def plan_for(self, target: str) -> ResNetPlan:
         """The plan of a network that `target` can build."""
         if self.plan is None:
             others = "safetensors or timm" if self.architecture.startswith("timm:") else "safetensors"
-            advice = advice or f"export to {others}, or train a ResNet such as resnet50"
-            raise NoCounterpart(f"{target} has no network with the layers of {self.architecture}: {advice}")
+            raise NoCounterpart(
+                f"{target} has no network with the layers of {self.architecture}: export to {others}, or train a "
+                "ResNet such as resnet50"
+            )
         return self.plan
 
     @property
@@ -100,10 +102,10 @@ class Source:
         return stages_of(self.backbone, images)
 
 
-def save_tensors(source: Source, file: Path) -> None:
+def save_tensors(tensors: Mapping[str, Any], file: Path) -> None:
     """Through a file of Python's: of a full disk torch's own says nothing."""
     with open(file, "wb") as opened:
-        torch.save(dict(source.backbone.state_dict()), opened)
+        torch.save(dict(tensors), opened)
 
 
 def in_colours(pixels: Pixels, rgb: bool) -> Pixels:

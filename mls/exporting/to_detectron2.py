@@ -56,7 +56,7 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
         _Pickler(file, protocol=4).dump({"model": tensors, "__author__": "mls", "matching_heuristics": True})
     recipes = [FPN, C4] if plan.bottleneck else [FPN]  # detectron2's C4 head is made of bottleneck blocks
     for name in recipes:
-        (folder / name).write_text(recipe_text(name, source, plan, final / FILE))
+        (folder / name).write_text(recipe_text(name, source, final / FILE))
     shutil.copyfile(detectron2_train.__file__, folder / "detectron2_train.py")
     return recipes
 
@@ -71,17 +71,12 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def recipe_text(name: str, source: Source, plan: ResNetPlan, weights: Path) -> str:
+def recipe_text(name: str, source: Source, weights: Path) -> str:
     """The template in configs/export/ with its values filled in; its comments stay."""
-    values = {
-        "WEIGHTS": str(weights.absolute()),
-        "PIXEL_MEAN": source.mean,
-        "PIXEL_STD": source.std,
-        "DEPTH": plan.depth,
-        "NUM_GROUPS": plan.groups,
-        "WIDTH_PER_GROUP": plan.width,
-        "RES2_OUT_CHANNELS": plan.dim // 8,
-    }
+    values = {"WEIGHTS": str(weights.absolute()), "PIXEL_MEAN": source.mean, "PIXEL_STD": source.std}
+    if (plan := source.plan) is not None:
+        values |= {"DEPTH": plan.depth, "NUM_GROUPS": plan.groups, "WIDTH_PER_GROUP": plan.width}
+        values |= {"RES2_OUT_CHANNELS": plan.dim // 8}
     text = (files("mls.configs") / "export" / name).read_text()
     for key, value in values.items():
         plain = json.dumps(value)  # valid YAML, too

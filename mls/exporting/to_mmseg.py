@@ -45,7 +45,7 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
     plan = source.plan_for("mmseg")
     if plan.name.startswith("wide_"):
         raise NoCounterpart(f"mmseg has no network with the layers of {plan.name}: leave mmseg out of --to")
-    save_tensors(source, folder / FILE)
+    save_tensors(source.backbone.state_dict(), folder / FILE)
     text = CONFIG.format(
         architecture=source.architecture,
         path=source.path,

@@ -53,7 +53,7 @@ def options_of(source: Source) -> dict[str, Any]:
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
     name = network_of(source)
-    save_tensors(source, folder / FILE)
+    save_tensors(source.backbone.state_dict(), folder / FILE)
     title, options = f"The backbone of {final.parent} in timm.", options_of(source)
     stages = "; features_only=True gives its stages" if source.plan else ""  # others have other names there
     (folder / RECIPE).write_text(filled(SNIPPET, source, name, title, options=options, stages=stages))

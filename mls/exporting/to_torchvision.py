@@ -48,7 +48,7 @@ def load() -> torch.nn.Module:
 
 def write(source: Source, folder: Path, final: Path) -> list[str]:
     plan = source.plan_for("torchvision")
-    save_tensors(source, folder / FILE)
+    save_tensors(source.backbone.state_dict(), folder / FILE)
     (folder / RECIPE).write_text(filled(SNIPPET, source, plan.name, f"The backbone of {final.parent} in torchvision."))
     return [RECIPE]
 

@@ -17,27 +17,23 @@ from torch import Tensor
 
 from mls.config import BYOLOptions, Config
 from mls.core.health import spread
-from mls.core.method import Method, StepOutput
+from mls.core.method import MomentumMethod, StepOutput
 from mls.core.methods import register
 from mls.core.methods.simsiam import cosine
 from mls.data import Views
-from mls.models import Backbone, Precision, build_pair
+from mls.models import Precision, build_pair
 from mls.models.heads import predictor
 from mls.streams import initialisation
 
 
 @register("byol", BYOLOptions)
-class BYOL(Method):
+class BYOL(MomentumMethod):
     def __init__(self, config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> None:
         super().__init__(config, precision, image_labels)
         options = cast(BYOLOptions, config.objective)
         self.pair = build_pair(config.model, config.run.seed, precision)
         with initialisation(config.run.seed, "predictor"):
             self.predictor = predictor(config.model.projection, options.predictor)
-
-    @property
-    def backbone(self) -> Backbone:
-        return self.pair.query.backbone
 
     def forward(self, views: Views) -> StepOutput:
         x1, x2 = views.images[:2]
@@ -47,6 +43,3 @@ class BYOL(Method):
         loss = 4 - 2 * cosine(self.predictor(z1), key2) - 2 * cosine(self.predictor(z2), key1)
         scalars = {"loss": loss.detach(), "health/projection_std": spread(F.normalize(z1.detach(), dim=1))}
         return StepOutput(loss, scalars)
-
-    def after_step(self, outputs: list[StepOutput]) -> None:
-        self.pair.update(self.momentum)

@@ -16,7 +16,7 @@ from mls.core import matching
 from mls.core.dictionary import Dictionary
 from mls.core.health import collapse_measures
 from mls.core.losses.contrastive import info_nce_of_logits
-from mls.core.method import MatchedRows, Memory, Method, Nearest, StepOutput
+from mls.core.method import MatchedRows, Memory, MomentumMethod, Nearest, StepOutput
 from mls.core.methods import register
 from mls.core.products import OwnRows, log_sum_exp
 from mls.core.queried_rows import QueriedRows
@@ -24,7 +24,7 @@ from mls.core.sharding import Sharding
 from mls.core.windows import WindowTerm
 from mls.data import ViewPlan, Views
 from mls.distributed import gather, rank, world
-from mls.models import Backbone, Precision, build_pair
+from mls.models import Precision, build_pair
 from mls.models.norm import KeyNorm, share_statistics
 from mls.streams import generator
 
@@ -51,7 +51,7 @@ class Keys:
 
 
 @register("moco_v2", MoCoOptions)
-class MoCo(Method):
+class MoCo(MomentumMethod):
     info_nce_weight = 1.0  # MLS lets it be chosen
     term = "multi_label"  # the part of the loss beside InfoNCE, where a method has one
 
@@ -76,10 +76,6 @@ class MoCo(Method):
         self.orders: dict[tuple[str, int], Tensor] = {}
         for purpose, count in (("key order", images), ("window order", images * windows.count)):
             self.orders[purpose, count] = self.drawn(purpose, count)
-
-    @property
-    def backbone(self) -> Backbone:
-        return self.pair.query.backbone
 
     def views(self) -> ViewPlan:
         return super().views() if self.windows is None else self.windows.added_to(super().views())
@@ -172,7 +168,7 @@ class MoCo(Method):
 
     @torch.no_grad()
     def after_step(self, outputs: list[StepOutput]) -> None:
-        self.pair.update(self.momentum)
+        super().after_step(outputs)
         if self.windows is not None:
             self.windows.heads.update(self.momentum)
         for out in outputs:

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from mls.config import Config, MoCoV3Options
 from mls.core.health import spread
-from mls.core.method import Method, StepOutput
+from mls.core.method import MomentumMethod, StepOutput
 from mls.core.methods import register
 from mls.data import Views
 from mls.distributed import gather, rank
-from mls.models import Backbone, EncoderPair, Precision, build_encoder
+from mls.models import EncoderPair, Precision, build_encoder
 from mls.models.heads import normalised_mlp
 from mls.streams import initialisation
 
@@ -35,7 +35,7 @@ USUAL = (None, "none", "shuffle")  # of model keys that mean nothing here: what 
 
 
 @register("moco_v3", MoCoV3Options)
-class MoCoV3(Method):
+class MoCoV3(MomentumMethod):
     def __init__(self, config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> None:
         super().__init__(config, precision, image_labels)
         self.options = options = cast(MoCoV3Options, config.objective)
@@ -44,10 +44,6 @@ class MoCoV3(Method):
             encoder.head = normalised_mlp([encoder.backbone.feature_dim, options.hidden, options.hidden, width])
             self.predictor = normalised_mlp([width, options.hidden, width])
         self.pair = EncoderPair(encoder)
-
-    @property
-    def backbone(self) -> Backbone:
-        return self.pair.query.backbone
 
     def forward(self, views: Views) -> StepOutput:
         x1, x2 = views.images[:2]
@@ -68,6 +64,3 @@ class MoCoV3(Method):
         keys = [key for key in ("hidden", "head_norm", "key_norm") if getattr(self.config.model, key) not in USUAL]
         names = ", ".join(f"model.{key}" for key in keys)
         return [f"not used by moco_v3: {names} (its projector and predictor have objective.hidden)"] if keys else []
-
-    def after_step(self, outputs: list[StepOutput]) -> None:
-        self.pair.update(self.momentum)

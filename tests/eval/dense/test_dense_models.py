@@ -14,7 +14,6 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from mls.config import ScenesConfig
 from mls.errors import ConfigError
-from mls.eval import load_protocol
 from mls.eval.data import objects, regions
 from mls.eval.dense.detector import Detector, Pool, SimplePyramid
 from mls.eval.dense.loop import build_optimizer
@@ -195,8 +194,6 @@ def test_adamw_decays_no_norm_and_layers_learn_slower_the_further_they_are_from_
     assert [of[id(vit.blocks[block].attn.qkv.weight)] for block in (3, 0)] == [(0.1, 0.5), (0.1, 0.5**4)]
     assert [of[id(p)] for p in (vit.pos_embed, vit.patch_embed.proj.weight)] == [(0.0, 0.5**5), (0.1, 0.5**5)]
     assert of[id(vit.norm.weight)] == (0.0, 0.5)
-    with pytest.raises(ConfigError, match="backend=mmseg trains with SGD"):
-        load_protocol("segmentation_scenes", ["backend=mmseg", "training.optimizer=adamw"])
 
 
 @pytest.mark.parametrize("head", ["fcn", "pspnet", "psanet"])

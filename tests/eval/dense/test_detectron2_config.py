@@ -10,11 +10,13 @@ import torch
 
 from mls.errors import ConfigError
 from mls.eval import load_protocol
-from mls.eval.dense.detectron2_config import RECIPES, configuration, overrides, refuse_unknown_to_detectron2
+from mls.eval.dense.detectron2_config import RECIPES, OurTrunk, configuration, overrides, refuse_unknown_to_detectron2
 from mls.eval.dense.loop import lr_share
 from mls.eval.dense.prepare import backbone_source
-from mls.eval.dense.schema import Detection, check
+from mls.eval.dense.schema import Detection, DetectorConfig, check
+from mls.eval.dense.trunk import build_trunk
 from mls.frameworks import installed as frameworks
+from mls.models import load_backbone
 
 needs_detectron2 = pytest.mark.skipif(
     bool(frameworks.missing("detectron2")),
@@ -25,7 +27,7 @@ needs_detectron2 = pytest.mark.skipif(
 ELSEWHERE = {
     "data": {"name", "root", "check_sizes", "max_unreadable", "odd", "scenes"},
     "model": {"backbone", "weights", "neck"},
-    "training": {"power", "min_lr", "precision", "device"},
+    "training": {"power", "min_lr", "precision", "device", "optimizer", "layer_decay"},  # with_detectron2.py
 }
 
 
@@ -65,7 +67,6 @@ def test_every_setting_of_a_protocol_reaches_detectron2_or_is_refused(part: str,
     [
         ("data.flip=0.3", "detectron2 mirrors half of the images or none, set 0.5 or 0"),
         ("training.schedule=poly", "set training.schedule=steps"),
-        ("model.anchors=[8,16,32]", "model.anchors has 3 sizes: .* give 5 sizes, or 4"),
     ],
 )
 def test_what_detectron2_has_no_setting_for_is_refused_as_the_protocol_is_read(override: str, sentence: str) -> None:
@@ -75,14 +76,28 @@ def test_what_detectron2_has_no_setting_for_is_refused_as_the_protocol_is_read(o
 
 
 @pytest.mark.parametrize(
-    ("backbone", "sentence"),
-    [("scratch:resnet18", "set model.neck=fpn"), ("resnet_tiny", "has no network with the layers of resnet_tiny")],
+    ("backbone", "neck", "sentence"),
+    [
+        ("scratch:resnet18", "c4", "resnet18 is none: set model.neck=fpn"),
+        ("vit_tiny", "c4", "vit_tiny is none: set model.neck=fpn"),
+        ("scratch:resnet18", "fpn", "model.anchors has 3 sizes: .* give 5 sizes, or 4"),
+    ],
 )
-def test_a_backbone_that_detectron2_has_not_is_refused(backbone: str, sentence: str, tmp_path: Path) -> None:
-    protocol = load_protocol("coco_c4_1x", ["backend=detectron2", f"model.backbone={backbone}"])
+def test_a_backbone_that_does_not_fit_detectron2_is_refused(backbone: str, neck: str, sentence: str) -> None:
+    options = [f"model.backbone={backbone}", f"model.neck={neck}", "model.anchors=[8,16,32]"]
+    protocol = load_protocol("coco_fpn_1x", ["backend=detectron2", *options])
     source = backbone_source(protocol, "random", 0)
     with pytest.raises(ConfigError, match=sentence):
         refuse_unknown_to_detectron2(protocol, source)
+
+
+def test_the_levels_of_other_networks_have_detectron2s_names_or_are_refused() -> None:
+    model = DetectorConfig(anchors=[8, 16, 32, 64])
+    vit = build_trunk(load_backbone("vit_tiny"))
+    assert OurTrunk.of("vit_tiny", vit, model).levels == ["p0", "p1", "p2", "p3", "p4"]
+    vit.strides = {"block3": 12}
+    with pytest.raises(ConfigError, match="double from a power of 2, those of vit_tiny are 3, 6, 12, 24"):
+        OurTrunk.of("vit_tiny", vit, model)
 
 
 def built(name: str, device: str = "cuda", world: int = 8) -> Any:

@@ -13,6 +13,8 @@ from mls.eval.dense.segmenter import Segmenter
 from mls.frameworks import installed as frameworks
 from mls.frameworks.resnet_plan import ResNetPlan
 from mls.models import load_backbone
+from mls.models.backbones import RESNETS
+from mls.models.spatial import patches_of
 
 if frameworks.missing("mmseg"):
     pytest.skip('mmsegmentation is not installed: pip install "mls[mmseg]"', allow_module_level=True)
@@ -51,7 +53,7 @@ def both(head: str, align_corners: bool, backbone: str, output_stride: int) -> t
     from mmengine.registry import DefaultScope
     from mmseg.registry import MODELS
 
-    from mls.eval.dense import mmseg_config
+    from mls.eval.dense import mmseg_config, mmseg_parts  # noqa: F401 (registers its parts)
 
     settings = {"width": 16, "auxiliary_width": 8, "dropout": 0.0, "output_stride": output_stride}
     protocol = Segmentation(
@@ -59,19 +61,23 @@ def both(head: str, align_corners: bool, backbone: str, output_stride: int) -> t
         model=SegmenterConfig(head=head, align_corners=align_corners, **settings),  # type: ignore[arg-type]
     )
     torch.manual_seed(0)
-    ours = Segmenter(load_backbone(backbone), protocol, CLASSES, *STATISTICS)
+    ours = Segmenter(network := load_backbone(backbone), protocol, CLASSES, *STATISTICS)
     for part in ours.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.weight.data.uniform_(0.5, 1.5)
             part.running_mean.uniform_(-0.2, 0.2)
             part.running_var.uniform_(0.5, 1.5)
     mean, std = ([round(255 * value, 3) for value in values] for values in STATISTICS)
-    start = mmseg_config.Start(ResNetPlan.of(backbone), mean, std, "")
+    channels, own = list(ours.trunk.channels.values()), backbone not in RESNETS
+    architecture = backbone.removeprefix("random:")
+    taken = mmseg_config.OurTrunk(architecture, channels, patches_of(network)) if own else ResNetPlan.of(backbone)
+    start = mmseg_config.Start(taken, mean, std, "")
     config = mmseg_config.model(protocol, start, CLASSES, torch.device("cpu"))
     config["backbone"].pop("init_cfg")
     with frameworks.quiet(), DefaultScope.overwrite_default_scope("mmseg"):
         theirs = MODELS.build(ConfigDict(config))
-    theirs.load_state_dict({renamed(name, head): tensor for name, tensor in ours.state_dict().items()})
+    place = (lambda name: re.sub(r"^trunk\.", "backbone.trunk.", name)) if own else (lambda name: name)
+    theirs.load_state_dict({renamed(place(name), head): tensor for name, tensor in ours.state_dict().items()})
     return ours, theirs
 
 
@@ -90,7 +96,7 @@ def packed(images: Tensor, labels: Tensor) -> dict[str, Any]:
 
     samples = []
     for one in labels:
-        found = SegDataSample(metainfo={"ori_shape": one.shape, "img_shape": one.shape})
+        found = SegDataSample(metainfo=dict.fromkeys(("ori_shape", "img_shape"), tuple(one.shape)))
         found.gt_sem_seg = PixelData(data=one[None].long())
         samples.append(found)
     return {"inputs": list(images.flip(1)), "data_samples": samples}
@@ -110,7 +116,7 @@ def scores_are_equal(ours: Segmenter, theirs: Any, images: Tensor, labels: Tenso
         far["head"] = apart(
             ours._scores(views), theirs.encode_decode(prepared, [{"img_shape": images.shape[2:]}] * len(images))
         )
-        far["auxiliary"] = apart(ours.auxiliary(maps["layer3"]), theirs.auxiliary_head(features))
+        far["auxiliary"] = apart(ours.auxiliary(maps[ours.before]), theirs.auxiliary_head(features))
     assert {name: value for name, value in far.items() if value > 1e-4} == {}
 
 
@@ -133,6 +139,22 @@ def test_the_same_weights_give_the_same_scores_and_losses(head: str, align_corne
 def test_a_dilated_backbone_of_bottlenecks_is_mmsegmentations(backbone: str, output_stride: int) -> None:
     ours, theirs = both("fcn", False, backbone, output_stride)
     scores_are_equal(ours.eval(), theirs.eval(), *sample(64, 96, count=1))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "output_stride"), [("vit_tiny", 4), ("random:timm:convnext_atto", 8), ("resnet_tiny", 4)]
+)
+def test_a_backbone_that_mmsegmentation_has_not_gives_our_scores_and_losses(backbone: str, output_stride: int) -> None:
+    ours, theirs = both("fcn", False, backbone, output_stride)
+    scores_are_equal(ours.eval(), theirs.eval(), *sample(64, 96, count=1))
+    images, labels = sample(90, 122, count=1)  # no whole patches: filled up, and what is said of the filling cut off
+    with torch.no_grad():
+        prepared = theirs.data_preprocessor(packed(images, labels))
+        (found,) = theirs.predict(prepared["inputs"], prepared["data_samples"])
+        assert apart(ours._scores(ours.normalised(images[0])[None])[0], found.seg_logits.data) < 1e-4
+    losses = ours.train()(list(images), list(labels))
+    expected = theirs.train().loss(**theirs.data_preprocessor(packed(images, labels), training=True))
+    assert float(losses["loss_head"].detach()) == pytest.approx(float(expected["decode.loss_ce"].detach()), rel=1e-4)
 
 
 def test_of_a_block_without_a_bottleneck_mmsegmentation_dilates_the_first_convolution_alone() -> None:

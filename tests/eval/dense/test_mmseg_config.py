@@ -119,7 +119,7 @@ CHANGES = {
     "model": {"head": "psanet", "output_stride": 16, "width": 24, "auxiliary_width": 24, "auxiliary_weight": 0.3}
     | {"dropout": 0.3, "align_corners": "true"},
     "training": {"steps": 99, "lr": 0.3, "momentum": 0.3, "weight_decay": 0.3, "norm_decay": 0.3, "schedule": "steps"}
-    | {"power": 0.3, "min_lr": 0.003, "warmup_steps": 3},
+    | {"power": 0.3, "min_lr": 0.003, "warmup_steps": 3, "optimizer": "adamw", "layer_decay": 0.5},
 }
 BESIDE = {  # only with another one
     "data.stride=[3,3]": "data.test=slide",
@@ -131,7 +131,7 @@ ELSEWHERE = {
     "data": {"name", "root", "check_sizes", "max_unreadable", "workers", "scenes"},
     "model": {"backbone", "weights"},
 }
-ELSEWHERE |= {"training": {"batch_size", "precise_bn", "precision", "device", "optimizer", "layer_decay"}}
+ELSEWHERE |= {"training": {"batch_size", "precise_bn", "precision", "device"}}
 
 
 def test_no_field_of_a_protocol_is_left_out_silently() -> None:

@@ -22,6 +22,7 @@ from mls.eval.dense import detectron2_data, with_detectron2
 from mls.eval.dense.coco_ap import Detections, coco_ap
 from mls.eval.dense.prepare import backbone_source, load_images
 from mls.eval.dense.schema import Detection
+from mls.eval.dense.trunk import build_trunk
 from mls.eval.dense.voc_ap import voc_ap
 from mls.eval.dense.with_detectron2 import Detectron2Training, prepare
 from mls.frameworks import installed as frameworks
@@ -120,7 +121,7 @@ def test_the_embedded_scenes_are_trained_on_and_the_kept_network_has_the_stored_
     rows = Results(root / "results.jsonl").rows()
     assert {row["backend"] for row in rows} == {"detectron2"} and len(rows) == len(values)
     assert cells.run(protocol, "random", 0, root, quiet=True) == pytest.approx(values)
-    assert sorted(path.name for path in folder.iterdir()) == ["classifier.safetensors", "protocol.yaml"]
+    assert {path.name for path in folder.iterdir()} == {"classifier.json", "classifier.safetensors", "protocol.yaml"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "spare"]
 
 
@@ -177,6 +178,27 @@ def test_the_network_starts_from_all_of_the_backbone(neck: str, depth: int, tmp_
         else:
             where = f"backbone.{place}" if neck == "c4" else f"backbone.bottom_up.{place}"
         assert torch.equal(held[where], tensor), name
+
+
+@needs_detectron2
+@pytest.mark.parametrize(("backbone", "part"), [("vit_tiny", "net"), ("timm:convnext_atto", "bottom_up")])
+@pytest.mark.usefixtures("silenced")
+def test_a_network_that_detectron2_has_not_starts_from_its_weights_and_layers_learn_at_their_rates(
+    backbone: str, part: str, tmp_path: Path
+) -> None:
+    decaying = ["training.optimizer=adamw", "training.layer_decay=0.5", "training.warmup_steps=0"]
+    protocol = scenes(f"model.backbone={backbone}", *decaying)
+    this = training(protocol, tmp_path)
+    held = this.network.state_dict()
+    for name, tensor in build_trunk(backbone_source(protocol, "random", 0).backbone).state_dict().items():
+        assert torch.equal(held[f"backbone.{part}.trunk.{name}"], tensor), name
+    this.train(quiet=True)
+    shares = {group["share"]: group["lr"] / rate(this) for group in this.optimizer.param_groups}
+    assert len(shares) > 4 and shares == pytest.approx({0.5**far: 0.5**far for far in range(len(shares))})
+    again = training(protocol, tmp_path)
+    assert again.step == 4
+    pairs = zip(again.network.parameters(), this.network.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
 
 
 def rate(this: Detectron2Training) -> float:
@@ -267,7 +289,7 @@ def test_another_seed_draws_anew_and_the_same_seed_does_not(tmp_path: Path) -> N
 @needs_detectron2
 @pytest.mark.usefixtures("silenced")
 def test_a_training_that_diverges_says_what_to_lower(tmp_path: Path) -> None:
-    protocol = scenes("training.lr=1e30", "training.warmup_steps=0")
+    protocol = scenes("training.lr=1e20", "training.warmup_steps=0")
     with pytest.raises(DivergedError, match=r"no number at step \d: lower training.lr"):
         training(protocol, tmp_path).train(quiet=True)
 
@@ -285,7 +307,7 @@ def test_an_image_that_cannot_be_read_is_named(workers: int, tmp_path: Path) -> 
 
 @needs_detectron2
 def test_reduced_precision_on_a_cpu_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="on a GPU only: set training.precision=fp32"):
+    with pytest.raises(ConfigError, match="on a GPU alone: use fp32"):
         with_detectron2.run(scenes("training.precision=bf16"), "random", 0, tmp_path, quiet=True)
 
 

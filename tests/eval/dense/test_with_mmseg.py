@@ -152,13 +152,15 @@ def test_a_training_view_depends_on_the_seed_and_its_place_alone() -> None:
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], other[0])
 
 
-def test_training_starts_from_the_weights_and_their_colours(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny"])
+def test_training_starts_from_the_weights_and_their_colours(architecture: str, tmp_path: Path) -> None:
     augment = AugmentConfig(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    save_backbone(tmp_path, load_backbone("scratch:resnet18"), {"architecture": "resnet18"}, augment)
+    save_backbone(tmp_path, load_backbone(f"random:{architecture}"), {"architecture": architecture}, augment)
     still = ["training.steps=1", "training.lr=1e-9", "training.min_lr=0", "training.weight_decay=0"]
     outcome = with_mmseg.run(scenes(*still, "training.norm_decay=0"), str(tmp_path), 0, tmp_path / "cell", quiet=True)
     for name, tensor in load_backbone(str(tmp_path)).named_parameters():
-        torch.testing.assert_close(outcome.weights[f"backbone.{name}"], tensor, rtol=0, atol=1e-6)
+        place = name if architecture == "resnet18" else f"trunk.network.{name}"
+        torch.testing.assert_close(outcome.weights[f"backbone.{place}"], tensor, rtol=0, atol=1e-6)
     start = with_mmseg.write_backbone(scenes(), str(tmp_path), 0, tmp_path / "state")
     assert (start.mean, start.std) == ([25.5, 51.0, 76.5], [102.0, 127.5, 153.0])
 
@@ -170,8 +172,13 @@ class Stopping(with_mmseg.Training):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_stopped_training_goes_on_exactly(tmp_path: Path) -> None:
-    protocol = scenes("model.dropout=0.5", "training.warmup_steps=2")
+TRANSFORMER = ["model.backbone=vit_tiny", "training.optimizer=adamw", "training.layer_decay=0.5"]
+TRANSFORMER += ["training.schedule=steps", "training.falls=[3]"]
+
+
+@pytest.mark.parametrize("network", [[], TRANSFORMER], ids=["resnet18", "vit_tiny"])
+def test_a_stopped_training_goes_on_exactly(network: list[str], tmp_path: Path) -> None:
+    protocol = scenes("model.dropout=0.5", "training.warmup_steps=2", *network)
     whole = training_of(protocol, tmp_path / "whole")
     with frameworks.quiet():
         whole.train("", quiet=True)
@@ -185,6 +192,10 @@ def test_a_stopped_training_goes_on_exactly(tmp_path: Path) -> None:
     ours, theirs = rest.network.state_dict(), whole.network.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert rest.test(quiet=True) == whole.test(quiet=True)
+    if network:
+        groups = rest.runner.optim_wrapper.optimizer.param_groups
+        rates = {group["share"]: group["lr"] / groups[0]["lr"] for group in groups}
+        assert rates == pytest.approx({0.5**far: 0.5**far for far in range(6)})
 
 
 class Killed(with_mmseg.Training):
@@ -230,6 +241,7 @@ def test_two_processes_share_a_batch_and_the_test_and_the_first_tells_of_it(
     assert done.returncode == 0, done.stderr
     printed = [line for line in done.stderr.splitlines() if not line.startswith(("W", "*"))]  # torchrun's own
     assert printed and all(line.startswith(("segmentation_scenes on mmseg", "test images")) for line in printed)
+    assert "classifier.safetensors: the network that mmseg trained" in done.stdout and "mls predict" not in done.stdout
     stored = Results(tmp_path / "results.jsonl").read()
     assert {row["backend"] for row in stored} == {"mmseg"}
     (cell,) = (tmp_path / "eval").iterdir()
@@ -245,8 +257,10 @@ def test_two_processes_share_a_batch_and_the_test_and_the_first_tells_of_it(
         (["model.output_stride=2"], "choose one of 4, 8, 16, 32"),
         (["training.precision=bf16"], "on a GPU alone: use fp32"),
         (["training.precision=fp16"], "needs a GPU"),
-        (["model.backbone=resnet_tiny"], "no network with the layers of resnet_tiny: choose a ResNet"),
-        (["model.backbone=scratch:wide_resnet50_2"], "no network with the layers of wide_resnet50_2"),
+        (["training.layer_decay=0.5"], "set training.min_lr=0, or training.layer_decay=1"),
+        (["model.backbone=vit_tiny", "data.crop=[32,30]"], "has patches of 4 pixels: .* give multiples"),
+        (["model.backbone=vit_tiny", "model.output_stride=2"], "cannot be dilated, .* set model.output_stride=4"),
+        (["model.backbone=scratch:vgg11"], "need a ResNet, .* or a network of timm"),
     ],
 )
 def test_what_mmsegmentation_cannot_do_is_refused(overrides: list[str], sentence: str, tmp_path: Path) -> None:
