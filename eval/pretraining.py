@@ -3,9 +3,11 @@ tables of `mls demo` and of the studies under `mls bench` are made of these."""
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -142,8 +144,48 @@ def _loaded(recipe: str, overrides: tuple[str, ...]) -> Config:
     return load_config(recipe, applicable(recipe, overrides))  # rows of a table share some that not every method has
 
 
-def compare(rows: Mapping[str, Pretraining], seeds: int, root: Path) -> dict[str, list[Measured]]:
-    return over_seeds({name: [cell.with_seed(seed) for seed in range(seeds)] for name, cell in rows.items()}, root)
+def compare(rows: Mapping[str, Pretraining], seeds: int, root: Path, helped: bool = False) -> dict[str, list[Measured]]:
+    """`helped`: by a second process."""
+    began = time.strftime("%Y-%m-%dT%H:%M:%S")
+    cells = {name: [cell.with_seed(seed) for seed in range(seeds)] for name, cell in rows.items()}
+    with _second_process(rows, seeds, root) if helped else contextlib.nullcontext():
+        found = over_seeds(cells, root)
+    before = lambda one: one.stored_before and str(one.row.get("time", "")) < began
+    return {name: [replace(one, stored_before=before(one)) for one in seeds] for name, seeds in found.items()}
+
+
+@contextlib.contextmanager
+def _second_process(rows: Mapping[str, Pretraining], seeds: int, root: Path) -> Iterator[None]:
+    """Measures the same cells from the last to the first meanwhile, where there is no GPU to share: networks as small
+    as those of the scenes gain little by a second thread. What it fails in is left to this process."""
+    threads = torch.get_num_threads()
+    cells = [cell.with_seed(seed) for seed in reversed(range(seeds)) for cell in reversed(rows.values())]
+    if threads == 1 or torch.cuda.is_available() or all(cell.stored(root) for cell in cells):
+        yield
+        return
+    second = multiprocessing.get_context("spawn").Process(target=_finish_all, args=(cells, root, threads // 2))
+    second.start()
+    torch.set_num_threads(threads - threads // 2)
+    try:
+        yield
+    finally:
+        second.terminate()  # nothing is left to measure, or this process was stopped: it saves and ends
+        second.join()
+        torch.set_num_threads(threads)
+
+
+def _finish_all(cells: Sequence[Pretraining], root: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    with (
+        open(root / "second_process.log", "a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
+        try:
+            for cell in cells:
+                cell.finish(root, quiet=True)
+        except (Stopped, KeyboardInterrupt) as error:
+            print(error, file=log)
 
 
 def table_of(found: Mapping[str, Sequence[Measured]], heading: str, columns: Sequence[Column], note: str) -> Table:

@@ -167,6 +167,7 @@ NOT_A_KEY = "not a key"
 SIZED = ("augment.size", "augment.blur", "model.backbone", "data.batch_size", "model.key_group", "dictionary.size")
 SIZED += ("objective.k", "optim.epochs", "optim.warmup_epochs", "objective.warmup_epochs", "model.momentum")
 SIZED += ("engine.checkpoint_every", "monitor.health_every")
+SIZED += ("objective.windows.size", "objective.regions.size", "objective.words")
 OBJECTIVES = Registry[type[ObjectiveConfig]]("objective.method")
 
 

@@ -133,8 +133,10 @@ def _without_auto(values: dict[str, Any], changes: dict[str, dict[str, Any]]) ->
     auto = list(stored)
     for layer in (values, *changes.values()):
         for key in SIZED:
-            section, _, name = key.partition(".")
-            place = layer.get(section)
+            *sections, name = key.split(".")
+            place: Any = layer
+            for section in sections:
+                place = place.get(section) if isinstance(place, dict) else None
             if not isinstance(place, dict) or name not in place:
                 continue
             if layer is values and key in stored and place[name] != "auto":

@@ -101,6 +101,9 @@ class Method(nn.Module):
         """What is exported and probed."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its backbone is")
 
+    def refuse(self, source: Source) -> None:
+        """Called once before the run counts as begun: images that the method cannot work with, in a sentence."""
+
     def views(self) -> ViewPlan:
         """The views of an image that `forward` gets: by default two crops, and the small crops of multi-crop."""
         return ViewPlan.crops(self.config.augment)

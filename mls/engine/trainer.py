@@ -83,6 +83,7 @@ class Trainer:
         self.method = methods.build(config, precision, self.labels).to(process.device)
         if config.engine.channels_last:
             self.method.to(memory_format=torch.channels_last)
+        self.method.refuse(self.source)
         self.plan = self.method.views()
         self.refuse_sizes()
         self.optimizer = optim.build(config, self.method, self.method.own_rates(), self.method.backbone)

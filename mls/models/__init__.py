@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mls import card as cards
 from mls.config import AugmentConfig, ModelConfig
 from mls.errors import CheckpointError, ConfigError, unknown_name
+from mls.files import runs_folder
 from mls.models import backbones, foreign, pretrained
 from mls.models.backbones import Backbone
 from mls.models.finite import refuse_non_finite
@@ -151,8 +152,11 @@ def _know(architecture: str | None, folder: Path) -> None:
 
 
 def weights_file(weights: str | Path) -> Path | None:
-    """The file behind a run folder or a path; None for a name."""
+    """The file behind a run folder, a run's name under $MLS_RUNS, or a path; None for another name."""
     path = Path(weights).expanduser()
+    if not path.exists() and ":" not in str(weights) and str(weights) not in backbones.names():
+        run = runs_folder() / path
+        path = run if (run / "config.yaml").is_file() else path
     if path.is_dir():
         path = path / "backbone.safetensors"
         if not path.is_file():

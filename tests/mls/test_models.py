@@ -60,10 +60,12 @@ def test_initialisation_depends_on_the_seed_alone() -> None:
     assert not torch.equal(first.query.backbone.conv1.weight, other.query.backbone.conv1.weight)
 
 
-def test_a_backbone_survives_saving_and_loading(tmp_path: Path) -> None:
+def test_a_backbone_survives_saving_and_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = backbones.build("resnet_tiny").eval()
     save_backbone(tmp_path, backbone, {"architecture": "resnet_tiny"}, AugmentConfig(size=32))
-    for weights in (tmp_path, tmp_path / "backbone.safetensors"):
+    (tmp_path / "config.yaml").touch()
+    monkeypatch.setenv("MLS_RUNS", str(tmp_path.parent))
+    for weights in (tmp_path, tmp_path / "backbone.safetensors", tmp_path.name):
         loaded = load_backbone(weights)
         x = torch.randn(2, 3, 32, 32)
         assert loaded.feature_dim == 128

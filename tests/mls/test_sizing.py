@@ -17,7 +17,8 @@ from mls.errors import ConfigError, DataError
 from mls.eval.cells import config_hash
 from mls.recipes import load_config, of_folder, resolve
 
-FOLDER = "mls_folder_r50"
+FOLDER, WORDS = "mls_folder_r50", "mls_words_folder_r50"
+OF_FOLDER = [key for key in SIZED if key not in ("objective.windows.size", "objective.regions.size", "objective.words")]
 
 
 @pytest.mark.parametrize("images", [16, 50, 412, 5_000, 20_000, 1_200_000])
@@ -27,7 +28,7 @@ def test_sizes_can_work_for_any_number_of_images(images: int, memory: float | No
     config, choices = choose(load_config(FOLDER), Facts(images, 300, memory, processes))
     check(config)
     values = dict(flatten(config))
-    assert [choice.key for choice in choices] == list(SIZED)
+    assert [choice.key for choice in choices] == OF_FOLDER
     assert all(values[choice.key] == choice.value for choice in choices)
     assert not config.run.auto
     batch, rows, epochs = config.data.batch_size, config.dictionary.size, config.optim.epochs
@@ -38,6 +39,19 @@ def test_sizes_can_work_for_any_number_of_images(images: int, memory: float | No
     assert config.optim.warmup_epochs < epochs
     assert values["objective.warmup_epochs"] < epochs
     assert config.engine.checkpoint_every <= max(1, epochs * (images // batch) / 20)
+
+
+@pytest.mark.parametrize(
+    ("images", "memory", "sizes"),
+    [(16, None, (16, 16, 16)), (6000, None, (32, 32, 128)), (118_287, 80.0, (112, 112, 1024))],
+)
+def test_windows_and_words_follow_the_crops_and_the_images(
+    images: int, memory: float | None, sizes: tuple[int, int, int]
+) -> None:
+    config, _ = choose(load_config(WORDS), Facts(images, 16 if images == 16 else 480, memory))
+    check(config)
+    values = dict(flatten(config))
+    assert tuple(values[f"objective.{key}"] for key in ("windows.size", "regions.size", "words")) == sizes
 
 
 def test_many_photographs_on_a_gpu_get_the_papers_values() -> None:
@@ -98,9 +112,9 @@ def test_only_sizes_may_be_auto_and_other_methods_have_other_sizes() -> None:
 
 def test_a_run_that_waits_for_its_images_takes_overrides_too(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(load_config(FOLDER, ["data.root=/a"])))
-    assert load_config(tmp_path / "config.yaml").run.auto == list(SIZED)
+    assert load_config(tmp_path / "config.yaml").run.auto == OF_FOLDER
     given = load_config(tmp_path / "config.yaml", ["optim.epochs=5", "objective.k=auto"])
-    assert given.optim.epochs == 5 and given.run.auto == [key for key in SIZED if key != "optim.epochs"]
+    assert given.optim.epochs == 5 and given.run.auto == [key for key in OF_FOLDER if key != "optim.epochs"]
     with pytest.raises(ConfigError, match="needs numbers, not auto"):
         config_hash(given)
 

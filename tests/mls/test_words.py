@@ -116,7 +116,7 @@ def test_bags_are_of_an_image_s_own_regions_and_controls_are_what_they_say() -> 
     assert ended.refresh(source, QUIET)
     many = built("objective.words=2000", source=source)
     with pytest.raises(ConfigError, match="1024 regions cannot make 2000 words: lower objective.words to 102 or so"):
-        many.refresh(source, QUIET)
+        many.refuse(source)
     with pytest.raises(ConfigError, match="objective.pseudo_labels=oracle needs images with labels"):
         built(ORACLE)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 import mls.tools.demo as module
@@ -27,11 +28,16 @@ def test_demo_trains_probes_prints_a_table_and_is_not_done_twice(
 ) -> None:
     few = ["data.scenes.count=1024", "data.scenes.test_count=200", "optim.epochs=3", "dictionary.size=512"]
     monkeypatch.setattr(module, "QUICK", [*few, "objective.warmup_epochs=1", "engine.threads=1"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)  # of which a second process takes one
     module.demo(quick=True, out=folder)
+    assert torch.get_num_threads() == 2
+    assert "— MLS with words" in (folder / "second_process.log").read_text()
+    torch.set_num_threads(threads)
     first = capsys.readouterr()
     cells = {cell.row["weights"]: cell for cell in stored_cells(Results(folder / "results.jsonl").rows())}
     rows = {name: cell.values for name, cell in cells.items()}
-    assert set(rows) == {"random", "MoCo-v2", "MLS"}
+    assert set(rows) == {"random", "MoCo-v2", "MLS", "MLS with words"}
     # Nothing here asserts that MLS beats MoCo-v2: on these scenes it need not (README).
     for learnt in ("MoCo-v2", "MLS"):
         assert rows[learnt]["scenes/linear"] > rows["random"]["scenes/linear"] + 0.03
@@ -45,6 +51,7 @@ def test_demo_trains_probes_prints_a_table_and_is_not_done_twice(
 
     module.demo(quick=True, out=folder)
     again = capsys.readouterr()
+    assert "not run again" in again.out and "not run again" not in first.out
     assert "— MLS" not in again.err
     assert (folder / "table.md").read_text() in again.out
 

@@ -91,7 +91,7 @@ def test_tables_compare_pairs_and_say_what_share_of_the_oracle_s_gain_is_reached
     assert rows["windows − MoCo-v2"][2] == "+11.0 ± 2.5"
     own = rows["own region labels − windows"]
     # By scipy.stats.ttest_rel of the two lists: t 3.4641, p 0.0742; interval 2 ± 4.3027 · 1 / √3.
-    assert own[1:5] == ["3", "+2.0 ± 2.5", "0.074", "38%"]
+    assert own[1:5] == ["3", "+2.0 ± 2.5", "0.0742", "38%"]
     assert rows["oracle labels − windows"][4] == "" and "own region labels − random labels" not in rows
     assert share_of_gap(found(), OWN, "linear") == pytest.approx(6 / 16)
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 UNTRAINED, MOCO, WINDOWS = "untrained", "MoCo-v2", "+ windows"
 OWN, RANDOM, ORACLE = "+ own region labels", "+ random labels", "+ oracle labels"
-WORDS = "+ own words"
+WORDS, OTHER_WORDS = "+ own words", "+ words of other images"
 MLS_WORDS = ("objective.method=mls_words", "objective.weight=10")  # as mls_words_scenes_tiny
 PLAIN = ("objective.windows.count=0",)  # an arm without windows has nothing to share with the others
 CONTROL = ("objective.labels_from=backbone",)  # as many rows as the lists give, without making lists
@@ -59,7 +59,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "words": {
         WORDS: MLS_WORDS,
-        "+ words of other images": (*MLS_WORDS, "objective.pseudo_labels=random"),
+        OTHER_WORDS: (*MLS_WORDS, "objective.pseudo_labels=random"),
         "+ true labels as words": (*MLS_WORDS, "objective.pseudo_labels=oracle"),
     },
     "windows": {
@@ -286,6 +286,7 @@ def differences(found: Found, note: str) -> Table:
         (WINDOWS, MOCO),
         *((arm, WINDOWS) for arm in found if arm not in (UNTRAINED, MOCO, WINDOWS)),
         (OWN, RANDOM),
+        (WORDS, OTHER_WORDS),
     ]
     columns, rows = [Column("seeds", "n")], []
     for probe in PROBES:
@@ -298,7 +299,7 @@ def differences(found: Found, note: str) -> Table:
             if pair is None:
                 continue
             values |= {"n": str(len(pair.differences)), f"{probe.name} difference": pair.text()}
-            values[f"{probe.name} p"] = "" if pair.p is None else f"{pair.p:.3f}"
+            values[f"{probe.name} p"] = "" if pair.p is None else f"{pair.p:.4f}" if pair.p >= 1e-4 else "< 0.0001"
             share = share_of_gap(found, first, probe.name) if second == WINDOWS else None
             values[f"{probe.name} share"] = "" if share is None else f"{share:.0%}"
         if values:

@@ -98,6 +98,13 @@ class Words(MoCo):
         self.warming_up = False  # InfoNCE alone; `set_progress` says so
         self.images = ""  # hash of the data, once it is known
 
+    def refuse(self, source: Source) -> None:
+        regions = min(len(source), CLUSTERED) * self.options.regions.grid**2
+        if self.truth is None and regions < self.count:
+            raise ConfigError(
+                f"{regions} regions cannot make {self.count} words: lower objective.words to {regions // 10} or so"
+            )
+
     def beside_info_nce(
         self, query: Query, rows: QueriedRows, views: Views, out: StepOutput | None
     ) -> Float[Tensor, ""] | None:
@@ -149,10 +156,6 @@ class Words(MoCo):
         )
         features, _ = features_of_all(encoder, source, tell)
         some = features[spaced(len(source), CLUSTERED)].flatten(0, 1).cpu()
-        if len(some) < self.count:
-            raise ConfigError(
-                f"{len(some)} regions cannot make {self.count} words: lower objective.words to {len(some) // 10} or so"
-            )
         if clusters is not None and len(clusters) != len(some):  # a branch with another grid
             clusters = None
         centres, clusters = on_main(lambda: clustered(some, self.count, self.stream("words"), clusters))
