@@ -45,14 +45,15 @@ def together(
         mls bench all --out bench --only step-8
     """
     from mls.errors import UserError, unknown_name
-    from mls.files import write_atomically
+    from mls.files import telling_disk_errors, write_atomically
     from mls.tables import print_table
     from mls.tools.bench.results import as_json
 
     for name in only or ():
         if name not in BENCHES:
             raise unknown_name("bench", name, BENCHES)
-    out.mkdir(parents=True, exist_ok=True)
+    with telling_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     found = _earlier(out / "all.json")
     for name in only or BENCHES:
         if name in found and (found[name]["ended"], found[name]["command"]) == ("well", _command(name, out)):
