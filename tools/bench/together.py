@@ -16,7 +16,7 @@ import typer
 
 # How each is called: with the sizes of docs/performance.md, where they take minutes.
 BENCHES = {
-    "input": "input --count 128 --rounds 5 --no-step",
+    "input": "input --count 256 --no-step",
     "step-8": "step --backbone resnet18 --batch 8 --size 64 --rows 4096 --rounds 15 --no-compiled",
     "step-32": "step --backbone resnet18 --batch 32 --size 64 --rows 4096 --rounds 15 --no-compiled",
     "matching": "matching --quick",
