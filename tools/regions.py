@@ -1,5 +1,5 @@
 """`mls regions`: which images of a data set show the same things, by their regions; lists of neighbours to take
-pseudo-labels from, and a picture of the regions that matched."""
+pseudo-labels from, and pictures of the regions that matched and of those that are a visual word."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Int64
     from torch import Tensor
 
-    from mls.config import AugmentConfig, Config, MLSOptions, RegionsConfig, WordsOptions
+    from mls.config import AugmentConfig, Config, GridConfig, MLSOptions, RegionsConfig, WordsOptions
     from mls.core.neighbour_lists import NeighbourLists
     from mls.data import Source
-    from mls.frozen.match_picture import RegionPair
+    from mls.frozen.match_picture import Pixels, RegionPair
     from mls.models import Backbone
 
 QUERIES, SHOWN, PAIRS = 6, 4, 3  # lines of the picture, images in a line, regions of an image
+WORDS, OF_A_WORD = 16, 12  # lines of the picture of words, regions in a line
 DEPTHS, ASKED = (1, 5, 20), 2000  # neighbours and images whose labels are compared
 NOT_OPTIONS = ("lists", "every_epochs", "choose", "soft")  # keys that say nothing of how neighbours are found
 
@@ -40,6 +41,9 @@ def regions(
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw which region matched which, for some images.")
     ] = None,
+    words: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw regions of a run's visual words, and do nothing else.")
+    ] = None,
     cost: Annotated[
         int | None, typer.Option(metavar="IMAGES", min=2, help="What a RECIPE would cost on so many; nothing is run.")
     ] = None,
@@ -58,14 +62,22 @@ def regions(
         mls pretrain mls_regions_scenes_tiny objective.regions.lists=runs/my-run/neighbours.safetensors
 
         mls regions mls_regions_coco_r50 --cost 118287
+
+        mls regions runs/with-words --words words.png
     """
     if cost is not None:
         return _tell_cost(weights, options or [], cost)
+    if words is not None:
+        return _draw_words(weights, words)
+    _write_lists(weights, options or [], dataset, out, picture)
+
+
+def _write_lists(weights: str, options: list[str], dataset: str | None, out: Path | None, picture: Path | None) -> None:
     from mls.files import check_picture, place_for, save_picture
     from mls.frozen.match_picture import draw_pairs
 
     check_picture(picture or Path("pairs.png"))
-    weights, backbone, augment, wanted, source = _given(weights, options or [], dataset)
+    weights, backbone, augment, wanted, source = _given(weights, options, dataset)
     lists, features = _neighbours(backbone, augment, wanted, source, weights)
     file = place_for("neighbours.safetensors", out, weights)
     lists.save(file)
@@ -225,3 +237,52 @@ def _pairs(
     numbers = range(0, len(source), max(1, len(source) // QUERIES))[:QUERIES]
     neighbours = lambda one: zip(lists.ids[one, :SHOWN].tolist(), lists.scores[one, :SHOWN].tolist(), strict=True)
     return [[of(number, image, score) for image, score in neighbours(number)] for number in numbers]
+
+
+def _draw_words(weights: str, file: Path) -> None:
+    """As the last clustering of the run left them."""
+    from mls.data.sources import build_source
+    from mls.engine import Run
+    from mls.engine.checkpoint import Checkpoints
+    from mls.engine.images import accept_other_images
+    from mls.errors import UserError
+    from mls.files import check_picture, save_picture
+    from mls.frozen.match_picture import draw_words
+
+    check_picture(file)
+    run = Run.open(weights)
+    config, source = run.config, build_source(run.config.data)
+    state = Checkpoints(run.checkpoints, config.engine.keep_last).newest()
+    bags = {} if state is None else state["method"].get("_extra_state", {}).get("bags", {})
+    if "clusters" not in bags:
+        when = "objective.method=mls_words finds them at the end of objective.warmup_epochs"
+        raise UserError(f"{run.path} has no visual words of its own: {when}")
+    accept_other_images(run.path, state, source, accept=False)  # pyright: ignore[reportArgumentType]
+    save_picture(draw_words(examples_of_words(source, config.objective.regions, bags["clusters"])), file.expanduser())  # pyright: ignore[reportAttributeAccessIssue]
+    print(file)
+
+
+def examples_of_words(
+    source: Source, options: GridConfig, clusters: Int64[Tensor, "points"]
+) -> list[tuple[str, list[Pixels]]]:
+    """Some words, from the most frequent to the rarest, and some regions of each."""
+    from mls.chunks import spaced
+    from mls.core.methods.words import CLUSTERED
+    from mls.core.regions import region_boxes
+    from mls.data.decode import decode
+
+    images, of_an_image = spaced(len(source), CLUSTERED), options.grid**2
+
+    def region(point: int) -> Pixels:
+        pixels = decode(source.read(images[point // of_an_image])).permute(1, 2, 0)
+        y, x, height, width = region_boxes(*pixels.shape[:2], options)[point % of_an_image]
+        return pixels[y : y + height, x : x + width].contiguous().numpy()
+
+    counts = clusters.bincount()
+    used = counts.argsort(descending=True)[: int((counts > 0).sum())].tolist()
+    found = []
+    for word in (used[place] for place in spaced(len(used), WORDS)):
+        points = (clusters == word).nonzero()[:, 0]
+        shown = [region(int(points[place])) for place in spaced(len(points), OF_A_WORD)]
+        found.append((f"word {word}, {counts[word] / len(clusters):.1%}", shown))
+    return found

@@ -129,3 +129,17 @@ def draw_pairs(lines: list[list[RegionPair]]) -> Image.Image:
             if pair.shared:
                 _tick(pen, middle + 20, below)
     return picture
+
+
+def draw_words(words: Sequence[tuple[str, Sequence[Pixels]]], cell: int = CELL * 2 // 3) -> Image.Image:
+    """One line a word: what it is called, and regions that are it."""
+    font, pitch = ImageFont.load_default(size=12), cell + GAP
+    left = 2 * MARGIN + max(round(font.getlength(name)) for name, _ in words)
+    across = max(len(regions) for _, regions in words)
+    picture = Image.new("RGB", (left + across * pitch - GAP + MARGIN, 2 * MARGIN + len(words) * pitch - GAP), "white")
+    for row, (name, regions) in enumerate(words):
+        top = MARGIN + row * pitch
+        ImageDraw.Draw(picture).text((MARGIN, top + cell // 2), name, fill=INK, font=font, anchor="lm")
+        for column, pixels in enumerate(regions):
+            picture.paste(_scaled(pixels, (cell, cell)), (left + column * pitch, top))
+    return picture

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Literal
 
-from mls.config import Config, MLSOptions
+from mls.config import Config, MLSOptions, WordsOptions
 
 if TYPE_CHECKING:
     from mls.monitor.moments import Moment
@@ -24,6 +24,7 @@ PULL = 0.01  # of the multi-label term beside InfoNCE's
 PERCENTILE = 80.0  # of matches in the similarity of something that is not content; chance is 50
 OWN_IMAGE = 0.3  # share of the k nearest rows
 GAIN = 0.05  # of precision over chance: less is within the noise of 60 queries
+TERMS = {"multi_label": "multi-label term", "words": "term of words"}  # which may join InfoNCE later
 SENTENCES = 6  # of a verdict, where no more is wrong
 
 Points = Sequence[tuple[int, float | None]]  # (step, value); None: it was not finite
@@ -141,8 +142,10 @@ def _settled_loss(seen: Seen) -> list[float]:
     """The loss while it has one meaning: with a full dictionary, and all terms that it has in the end."""
     points = [(step, value) for step, value in seen.series.get("loss", ()) if value is not None]
     full = [step for step, fill in seen.series.get("dictionary/fill", ()) if fill is not None and fill >= 1]
-    joined = [step for step, value in seen.series.get("loss/multi_label", ()) if value is not None]
-    begins = max(full[0] if full else 0, joined[0] if joined else 0)
+    begins = full[0] if full else 0
+    for term in TERMS:
+        joined = [step for step, value in seen.series.get(f"loss/{term}", ()) if value is not None]
+        begins = max(begins, joined[0] if joined else 0)
     return [value for step, value in points if step >= begins]
 
 
@@ -170,18 +173,20 @@ def term_inactive(seen: Seen) -> Finding | None:
         return Finding(name, "bad", sentence, f"{loss:.2f}, chance {chance:.2f}", f"at least {AT_CHANCE:.0%} of chance",
                        "chart-infonce-loss", f"optim.lr={seen.config.optim.lr / 3:.2g}")  # fmt: skip
     options = seen.config.objective
-    if not isinstance(options, MLSOptions) or not options.weight or not seen.values("loss/multi_label"):
-        return None  # in the warm-up the term is not there yet, and that is meant
-    term, others = seen.late("gradient/multi_label"), seen.late("gradient/info_nce")
+    acting = [one for one in TERMS if seen.values(f"loss/{one}")]  # in the warm-up there is none yet, and that is meant
+    if not isinstance(options, MLSOptions | WordsOptions) or not options.weight or not acting:
+        return None
+    words, term, others = TERMS[acting[0]], seen.late(f"gradient/{acting[0]}"), seen.late("gradient/info_nce")
     if term is not None and others and term < PULL * others:
-        sentence = "The multi-label term hardly pulls: the run is InfoNCE alone, whatever the labels are."
+        sentence = f"The {words} hardly pulls: the run is InfoNCE alone, whatever the labels are."
+        balanced = isinstance(options, MLSOptions) and options.normalise != "positives"
         return Finding(name, "bad", sentence, f"{term / others:.2%} of InfoNCE’s gradient", f"below {PULL:.0%}",
                        "chart-gradient-of-each-part",
-                       "" if options.normalise == "positives" else "objective.normalise=positives")  # fmt: skip
+                       "objective.normalise=positives" if balanced else "")  # fmt: skip
     if term is None or not others:
         return None
     sentence = "Both parts of the loss pull."
-    return Finding("terms pull", "good", sentence, f"the multi-label term {term / others:.1%} of InfoNCE’s gradient",
+    return Finding("terms pull", "good", sentence, f"the {words} {term / others:.1%} of InfoNCE’s gradient",
                    f"{PULL:.0%} or more", "chart-gradient-of-each-part")  # fmt: skip
 
 

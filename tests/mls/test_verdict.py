@@ -92,3 +92,12 @@ def test_nothing_is_said_of_a_run_that_logged_nothing_and_a_term_that_is_not_the
     warming = seen(("objective.warmup_epochs=3",), loss__multi_label=None, gradient__multi_label=None)
     assert "term inactive" not in found(warming)
     assert len(RULES) == 7
+
+
+def test_a_loss_that_rises_as_a_term_joins_does_not_diverge() -> None:
+    later = lambda value: lambda step: value if step >= 700 else None
+    words: dict[str, Any] = {"loss__multi_label": None, "gradient__multi_label": None}
+    words |= {"loss__words": later(4.5), "gradient__words": later(1.5)}
+    run = seen(("objective.method=mls_words",), loss=lambda step: (50 if step >= 700 else 8) - step / 1000, **words)
+    assert found(run)["no divergence"].kind == "good"
+    assert "the term of words 500.0% of" in found(run)["terms pull"].measured

@@ -6,16 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 import mls
-from mls.config import MLSOptions
+from mls.config import GridConfig, MLSOptions, ScenesConfig
 from mls.core.neighbour_lists import NeighbourLists
 from mls.core.regions import due
+from mls.data.decode import decode
+from mls.data.scenes import ScenesSource
 from mls.data.sources import build_source, hash_of_images
 from mls.frozen.features import hash_of_weights
-from mls.frozen.match_picture import GAP, MARGIN, WHOLE, RegionPair, draw_pairs
-from mls.tools.regions import costs
+from mls.frozen.match_picture import CELL, GAP, MARGIN, WHOLE, RegionPair, draw_pairs, draw_words
+from mls.tools.regions import costs, examples_of_words
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -38,6 +41,8 @@ def test_lists_and_a_picture_of_a_run_s_own_images(tmp_path: Path, mls_command: 
     assert re.fullmatch(r"overlap of true labels: 0.\d{3} of the first 1, 0.\d{3} of the first 5; by chance .*", second)
     with Image.open(third) as drawn:
         assert drawn.size == (2 * MARGIN + 4 * (2 * WHOLE + 3 * GAP), 2 * MARGIN + 6 * (WHOLE + 18 + GAP))
+    done = mls_command("regions", str(run.path), "--words", str(tmp_path / "words.png"))
+    assert done.returncode == 2 and f"{run.path} has no visual words of its own" in done.stderr
     done = mls_command("regions", "resnet_tiny", "sice=16", "--dataset", "scenes")
     assert done.returncode == 2
     assert (
@@ -61,6 +66,19 @@ def test_a_region_and_its_match_are_framed_in_one_colour_the_best_on_top() -> No
     assert red[first, first].any() and not blue[first, first].any()
     assert red[first, second][WHOLE // 2 :].any() and blue[first, second][: WHOLE // 2].any()
     assert draw_pairs([]).size == (2 * MARGIN, 2 * MARGIN)
+
+
+def test_a_word_is_shown_by_regions_that_are_it_the_most_frequent_first() -> None:
+    source, grid = ScenesSource(ScenesConfig(count=4, test_count=16)), GridConfig(grid=2, side=0.5)
+    clusters = torch.full((16,), 7)
+    clusters[[2, 9]], clusters[4] = 1, 3  # word 1: the third region of image 0 and the second of image 2
+    words = examples_of_words(source, grid, clusters)
+    assert [name for name, _ in words] == ["word 7, 81.2%", "word 1, 12.5%", "word 3, 6.2%"]
+    half = 16
+    first, second = (decode(source.read(image)).permute(1, 2, 0).numpy() for image in (0, 2))
+    shown = words[1][1]
+    assert np.array_equal(shown[0], first[half:, :half]) and np.array_equal(shown[1], second[:half, half:])
+    assert draw_words(words).height == 2 * MARGIN + 3 * (CELL * 2 // 3 + GAP) - GAP
 
 
 def test_the_cost_of_a_recipe_counts_the_searches_that_its_run_makes() -> None:
