@@ -13,10 +13,12 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from struct import Struct
 from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Int64
+from pydantic_core import from_json
 from torch.utils.data import Dataset
 
 from mls.data.listing import Names, is_image, show
@@ -30,6 +32,7 @@ INDEX_VERSION = 3
 BLOCK = 512  # bytes, the unit of a tar file
 CLOSING = 22 * BLOCK  # zeros: two blocks, and what fills a record of 20
 WINDOW = 8 * BLOCK  # that are read together
+FIELDS = Struct("100s 24x 12s 12x 8s 1s 188x 155s")  # of a header: name, size, checksum, kind, prefix
 KINDS = (b"0", b"\0", b"5")  # of plain headers: files and folders
 IDLE = (b"mtime", b"atime", b"ctime", b"uid", b"gid", b"uname", b"gname")  # of extended headers
 LARGE = 1 << 28  # bytes of shards from which on several processes read their headers
@@ -116,12 +119,13 @@ def scan(shard: Path, stamp: list[int], progress: Callable[[int], None] = _untol
                 folder, _, base = name.rpartition(b"/")
                 stem, _, suffix = base.partition(b".")
                 key = folder + b"/" + stem
-                if stem and is_image(base):
+                if suffix in (b"cls", b"json"):
+                    if stem and size <= LARGEST_JSON:
+                        about.setdefault(key, _about(read_at(file.fileno(), offset, size), suffix))
+                elif stem and is_image(base):
                     plain = key in images and b"." not in suffix and b"." in _suffix(images[key][0])
                     if key not in images or plain:  # x.jpg is the image of x, x.mask.png only if nothing else is
                         images[key] = (name, offset, size)
-                elif suffix in (b"cls", b"json") and stem and size <= LARGEST_JSON:
-                    about.setdefault(key, _about(read_at(file.fileno(), offset, size), suffix))
                 if number % 256 == 0:
                     progress(offset)
     except (tarfile.TarError, ValueError) as error:
@@ -181,16 +185,19 @@ def _plain_members(file: BinaryIO) -> Generator[Member, None, int]:
 
 def _header(block: bytes) -> tuple[bytes, bytes, int] | None:
     """Name, type and size, where they are written in the plain way and the checksum is right."""
-    size, checksum = (field.partition(b"\0")[0].strip() for field in (block[124:136], block[148:156]))
-    if len(block) < BLOCK or not (size.isdigit() and checksum.isdigit()):  # the other way is binary
+    if len(block) < BLOCK:
+        return None
+    name, size, checksum, kind, prefix = FIELDS.unpack_from(block)
+    octal, total = size.partition(b"\0")[0].strip(), checksum.partition(b"\0")[0].strip()
+    if not (octal.isdigit() and total.isdigit()):  # the other way is binary
         return None
     try:
-        length, total = int(size, 8), int(checksum, 8) + sum(block[148:156]) - 8 * 32  # it counts as spaces
+        length, total = int(octal, 8), int(total, 8) + sum(checksum) - 8 * 32  # it counts as spaces
     except ValueError:  # 8 and 9 are not octal
         return None
     if zlib.adler32(block) & 0xFFFF != (total + 1) % 65521:  # the sum of the bytes in a twentieth of sum()'s time
         return None
-    name, prefix, kind = block[:100].partition(b"\0")[0], block[345:500].partition(b"\0")[0], block[156:157]
+    name, prefix = name.partition(b"\0")[0], prefix.partition(b"\0")[0]
     if kind == b"\0" and name.endswith(b"/"):  # a folder, in the oldest format
         return None
     return (prefix + b"/" + name if prefix else name), kind, length
@@ -234,11 +241,16 @@ def _about(content: bytes, suffix: bytes) -> tuple[list[int] | None, int]:
 
     >>> _about(b"3", b"cls"), _about(b'{"classes": [0, 4], "crc32": 7}', b"json"), _about(b'{"label": [0, 1]}', b"json")
     (([3], -1), ([0, 4], 7), (None, -1))
+    >>> _about('{"classes": [4]}'.encode("utf-16"), b"json")
+    ([4], -1)
     """
     try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return None, -1
+        value = from_json(content)
+    except ValueError:  # in a few ways json takes more, such as UTF-16
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError):
+            return None, -1
     listed, crc = None, -1
     if suffix == b"json" and isinstance(value, dict):
         crc = value.get("crc32", -1)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from mls.config import Config, MLSOptions
+from mls.config import Config
 from mls.core import methods
 from mls.core.method import Method
 from mls.data import Source
@@ -100,16 +100,6 @@ def in_whole_images(rows: Sequence[GalleryRow], source: Source) -> list[GalleryR
         matches = [boxed(_pixels(_image(source, image)), [(box, YELLOW)]) for image, box in places]
         found.append(replace(row, query=query, matches=matches))
     return found
-
-
-def meaning(config: Config) -> str:
-    """What a match is in this run, in words.
-
-    >>> meaning(Config())
-    'the rows chosen as its positives'
-    """
-    chosen = isinstance(config.objective, MLSOptions) and config.objective.pseudo_labels == "matched"
-    return "the rows chosen as its positives" if chosen else "its nearest rows (this run takes no positives from them)"
 
 
 def row_crop(source: Source, config: Config, image: int, box: Box) -> UInt8[Tensor, "3 size size"]:

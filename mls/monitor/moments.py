@@ -12,6 +12,7 @@ from typing import Annotated, NamedTuple
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from mls.config import Config, MLSOptions
 from mls.errors import reason
 from mls.files import write_atomically
 
@@ -91,6 +92,16 @@ class Moment:
     agreement_of_memories: Share | None  # of the rows matched by g and by z; None: the method matches by one
     own: dict[Memory, float]  # share of the k nearest rows that are the query's own image, were they not left out
     labels: Labels | None = None  # None: the images have none
+
+
+def meaning(config: Config) -> str:
+    """What a match is in this run, in words.
+
+    >>> meaning(Config())
+    'the rows chosen as its positives'
+    """
+    chosen = isinstance(config.objective, MLSOptions) and config.objective.pseudo_labels == "matched"
+    return "the rows chosen as its positives" if chosen else "its nearest rows (this run takes no positives from them)"
 
 
 def path_of(run: Path, step: int) -> Path:

@@ -21,12 +21,13 @@ from mls.data.crops import CropDataset
 from mls.data.sources import build_source, hash_of_images
 from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
-from mls.engine.gallery import gallery, in_whole_images, last_moment, meaning, row_crop
+from mls.engine.gallery import gallery, in_whole_images, last_moment, row_crop
 from mls.engine.replay import replay
 from mls.errors import CheckpointError, DataError, UserError
 from mls.frozen.match_picture import CELL, FRAME, HEADER, MARGIN, RED, WHOLE, GalleryRow, boxed, draw
 from mls.models import build_pair
 from mls.monitor.matches import EPOCH, SEED
+from mls.monitor.moments import meaning
 
 SMALL = """data.scenes.count=512 data.scenes.test_count=128 data.batch_size=64 dictionary.size=256 optim.epochs=2
 objective.warmup_epochs=0 monitor.knn_every_epochs=1

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mls.tools.bench.input import psnr_of_scaled_decoding, write_photographs
+from mls.tools.bench import peers, rows
+from mls.tools.bench.input import _kept, psnr_of_scaled_decoding, write_photographs
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -29,6 +30,20 @@ def test_the_yardstick_and_ours_are_measured_on_the_same_files(mls_command: Comm
     for ends_with in ("normalised views", "uint8 crops"):
         assert f"two {ends_with}: 4 images, 640 × 480, quality 90" in done.stdout
     assert re.findall(r"│ ours +│ \d+ +│ ([\d.]+)", done.stdout) == ["1.00", "1.00"]
+
+
+def test_each_row_stands_beside_ours_and_what_is_not_installed_is_told() -> None:
+    others = {(peers.MOCO, rows.VIEWS): 3.0, (peers.ALBUMENTATIONS, rows.CROPS): 1.0, rows.DECODE: 0.5}
+    found = _kept([{(rows.OURS, rows.VIEWS): 2.0, (rows.OURS, rows.CROPS): 1.0, **others}] * 3)
+    ratios = {row["row"]: row.get("time, ours = 1") for row in found if "note" not in row}
+    assert ratios == {
+        "ours, two normalised views": 1, "ours, two uint8 crops": 1, "MoCo's pipeline, two normalised views": 1.5,
+        "albumentations, two uint8 crops": 1, "decoding alone": 0.25,
+    }  # fmt: skip
+    missing = [row["row"] for row in found if row.get("note") == "not installed"]
+    assert missing == [f"{name}, two normalised views" for name in ("lightly", "albumentations", "DALI")] + [
+        "DALI, two uint8 crops"
+    ]
 
 
 def test_the_photographs_are_real_and_of_the_stated_size(tmp_path: Path) -> None:

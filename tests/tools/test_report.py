@@ -34,8 +34,8 @@ from mls.errors import DataError, UserError
 from mls.locks import locked
 from mls.monitor import moments
 from mls.monitor.log import rows_and_odd_lines
-from mls.tools.report import report
-from mls.tools.report.curves import CHARTS, MOST_POINTS, Axis, Log, _add, read_log
+from mls.tools.report import curves, report
+from mls.tools.report.curves import CHARTS, MOST_POINTS, Axis, Log, _add, _collect, read_log
 from mls.tools.report.facts import Card, notes_of_recipe, tiles
 from mls.tools.report.gallery import Atlas, Gallery, sources_of
 from mls.tools.report.labels import KINDS, PAIRS
@@ -498,7 +498,9 @@ def test_points_are_means_of_what_was_logged_in_bounded_memory(
     rows = [{"step": n, "epoch": 1, "loss": value} for n, value in enumerate(values * repeated, start=1)]
     log = Log()
     for start in range(0, len(rows), chunk):
-        _add(log, rows[start : start + chunk])
+        part, tables = rows[start : start + chunk], {}
+        _collect(tables, part, 0)
+        _add(log, tables, len(part))
     series = log.series["loss"]
     places, points = series.points()
     assert len(points) < 2 * MOST_POINTS
@@ -514,13 +516,18 @@ def test_points_are_means_of_what_was_logged_in_bounded_memory(
 
 
 @given(st.lists(st.sampled_from(['{"step": 1, "epoch": 1, "a": 2}', "", "[", "5", '{"step": -1, "epoch": 1}', "{},{}",
-                                 '{"step": 2, "epoch": 1, "a": NaN, "b": "x"}', "[" * 9999]), max_size=9))  # fmt: skip
+                                 '{"step": 2, "epoch": 1, "a": NaN, "b": "x"}', "[" * 9999]), max_size=9),
+       st.integers(1, 60))  # fmt: skip
 @settings(max_examples=30)
-def test_a_log_is_read_as_its_own_module_reads_it(tmp_path_factory: pytest.TempPathFactory, lines: list[str]) -> None:
+def test_a_log_is_read_as_its_own_module_reads_it(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], block: int
+) -> None:
     path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
     path.write_text("".join(f"{line}\n" for line in lines))
     rows, odd = rows_and_odd_lines(path)
-    log = read_log(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(curves, "BLOCK", block)
+        log = read_log(path)
     assert (log.rows, log.odd, log.first_odd) == (len(rows), len(odd), odd[0] if odd else 0)
 
 

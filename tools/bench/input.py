@@ -63,9 +63,7 @@ def bench(
     if step:
         _show_device()
     if out is not None:
-        names = {row: row if isinstance(row, str) else ", ".join(row) for row in measured[0]}
-        seconds = {name: statistics.median(found[row] for found in measured) for row, name in names.items()}
-        write_results(out, [{"row": name, "seconds an image": spent} for name, spent in seconds.items()])
+        write_results(out, _kept(measured))
 
 
 def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> Path:
@@ -113,16 +111,41 @@ def psnr_of_scaled_decoding(factor: int, spare: float, tries: int = 40) -> list[
     return found
 
 
+def _kept(rounds: Rounds) -> list[dict[str, Any]]:
+    """Of each row its median, and how many times as long as ours with the same end it takes (parts: ours to views)."""
+    from mls.tools.bench import rows as r
+
+    found: list[dict[str, Any]] = []
+    for row in rounds[0]:
+        name, ours = (row, (r.OURS, r.VIEWS)) if isinstance(row, str) else (", ".join(row), (r.OURS, row[1]))
+        spent = statistics.median(seconds[row] for seconds in rounds)
+        found.append({"row": name, "seconds an image": spent, "time, ours = 1": _ratio(rounds, row, ours)})
+    missing = [f"{name}, {end}" for end in (r.VIEWS, r.CROPS) for name in _missing(rounds, end)]
+    return found + [{"row": name, "seconds an image": None, "note": "not installed"} for name in missing]
+
+
+def _ratio(rounds: Rounds, row: Any, to: Any) -> float:
+    """How many times as long the first row takes."""
+    return statistics.median(seconds[row] / seconds[to] for seconds in rounds)
+
+
+def _missing(rounds: Rounds, end: str) -> list[str]:
+    from mls.tools.bench import peers
+    from mls.tools.bench import rows as r
+
+    others = (peers.LIGHTLY,) * (end == r.VIEWS) + (peers.ALBUMENTATIONS, peers.DALI)
+    return [name for name in others if (name, end) not in rounds[0]]
+
+
 def _show(files: Source, rounds: Rounds, what: str) -> None:
+    from functools import partial
+
     from rich.console import Console
     from rich.table import Table
 
     from mls.tools.bench import rows as r
 
-    def ratio(row: Any, to: Any) -> float:
-        """How many times as long the first row takes."""
-        return statistics.median(seconds[row] / seconds[to] for seconds in rounds)
-
+    ratio = partial(_ratio, rounds)
     tables = []
     for end in (r.VIEWS, r.CROPS):
         names = [row for row in rounds[0] if isinstance(row, tuple) and row[1] == end] + [r.DECODE]
@@ -131,6 +154,8 @@ def _show(files: Source, rounds: Rounds, what: str) -> None:
             rate = 1 / statistics.median(seconds[row] for seconds in rounds)
             name = row if isinstance(row, str) else row[0]
             table.add_row(name, f"{rate:.0f}", f"{ratio(row, (r.OURS, end)):.2f}")
+        for name in _missing(rounds, end):
+            table.add_row(name, "not installed", "")
         tables.append(table)
     read, decode, cut, crops = (ratio(row, (r.OURS, r.VIEWS)) for row in (r.READ, r.DECODE, r.CUT, (r.OURS, r.CROPS)))
     parts = Table("part", "of the time", title="What bounds ours, to views")

@@ -13,13 +13,17 @@ from typing import Any
 
 
 def write_results(path: Path, rows: Sequence[Any] | dict[str, Any]) -> None:
-    """{"command": …, "machine": {…}, "rows": …}."""
     from mls.files import write_atomically
 
+    write_atomically(path, as_json(rows))
+    print(path)
+
+
+def as_json(rows: Sequence[Any] | dict[str, Any]) -> bytes:
+    """{"command": …, "machine": {…}, "rows": …}."""
     words = ["mls", *sys.argv[1:]]
     found = {"command": shlex.join(words), "machine": machine(), "rows": rows}
-    write_atomically(path, json.dumps(found, indent=1).encode() + b"\n")
-    print(path)
+    return json.dumps(found, indent=1).encode() + b"\n"
 
 
 def machine() -> dict[str, Any]:

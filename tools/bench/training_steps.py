@@ -70,6 +70,7 @@ def measure(setting: Setting, rounds: int, compiled: bool) -> dict[str, Any]:
     return {
         "setting": vars(setting),
         "steps": found,
+        "not installed": [] if "lightly" in found else ["lightly"],
         "parts": {name: statistics.median(seconds[name]) for name in parts},
         "bound": _bounds(setting.device),
     }
@@ -168,7 +169,8 @@ def _ours(name: str, setting: Setting, compiled: bool = False) -> tuple[Step, di
         torch._foreach_copy_(before, buffers)
         out = forward(views)
         out.loss.backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
         if not bool(torch.isfinite(torch.stack([out.loss.detach(), norm])).all()):
             raise RuntimeError("a step was not finite")
         optimizer.step()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from pydantic_core import from_json
 from mls.monitor.log import LARGEST, LARGEST_STEP
 
 MOST_POINTS = 400  # of a curve; at most twice as many are kept
-LINES = 4096  # that are read at a time
+BLOCK = 1 << 16  # bytes that are parsed at a time: larger ones fall out of a processor's cache
+ROWS = 4096  # that are added to the curves at a time
+Tables = dict[tuple[str, ...], list[NDArray[np.float64]]]  # of rows, by the metrics that they hold
 PLACES = ("step", "epoch", "time")  # of a row; all other numbers are metrics
 
 
@@ -93,29 +95,35 @@ def read_log(path: Path) -> Log:
     log, number = Log(), 0
     if not path.is_file():
         return log
+    tables: Tables = {}
+    rows = 0  # in the tables
     with open(path, "rb") as file:
-        while lines := list(islice(file, LINES)):
-            rows = []
-            for place, row in enumerate(_parsed(lines), start=number + 1):
-                if _is_row(row):
-                    rows.append(row)
-                else:
-                    log.odd += 1
-                    log.first_odd = log.first_odd or place
-            number += len(lines)
-            _add(log, rows)
+        while block := file.read(BLOCK) + file.readline():
+            found = _parsed(block)
+            known = [*filter(_is_row, found)]
+            if len(known) < len(found):
+                log.odd += len(found) - len(known)
+                log.first_odd = log.first_odd or number + 1 + [*map(_is_row, found)].index(False)
+            number += len(found)
+            _collect(tables, known, rows)
+            rows += len(known)
+            if rows >= ROWS:
+                _add(log, tables, rows)
+                rows, tables = 0, {}
+    _add(log, tables, rows)
     return log
 
 
-def _parsed(lines: list[bytes]) -> Iterable[Any]:
-    """All lines at once, which is quicker, unless one of them is odd."""
+def _parsed(block: bytes) -> list[Any]:
+    """What each line holds: all at once, which is quicker, unless one of them is odd."""
+    block = block.removesuffix(b"\n")
     try:
-        rows = from_json(b"[" + b",".join(lines) + b"]")
-        if len(rows) == len(lines):
+        rows = from_json(b"[" + block.replace(b"\n", b"\n,") + b"]")
+        if len(rows) == block.count(b"\n") + 1:
             return rows
     except (ValueError, RecursionError):
         pass
-    return map(_parsed_line, lines)
+    return [*map(_parsed_line, block.split(b"\n"))]
 
 
 def _parsed_line(line: bytes) -> Any:
@@ -132,42 +140,46 @@ def _is_row(row: Any) -> bool:
     return type(step) is type(epoch) is int and 0 <= step < LARGEST_STEP and 0 <= epoch < LARGEST_STEP
 
 
-def _add(log: Log, rows: list[dict[str, Any]]) -> None:
-    """Rows that hold the same metrics, as most do, are taken together."""
-    if not rows:
-        return
-    alike: dict[tuple[str, ...], list[int]] = {}
-    for number, row in enumerate(rows):
-        alike.setdefault(tuple(row), []).append(number)
-    columns: dict[str, list[tuple[list[int], NDArray[np.float64]]]] = {}
-    for names, numbers in alike.items():
-        table = _numbers([list(rows[number].values()) for number in numbers])
-        for name, column in zip(names, table.T, strict=True):
-            columns.setdefault(name, []).append((numbers, column))
-    places = np.full((len(rows), len(PLACES)), np.nan)
-    for column, name in enumerate(PLACES):
-        for numbers, values in columns.pop(name, ()):
-            places[numbers, column] = values
-    for name, parts in columns.items():
-        numbers = np.concatenate([np.asarray(numbers) for numbers, _ in parts])
-        order = numbers.argsort()
-        values = np.concatenate([values for _, values in parts])
-        log.series.setdefault(name, Series()).add(values[order], places[numbers[order]])
-    log.rows += len(rows)
-    log.step, log.epoch = max(log.step, int(places[:, 0].max())), int(places[-1, 1])
-    times = places[np.isfinite(places[:, 2]), 2]
-    if len(times):
-        log.first_time, log.last_time = log.first_time or float(times[0]), float(times[-1])
+def _collect(tables: Tables, rows: list[dict[str, Any]], first: int) -> None:
+    """Rows that hold the same metrics, as most do, make one table, whose first column is the row's number."""
+    alike: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
+    for number, row in enumerate(rows, start=first):
+        alike.setdefault(tuple(row), []).append((number, *row.values()))
+    for names, table in alike.items():
+        tables.setdefault(names, []).append(_numbers(table))
 
 
-def _numbers(table: list[list[Any]]) -> NDArray[np.float64]:
+def _numbers(table: list[tuple[Any, ...]]) -> NDArray[np.float64]:
     """What is no number is NaN."""
-    if {kind for row in table for kind in set(map(type, row))} <= {int, float, type(None)}:
+    if set(map(type, chain.from_iterable(table))) <= {int, float, type(None)}:
         with suppress(OverflowError):
             values = np.array(table, dtype=np.float64)
             return np.where(np.abs(values) < LARGEST, values, np.nan)
     plain = [[v if type(v) in (int, float) and abs(v) < LARGEST else np.nan for v in row] for row in table]
     return np.array(plain, dtype=np.float64)
+
+
+def _add(log: Log, tables: Tables, rows: int) -> None:
+    if not rows:
+        return
+    columns: dict[str, list[NDArray[np.float64]]] = {}  # [rows, 2]: the row's number and its value
+    for names, parts in tables.items():
+        table = np.concatenate(parts)
+        for column, name in enumerate(names, start=1):
+            columns.setdefault(name, []).append(table[:, [0, column]])
+    places = np.full((rows, len(PLACES)), np.nan)
+    for column, name in enumerate(PLACES):
+        for part in columns.pop(name, ()):
+            places[part[:, 0].astype(int), column] = part[:, 1]
+    for name, parts in columns.items():
+        values = np.concatenate(parts)
+        values = values[values[:, 0].argsort()] if len(parts) > 1 else values
+        log.series.setdefault(name, Series()).add(values[:, 1], places[values[:, 0].astype(int)])
+    log.rows += rows
+    log.step, log.epoch = max(log.step, int(places[:, 0].max())), int(places[-1, 1])
+    times = places[np.isfinite(places[:, 2]), 2]
+    if len(times):
+        log.first_time, log.last_time = log.first_time or float(times[0]), float(times[-1])
 
 
 # ------------------------------------------------------------------------------------------------------ what is drawn

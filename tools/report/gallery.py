@@ -88,11 +88,13 @@ class Gallery:
 
 def of_run(card: Card, source: Source | None, why: str, labels: Any = None) -> Gallery:
     """`labels`: a tensor [images, classes], NaN where an image has none; None: no image has any."""
-    from mls.engine.gallery import last_moment, meaning
     from mls.monitor import moments
 
-    found = Gallery(meaning=meaning(card.config), missing=why, moments=moments.read(card.run.path, card.odd.append))
+    kept = moments.read(card.run.path, card.odd.append)
+    found = Gallery(meaning=moments.meaning(card.config), missing=why, moments=kept)
     if not found.moments and not why:
+        from mls.engine.gallery import last_moment
+
         try:  # of an older run
             found.moments = [last_moment(card.run, card.odd.append)]
         except UserError as error:  # the page is made all the same
@@ -126,11 +128,12 @@ def region_boxes_of(config: Config, say: Callable[[str], None]) -> Callable[[int
     """Of a run whose labels come from regions the box of a region in an image, by its number and the image's height and
     width: of lists from a file as the file says. None: there is no region of this number."""
     from mls.config import MLSOptions
-    from mls.core.neighbour_lists import NeighbourLists
-    from mls.core.regions import box_shares
 
     if not isinstance(config.objective, MLSOptions) or config.objective.labels_from != "regions":
         return None
+    from mls.core.neighbour_lists import NeighbourLists  # with torchvision, for those who need it
+    from mls.core.regions import box_shares
+
     options = config.objective.regions
     if options.lists is not None:
         try:

@@ -104,6 +104,12 @@ class Section:
         return f"data:image/png;base64,{b64encode(file.read_bytes()).decode()}"
 
     @property
+    def nuisance_words(self) -> dict[str, str]:
+        from mls.monitor.nuisance import WORDS
+
+        return WORDS
+
+    @property
     def expected(self) -> list[tuple[str, str]]:
         """What the recipe promises, where this run is the recipe's."""
         notes = facts.notes_of_recipe(self.card.config.run.recipe)
@@ -140,7 +146,6 @@ def render(cards: Sequence[Card]) -> str:
 
 def _words(sections: Sequence[Section], atlas: Atlas) -> dict[str, Any]:
     """What the template speaks of."""
-    from mls.monitor.nuisance import WORDS
     from mls.monitor.verdict import PERCENTILE
 
     cards = [section.card for section in sections]
@@ -155,7 +160,7 @@ def _words(sections: Sequence[Section], atlas: Atlas) -> dict[str, Any]:
     data |= {"places": {f"{s}:{i}": place for (s, i), place in atlas.places.items()}, "names": _names(atlas)}
     words: dict[str, Any] = {"sections": sections, "cards": cards, "charts": charts, "atlas": atlas, "facts": facts}
     words |= {"labels": labels, "crop": _Crop(atlas), "shown": SHOWN, "sheets": atlas.sheets, "data": _json(data)}
-    words |= {"differing": facts.differing(cards), "nuisance_words": WORDS, "high": PERCENTILE, "made": _made()}
+    words |= {"differing": facts.differing(cards), "high": PERCENTILE, "made": _made()}
     return words | {"blank": Matched(0, WHOLE, score=0.0)}
 
 
