@@ -159,7 +159,7 @@ def _second_process(rows: Mapping[str, Pretraining], seeds: int, root: Path) -> 
     """Measures the same cells from the last to the first meanwhile, where there is no GPU to share: networks as small
     as those of the scenes gain little by a second thread. What it fails in is left to this process."""
     threads = torch.get_num_threads()
-    cells = [cell.with_seed(seed) for seed in reversed(range(seeds)) for cell in reversed(rows.values())]
+    cells = [cell.with_seed(seed) for seed in reversed(range(seeds)) for cell in [*rows.values()][::-1]]
     if threads == 1 or torch.cuda.is_available() or all(cell.stored(root) for cell in cells):
         yield
         return

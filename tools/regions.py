@@ -275,7 +275,7 @@ def examples_of_words(
 
     def region(point: int) -> Pixels:
         pixels = decode(source.read(images[point // of_an_image])).permute(1, 2, 0)
-        y, x, height, width = region_boxes(*pixels.shape[:2], options)[point % of_an_image]
+        y, x, height, width = region_boxes(pixels.shape[0], pixels.shape[1], options)[point % of_an_image]
         return pixels[y : y + height, x : x + width].contiguous().numpy()
 
     counts = clusters.bincount()
