@@ -6,3 +6,5 @@ from mls.frameworks.installed import missing
 collect_ignore_glob = ["examples/*.py", "tests/plugins/*.py", "tests/commands/*.py"]
 if missing("mmseg"):
     collect_ignore_glob += ["mls/eval/dense/*mmseg*.py"]
+if missing("detectron2"):
+    collect_ignore_glob += ["mls/eval/dense/detectron2_backbone.py"]
