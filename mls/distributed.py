@@ -76,14 +76,31 @@ def telling_lost_processes(what_to_do: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if world() == 1 or not _of_an_exchange(error):
             raise
-        silent, told = "timed out" in str(error).lower(), Event()
+        silent, told = _of_silence(error), Event()
         # The store may be with the process that is silent: then it never answers.
         Thread(target=_tell_once, args=(what_to_do, silent, told), daemon=True).start()
         if not told.wait(STORE_SECONDS):
             _say(f"rank 0, which all others need, {'does not answer' if silent else 'is gone'}: {what_to_do}")
         raise Stopped("", EXIT_LOST) from error
+
+
+def _of_an_exchange(error: RuntimeError) -> bool:
+    """In a backward pass gloo's errors may come without gloo's name.
+
+    >>> _of_an_exchange(RuntimeError("Application timeout caused pair closure")), _of_an_exchange(RuntimeError("shapes"))
+    (True, False)
+    """
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in ("gloo", "pair closure"))
+
+
+def _of_silence(error: RuntimeError) -> bool:
+    """
+    >>> _of_silence(RuntimeError("Timed out waiting 9ms")), _of_silence(RuntimeError("Application timeout caused pair"))
+    (True, True)
+    """
+    return any(words in str(error).lower() for words in ("timed out", "timeout"))
 
 
 def _tell_once(what_to_do: str, silent: bool, told: Event) -> None:
