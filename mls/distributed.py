@@ -89,8 +89,8 @@ def telling_lost_processes(what_to_do: str) -> Iterator[None]:
 def _of_an_exchange(error: RuntimeError) -> bool:
     """In a backward pass gloo's errors may come without gloo's name.
 
-    >>> _of_an_exchange(RuntimeError("Application timeout caused pair closure")), _of_an_exchange(RuntimeError("shapes"))
-    (True, False)
+    >>> [_of_an_exchange(RuntimeError(words)) for words in ("Application timeout caused pair closure", "shapes")]
+    [True, False]
     """
     return isinstance(error, dist.DistError) or any(words in str(error) for words in ("gloo", "pair closure"))
 
