@@ -3,6 +3,7 @@ processes, workers and a resume change nothing. Also accounts for the time the t
 
 from __future__ import annotations
 
+import multiprocessing.util
 import os
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from mls.data.crops import CropDataset
 from mls.data.listing import FileSource
 from mls.distributed import Process
 from mls.errors import ConfigError, DataError, UserError, command, lost_worker
-from mls.signals import end_data_workers, leave_signals_to_the_parent
+from mls.signals import end_data_workers, end_with_data_workers, leave_signals_to_the_parent
 
 Result = TypeVar("Result")
 
@@ -93,6 +94,11 @@ def remedy(source: Source, config: Config) -> str:
         pack = command("mls data pack --short-side 320", config.data.root, "NEW_FOLDER")
         return f"pack the images, {pack}, and train on that"
     return "give each process more cores; `mls bench input` says how many images a core can prepare"
+
+
+# The frames of an error that nobody catches keep the workers alive, and a process that ends would wait for them for
+# ever: they heed no SIGTERM.
+multiprocessing.util.Finalize(None, end_with_data_workers, exitpriority=0)
 
 
 class Loader:

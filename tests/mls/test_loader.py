@@ -1,5 +1,7 @@
 """Which images make up which step, and how a mistake in the data reaches the user from a worker."""
 
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import replace
@@ -157,3 +159,28 @@ def test_the_remedy_for_waiting_is_workers_first_and_packing_then(
     assert remedy(source, busy).startswith(f"pack the images, `mls data pack --short-side 320 {tmp_path} NEW_FOLDER`")
     scenes = build_source(DataConfig(source="scenes", limit=4))
     assert "mls bench input" in remedy(scenes, busy)
+
+
+UNCAUGHT = """
+import torch
+from mls.data.loader import in_workers
+
+class Numbers:
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        return torch.tensor(index)
+
+def main():
+    numbers = in_workers(Numbers(), 1)
+    next(numbers)
+    raise LookupError("nobody catches it")
+
+main()
+"""
+
+
+def test_a_process_that_ends_by_an_uncaught_error_does_not_wait_for_its_workers() -> None:
+    done = subprocess.run([sys.executable, "-c", UNCAUGHT], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.rstrip().endswith("LookupError: nobody catches it")

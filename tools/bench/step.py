@@ -1,5 +1,6 @@
 """`mls bench step`: a whole training step, ours (eager and compiled) beside the encoders alone, the official MoCo's
-step restated and lightly's parts; its parts, dispatches, waits, memory; what the augmentation dispatches."""
+step restated and lightly's parts; its parts, dispatches, waits, memory; what the augmentation dispatches; and a run
+from JPEG files."""
 
 from __future__ import annotations
 
@@ -48,8 +49,38 @@ def bench(
         _show(setting, found[-1])
     augmentation = training_steps.augmentation(device, compiled)
     print("dispatches of the augmentation of a batch: " + ", ".join(f"{k} {v}" for k, v in augmentation.items()))
+    files = {name: from_files(name, setting) for name in ("moco_v2", "mls")}
+    for name, one in files.items():
+        print(
+            f"a run of {name} from JPEG files: {one['images/s']:.0f} images/s, {one['data wait']:.0%} waiting for data"
+        )
     if out is not None:
-        write_results(out, {"steps": found, "augmentation": augmentation})
+        write_results(out, {"steps": found, "augmentation": augmentation, "from JPEG files": files})
+
+
+def from_files(name: str, setting: Setting) -> dict[str, float]:
+    """By `mls pretrain`, from JPEG files of 640 × 480 pixels, in a process of its own: medians of its second half."""
+    import subprocess
+    import sys
+    from statistics import median
+    from tempfile import TemporaryDirectory
+
+    from mls.engine import Run
+    from mls.tools.bench.input import write_photographs
+
+    with TemporaryDirectory() as folder:
+        root = write_photographs(Path(folder, "photographs"), 4 * setting.batch, (640, 480))
+        keys = {"data.source": "folder", "data.root": root, "data.batch_size": setting.batch, "optim.epochs": 8}
+        keys |= {"objective.method": name, "model.backbone": setting.backbone, "augment.size": setting.size}
+        keys |= {"dictionary.size": setting.rows, "model.key_norm": "none", "engine.device": setting.device}
+        keys |= {"monitor.log_every": 2, "monitor.moments": 0, "run.root": folder, "run.name": "run"}
+        words = [f"{key}={value}" for key, value in keys.items()]
+        subprocess.run(
+            [sys.executable, "-m", "mls.tools", "pretrain", "mls_coco_r50", *words], check=True, capture_output=True
+        )
+        rows = Run(Path(folder, "run")).metrics()[8:]
+        named = {"images/s": "images_per_second", "data wait": "data_wait"}
+        return {shown: median(row[key] for row in rows) for shown, key in named.items()}
 
 
 def _show(setting: Setting, found: dict[str, Any]) -> None:
