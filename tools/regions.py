@@ -241,6 +241,7 @@ def _pairs(
 
 def _draw_words(weights: str, file: Path) -> None:
     """As the last clustering of the run left them."""
+    from mls.config import WordsOptions
     from mls.data.sources import build_source
     from mls.engine import Run
     from mls.engine.checkpoint import Checkpoints
@@ -254,11 +255,11 @@ def _draw_words(weights: str, file: Path) -> None:
     config, source = run.config, build_source(run.config.data)
     state = Checkpoints(run.checkpoints, config.engine.keep_last).newest()
     bags = {} if state is None else state["method"].get("_extra_state", {}).get("bags", {})
-    if "clusters" not in bags:
+    if state is None or not isinstance(config.objective, WordsOptions) or "clusters" not in bags:
         when = "objective.method=mls_words finds them at the end of objective.warmup_epochs"
         raise UserError(f"{run.path} has no visual words of its own: {when}")
-    accept_other_images(run.path, state, source, accept=False)  # pyright: ignore[reportArgumentType]
-    save_picture(draw_words(examples_of_words(source, config.objective.regions, bags["clusters"])), file.expanduser())  # pyright: ignore[reportAttributeAccessIssue]
+    accept_other_images(run.path, state, source, accept=False)
+    save_picture(draw_words(examples_of_words(source, config.objective.regions, bags["clusters"])), file.expanduser())
     print(file)
 
 
