@@ -266,24 +266,23 @@ def _draw_words(weights: str, file: Path) -> None:
 def examples_of_words(
     source: Source, options: GridConfig, clusters: Int64[Tensor, "points"]
 ) -> list[tuple[str, list[Pixels]]]:
-    """Some words, from the most frequent to the rarest, and some regions of each."""
+    """Some words, from the most frequent to the rarest, and some regions of each, of the images that can be read."""
     from mls.chunks import spaced
     from mls.core.methods.words import CLUSTERED
     from mls.core.regions import region_boxes
-    from mls.data.decode import decode
+    from mls.data.unreadable import MOST, Unreadable, decoded
 
-    images, of_an_image = spaced(len(source), CLUSTERED), options.grid**2
-
-    def region(point: int) -> Pixels:
-        pixels = decode(source.read(images[point // of_an_image])).permute(1, 2, 0)
-        y, x, height, width = region_boxes(pixels.shape[0], pixels.shape[1], options)[point % of_an_image]
-        return pixels[y : y + height, x : x + width].contiguous().numpy()
-
+    images, of_an_image, unreadable = spaced(len(source), CLUSTERED), options.grid**2, Unreadable(len(source), MOST)
     counts = clusters.bincount()
     used = counts.argsort(descending=True)[: int((counts > 0).sum())].tolist()
     found = []
     for word in (used[place] for place in spaced(len(used), WORDS)):
         points = (clusters == word).nonzero()[:, 0]
-        shown = [region(int(points[place])) for place in spaced(len(points), OF_A_WORD)]
+        shown = []
+        for point in points[spaced(len(points), OF_A_WORD)].tolist():
+            for pixels in decoded(source, [images[point // of_an_image]], unreadable).values():
+                boxes = region_boxes(pixels.shape[1], pixels.shape[2], options)
+                y, x, height, width = boxes[point % of_an_image]
+                shown.append(pixels[:, y : y + height, x : x + width].permute(1, 2, 0).contiguous().numpy())
         found.append((f"word {word}, {counts[word] / len(clusters):.1%}", shown))
     return found
