@@ -36,7 +36,7 @@ QUICK += ["objective.warmup_epochs=1"]
 
 def demo(
     quick: Annotated[
-        bool, typer.Option("--quick", help="A minute instead of minutes: fewer scenes and epochs.")
+        bool, typer.Option("--quick", help="A minute and a half instead of minutes: fewer scenes and epochs.")
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat with this many seeds and print mean ± std.")] = 1,
     controls: Annotated[
