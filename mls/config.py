@@ -135,7 +135,7 @@ class ModelConfig:
     momentum: float = share(0.995)  # of the key encoder
     final_momentum: float | None = share(None)  # reached by a half cosine at the end of the run; default: it stays
     key_norm: Literal["shuffle", "split", "sync", "none"] = "shuffle"
-    key_group: int = positive(32)  # images that share statistics under key_norm=split
+    key_group: int = limited(32, low=2)  # images that share statistics under key_norm=split
 
 
 @dataclass(frozen=True)

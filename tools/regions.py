@@ -223,12 +223,18 @@ def _overlap(labels: Tensor, lists: NeighbourLists) -> str:
 def _pairs(
     source: Source, options: RegionsConfig, lists: NeighbourLists, features: Float[Tensor, "images regions dim"]
 ) -> list[list[RegionPair]]:
+    """Of the images that can be read."""
     from mls.core.regions import best_pairs, box_shares
-    from mls.data.decode import decode
+    from mls.data.unreadable import MOST, Unreadable, decoded
     from mls.frozen.match_picture import RegionPair
 
-    def of(query: int, image: int, score: float) -> RegionPair:
-        first, second = (decode(source.read(number)).permute(1, 2, 0).contiguous().numpy() for number in (query, image))
+    unreadable = Unreadable(len(source), MOST)
+
+    def of(query: int, image: int, score: float) -> RegionPair | None:
+        found = decoded(source, [query, image], unreadable)
+        if len(found) < 2:
+            return None
+        first, second = (found[number].permute(1, 2, 0).contiguous().numpy() for number in (query, image))
         here, there = (box_shares(one.shape[0], one.shape[1], options) for one in (first, second))
         pairs = [(here[i], there[j]) for i, j, _ in best_pairs(features[query], features[image], PAIRS)]
         shared = None if source.labels is None else bool((source.labels[query] * source.labels[image]).any())
@@ -236,7 +242,8 @@ def _pairs(
 
     numbers = range(0, len(source), max(1, len(source) // QUERIES))[:QUERIES]
     neighbours = lambda one: zip(lists.ids[one, :SHOWN].tolist(), lists.scores[one, :SHOWN].tolist(), strict=True)
-    return [[of(number, image, score) for image, score in neighbours(number)] for number in numbers]
+    lines = [[of(number, image, score) for image, score in neighbours(number)] for number in numbers]
+    return [drawn for line in lines if (drawn := [pair for pair in line if pair is not None])]
 
 
 def _draw_words(weights: str, file: Path) -> None:

@@ -25,6 +25,7 @@ from mls.data.loader import whole_batches
 from mls.engine.optim import scaled_lr
 from mls.models import backbones
 from mls.models.momentum import precision_on
+from mls.models.norm import has_batch_norm
 from mls.models.stages import blocks
 from mls.streams import initialisation
 
@@ -158,6 +159,8 @@ def _batch(plan: Plan) -> list[Finding]:
 def _normalisation(plan: Plan) -> Iterator[Finding]:
     """Over how many images batch normalisation takes its statistics."""
     model, part = plan.config.model, plan.part
+    if not _normalises(plan.config):
+        return
     words = f"statistics over {part:,} images" + (f" in each of {plan.world} processes" if plan.world > 1 else "")
     if part < 2:
         yield Finding("batch normalisation", "fails", f"{words}: a single image has none", _larger_batch(plan))
@@ -166,9 +169,20 @@ def _normalisation(plan: Plan) -> Iterator[Finding]:
     yield Finding("batch normalisation", "warning" if few else "fine", words, _larger_batch(plan) if few else "")
     if model.key_norm == "split" or (model.key_norm == "shuffle" and plan.world == 1):
         groups, words = part // model.key_group, f"{part} images of a process in groups of {model.key_group}"
-        if groups < 2 and isinstance(plan.config.objective, MoCoOptions):
+        if groups < 2 <= part // 2 and isinstance(plan.config.objective, MoCoOptions):
             words += ": one group, so that a query and its key share their statistics"
-            yield Finding("key normalisation", "warning", words, f"model.key_group={max(1, part // 2)}")
+            yield Finding("key normalisation", "warning", words, f"model.key_group={part // 2}")
+
+
+def _normalises(config: Config) -> bool:
+    """Has the network batch normalisation? MoCo's heads have none, those of two crops have."""
+    if not isinstance(config.objective, MoCoOptions):
+        return True
+    try:
+        with torch.device("meta"), initialisation(0):
+            return has_batch_norm(backbones.build(config.model.backbone))
+    except Exception:  # a network from elsewhere, which does not exist without values
+        return True
 
 
 def _larger_batch(plan: Plan) -> str:

@@ -220,7 +220,7 @@ def _batch(config: Config, facts: Facts) -> tuple[int, str]:
 
 def _key_group(config: Config, facts: Facts) -> tuple[int, str]:
     part = config.data.batch_size // (facts.processes * config.engine.accumulate)
-    group = max(1, min(PAPER.model.key_group, part // 2))
+    group = max(2, min(PAPER.model.key_group, part // 2))
     return group, f"two groups or more of the {part} images of a process"
 
 

@@ -98,6 +98,7 @@ class Trainer:
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
+        self.probes = self.build_probes()
         self.session = self.build_session()
         self.step = 0  # steps taken
         self.window = Window(process.device)
@@ -125,6 +126,12 @@ class Trainer:
             for size in sorted({view.size for view in self.plan.views}):
                 refuse_size(self.method.backbone, size, "the size of the views (augment.size, augment.small_size)")
 
+    def build_probes(self) -> list[OnlineProbes | DenseProbe]:
+        dense = DenseProbe.build(self.config, self.source)
+        if dense is not None:
+            dense.refuse_unusable(self.method.backbone, self.process.device)
+        return [probe for probe in (OnlineProbes.build(self.config, self.source), dense) if probe is not None]
+
     def build_session(self) -> Session:
         engine = self.config.engine
         store = Checkpoints(self.run.checkpoints, engine.keep_last)
@@ -140,11 +147,6 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             self.open_log(stack)
             stack.enter_context(self.session.running(self.run.name, self.quiet))
-            dense = DenseProbe.build(self.config, self.source)
-            if dense is not None:
-                dense.refuse_unusable(self.method.backbone, self.process.device)
-            built = (OnlineProbes.build(self.config, self.source), dense)
-            self.probes = [probe for probe in built if probe is not None]
             self.guard = self.build_guard()
             self.moment_epochs = moment_epochs(self.config.optim.epochs, self.config.monitor.moments)
             where = self.process.device, HALF.get(self.precision, torch.float32)

@@ -170,6 +170,7 @@ def test_what_the_dense_probe_cannot_use_is_said_before_the_first_step(
     monkeypatch.setattr(DenseProbe, "refuse_unusable", of_means)
     with pytest.raises(UserError, match=message):
         mls.pretrain(config, quiet=True)
+    assert not list((folders.parent / "runs").glob("*/config.yaml"))  # nothing was trained, no folder stays
 
 
 def test_the_dense_probe_beside_an_untrained_network_and_without_masks(

@@ -70,6 +70,13 @@ def test_a_hostile_setting_is_found_and_its_override_helps(
     assert name not in again or again[name].level == "fine", again
 
 
+def test_a_network_without_batch_normalisation_is_not_told_of_its_statistics() -> None:
+    few = ["data.batch_size=4", "model.backbone=vit_tiny"]
+    assert "batch normalisation" not in by_name(findings.findings(plan_of(*few)))
+    assert "batch normalisation" in by_name(findings.findings(plan_of(*few, "objective.method=simsiam")))
+    assert "batch normalisation" in by_name(findings.findings(plan_of("data.batch_size=4")))
+
+
 def test_a_run_that_starts_says_what_is_amiss_in_a_line_each() -> None:
     plan = plan_of("dictionary.size=8192")
     lines = findings.at_start(plan, Sizes.planned(plan.config, 1))

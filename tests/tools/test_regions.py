@@ -56,6 +56,20 @@ def test_lists_and_a_picture_of_a_run_s_own_images(tmp_path: Path, mls_command: 
     )
 
 
+def test_an_unreadable_image_is_left_out_of_the_picture(tmp_path: Path, mls_command: Call) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{number:02}.png")
+    (images / "00.png").write_bytes(b"no picture")
+    options = ["size=16", "neighbours=3", "--out", str(tmp_path / "lists.safetensors"), "--picture"]
+    done = mls_command("regions", "resnet_tiny", *options, str(tmp_path / "pairs.png"), "--dataset", str(images))
+    assert done.returncode == 0 and done.stderr.count("skipped an image that cannot be read") == 1, done.stderr
+    with Image.open(tmp_path / "pairs.png") as drawn:
+        assert drawn.size[1] == 2 * MARGIN + 5 * (WHOLE + 18 + GAP)  # six images are asked for, the first is broken
+
+
 def test_a_region_and_its_match_are_framed_in_one_colour_the_best_on_top() -> None:
     grey = np.full((32, 32, 3), 128, dtype=np.uint8)
     left, right = (0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0)

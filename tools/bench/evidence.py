@@ -31,6 +31,7 @@ OWN, RANDOM, ORACLE = "+ own region labels", "+ random labels", "+ oracle labels
 WORDS, OTHER_WORDS = "+ own words", "+ words of other images"
 MLS_WORDS = ("objective.method=mls_words", "objective.weight=10")  # as mls_words_scenes_tiny
 PLAIN = ("objective.windows.count=0",)  # an arm without windows has nothing to share with the others
+SMALL_CROPS = ("augment.small_crops=2", "augment.small_size=16", "augment.small_scale=[0.14,0.39]")  # as the windows
 CONTROL = ("objective.labels_from=backbone",)  # as many rows as the lists give, without making lists
 # Each question's arms; those of ALWAYS are in all of them.
 ARMS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -56,6 +57,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
         "own, λ 4": ("objective.weight=4",),
         "own, LL-R": ("objective.loss=ll_r",),
         "own, EM": ("objective.loss=em",),
+        "own, two-way": ("objective.loss=two_way", "objective.normalise=mean"),
     },
     "words": {
         WORDS: MLS_WORDS,
@@ -64,6 +66,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "windows": {
         "windows, their image's no negatives": ("objective.method=moco_v2", "objective.windows.same_image=false"),
+        "local to global": ("objective.method=moco_v2", *PLAIN, *SMALL_CROPS),
         "windows, four": ("objective.method=moco_v2", "objective.windows.count=4"),
         "own, their image's no negatives": ("objective.windows.same_image=false",),
     },
