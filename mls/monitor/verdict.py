@@ -5,7 +5,7 @@ be seen, and what to change. A rule looks at the log, at the last moment and at 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Literal
 
@@ -71,6 +71,13 @@ class Seen:
         return max((points[-1][0] for points in self.series.values() if points), default=0)
 
 
+def of_matches(finding: Finding) -> Finding:
+    """What is said of matches where no label is taken from them: they only show what lies near what."""
+    kind: Kind = "open" if finding.kind == "bad" else finding.kind
+    sentence = f"{finding.sentence} No label is taken from them." if kind == "open" else finding.sentence
+    return replace(finding, rule="matches" + finding.rule[len("labels") :], kind=kind, sentence=sentence, override="")
+
+
 RULES: dict[str, Callable[[Seen], Finding | None]] = {}
 
 
@@ -85,6 +92,8 @@ def verdict(seen: Seen) -> list[Finding]:
     if not seen.step:
         return [Finding("unknown", "open", "Nothing has been logged yet.", "no row", "", "state")]
     found = [finding for check in RULES.values() if (finding := check(seen)) is not None]
+    if not isinstance(seen.config.objective, MLSOptions):
+        found = [of_matches(finding) if finding.rule.startswith("labels") else finding for finding in found]
     faults, in_order = ([one for one in found if (one.kind == "good") == good] for good in (False, True))
     if not any(finding.kind == "bad" for finding in faults):
         sentence = "Training looks healthy: no rule finds a fault."
@@ -233,7 +242,8 @@ def labels_are_own_image(seen: Seen) -> Finding | None:
         sentence = "Few of the nearest rows are crops of the query’s own image."
         return Finding("labels are of others", "good", sentence, f"{share:.1%} of the k nearest rows",
                        f"below {OWN_IMAGE:.0%}", "labels")  # fmt: skip
-    sentence = f"{share:.0%} of the nearest rows are crops of the query’s own image: labels repeat what InfoNCE says."
+    repeated = ": labels repeat what InfoNCE says" if isinstance(seen.config.objective, MLSOptions) else ""
+    sentence = f"{share:.0%} of the nearest rows are crops of the query’s own image{repeated}."
     return Finding("labels are the own image", "bad", sentence, f"{share:.0%} of the k nearest rows",
                    f"at least {OWN_IMAGE:.0%}", "labels", "dictionary.own_rows=exclude")  # fmt: skip
 

@@ -87,6 +87,17 @@ def test_own_images_and_missing_labels_are_told_from_a_moment(synthetic_run: Cal
     assert of(labels=False, agreement={})["cannot be told without labels"].evidence == "judge"
 
 
+def test_matches_are_no_fault_of_a_run_that_takes_no_labels_from_them() -> None:
+    for method in ("moco_v2", "mls_words", "simsiam"):
+        run = seen((f"objective.method={method}",), nuisance={"layout": 94.0})
+        findings = found(run)
+        followed = findings["matches follow layout"]
+        assert (followed.kind, followed.override) == ("open", "")
+        assert followed.sentence.endswith("where chance is 50. No label is taken from them.")
+        assert findings["matches beat chance"].kind == "good" and "healthy" in findings
+        assert not any(rule.startswith("labels") for rule in findings)
+
+
 def test_nothing_is_said_of_a_run_that_logged_nothing_and_a_term_that_is_not_there_yet_is_not_inactive() -> None:
     assert [finding.rule for finding in verdict(Seen(load_config("mls_coco_r50"), {}))] == ["unknown"]
     warming = seen(("objective.warmup_epochs=3",), loss__multi_label=None, gradient__multi_label=None)
