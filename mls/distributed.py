@@ -40,7 +40,7 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> Process:
     """Join the other processes, if a launcher (torchrun, SLURM) started several. Ranks come from the environment."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device is cuda but torch sees no GPU: use engine.device=cpu, or install a CUDA torch")
+        raise ConfigError("torch sees no GPU, which device=cuda asks for: use cpu or auto, or install a CUDA torch")
     use_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if use_cuda and local >= torch.cuda.device_count():
         raise ConfigError(

@@ -96,9 +96,11 @@ class TrainingProgress:
         line = Table.grid(padding=(0, 2, 0, 0))
         line.add_row(Text(title), ProgressBar(self.total, self.done, width=bar), Text(place), Text(""))
         shown = [self.doing] if self.doing else [f"epoch {self.epoch}"] if self.epoch else []
-        for name, value in self.numbers.items():
-            text = f"{name} {value}"
-            if name not in SPEED and len("  ".join([*shown, text])) <= room:
+        texts = [f"{name} {value}" for name, value in self.numbers.items() if name not in SPEED]
+        if len("  ".join([*shown, *texts])) > room:  # every number is worth more than what some are by chance
+            texts = [text.split(" (")[0] for text in texts]
+        for text in texts:
+            if len("  ".join([*shown, text])) <= room:
                 shown.append(text)
         yield Group(line, Text("  ".join(shown)[:room], no_wrap=True))
 

@@ -43,9 +43,12 @@ def export(
 
         mls export vit-b-300ep.pth.tar --to timm,onnx --architecture timm:vit_base_patch16_224
     """
-    from mls.exporting import export
+    from mls.errors import ConfigError
+    from mls.exporting import TARGETS, export
 
     names = None if to is None else [name.strip() for name in to.split(",") if name.strip()]
+    if names == []:
+        raise ConfigError(f"--to names no target: give some of {', '.join(TARGETS)}, or leave it out")
     checked = export(weights, names, out, architecture, prefix, _say)
     _show(checked)
     folder = min((one.file.parent for one in checked), key=lambda path: len(path.parts))  # one has a folder in it

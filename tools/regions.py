@@ -4,7 +4,7 @@ pseudo-labels from, and pictures of the regions that matched and of those that a
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +45,7 @@ def regions(
         Path | None, typer.Option(metavar="FILE", help="Draw regions of a run's visual words, and do nothing else.")
     ] = None,
     cost: Annotated[
-        int | None, typer.Option(metavar="IMAGES", min=2, help="What a RECIPE would cost on so many; nothing is run.")
+        int | None, typer.Option(metavar="IMAGES", min=16, help="What a RECIPE would cost on so many; nothing is run.")
     ] = None,
 ) -> None:
     """Write, for each image, the images whose regions match its own, for `objective.labels_from=regions`.
@@ -182,7 +182,7 @@ def _given(
     """The weights, or the run's folder. Of a run what its configuration says; of other weights the defaults."""
     from mls.config import MLSOptions, RegionsConfig, WordsOptions
     from mls.engine import Run
-    from mls.errors import UserError
+    from mls.errors import ConfigError, UserError
     from mls.frozen.neighbours import Embedder
     from mls.models import load_backbone
     from mls.recipes import load_config
@@ -197,7 +197,10 @@ def _given(
     labelled = config is not None and isinstance(config.objective, (MLSOptions, WordsOptions))
     own = asdict(config.objective.regions if labelled else RegionsConfig())  # type: ignore[union-attr]
     before = [f"objective.regions.{key}={value}" for key, value in own.items() if key not in NOT_OPTIONS]
-    objective = load_config("mls_coco_r50", [*before, *overrides]).objective
+    given = load_config("mls_coco_r50", [*before, *overrides])
+    if given.run.auto:
+        raise ConfigError(f"{given.run.auto[0]}=auto is for a run, which is sized to its images: give a number")
+    objective = given.objective
     assert isinstance(objective, MLSOptions)
     if config is not None:
         return weights, load_backbone(weights), config.augment, objective.regions, source
@@ -266,7 +269,10 @@ def _draw_words(weights: str, file: Path) -> None:
         when = "objective.method=mls_words finds them at the end of objective.warmup_epochs"
         raise UserError(f"{run.path} has no visual words of its own: {when}")
     accept_other_images(run.path, state, source, accept=False)
-    save_picture(draw_words(examples_of_words(source, config.objective.regions, bags["clusters"])), file.expanduser())
+    options = config.objective.regions
+    if cut := bags.get("cut"):  # a branch's may be another grid than that of the words it began with
+        options = replace(options, grid=cut[0], side=cut[1])
+    save_picture(draw_words(examples_of_words(source, options, bags["clusters"])), file.expanduser())
     print(file)
 
 

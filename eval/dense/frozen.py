@@ -82,6 +82,10 @@ def linear(task: Task) -> Found:
         validation = pixels(task, task.maps("val"), torch.arange(len(task.data.val)), settings.pixels // 4)
     else:
         held = max(1, round(task.protocol.data.validation * len(rows)))
+        if held >= len(rows):
+            raise ConfigError(
+                f"all {len(rows)} training images are held out to choose on: lower data.validation, or give more images"
+            )
         validation, rows = pixels(task, train, rows[:held], settings.pixels // 4), rows[held:]
     features, labels = pixels(task, train, rows, settings.pixels)
     with task.counting("linear", 1) as progress:
@@ -203,11 +207,14 @@ def cluster(task: Task) -> Found:
     table's."""
     settings, test = task.protocol.probe, task.maps("test")
     draws = generator(task.seed, "dense patches")
-    few = torch.randperm(len(test.features), generator=draws)[: settings.patches].sort().values
-    features = F.normalize(test.features[few].float(), dim=1)
+    drawn = torch.randperm(len(test.features), generator=draws)[: settings.patches].sort().values
+    features = F.normalize(test.features[drawn].float(), dim=1)
     values: dict[str, float] = {}
-    for number, wanted in enumerate(settings.clusters):
-        count = min(wanted or task.classes, len(features))
+    wanted = [count or task.classes for count in settings.clusters]
+    few = [count for count in wanted if count > len(features)]
+    if few and few[0] == wanted[0]:
+        raise ConfigError(f"{few[0]} clusters need as many patches, there are {len(features)}: give more test images")
+    for number, count in enumerate(count for count in wanted if count not in few):
         centres = patches.centres(features, count, settings.rounds, task.seed)
         counts = torch.zeros(task.classes, count, dtype=torch.int64)
         for row, found in clusters_of(task, test, centres):
@@ -215,9 +222,10 @@ def cluster(task: Task) -> Found:
         for how in ("hungarian", "majority"):
             merged = patches.merged(counts, patches.assignment(counts, how))
             mark = f"_{how}" if how == "majority" else ""
-            mark += f"_{wanted}" if number else ""
+            mark += f"_{count}" if number else ""
             values |= {f"{name}{mark}": value for name, value in segmentation_metrics(merged).items()}
-    return values, "no label is used but to name clusters", None, {}
+    left_out = f"; {few} clusters left out, there are {len(features)} patches" if few else ""
+    return values, f"no label is used but to name clusters{left_out}", None, {}
 
 
 def clusters_of(task: Task, maps: Maps, centres: Tensor) -> Iterator[tuple[int, Int64[Tensor, "height width"]]]:
@@ -226,7 +234,7 @@ def clusters_of(task: Task, maps: Maps, centres: Tensor) -> Iterator[tuple[int, 
     with task.counting(f"{len(centres)} clusters", len(maps)) as progress:
         for rows, batch in maps.batches(max(1, QUERIES // (maps.grid[0] * maps.grid[1]))):
             near = torch.einsum("ndhw,cd->nchw", F.normalize(batch, dim=1), centres) - half[:, None, None]
-            wide = F.interpolate(near.argmax(1)[:, None].float(), maps.size)[:, 0].long()
+            wide = F.interpolate(near.argmax(1)[:, None].float(), maps.size, mode="nearest-exact")[:, 0].long()
             yield from zip(rows, wide, strict=True)
             progress(rows[-1] + 1)
 

@@ -36,6 +36,7 @@ from mls.models.momentum import HALF, precision_on
 from mls.models.spatial import DenseFeatures, patches_of
 
 BLOCK = 16  # images whose patches are written together
+STATISTICS_BATCH = 16
 STATISTICS_IMAGES = 64  # on which an untrained network's batch statistics are measured: thousands of places each
 
 
@@ -58,7 +59,7 @@ class Maps:
 
     def labels(self, row: int) -> UInt8[Tensor, "height width"]:
         """Squashed like the image, to the nearest pixel."""
-        return F.interpolate(self.images.labels(int(self.rows[row]))[None, None], self.size)[0, 0]
+        return F.interpolate(self.images.labels(int(self.rows[row]))[None, None], self.size, mode="nearest-exact")[0, 0]
 
     def batches(self, size: int) -> Iterator[tuple[list[int], Float[Tensor, "images dim rows columns"]]]:
         for part in chunks(len(self), size):
@@ -110,8 +111,8 @@ class Extractor:
         with torch.no_grad():
             self.grid = tuple(self.network(torch.zeros(1, 3, *self.size, device=self.device)).shape[2:])
         if is_untrained(weights):
-            first = SquashedImages(train, self.size, settings.batch_size)
-            count = min(len(first), -(-STATISTICS_IMAGES // settings.batch_size))
+            first = SquashedImages(train, self.size, STATISTICS_BATCH)  # whatever features.batch_size is
+            count = min(len(first), -(-STATISTICS_IMAGES // STATISTICS_BATCH))
             with_batch_statistics(self.network, (self._images(first[number]) for number in range(count)))
 
     def _images(self, pixels: UInt8[Tensor, "batch 3 height width"] | UserError) -> Tensor:

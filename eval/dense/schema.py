@@ -145,7 +145,7 @@ Dense = Detection | Segmentation
 @dataclass(frozen=True)
 class FrozenDenseData(DataSetConfig):
     name: str = "scenes_regions"
-    size: tuple[int, int] = positive((448, 448))  # width, height: images are squashed to it, labels follow
+    size: tuple[int, int] = limited((448, 448), low=2)  # width, height: images are squashed to it, labels follow
     images: int | None = positive(None)  # so many training images at most, drawn by the seed
     validation: float = share(0.1)  # of them, held out to choose on, where no split is published for it
 

@@ -216,7 +216,7 @@ def _dictionary(plan: Plan, options: MoCoOptions) -> Iterator[Finding]:
     else:
         yield Finding("dictionary", "fine", words)
     filled, batch = ceil(rows / config.data.batch_size), config.data.batch_size
-    if filled > FILLING * plan.total:
+    if filled > FILLING * plan.total and rows > batch:
         words = f"full after step {filled:,} of {plan.total:,}, with few rows until then"
         yield Finding("filling", "warning", words, _of_size(plan, min(plan.images / 2, FILLING * plan.total * batch)))
     if isinstance(options, MLSOptions) and options.weight:

@@ -10,9 +10,11 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mls.config import Config, ScenesConfig, differences, runs_root, to_yaml
 from mls.engine.events import EventLog
@@ -21,6 +23,7 @@ from mls.files import file_name, runs_folder, sync_folder, write_atomically
 from mls.locks import locked
 from mls.monitor.log import read_metrics
 from mls.recipes import load_config
+from mls.streams import initialisation
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,23 @@ def probe_of(config: Config) -> list[str]:
 def refuse_another_configuration(stored: Config, now: Config, run: Run, step: int) -> None:
     if changed := computed_differently(stored, now):
         named = ", ".join(f"{key} ({before} there, {after} now)" for key, before, after in changed)
+        again = f"let a new run go on from there: {run.branch_command(step, [(key, now) for key, _, now in changed])}"
         raise CheckpointError(
-            f"the checkpoint in {run.checkpoints} belongs to another configuration: {named}; set these back, or let a "
-            f"new run go on from there: {run.branch_command(step, [(key, now) for key, _, now in changed])}"
+            f"the checkpoint in {run.checkpoints} belongs to another configuration: {named}; set these back, or "
+            f"{again if _of_one_size(stored, now) else 'start a new run'}"
         )
+
+
+def _of_one_size(first: Config, second: Config) -> bool:
+    """Can one go on from the other's state? On torch's meta device a tensor has a size and no values."""
+    from mls.core import methods
+
+    def sizes(config: Config) -> dict[str, Any]:
+        with torch.device("meta"), initialisation(0):
+            method = methods.build(replace(config, model=replace(config.model, weights=None)))
+        return {name: parameter.shape for name, parameter in method.named_parameters()}
+
+    try:
+        return first.optim.name == second.optim.name and sizes(first) == sizes(second)
+    except Exception:  # a network from elsewhere, a method that needs the labels of the images
+        return True

@@ -20,6 +20,7 @@ from mls.data.loader import whole_batches
 from mls.data.sources import build_source
 from mls.distributed import Process, on_main
 from mls.engine import optim
+from mls.engine.findings import FEW_FOR_STATISTICS
 from mls.engine.trainer import watched_labels
 from mls.errors import ConfigError, DataError, command
 from mls.models import card_of, card_of_name
@@ -161,7 +162,8 @@ def advice(config: Config, facts: Facts) -> str | None:
     if facts.images >= FEW or config.model.weights is not None:
         return None
     network = "resnet18" if facts.memory is None else "resnet50"
-    changes = (f"data.root={config.data.root}", f"model.weights=torchvision:{network}")
+    root = [f"data.root={config.data.root}"] if config.data.root else [f"data.source={config.data.source}"]
+    changes = (*root, f"model.weights=torchvision:{network}")
     again = command("mls pretrain mls_continue", *changes)
     return f"{facts.images:,} images are few to learn from nothing: published weights are a better start, {again}"
 
@@ -206,6 +208,8 @@ def _backbone(config: Config, facts: Facts) -> tuple[str, str]:
 def _batch(config: Config, facts: Facts) -> tuple[int, str]:
     """Small enough for 16 steps an epoch, and a multiple of the processes."""
     parts, limit, why = facts.processes * config.engine.accumulate, facts.images / 16, "16 steps an epoch or more"
+    if limit < (few := min(FEW_FOR_STATISTICS * parts, facts.images / 2)):
+        limit, why = few, f"{FEW_FOR_STATISTICS} images or more for batch normalisation"
     most = PAPER.data.batch_size // (2 if facts.memory is None else 1)
     if limit >= most:
         limit, why = most, "half the paper's 256, for more steps on a CPU" if facts.memory is None else "as the paper"

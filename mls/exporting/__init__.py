@@ -188,7 +188,7 @@ def verify_export(
     the certificate beside it, or else of ImageNet."""
     file = Path(file).expanduser()
     if not file.is_file():
-        raise CheckpointError(f"{file} is not a file: give a backbone.pkl, a .pth or a .safetensors file")
+        raise CheckpointError(f"{file} is not a file: give a backbone.pkl, a .pth, .safetensors, .pt2 or .onnx file")
     source = _source_of(file) if against is None else Source.open(against)
     pairs = [(Path(recipe).expanduser(), _target_of(Path(recipe)))] if recipe else _beside(file)
     checked = []

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mls.errors import ConfigError
+
 EPSILON = 1e-5  # TokenCut: the weight of two patches that are not alike
 BETA_SQUARED = 0.3
 
@@ -39,6 +41,8 @@ def tokencut(maps: Float[Tensor, "dim rows columns"], threshold: float = 0.2) ->
     from scipy.linalg import eigh
 
     features = F.normalize(maps.flatten(1).T, dim=1)
+    if len(features) < 2:
+        raise ConfigError("TokenCut cuts maps of two places or more, this one has one: give larger images")
     weights = torch.where(features @ features.T > threshold, 1.0, EPSILON).double().numpy()
     degrees = np.diag(weights.sum(1))
     _, vectors = eigh(degrees - weights, degrees, subset_by_index=[1, 1])

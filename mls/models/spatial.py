@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,7 +11,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torchvision.models import DenseNet, ResNet, SwinTransformer, VisionTransformer
+from torchvision.models import DenseNet, ResNet, VisionTransformer
 
 from mls.errors import ConfigError, reason
 from mls.models.any_size import tokens
@@ -73,12 +74,16 @@ class DenseFeatures(nn.Module):
             from mls.models import load_backbone
 
             backbone = load_backbone(backbone)
-        self.name = type(backbone).__name__
+        self.name, self.last = type(backbone).__name__, dict[str, bool]()  # are a module's channels the last axis?
         self.backbone = backbone if output_stride is None else dilated(backbone, output_stride)
+        if not isinstance(layer, str | int | None):
+            raise ConfigError(f"layer is {layer!r}: give a module's name or a block's number")
         number = isinstance(layer, int) or (layer or "").lstrip("-").isdigit()
         self.layer = int(layer or 0) if number else layer or None
 
     def forward(self, images: Images) -> Map:
+        if images.ndim != 4:
+            raise ConfigError(f"images are [batch, 3, height, width], these are {list(images.shape)}: add images[None]")
         height, width = images.shape[2:]
         try:
             return self._map(images)
@@ -133,14 +138,33 @@ class DenseFeatures(nn.Module):
             handle.remove()
         if not found or not isinstance(found[0], Tensor) or found[0].ndim not in (3, 4):
             raise ConfigError(f"layer {name} of {self.name} gives no map: {self._names()}")
-        return found[0] if takes else self._as_grid(found[0], images)
+        if takes or found[0].ndim == 3:
+            return found[0] if takes else self._as_grid(found[0], images)
+        return found[0].permute(0, 3, 1, 2) if self._channels_last(name, found[0], images) else found[0]
+
+    @torch.no_grad()
+    def _channels_last(self, name: str, features: Tensor, images: Images) -> bool:
+        """Asked of each module, as networks permute in their midst: the axis that grows with the images' width is
+        that of the columns."""
+        if name not in self.last:
+            height, width = images.shape[2:]
+            wider, training = [], self.backbone.training
+            part = self.backbone.get_submodule(name)
+            handle = part.register_forward_hook(lambda _, given, got: wider.append(got))
+            try:
+                self.backbone.eval()(images.new_zeros(1, 3, height, 2 * width))
+                self.last[name] = wider[0].shape[2] > features.shape[2]
+            except (AssertionError, RuntimeError):  # it takes one size alone
+                self.last[name] = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
+            finally:
+                handle.remove()
+                self.backbone.train(training)
+        return self.last[name]
 
     def _as_grid(self, features: Tensor, images: Images) -> Map:
         if isinstance(self.backbone, VisionTransformer) and features.ndim == 3:
             rows = -(-images.shape[2] // self.backbone.patch_size)
             return features[:, 1:].transpose(1, 2).unflatten(2, (rows, -1))
-        if isinstance(self.backbone, SwinTransformer):
-            return features.permute(0, 3, 1, 2)
         return _as_map(self.backbone, features, images)
 
     def _names(self) -> str:
@@ -150,7 +174,10 @@ class DenseFeatures(nn.Module):
 
 def patches_of(backbone: nn.Module) -> tuple[int, int]:
     """Height and width of a transformer's patches; of other networks (1, 1)."""
-    size = getattr(getattr(backbone, "patch_embed", backbone), "patch_size", (1, 1))
+    embedding = getattr(backbone, "patch_embed", backbone)
+    if hasattr(embedding, "feat_ratio"):  # of a hybrid with the strides of its CNN
+        return embedding.feat_ratio(as_scalar=False)  # pyright: ignore[reportCallIssue, reportReturnType]
+    size = getattr(embedding, "patch_size", (1, 1))
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
@@ -162,13 +189,24 @@ def _as_map(backbone: Any, features: Tensor, images: Tensor) -> Map:
     if features.ndim == 4:
         channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # Swin and its like
         return features.permute(0, 3, 1, 2) if channels_last else features
-    found = features[:, getattr(backbone, "num_prefix_tokens", 0) :]  # without class token and registers
     height, width = images.shape[2:]
-    if hasattr(getattr(backbone, "patch_embed", None), "dynamic_feat_size"):
-        rows = backbone.patch_embed.dynamic_feat_size((height, width))[0]
-    else:
-        rows = round((found.shape[1] * height / width) ** 0.5)
-    return found.transpose(1, 2).unflatten(2, (rows, found.shape[1] // rows))
+    embedding, tokens = getattr(backbone, "patch_embed", None), features.shape[1]
+    if hasattr(embedding, "dynamic_feat_size"):
+        rows, columns = embedding.dynamic_feat_size((height, width))
+        if tokens - rows * columns in (0, getattr(backbone, "num_prefix_tokens", 0)):
+            return features[:, tokens - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+    found = features[:, getattr(backbone, "num_prefix_tokens", 0) :]  # without class token and registers
+    return found.transpose(1, 2).unflatten(2, split_like(found.shape[1], height / width))
+
+
+def split_like(places: int, aspect: float) -> tuple[int, int]:
+    """Rows and columns of so many places, of images of this height over width.
+
+    >>> split_like(12, 65 / 97), split_like(26, 17 / 200)
+    ((3, 4), (2, 13))
+    """
+    splits = [(rows, places // rows) for rows in range(1, places + 1) if places % rows == 0]
+    return min(splits, key=lambda split: abs(math.log(split[0] / split[1] / aspect)))
 
 
 # --------------------------------------------------------------------------------------------------------- dilation
@@ -176,6 +214,8 @@ def _as_map(backbone: Any, features: Tensor, images: Tensor) -> Map:
 
 def dilated(backbone: nn.Module, output_stride: int) -> nn.Module:
     """A copy whose last map has this stride, or a smaller one that it had already."""
+    if not isinstance(output_stride, int) or output_stride < 1 or output_stride & (output_stride - 1):
+        raise ConfigError(f"output_stride is {output_stride}: give a power of two, such as 8 or 16")
     if isinstance(backbone, TinyResNet | ResNet):
         network = copy.deepcopy(backbone)
         stages = {name: part for name, part in network.named_children() if name.startswith("layer")}

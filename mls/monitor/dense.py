@@ -105,7 +105,10 @@ class DenseProbe:
             self.classes = len(self.source.class_names) + 1
             made = [ScenesSource(scenes, split, masks=True) for split in ("train", "test")]
             self.memory, self.asked = (
-                (squashed(one.scenes.images, size), F.interpolate(one.regions[:, None], (size, size))[:, 0])
+                (
+                    squashed(one.scenes.images, size),
+                    F.interpolate(one.regions[:, None], (size, size), mode="nearest-exact")[:, 0],
+                )
                 for one in made
             )
             return
@@ -193,7 +196,9 @@ def read_pairs(source: Source, masks: IndexedFiles, rows: Sequence[int], size: i
         if labels.shape != pixels.shape[1:]:
             one, other = (f"{shape[-1]} × {shape[-2]}" for shape in (labels.shape, pixels.shape))
             raise DataError(f"{source.describe(row)} has {other} pixels and its mask {one}: bring back the right one")
-        found.append((squashed(pixels, size), F.interpolate(labels[None, None], (size, size))[0, 0]))
+        found.append(
+            (squashed(pixels, size), F.interpolate(labels[None, None], (size, size), mode="nearest-exact")[0, 0])
+        )
     if len(found) < 2:
         raise DataError(f"{source.name} has {len(found)} images that can be read with masks: the dense probe needs two")
     images, labels = (torch.stack(part) for part in zip(*found, strict=True))

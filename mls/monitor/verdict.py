@@ -185,6 +185,8 @@ def term_inactive(seen: Seen) -> Finding | None:
     acting = [one for one in TERMS if seen.values(f"loss/{one}")]  # in the warm-up there is none yet, and that is meant
     if not isinstance(options, MLSOptions | WordsOptions) or not options.weight or not acting:
         return None
+    if acting[0] == "words" and (told := words_at_chance(seen)) is not None:
+        return told
     words, term, others = TERMS[acting[0]], seen.late(f"gradient/{acting[0]}"), seen.late("gradient/info_nce")
     if term is not None and others and term < PULL * others:
         sentence = f"The {words} hardly pulls: the run is InfoNCE alone, whatever the labels are."
@@ -197,6 +199,16 @@ def term_inactive(seen: Seen) -> Finding | None:
     sentence = "Both parts of the loss pull."
     return Finding("terms pull", "good", sentence, f"the {words} {term / others:.1%} of InfoNCE’s gradient",
                    f"{PULL:.0%} or more", "chart-gradient-of-each-part")  # fmt: skip
+
+
+def words_at_chance(seen: Seen) -> Finding | None:
+    """What can be told of a bag lies between one answer for all images and the bag itself."""
+    loss, chance, floor = (seen.last(f"{name}/words") for name in ("loss", "chance", "floor"))
+    if loss is None or chance is None or floor is None or loss - floor < AT_CHANCE * (chance - floor):
+        return None
+    sentence = "The term of words is at chance: the same answer for all images would do as well."
+    return Finding("term inactive", "bad", sentence, f"{loss:.2f}, chance {chance:.2f}, at best {floor:.2f}",
+                   f"at least {AT_CHANCE:.0%} of the way from the best to chance", "chart-words-loss")  # fmt: skip
 
 
 ALIKE = {

@@ -28,6 +28,7 @@ IMAGES = torch.randn(2, 3, 64, 96, generator=DRAWS)
         ("random:timm:test_vit", None, (64, 4, 6)),
         ("random:timm:test_vit", 1, (64, 4, 6)),
         ("random:timm:test_vit", "blocks.1", (64, 4, 6)),
+        ("random:timm:test_vit", "patch_embed", (64, 4, 6)),
     ],
 )
 @torch.no_grad()
@@ -49,7 +50,8 @@ def test_a_map_is_what_the_pooled_feature_is_made_of(name: str) -> None:
 def test_swin_keeps_its_channels_last_and_we_do_not() -> None:
     network = SwinTransformer([4, 4], 8, [1, 1], [1, 2], [4, 4]).eval()
     network.head = torch.nn.Identity()
-    assert dense_features(network, IMAGES, "features.1").shape == (2, 8, 16, 24)
+    for layer, shape in (("features.1", (8, 16, 24)), ("features.0.0", (8, 16, 24)), ("permute", (16, 8, 12))):
+        assert dense_features(network, IMAGES, layer).shape == (2, *shape)  # one before, one behind a permutation
     torch.testing.assert_close(dense_features(network, IMAGES).mean((2, 3)), network(IMAGES))
 
 
@@ -126,6 +128,12 @@ def test_maps_come_from_any_checkpoint(tmp_path: Path) -> None:
 def test_what_cannot_be_had_is_one_sentence(name: str, layer: str | int | None, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dense_features(name, IMAGES, layer)
+
+
+@pytest.mark.parametrize("stride", [0, -1, 6])
+def test_a_stride_is_a_power_of_two(stride: int) -> None:
+    with pytest.raises(ConfigError, match="give a power of two"):
+        dense_features("resnet_tiny", IMAGES, output_stride=stride)
 
 
 def test_a_size_that_a_backbone_does_not_take_is_refused_before_there_is_a_run(tmp_path: Path) -> None:

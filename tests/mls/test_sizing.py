@@ -142,7 +142,7 @@ def test_a_run_of_a_folder_keeps_numbers_and_its_resume_chooses_nothing(
     told = capsys.readouterr().err
     assert "sized to 20 images of 36 pixels" in told
     assert "20 images are few" in told
-    assert (run.config.augment.size, run.config.data.batch_size, run.config.run.auto) == (32, 2, [])
+    assert (run.config.augment.size, run.config.data.batch_size, run.config.run.auto) == (32, 8, [])
     assert engine.resume(run, ["engine.keep_last=1"]).config.dictionary == run.config.dictionary
     with pytest.raises(ConfigError, match=r"is a run, no folder of images: `mls pretrain --resume"):
         of_folder([str(run.path)])

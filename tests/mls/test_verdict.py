@@ -112,3 +112,8 @@ def test_a_loss_that_rises_as_a_term_joins_does_not_diverge() -> None:
     run = seen(("objective.method=mls_words",), loss=lambda step: (50 if step >= 700 else 8) - step / 1000, **words)
     assert found(run)["no divergence"].kind == "good"
     assert "the term of words 500.0% of" in found(run)["terms pull"].measured
+    words |= {"chance__words": later(4.6), "floor__words": later(2.6)}
+    for loss, rule in ((4.5, "terms pull"), (4.58, "term inactive")):
+        told = found(seen(("objective.method=mls_words",), **words | {"loss__words": later(loss)}))
+        assert rule in told, (loss, told)
+    assert told["term inactive"].measured == "4.58, chance 4.60, at best 2.60"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import mls
-from mls.config import ScenesConfig
+from mls.config import GridConfig, ScenesConfig
 from mls.core import methods
 from mls.core.methods import words as module
 from mls.core.methods.words import Bags, Words, clustered
@@ -48,14 +48,15 @@ def test_clusters_that_lie_apart_are_found_and_none_stays_empty() -> None:
 def test_of_a_bag_the_largest_shares_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST", 2)
     bags = Bags()
-    bags.keep(torch.tensor([[0.5, 0.1, 0.4], [0.2, 0.2, 0.6]]), None, "data")
+    bags.keep(torch.tensor([[0.5, 0.1, 0.4], [0.2, 0.2, 0.6]]), None, "data", GridConfig())
     found = bags.of(torch.tensor([1, 0]), 3)
     torch.testing.assert_close(found[1], torch.tensor([5 / 9, 0.0, 4 / 9]))
     torch.testing.assert_close(found.sum(dim=1), torch.ones(2))
     torch.testing.assert_close(bags.usual, torch.tensor([0.35, 0.15, 0.5]))
     again = Bags()
     again.load_state_dict(bags.state_dict())
-    assert torch.equal(again.of(torch.tensor([1, 0]), 3), found) and again.images == "data"
+    assert torch.equal(again.of(torch.tensor([1, 0]), 3), found)
+    assert (again.images, again.cut) == ("data", [3, 0.5])
     away = Bags()  # a resume loads to the CPU what a GPU asks for
     away.to("meta")
     away.load_state_dict(bags.state_dict())
@@ -74,7 +75,7 @@ def test_the_term_equals_the_plain_formula() -> None:
     method = built("model.key_norm=none")
     draws = torch.Generator().manual_seed(0)
     bags = torch.rand(64, 12, generator=draws).softmax(dim=1)
-    method.bags.keep(bags, None, "data")
+    method.bags.keep(bags, None, "data", GridConfig())
     ids = torch.arange(8)
     rows = (F.normalize(torch.randn(48, width, generator=draws), dim=1) for width in (64, 16))
     method.dictionary.enqueue(*rows, ids=ids.repeat(6))
@@ -109,7 +110,7 @@ def test_bags_are_of_an_image_s_own_regions_and_controls_are_what_they_say() -> 
     own.bags.images = "other data"  # after a resume with --accept-data
     assert own.refresh(source, QUIET)
     finer = built("objective.regions.grid=2", source=source)  # a branch with another grid: its words are new ones
-    finer.bags.keep(torch.rand(64, 12), own.bags.clusters, own.images)
+    finer.bags.keep(torch.rand(64, 12), own.bags.clusters, own.images, GridConfig())
     assert finer.refresh(source, QUIET)
     ended = built(source=source)  # by a branch, at a step that is not due
     ended.set_progress(step=7, epoch=2, steps_per_epoch=4)

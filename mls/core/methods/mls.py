@@ -100,6 +100,10 @@ class MLS(MoCo):
 
     # ------------------------------------------------------------------------------------------ before the first step
 
+    def refuse(self, source: Source) -> None:
+        if self.regions is not None and self.regions.file is not None:
+            self.regions.check(source)
+
     def build_loss(self) -> losses.Loss:
         return build_loss(self.options, sharded=self.dictionary.sharding.world > 1)
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mls.chunks import chunks, spaced
-from mls.config import Config, WordsOptions
+from mls.config import Config, GridConfig, WordsOptions
 from mls.core.method import Memory, StepOutput
 from mls.core.methods import register
 from mls.core.methods.moco import MoCo, Query
@@ -46,13 +46,21 @@ class Bags:
         self.shares: Float[Tensor, "images kept"] | None = None
         self.clusters: Int64[Tensor, "points"] | None = None  # of the regions that were clustered
         self.usual: Float[Tensor, "words"] | None = None  # the mean bag
+        self.cut: list[float] = []  # how the regions were cut: `regions.grid`, `regions.side`
         self.images = ""  # hash of the data that they are of
         self.device = torch.device("cpu")
 
-    def keep(self, bags: Float[Tensor, "images words"], clusters: Int64[Tensor, "points"] | None, images: str) -> None:
+    def keep(
+        self,
+        bags: Float[Tensor, "images words"],
+        clusters: Int64[Tensor, "points"] | None,
+        images: str,
+        cut: GridConfig,
+    ) -> None:
         shares, words = bags.topk(min(LARGEST, bags.shape[1]), dim=1)
         self.words, self.shares = words.int(), shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-12)
         self.clusters, self.images, self.usual = clusters, images, bags.mean(dim=0)
+        self.cut = [cut.grid, cut.side]
         self.to(self.device)
 
     def of(self, ids: Int64[Tensor, "batch"], count: int) -> Float[Tensor, "batch words"]:
@@ -71,12 +79,12 @@ class Bags:
 
     def state_dict(self) -> dict[str, Any]:
         copies = {name: tensor.cpu().clone() for name, tensor in self.tensors().items()}
-        return {**copies, "images": self.images} if copies else {}
+        return {**copies, "images": self.images, "cut": self.cut} if copies else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("words", "shares", "usual", "clusters"):
             setattr(self, name, state.get(name))
-        self.images = state.get("images", "")
+        self.images, self.cut = state.get("images", ""), state.get("cut", [])
         self.to(self.device)
 
 
@@ -118,6 +126,7 @@ class Words(MoCo):
             assert self.bags.usual is not None
             one_for_all = self.bags.usual.clamp_min(1e-12).log()
             out.scalars["chance/words"] = -(bags * one_for_all).sum(dim=1).mean()
+            out.scalars["floor/words"] = -torch.xlogy(bags, bags).sum(dim=1).mean()  # of a bag told exactly
         return self.options.weight * loss
 
     def set_progress(self, step: int, epoch: int, steps_per_epoch: int) -> None:
@@ -139,7 +148,7 @@ class Words(MoCo):
             bags = self.truth.float() / self.truth.float().sum(dim=1, keepdim=True).clamp_min(1)
         else:
             bags, clusters = self.of_regions(source, clusters, tell)
-        self.bags.keep(bags, clusters, self.images)
+        self.bags.keep(bags, clusters, self.images, options.regions)
         usual = self.bags.usual
         assert usual is not None
         return {"words/used": float(torch.exp(-torch.xlogy(usual, usual).sum()))}  # as many of equal share say as much

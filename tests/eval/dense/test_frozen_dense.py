@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
 from mls.core import matching
-from mls.errors import DataError
+from mls.errors import ConfigError, DataError
 from mls.eval import cells, data, load_protocol
 from mls.eval.dense import maps as extraction
 from mls.eval.dense.prepare import load_images
@@ -295,3 +295,25 @@ def test_a_task_of_pixels_refuses_boxes(tmp_path: Path) -> None:
         cells.run(load_protocol("dense_knn_scenes", ["data.name=scenes_objects"]), "resnet_tiny", root=tmp_path)
     with pytest.raises(DataError, match="task objects cannot use scenes_regions"):
         cells.run(load_protocol("objects_scenes", ["data.name=scenes_regions"]), "resnet_tiny", root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "keys", "message"),
+    [
+        ("saliency_scenes", ["data.size=[4,4]"], "TokenCut cuts maps of two places or more"),
+        ("dense_linear_scenes", ["data.images=1"], "all 1 training images are held out"),
+        ("dense_cluster_scenes", ["probe.clusters=[500]"], "500 clusters need as many patches, there are 160"),
+        ("dense_knn_scenes", ["data.size=[1,1]"], "data.size"),
+    ],
+)
+def test_too_little_is_one_sentence(task: str, keys: list[str], message: str, tmp_path: Path) -> None:
+    few = ["data.scenes.count=20", "data.scenes.test_count=10", "data.size=[32,32]"]
+    with pytest.raises(ConfigError, match=message):
+        cells.run(load_protocol(task, [*few, *keys]), "resnet_tiny", root=tmp_path)
+
+
+def test_more_clusters_than_patches_are_left_out_and_said(tmp_path: Path) -> None:
+    few = ["data.scenes.count=20", "data.scenes.test_count=10", "data.size=[32,32]"]
+    values = cells.run(load_protocol("dense_cluster_scenes", few), "resnet_tiny", root=tmp_path)
+    assert not [name for name in values if name.endswith("_500")] and "miou" in values
+    assert "[500] clusters left out, there are 160 patches" in (tmp_path / "results.jsonl").read_text()
