@@ -190,9 +190,9 @@ def _as_map(backbone: Any, features: Tensor, images: Tensor) -> Map:
         channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # Swin and its like
         return features.permute(0, 3, 1, 2) if channels_last else features
     height, width = images.shape[2:]
-    embedding, tokens = getattr(backbone, "patch_embed", None), features.shape[1]
-    if hasattr(embedding, "dynamic_feat_size"):
-        rows, columns = embedding.dynamic_feat_size((height, width))
+    size_of, tokens = getattr(getattr(backbone, "patch_embed", None), "dynamic_feat_size", None), features.shape[1]
+    if size_of is not None:
+        rows, columns = size_of((height, width))
         if tokens - rows * columns in (0, getattr(backbone, "num_prefix_tokens", 0)):
             return features[:, tokens - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
     found = features[:, getattr(backbone, "num_prefix_tokens", 0) :]  # without class token and registers
