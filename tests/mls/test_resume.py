@@ -213,6 +213,12 @@ def test_resume_refuses_another_configuration_and_names_the_keys(
     assert refused.returncode == 2
     assert "objective.k (5 there, 6 now)" in refused.stderr
     assert "data.workers" not in refused.stderr
+    assert (
+        f"let a new run go on from there: `mls pretrain --resume {tmp_path}/run --from-step 3 objective.k=6"
+        in refused.stderr
+    )
+    wider = mls_command("pretrain", "--resume", str(tmp_path / "run"), "model.projection=32")
+    assert "set these back, or start a new run" in wider.stderr  # which no state of this one fits
     assert Run(tmp_path / "run").config.objective.k == 5  # what was refused was not stored either
 
 

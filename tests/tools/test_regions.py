@@ -49,6 +49,8 @@ def test_lists_and_a_picture_of_a_run_s_own_images(tmp_path: Path, mls_command: 
         "unknown key 'objective.regions.sice' in the command line: did you mean 'objective.regions.size'?"
         in done.stderr
     )
+    done = mls_command("regions", "resnet_tiny", "size=auto", "--dataset", "scenes")
+    assert done.returncode == 2 and "objective.regions.size=auto is for a run" in done.stderr
     done = mls_command("regions", "resnet_tiny")
     assert done.returncode == 2
     assert (
