@@ -434,3 +434,4 @@ def test_lists_of_a_file_are_used_as_they_are_and_no_others(whole: Run, tmp_path
     replace(lists, identity={"images": "others"}).save(file)
     with pytest.raises(DataError, match=r"lists.safetensors are not of the images in scenes: bring back the images"):
         pretrain(tmp_path, "again", given)
+    assert not (tmp_path / "again").exists()  # nothing was trained
