@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mls.config import AugmentConfig
+from mls.config import AugmentConfig, GridConfig
 from mls.core import methods
 from mls.core.matching import Matches
 from mls.core.neighbour_lists import NeighbourLists
@@ -76,7 +76,7 @@ def test_every_recipe_learns_with_its_own_optimizer(name: str) -> None:
         rows_of_images = Matches(torch.arange(100, 164).repeat(16, 1), torch.rand(16, 64).sort(descending=True).values)
         method.regions.lists = NeighbourLists.of(rows_of_images, {})
     if "bags" in method.memories():
-        method.bags.keep(torch.rand(16, method.count), None, "")  # type: ignore[operator, union-attr, arg-type]
+        method.bags.keep(torch.rand(16, method.count), None, "", GridConfig())  # type: ignore[operator, union-attr, arg-type]
     optim.set_lr(optimizer, optim.scaled_lr(config))
     method.set_progress(step=9, epoch=9, steps_per_epoch=1)
     losses, found = [], []

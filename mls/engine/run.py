@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mls.config import Config, ScenesConfig, differences, runs_root, to_yaml
 from mls.engine.events import EventLog
 from mls.errors import CheckpointError, UserError, command
@@ -23,7 +21,6 @@ from mls.files import file_name, runs_folder, sync_folder, write_atomically
 from mls.locks import locked
 from mls.monitor.log import read_metrics
 from mls.recipes import load_config
-from mls.streams import initialisation
 
 
 @dataclass(frozen=True)
@@ -203,7 +200,10 @@ def refuse_another_configuration(stored: Config, now: Config, run: Run, step: in
 
 def _of_one_size(first: Config, second: Config) -> bool:
     """Can one go on from the other's state? On torch's meta device a tensor has a size and no values."""
+    import torch
+
     from mls.core import methods
+    from mls.streams import initialisation
 
     def sizes(config: Config) -> dict[str, Any]:
         with torch.device("meta"), initialisation(0):

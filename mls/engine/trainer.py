@@ -98,8 +98,7 @@ class Trainer:
         # A bad step must leave no trace: batch statistics move in forward, before anyone knows.
         self.buffers = [buffer for buffer in self.method.buffers() if buffer.is_floating_point()]
         self.buffers_before = [buffer.clone() for buffer in self.buffers]
-        self.probes = self.build_probes()
-        self.session = self.build_session()
+        self.session, self.probes = self.build_session(), self.build_probes()
         self.step = 0  # steps taken
         self.window = Window(process.device)
         self.terms: set[str] | None = set()  # parts of the loss that have acted; None: not known of an older checkpoint
