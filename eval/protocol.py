@@ -254,6 +254,12 @@ def scenes_identity(scenes: dict[str, Any]) -> dict[str, Any]:
     return found | ({"objects": True} if "objects" in found else {})
 
 
+def _whole_pixels(protocol: FrozenDense) -> bool:
+    """Is each pixel of a mask drawn, a whole number of times?"""
+    whole = not any(side % protocol.data.scenes.size for side in protocol.data.size)
+    return protocol.data.name.startswith("scenes_") and whole
+
+
 def fingerprint(protocol: AnyProtocol) -> str:
     """Tells two protocols apart; where the data lies and how it is loaded does not count."""
     from mls.core.losses import LOSSES  # loads torch, which a list of protocols does without
@@ -289,6 +295,8 @@ def fingerprint(protocol: AnyProtocol) -> str:
         if protocol.probe.solver == "lbfgs" or protocol.probe.first is None:
             own.discard("first")  # a key that is younger than stored results
         values["probe"] = {key: values["probe"][key] for key in sorted(own)}
+        if protocol.task != "objects" and not _whole_pixels(protocol):  # they once took other pixels of a mask
+            values["squashed"] = "nearest-exact"
     values.pop("seeds")
     values["model"].pop("weights")
     return hashlib.sha256(yaml.safe_dump(values, sort_keys=True).encode()).hexdigest()[:12]

@@ -72,10 +72,8 @@ class Sizes:
 
     @classmethod
     def planned(cls, config: Config, world: int, labels: Tensor | None = None) -> Sizes:
-        """Without making anything: a tensor on torch's meta device has a size and no values."""
-        with torch.device("meta"):
-            method = methods.build(replace(config, model=replace(config.model, weights=None)), image_labels=labels)
-        sizes = cls.of(method, config, 0 if labels is None else labels.nbytes)
+        """Without making anything."""
+        sizes = cls.of(methods.planned(config, labels), config, 0 if labels is None else labels.nbytes)
         return replace(sizes, dictionary=sizes.dictionary // world) if config.dictionary.sharded else sizes
 
     @property

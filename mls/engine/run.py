@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -199,17 +199,10 @@ def refuse_another_configuration(stored: Config, now: Config, run: Run, step: in
 
 
 def _of_one_size(first: Config, second: Config) -> bool:
-    """Can one go on from the other's state? On torch's meta device a tensor has a size and no values."""
-    import torch
-
+    """Can one go on from the other's state?"""
     from mls.core import methods
-    from mls.streams import initialisation
 
-    def sizes(config: Config) -> dict[str, Any]:
-        with torch.device("meta"), initialisation(0):
-            method = methods.build(replace(config, model=replace(config.model, weights=None)))
-        return {name: parameter.shape for name, parameter in method.named_parameters()}
-
+    sizes = lambda config: {name: one.shape for name, one in methods.planned(config).named_parameters()}
     try:
         return first.optim.name == second.optim.name and sizes(first) == sizes(second)
     except Exception:  # a network from elsewhere, a method that needs the labels of the images

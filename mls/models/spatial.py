@@ -190,13 +190,16 @@ def _as_map(backbone: Any, features: Tensor, images: Tensor) -> Map:
         channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"  # Swin and its like
         return features.permute(0, 3, 1, 2) if channels_last else features
     height, width = images.shape[2:]
-    size_of, tokens = getattr(getattr(backbone, "patch_embed", None), "dynamic_feat_size", None), features.shape[1]
-    if size_of is not None:
+    before = getattr(backbone, "num_prefix_tokens", 0)  # the class token and registers
+    grid = split_like(features.shape[1] - before, height / width)
+    size_of = getattr(getattr(backbone, "patch_embed", None), "dynamic_feat_size", None)
+    if size_of is not None:  # of a hybrid it is rounded down
         rows, columns = size_of((height, width))
-        if tokens - rows * columns in (0, getattr(backbone, "num_prefix_tokens", 0)):
-            return features[:, tokens - rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
-    found = features[:, getattr(backbone, "num_prefix_tokens", 0) :]  # without class token and registers
-    return found.transpose(1, 2).unflatten(2, split_like(found.shape[1], height / width))
+        if features.shape[1] == rows * columns:  # what comes before the tokens are put in front
+            before = 0
+        if features.shape[1] - before == rows * columns:
+            grid = rows, columns
+    return features[:, before:].transpose(1, 2).unflatten(2, grid)
 
 
 def split_like(places: int, aspect: float) -> tuple[int, int]:

@@ -10,11 +10,12 @@ from typing import Any
 
 import pyte
 import pytest
+from rich.console import Console
 
 import mls
 from mls.engine.trainer import last_words
 from mls.errors import Stopped
-from mls.progress import TrainingProgress
+from mls.progress import TrainingProgress, for_people
 
 PLACE = re.compile(r" \d+/24  eta (-:--|\d+:\d\d)")
 SHORT = """data.scenes.count=96 data.scenes.test_count=32 data.batch_size=8 dictionary.size=32 objective.k=5
@@ -68,6 +69,18 @@ def test_a_run_shows_step_and_time_left_in_every_frame_and_one_bar_after_ctrl_c(
     known = [any(line.startswith("epoch") and "info_nce" in line for line in frame) for frame in terminal.frames]
     assert all(known[known.index(True) :])
     assert next(line.split("  ")[:2] for line in terminal.frames[-1] if "kNN mAP" in line) == ["epoch 1", "step 12"]
+
+
+@pytest.mark.parametrize(("columns", "chance"), [(80, False), (160, True)])
+def test_where_columns_are_few_chance_goes_before_a_term_does(columns: int, chance: bool) -> None:
+    progress = TrainingProgress(total=24, start=0, title="run", show=False)
+    values = {"loss/info_nce": 4.35, "chance/info_nce": 7.69, "loss/windows": 2.4, "chance/windows": 5.55}
+    progress.epoch, progress.numbers = 6, for_people({**values, "loss/words": 4.73, "chance/words": 4.81})
+    console = Console(file=io.StringIO(), width=columns, color_system=None)
+    console.print(progress)
+    told = console.file.getvalue().splitlines()[-1]  # type: ignore[attr-defined]
+    assert all(term in told for term in ("info_nce 4.350", "windows 2.400", "words 4.730"))
+    assert ("(chance 4.81)" in told) == chance
 
 
 def test_the_last_words_give_numbers_and_commands_to_paste(synthetic_run: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from mls.config import OBJECTIVES, Config, ObjectiveConfig
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from mls.core.method import Method, StepOutput
     from mls.models import Precision
 
-__all__ = ["Method", "StepOutput", "build", "find", "names", "register"]
+__all__ = ["Method", "StepOutput", "build", "find", "names", "planned", "register"]
 
 # Of the methods that are not in a file of their own name.
 FILES = {"knn_moco": "mls", "mls_words": "words", "supervised": "controls"}
@@ -55,6 +56,16 @@ def build(config: Config, precision: Precision = "fp32", image_labels: Tensor | 
 
         checkpoint_blocks(method.backbone)
     return method
+
+
+def planned(config: Config, image_labels: Tensor | None = None) -> Method:
+    """Without making anything: a tensor on torch's meta device has a size and no values."""
+    import torch
+
+    from mls.streams import initialisation
+
+    with torch.device("meta"), initialisation(0):
+        return build(replace(config, model=replace(config.model, weights=None)), image_labels=image_labels)
 
 
 def __getattr__(name: str) -> object:

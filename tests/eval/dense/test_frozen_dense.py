@@ -44,6 +44,14 @@ def test_a_fit_that_the_first_epochs_do_not_choose_for_keeps_its_stored_results(
     assert fingerprint(load_protocol("dense_linear_scenes")) != before
 
 
+def test_a_mask_of_which_pixels_are_left_out_has_results_of_its_own() -> None:
+    """Fingerprints are those of the program that took the pixel at the floor."""
+    assert fingerprint(load_protocol("dense_knn_scenes", ["data.size=[64,64]"])) == "2fcaee9d3055"
+    assert fingerprint(load_protocol("dense_knn_scenes", ["data.size=[48,64]"])) != "fdd09a0ac2fa"
+    assert fingerprint(load_protocol("dense_knn_camvid")) != "2f2e0d63260d"
+    assert fingerprint(load_protocol("objects_scenes", ["data.size=[48,64]"])) == "f6575a0419b1"
+
+
 def hummingbird(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, side: int, k: int) -> torch.Tensor:
     """open-hummingbird-eval (hbird_eval.py), step by step: `_create_memory`, `_find_nearest_key_to_query`,
     `_cross_attention`, `evaluate`. Maps are [images, dim, rows, columns], labels [images, height, width]."""
