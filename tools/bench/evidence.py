@@ -32,6 +32,7 @@ WORDS, OTHER_WORDS = "+ own words", "+ words of other images"
 MLS_WORDS = ("objective.method=mls_words", "objective.weight=10")  # as mls_words_scenes_tiny
 PLAIN = ("objective.windows.count=0",)  # an arm without windows has nothing to share with the others
 SMALL_CROPS = ("augment.small_crops=2", "augment.small_size=16", "augment.small_scale=[0.14,0.39]")  # as the windows
+FINER = ("objective.regions.grid=5", "objective.regions.side=0.35")
 CONTROL = ("objective.labels_from=backbone",)  # as many rows as the lists give, without making lists
 # Each question's arms; those of ALWAYS are in all of them.
 ARMS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -47,6 +48,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
         "supervised": ("objective.method=supervised", *PLAIN),
     },
     "better": {
+        "own, 5 × 5 of 0.35": FINER,
         "own, k 10": ("objective.k=10",),
         "own, k 20": ("objective.k=20",),
         "own, less its own similarity": ("objective.regions.novelty=0.5",),
@@ -62,6 +64,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
     "words": {
         WORDS: MLS_WORDS,
         OTHER_WORDS: (*MLS_WORDS, "objective.pseudo_labels=random"),
+        "own words, 5 × 5 of 0.35": (*MLS_WORDS, *FINER),
         "+ true labels as words": (*MLS_WORDS, "objective.pseudo_labels=oracle"),
     },
     "windows": {
