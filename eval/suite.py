@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-from mls.errors import CheckpointError, ConfigError, DataError, unknown_name
+from mls.errors import CheckpointError, ConfigError, DataError, MissingLibrary, unknown_name
 from mls.eval.cells import Evaluation, Measured, evaluation, over_seeds, validated, values_over_seeds
 from mls.eval.protocol import load_protocol
 from mls.eval.weights import check_weights, is_name, public_name
@@ -124,8 +124,12 @@ def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], 
     say_once = lru_cache(maxsize=None)(say)  # columns may share their runs
     done: dict[tuple[str | None, ...], list[Measured]] = {}
     for row in found.rows:
-        if row.ours and row.weights:
-            check_weights(row.weights)  # before others train for hours
+        try:
+            if row.ours and row.weights:
+                check_weights(row.weights)  # before others train for hours
+        except MissingLibrary as error:
+            found.absent[row.name] = str(error)
+            say(f"{row.name}: left out. {error}")
 
     for column in columns:
         for row in found.rows:
@@ -143,10 +147,15 @@ def run(suite: Suite, root: Path, part: Part = EVERYTHING, say: Callable[[str], 
                     say(f"{column.name}: left out. {error}")
                 found.missing[column.name] = str(error)
                 break
-            except CheckpointError as error:
+            except (CheckpointError, MissingLibrary) as error:
                 found.absent[row.name] = str(error)
                 say(f"{row.name}: left out. {error}")
                 continue
+            of_any_number, _, number = column.metric.rpartition("_")
+            if column.metric not in measured[0].values and number.isdigit() and of_any_number in measured[0].values:
+                found.missing[column.name] = f"the test images have fewer than {number} patches"
+                say(f"{column.name}: left out. {found.missing[column.name]}")
+                break
             if column.metric not in measured[0].values:
                 raise unknown_name(f"metric of column {column.name}", column.metric, measured[0].values)
             values = values_over_seeds(measured)[column.metric]

@@ -38,6 +38,10 @@ class ConfigError(UserError):
     """A configuration that cannot work: unknown key, wrong type, impossible combination."""
 
 
+class MissingLibrary(ConfigError):
+    """It asks for a library that comes along only where it is asked for."""
+
+
 class DataError(UserError):
     """A data set that is missing, empty, too small or too broken."""
 

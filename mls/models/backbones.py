@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision_resnet
 
-from mls.errors import CheckpointError, ConfigError, reason, unknown_name
+from mls.errors import CheckpointError, ConfigError, MissingLibrary, reason, unknown_name
 from mls.plugins import Registry
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
@@ -69,7 +69,7 @@ def _timm(name: str) -> Any:
     try:
         import timm
     except ImportError:
-        raise ConfigError(f'model.backbone=timm:{name} needs timm: pip install "mls[timm]"') from None
+        raise MissingLibrary(f'{name} is a network of timm: pip install "mls[timm]"') from None
     if not timm.is_model(name):
         raise unknown_name("timm backbone", name, timm.list_models(f"*{name[:6]}*") or timm.list_models("resnet*"))
     return timm

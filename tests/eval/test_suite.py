@@ -1,5 +1,6 @@
 """Protocols and suites that ship with mls, and what a suite does: run, resume, leave out what has no data."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -284,3 +285,18 @@ def test_mistakes_are_one_sentence(tmp_path: Path) -> None:
         load_suite(tmp_path / "suite.yaml")
     with pytest.raises(DataError, match="nothere"):
         cells.run(load_protocol("spml_voc2012", [f"data.root={tmp_path / 'nothere'}"]), "random", root=tmp_path)
+
+
+def test_rows_of_a_missing_library_and_columns_of_more_clusters_than_patches_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    monkeypatch.setenv("MLS_CACHE", str(tmp_path / "cache"))
+    few = ["data.scenes.count=20", "data.scenes.test_count=5", "features.device=cpu"]
+    told: list[str] = []
+    suite = load_suite("scenes_frozen_dense")
+    part = Part(seeds=1, only=["random", "random, ViT"], overrides=few)
+    found = suite_module.run(suite, tmp_path, part, told.append)
+    assert found.absent == {"random, ViT": 'vit_tiny_patch16_224 is a network of timm: pip install "mls[timm]"'}
+    assert found.missing == {"500 clusters mIoU": "the test images have fewer than 500 patches"}
+    assert len(told) == 2 and ("random", "clusters mIoU") in found.values
