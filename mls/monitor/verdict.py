@@ -154,7 +154,10 @@ def _settled_loss(seen: Seen) -> list[float]:
     begins = full[0] if full else 0
     for term in TERMS:
         joined = [step for step, value in seen.series.get(f"loss/{term}", ()) if value is not None]
-        begins = max(begins, joined[0] if joined else 0)
+        if (
+            joined and points and joined[0] > points[0][0]
+        ):  # a row is the mean since the one before: of that one partly without it
+            begins = max(begins, joined[0] + 1)
     return [value for step, value in points if step >= begins]
 
 
