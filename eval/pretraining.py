@@ -177,7 +177,7 @@ def _second_process(rows: Mapping[str, Pretraining], seeds: int, root: Path) -> 
 def _finish_all(cells: Sequence[Pretraining], root: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     with (
-        open(root / "second_process.log", "a") as log,
+        open(root / "second_process.log", "a", buffering=1) as log,  # whole lines, whenever it is ended
         contextlib.redirect_stdout(log),
         contextlib.redirect_stderr(log),
     ):
