@@ -68,6 +68,7 @@ YOUNGER_AT |= {("optim", "layer_decay"): 1.0, ("model", "drop_path"): 0.0, ("mod
 YOUNGER = {
     "info_nce_weight",
     "windows",
+    "label_windows",
     "regions",
     "oracle_share",
 }  # keys of objective.* that stored results do not know

@@ -226,9 +226,23 @@ class MoCoOptions(ObjectiveConfig):
             )
 
 
+@dataclass(frozen=True)
+class LabelledOptions(MoCoOptions):
+    """Of methods with a term of pseudo-labels beside InfoNCE."""
+
+    label_windows: bool = False  # windows are queries of that term, too
+
+    def check(self, config: Config) -> None:
+        super().check(config)
+        if self.label_windows and not self.windows.count:
+            raise ConfigError(
+                "objective.label_windows=true has no windows to label: set objective.windows.count=2 or so"
+            )
+
+
 @_objective("mls")
 @dataclass(frozen=True)
-class MLSOptions(MoCoOptions):
+class MLSOptions(LabelledOptions):
     method: str = "mls"
     k: int = positive(20)
     weight: float = zero_or_more(0.5)  # the paper's lambda
@@ -258,7 +272,7 @@ class MLSOptions(MoCoOptions):
 
 @_objective("mls_words")
 @dataclass(frozen=True)
-class WordsOptions(MoCoOptions):
+class WordsOptions(LabelledOptions):
     method: str = "mls_words"
     words: int = limited(128, low=2)  # clusters of the regions of all images: the classes
     sharpness: float = positive(0.1)  # temperature of a region's softmax over the words

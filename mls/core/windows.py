@@ -38,11 +38,13 @@ class WindowTerm(nn.Module):
 
     def forward(
         self, pair: EncoderPair[Encoder], key_norm: KeyNorm, views: Views, order: Tensor
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "windows projection"], float]:
-        """The loss, u1 and the loss of a network that cannot tell anything from anything."""
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "windows features"], Float[Tensor, "windows projection"], float]:
+        """The loss, the features that it comes from, u1, and the loss of a network that cannot tell anything from
+        anything."""
         count, options = self.options.count, self.options
         first, second = torch.cat(views.images[-2 * count : -count]), torch.cat(views.images[-count:])
-        u1 = F.normalize(pair.query(first, self.heads.query)[1], dim=1)
+        features, projection = pair.query(first, self.heads.query)
+        u1 = F.normalize(projection, dim=1)
         with torch.no_grad():
             (u2,) = key_norm(lambda images: pair.key(images, self.heads.key)[1:], second, order)
             keys, owners = gather([F.normalize(u2, dim=1), views.ids.repeat(count)])  # of all processes
@@ -51,4 +53,5 @@ class WindowTerm(nn.Module):
         if not options.same_image:
             others = own[:, None] != torch.arange(len(owners), device=own.device)
             logits = logits.masked_fill(others & (owners[own, None] == owners), -torch.inf)
-        return F.cross_entropy(logits, own), u1, math.log(len(keys) - (0 if options.same_image else count - 1))
+        chance = math.log(len(keys) - (0 if options.same_image else count - 1))
+        return F.cross_entropy(logits, own), features, u1, chance

@@ -42,6 +42,10 @@ class Encoder(nn.Module):
             projection = (head or self.head)(feature)
         return feature.float(), projection.float()  # everything after the network is done in fp32
 
+    def projected(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch projection"]:
+        with torch.autocast(features.device.type, dtype=self.reduced, enabled=self.reduced is not None):
+            return self.head(features).float()
+
     def spatial(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> tuple[

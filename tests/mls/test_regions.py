@@ -298,6 +298,31 @@ def test_positives_are_rows_of_listed_images_and_controls_choose_as_many() -> No
     assert 1 < found.float().mean() < 6 and len(set(found.tolist())) > 1
 
 
+@pytest.mark.parametrize("classify_with", ["projection", "backbone"])
+def test_windows_are_queries_of_the_same_labels_if_asked(classify_with: str) -> None:
+    views, keys = views_of(), ["objective.normalise=positives", f"objective.classify_with={classify_with}"]
+    without = method_of(*keys).eval()(views)
+    method = method_of("objective.label_windows=true", *keys).eval()
+    out = method(views)
+    rows = getattr(method.dictionary.rows(), classify_with)
+    losses = []
+    for images in views.images[2:4]:
+        g1, z1 = (F.normalize(one, dim=1).detach() for one in method.pair.query(images))
+        logits = (z1 if classify_with == "projection" else g1) @ rows.T / 0.2
+        for query, matched in enumerate(without.matched_ids.tolist()):  # type: ignore[union-attr]
+            positives = [one for one in matched if one >= 0]
+            labels = torch.zeros(32).index_fill_(0, torch.tensor(positives), 1.0)  # row i is of image i
+            entries = F.binary_cross_entropy_with_logits(logits[query], labels, reduction="sum")
+            losses.append(float(entries) / len(positives))
+    term = method.options.weight * np.mean(losses)
+    assert term > 0.1
+    assert out.loss.item() == pytest.approx(without.loss.item() + term, rel=1e-5)
+    method.warming_up = True
+    assert method(views).loss.item() < without.loss.item()
+    with pytest.raises(ConfigError, match="label_windows=true has no windows to label: set objective.windows.count=2"):
+        method_of("objective.label_windows=true", "objective.windows.count=0")
+
+
 def test_soft_weights_are_those_of_the_plain_formula() -> None:
     views, losses = views_of(), {}
     for soft in (0.0, 0.3):

@@ -91,6 +91,21 @@ def test_the_term_equals_the_plain_formula() -> None:
     assert out.loss.item() == pytest.approx((out.parts["info_nce"] + out.parts["words"]).item(), rel=1e-6)
 
 
+def test_each_window_tells_its_image_s_bag_if_asked() -> None:
+    draws, losses, bags = torch.Generator().manual_seed(0), {}, torch.rand(64, 12).softmax(dim=1)
+    images = [torch.randn(8, 3, size, size, generator=draws) for size in (32, 32, 16, 16, 16, 16)]
+    views = Views(images, [torch.rand(8, 4)] * 6, torch.arange(8))
+    for labelled in (False, True):
+        method = built("objective.windows.count=2", f"objective.label_windows={labelled}", "model.key_norm=none").eval()
+        method.bags.keep(bags, None, "data", GridConfig())
+        losses[labelled] = method(views).loss.item()
+    expected = 0.0
+    for windows in images[2:4]:
+        shares = method.classifier(10 * F.normalize(method.backbone(windows), dim=1)).softmax(dim=1).detach()
+        expected -= float((bags[:8] * shares.log()).sum()) / 16
+    assert losses[True] - losses[False] == pytest.approx(method.options.weight * expected, rel=1e-4)
+
+
 def test_bags_are_of_an_image_s_own_regions_and_controls_are_what_they_say() -> None:
     source = ScenesSource(ScenesConfig(count=64, test_count=16))
     own, random, oracle = (built(*one, source=source) for one in ((), (RANDOM,), (ORACLE,)))

@@ -60,6 +60,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
         "own, LL-R": ("objective.loss=ll_r",),
         "own, EM": ("objective.loss=em",),
         "own, two-way": ("objective.loss=two_way", "objective.normalise=mean"),
+        "own, windows labelled too": ("objective.label_windows=true",),
     },
     "words": {
         WORDS: MLS_WORDS,
@@ -81,7 +82,7 @@ ARMS: dict[str, dict[str, tuple[str, ...]]] = {
 ALWAYS = (WINDOWS, OWN, ORACLE)
 # Keys of objective.* that act once labels do; all others act from the first step on.
 LATE = {"k", "weight", "loss", "options", "normalise", "labels_from", "classify_with", "regions"}
-LATE |= {"pseudo_labels", "oracle_share"}
+LATE |= {"pseudo_labels", "oracle_share", "label_windows"}
 QUIET = ("monitor.knn_every_epochs=0", "monitor.linear_every_epochs=0", "monitor.moments=0", "engine.threads=1")
 QUICK = ("data.scenes.count=1536", "data.scenes.test_count=500", "optim.epochs=4", "dictionary.size=1024")
 QUICK += ("objective.warmup_epochs=2", "objective.regions.every_epochs=1")

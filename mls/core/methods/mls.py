@@ -36,6 +36,7 @@ class MLS(MoCo):
     def __init__(self, config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> None:
         super().__init__(config, precision, image_labels)
         self.options: MLSOptions = cast(MLSOptions, config.objective)
+        self.label_windows = self.options.label_windows
         self.info_nce_weight = self.options.info_nce_weight
         self.regions = RegionLabels(config, precision) if self.options.labels_from == "regions" else None
         self.control = control(config, self.dictionary, image_labels)  # pseudo-labels that are no method, or None

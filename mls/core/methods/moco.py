@@ -54,6 +54,7 @@ class Keys:
 class MoCo(MomentumMethod):
     info_nce_weight = 1.0  # MLS lets it be chosen
     term = "multi_label"  # the part of the loss beside InfoNCE, where a method has one
+    label_windows = False  # are windows queries of that term, too?
 
     def __init__(self, config: Config, precision: Precision = "fp32", image_labels: Tensor | None = None) -> None:
         super().__init__(config, precision, image_labels)
@@ -106,17 +107,24 @@ class MoCo(MomentumMethod):
                 out.scalars["chance/info_nce"] = self.chance(rows, keys, views)
                 out.scalars["cosine/own_key"] = own_key.mean().detach()
         if self.windows is not None:
-            self.add_windows(self.windows, views, out)
+            self.add_windows(self.windows, rows, views, out)
         out.scalars["loss"] = out.loss.detach()
         return out
 
-    def add_windows(self, term: WindowTerm, views: Views, out: StepOutput) -> None:
-        order = self.order("window order", self.options.windows.count * len(views.ids))
-        loss, u1, chance = term(self.pair, self.key_norm, views, order)
+    def add_windows(self, term: WindowTerm, rows: QueriedRows, views: Views, out: StepOutput) -> None:
+        count = self.options.windows.count
+        order = self.order("window order", count * len(views.ids))
+        loss, features, u1, chance = term(self.pair, self.key_norm, views, order)
         out.loss = out.loss + self.options.windows.weight * loss
         out.outputs.append(u1)
         out.parts["windows"] = self.options.windows.weight * loss
         out.scalars |= {"loss/windows": loss.detach(), "chance/windows": loss.new_tensor(chance)}
+        if not self.label_windows:
+            return
+        for g1, z1 in zip(features.chunk(count), self.pair.query.projected(features).chunk(count), strict=True):
+            labelled = self.beside_info_nce(Query(F.normalize(g1, dim=1), F.normalize(z1, dim=1)), rows, views, None)
+            if labelled is not None:
+                out.loss = out.loss + labelled / count
 
     def negatives(self, query: Query, rows: QueriedRows, keys: Keys, views: Views) -> Float[Tensor, "batch"]:
         """The log-sum-exp of the logits of each query's negatives."""

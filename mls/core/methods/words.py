@@ -96,6 +96,7 @@ class Words(MoCo):
         super().__init__(config, precision, image_labels)
         self.precision: Precision = precision
         self.options: WordsOptions = cast(WordsOptions, config.objective)
+        self.label_windows = self.options.label_windows
         self.truth = image_labels if self.options.pseudo_labels == "oracle" else None
         if self.options.pseudo_labels == "oracle" and image_labels is None:
             raise ConfigError("objective.pseudo_labels=oracle needs images with labels: this source has none")
