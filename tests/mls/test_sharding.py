@@ -45,6 +45,7 @@ CASES = {
     "MoCo": ["objective.method=moco_v2"],
     "small crops": [],
     "regions and windows": ["objective.labels_from=regions", "objective.regions.soft=0.5", "objective.windows.count=1"],
+    "labelled windows": ["objective.windows.count=1", "objective.label_windows=true"],
 }
 
 
@@ -202,7 +203,7 @@ def step(method: MoCo, views: Views) -> tuple[Any, list[torch.Tensor]]:
 
 
 def compare(case: str) -> dict[str, Any]:
-    views = views_of(distributed.rank(), crops=2 if case in ("small crops", "regions and windows") else 0)
+    views = views_of(distributed.rank(), crops=2 if case == "small crops" or "windows" in case else 0)
     plain, sharded = (method_of(*CASES[case], f"dictionary.sharded={flag}") for flag in ("false", "true"))
     (first, gradients), (second, others) = step(plain, views), step(sharded, views)
     saved, same = (
