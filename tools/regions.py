@@ -4,9 +4,10 @@ pseudo-labels from, and pictures of the regions that matched and of those that a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mls.config import AugmentConfig, Config, GridConfig, MLSOptions, RegionsConfig, WordsOptions
     from mls.core.neighbour_lists import NeighbourLists
     from mls.data import Source
+    from mls.engine import Run
     from mls.frozen.match_picture import Pixels, RegionPair
     from mls.models import Backbone
 
@@ -33,6 +35,10 @@ def regions(
     ] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Folder, list, COCO, VOC, shards or scenes; default: the run's data.")
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(metavar="RUN|WEIGHTS", help="Another network: cosines of regions are averaged. May be repeated."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -63,23 +69,28 @@ def regions(
 
         mls regions mls_regions_coco_r50 --cost 118287
 
+        mls regions runs/my-run --also runs/other-seed grid=5 side=0.35 --out of-two.safetensors
+
         mls regions runs/with-words --words words.png
     """
     if cost is not None:
         return _tell_cost(weights, options or [], cost)
     if words is not None:
         return _draw_words(weights, words)
-    _write_lists(weights, options or [], dataset, out, picture)
+    _write_lists([weights, *(also or [])], options or [], dataset, out, picture)
 
 
-def _write_lists(weights: str, options: list[str], dataset: str | None, out: Path | None, picture: Path | None) -> None:
+def _write_lists(
+    names: list[str], options: list[str], dataset: str | None, out: Path | None, picture: Path | None
+) -> None:
     from mls.files import check_picture, place_for, save_picture
     from mls.frozen.match_picture import draw_pairs
 
     check_picture(picture or Path("pairs.png"))
-    weights, backbone, augment, wanted, source = _given(weights, options, dataset)
-    lists, features = _neighbours(backbone, augment, wanted, source, weights)
-    file = place_for("neighbours.safetensors", out, weights)
+    wanted, source = _given(names[0], options, dataset)
+    teachers = [_teacher(name) for name in names]
+    lists, features = _neighbours(teachers, wanted, source)
+    file = place_for("neighbours.safetensors", out, teachers[0].name)
     lists.save(file)
     print(f"{file}: {lists.ids.shape[1]} neighbours of each of {len(source):,} images, by {wanted.grid**2} regions")
     if source.labels is not None:
@@ -153,8 +164,43 @@ def _megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
+class Teacher(NamedTuple):
+    name: str  # of the weights; the folder of a run
+    backbone: Backbone
+    augment: AugmentConfig
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        from mls.frozen.features import hash_of_weights
+
+        augment = self.augment
+        statistics = {"mean": [*augment.mean], "std": [*augment.std], "grey": augment.grey == 1}
+        return {"weights": hash_of_weights(self.backbone), "name": self.name, **statistics}
+
+
+def _teacher(weights: str) -> Teacher:
+    from mls.frozen.neighbours import Embedder
+    from mls.models import load_backbone
+
+    run = _run(weights)
+    if run is not None:
+        return Teacher(str(run.path), load_backbone(str(run.path)), run.config.augment)
+    embedder = Embedder.of(weights)
+    return Teacher(weights, embedder.network, embedder.augment)  # pyright: ignore[reportArgumentType]
+
+
+def _run(weights: str) -> Run | None:
+    from mls.engine import Run
+    from mls.errors import UserError
+
+    try:
+        return Run.open(weights)
+    except UserError:
+        return None
+
+
 def _neighbours(
-    backbone: Backbone, augment: AugmentConfig, options: RegionsConfig, source: Source, name: str
+    teachers: Sequence[Teacher], options: RegionsConfig, source: Source
 ) -> tuple[NeighbourLists, Float[Tensor, "images regions dim"]]:
     """The lists with all that they follow from, and the features of all regions."""
     from mls.core.neighbour_lists import NeighbourLists
@@ -162,50 +208,40 @@ def _neighbours(
     from mls.data.loader import worker_count
     from mls.data.sources import hash_of_images
     from mls.distributed import start
-    from mls.frozen.features import hash_of_weights
     from mls.progress import counting
 
     workers = worker_count(None) if len(source) > 2000 else 0
-    encoder = RegionEncoder.fitted(backbone, source, augment, options, start().device, workers=workers)
-    with counting(f"regions of {source.name}", 2 * len(source)) as advance:
-        tell = lambda what, done, of: advance(done + of * (what == "neighbours"))
-        found, features = neighbours_of_all(encoder, source, options, tell)
+    fitted = lambda one: RegionEncoder.fitted(
+        one.backbone, source, one.augment, options, start().device, workers=workers
+    )
+    encoders = [fitted(teacher) for teacher in teachers]
+    regions = len(teachers) * len(source)
+    with counting(f"regions of {source.name}", regions + len(source)) as advance:
+        tell = lambda what, done, of: advance(done + regions * (what == "neighbours"))
+        found, features = neighbours_of_all(encoders, source, options, tell)
     keys = {key: value for key, value in asdict(options).items() if key not in NOT_OPTIONS}
-    identity = {"images": hash_of_images(source), "weights": hash_of_weights(backbone), "name": name, **keys}
-    identity |= {"mean": [*augment.mean], "std": [*augment.std], "grey": augment.grey == 1}
+    first, *others = (teacher.identity for teacher in teachers)
+    identity = {"images": hash_of_images(source), **keys, **first} | ({"also": others} if others else {})
     return NeighbourLists.of(found, identity, most_alike(features, found.indices)), features.cpu()
 
 
-def _given(
-    weights: str, options: list[str], dataset: str | None
-) -> tuple[str, Backbone, AugmentConfig, RegionsConfig, Source]:
-    """The weights, or the run's folder. Of a run what its configuration says; of other weights the defaults."""
+def _given(weights: str, options: list[str], dataset: str | None) -> tuple[RegionsConfig, Source]:
+    """Of a run what its configuration says; of other weights the defaults."""
     from mls.config import MLSOptions, RegionsConfig, WordsOptions
-    from mls.engine import Run
-    from mls.errors import ConfigError, UserError
-    from mls.frozen.neighbours import Embedder
-    from mls.models import load_backbone
+    from mls.errors import ConfigError
     from mls.recipes import load_config
     from mls.tools.neighbours import weights_and_source
 
-    weights, source = weights_and_source(weights, dataset)
-    try:
-        config = Run.open(weights).config
-    except UserError:
-        config = None
-    overrides = [f"objective.regions.{option}" for option in options]
-    labelled = config is not None and isinstance(config.objective, (MLSOptions, WordsOptions))
-    own = asdict(config.objective.regions if labelled else RegionsConfig())  # type: ignore[union-attr]
+    _, source = weights_and_source(weights, dataset)
+    run = _run(weights)
+    objective = None if run is None else run.config.objective
+    own = asdict(objective.regions if isinstance(objective, (MLSOptions, WordsOptions)) else RegionsConfig())
     before = [f"objective.regions.{key}={value}" for key, value in own.items() if key not in NOT_OPTIONS]
-    given = load_config("mls_coco_r50", [*before, *overrides])
+    given = load_config("mls_coco_r50", [*before, *(f"objective.regions.{option}" for option in options)])
     if given.run.auto:
         raise ConfigError(f"{given.run.auto[0]}=auto is for a run, which is sized to its images: give a number")
-    objective = given.objective
-    assert isinstance(objective, MLSOptions)
-    if config is not None:
-        return weights, load_backbone(weights), config.augment, objective.regions, source
-    embedder = Embedder.of(weights)
-    return weights, embedder.network, embedder.augment, objective.regions, source  # pyright: ignore[reportReturnType]
+    assert isinstance(given.objective, MLSOptions)
+    return given.objective.regions, source
 
 
 def _overlap(labels: Tensor, lists: NeighbourLists) -> str:

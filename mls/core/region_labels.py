@@ -52,7 +52,7 @@ class RegionLabels:
             return {}
         augment, workers = self.config.augment, worker_count(self.config.data.workers)
         encoder = RegionEncoder.fitted(backbone, source, augment, self.options, self.device, self.precision, workers)
-        found, features = neighbours_of_all(encoder, source, self.options, tell)
+        found, features = neighbours_of_all([encoder], source, self.options, tell)
         before, self.least = self.lists, None
         identity = {"step": step, "images": self.images}
         self.lists = NeighbourLists.of(found, identity, most_alike(features, found.indices))

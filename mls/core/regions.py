@@ -221,24 +221,34 @@ def relative_spread(features: Float[Tensor, "images regions dim"], whole: Float[
 
 
 def features_of_all(
-    encoder: RegionEncoder, source: Source, tell: Tell
+    encoders: Sequence[RegionEncoder], source: Source, tell: Tell
 ) -> tuple[Float[Tensor, "images regions dim"], Int64[Tensor, "share"]]:
-    """Each process works out its share; and which images these are, the last ones maybe repeated."""
+    """Each process works out its share; and which images these are, the last ones maybe repeated. Of several encoders
+    side by side, so that a product of two regions is the mean of their cosines."""
     share = -(-len(source) // world())
     own = torch.arange(rank() * share, (rank() + 1) * share).clamp(max=len(source) - 1)
-    (features,) = gather([encoder(source, own.tolist(), tell)])
-    return features[: len(source)], own
+
+    def by(number: int, encoder: RegionEncoder) -> Float[Tensor, "images regions dim"]:
+        return encoder(source, own.tolist(), lambda what, done, of: tell(what, number * of + done, len(encoders) * of))
+
+    features = side_by_side([by(number, encoder) for number, encoder in enumerate(encoders)])
+    return gather([features])[0][: len(source)], own
+
+
+def side_by_side(features: Sequence[Tensor]) -> Tensor:
+    """Of unit length where each is."""
+    return torch.cat([*features], dim=-1) / math.sqrt(len(features))
 
 
 def neighbours_of_all(
-    encoder: RegionEncoder, source: Source, options: RegionsConfig, tell: Tell
+    encoders: Sequence[RegionEncoder], source: Source, options: RegionsConfig, tell: Tell
 ) -> tuple[Matches, Float[Tensor, "images regions dim"]]:
     """For each image of a data set those of the highest score; and the features of all. Each process does its share."""
     images = len(source)
-    features, own = features_of_all(encoder, source, tell)
+    features, own = features_of_all(encoders, source, tell)
     count, whole, weight = min(options.neighbours, images - 1), None, 0.0
     if options.novelty:
-        (whole,) = gather([encoder.whole_images(source, own.tolist())])
+        (whole,) = gather([side_by_side([one.whole_images(source, own.tolist()) for one in encoders])])
         whole = whole[:images]
         weight = options.novelty * relative_spread(features, whole)
     found = nearest_images(features, own.to(features.device), count, tell, whole, weight)

@@ -192,9 +192,26 @@ def test_region_features_are_centred_whitened_and_of_the_windows() -> None:
     with torch.no_grad():
         expected = encoder.network((grey - 0.5) / 0.25)[0] - encoder.mean
     torch.testing.assert_close(raw[4 * 3 + 3], expected[0], atol=1e-4, rtol=1e-4)
-    found, _ = neighbours_of_all(encoder, source, options, QUIET)
+    found, _ = neighbours_of_all([encoder], source, options, QUIET)
     assert found.indices.shape == (100, 9)
     assert not (found.indices == torch.arange(100)[:, None]).any()
+
+
+def test_of_several_networks_the_cosines_of_regions_are_averaged() -> None:
+    config, source = load_config(RECIPE), ScenesSource(ScenesConfig(count=20, test_count=8))
+    options = replace(config.objective.regions, grid=2, side=0.5, whiten=4, neighbours=19)  # type: ignore[attr-defined]
+    fitted = lambda width: RegionEncoder.fitted(TinyResNet(width), source, config.augment, options, torch.device("cpu"))
+    encoders, told = [fitted(4), fitted(8)], []
+    found, _ = neighbours_of_all(encoders, source, options, lambda *done: told.append(done))
+    of_both = torch.stack([encoder(source, range(20)) for encoder in encoders])
+    cosines = torch.einsum("nard,nbsd->abrs", of_both, of_both) / 2  # [images, images, regions, regions]
+    scores = cosines.amax(dim=3).mean(dim=2) + cosines.amax(dim=2).mean(dim=2)
+    torch.testing.assert_close(found.scores, scores.gather(1, found.indices), atol=1e-5, rtol=0)
+    assert (found.scores.diff(dim=1) <= 1e-6).all()
+    assert told == [("regions", 20, 40), ("regions", 40, 40), ("neighbours", 20, 20)]
+    whole = replace(options, novelty=0.5)
+    encoders = [replace(encoder, whole=encoder.network) for encoder in encoders]
+    assert not torch.equal(neighbours_of_all(encoders, source, whole, QUIET)[0].indices, found.indices)
 
 
 # --------------------------------------------------------------------------------------------------------------- lists

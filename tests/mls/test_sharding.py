@@ -263,7 +263,7 @@ def neighbours() -> bool:
     config = load_config("mls_regions_scenes_tiny", ["objective.regions.neighbours=4", "objective.regions.grid=3"])
     source, options = ScenesSource(ScenesConfig(count=11, test_count=2)), config.objective.regions
     encoder = RegionEncoder.fitted(TinyResNet(width=4), source, config.augment, options, torch.device("cpu"))
-    found, features = neighbours_of_all(encoder, source, options, lambda *done: None)
+    found, features = neighbours_of_all([encoder], source, options, lambda *done: None)
     alone = nearest_images(encoder(source, range(11)), torch.arange(11), 4, lambda *done: None)
     same = features.shape == (11, 9, 16) and torch.equal(found.indices, alone.indices)
     return same and (found.scores - alone.scores).abs().max().item() < 1e-5

@@ -41,6 +41,12 @@ def test_lists_and_a_picture_of_a_run_s_own_images(tmp_path: Path, mls_command: 
     assert re.fullmatch(r"overlap of true labels: 0.\d{3} of the first 1, 0.\d{3} of the first 5; by chance .*", second)
     with Image.open(third) as drawn:
         assert drawn.size == (2 * MARGIN + 4 * (2 * WHOLE + 3 * GAP), 2 * MARGIN + 6 * (WHOLE + 18 + GAP))
+    assert "also" not in found.identity
+    done = mls_command("regions", str(run.path), "--also", "resnet_tiny", *options)
+    assert done.returncode == 0, done.stderr
+    of_two = NeighbourLists.open(lists)
+    assert [other["name"] for other in of_two.identity["also"]] == ["resnet_tiny"]
+    assert of_two.identity["weights"] == found.identity["weights"] and not torch.equal(of_two.ids, found.ids)
     done = mls_command("regions", str(run.path), "--words", str(tmp_path / "words.png"))
     assert done.returncode == 2 and f"{run.path} has no visual words of its own" in done.stderr
     done = mls_command("regions", "resnet_tiny", "sice=16", "--dataset", "scenes")

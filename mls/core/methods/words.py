@@ -164,7 +164,7 @@ class Words(MoCo):
         encoder = RegionEncoder.fitted(
             self.pair.key.backbone, source, config.augment, options.regions, device, self.precision, workers
         )
-        features, _ = features_of_all(encoder, source, tell)
+        features, _ = features_of_all([encoder], source, tell)
         some = features[spaced(len(source), CLUSTERED)].flatten(0, 1).cpu()
         if clusters is not None and len(clusters) != len(some):  # a branch with another grid
             clusters = None
