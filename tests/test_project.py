@@ -11,6 +11,7 @@ import pytest
 
 import mls
 import mls.eval
+from mls.core.methods import names
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -57,3 +58,8 @@ def test_the_package_holds_its_rooms_and_its_types() -> None:
     assert {entry.value for entry in entry_points(group="console_scripts") if entry.name == "mls"} == {
         "mls.tools.cli:main"
     }
+
+
+def test_the_page_of_methods_has_them_all() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == names()
