@@ -32,8 +32,8 @@ PAPER = Config()  # its values are the largest that a rule chooses
 ON_GPU = 4_000_000  # images that a GPU's run sees: 200 epochs of 20,000
 ON_CPU = 250_000  # images of 32 × 32: `mls_scenes_tiny` trains on 780 a second with two free cores (its recipe)
 SHORT = 10_000  # steps below which a run needs a quicker key encoder and later pseudo-labels
-# Of 224 × 224 in a ResNet-50 in bf16: twice what the backward pass keeps of an image (findings.kept_of_image: 42 MiB), the
-# other half for views, keys and workspaces. Not tried on a GPU.
+# Of 224 × 224 in a ResNet-50 in bf16: twice what the backward pass keeps of an image (findings.kept_of_image: 42 MiB),
+# the other half for views, keys and workspaces. Not tried on a GPU.
 IMAGES_PER_GIB = 12
 
 
