@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from mls.frozen.features import embed
 from mls.frozen.metrics import mean_average_precision
 from mls.frozen.probe import knn_scores, linear_probe
 from mls.frozen.untrained import untrained
+from mls.locks import locked
 from mls.models import load_backbone
 from mls.monitor.dense import DenseProbe
 from mls.recipes import applicable, load_config
@@ -121,7 +123,8 @@ class Pretraining(Cell):
     def run(self, root: Path, quiet: bool) -> Run:
         """The finished run, trained now or found."""
         config = self.placed(root, self.name)
-        if self.trunk is not None and not (root / self.name / "config.yaml").is_file():
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"  # several processes train it whole, which gives the same run
+        if self.trunk is not None and alone and not (root / self.name / "config.yaml").is_file():
             parent = self.trunk.up_to(self.trunk_steps, root, quiet)
             create_branch(parent, self.trunk_steps, [f"run.name={self.name}", f"run.root={root}"], config)
         return engine.finish(config, quiet)
@@ -130,12 +133,14 @@ class Pretraining(Cell):
         """The run with a checkpoint of this step, where it stops."""
         run, config = Run(root / self.name), self.placed(root, self.name)
         reached = lambda: steps in Checkpoints(run.checkpoints, 1).steps()
-        try:
-            if not reached():
-                engine.finish(replace(config, engine=replace(config.engine, max_steps=steps)), quiet)
-        except Stopped:
-            if not reached():
-                raise
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root / f".{self.name}.lock", f"{run.path} is being trained", wait=True):  # other arms share it
+            try:
+                if not reached():
+                    engine.finish(replace(config, engine=replace(config.engine, max_steps=steps)), quiet)
+            except Stopped:
+                if not reached():
+                    raise
         return run
 
 

@@ -408,7 +408,7 @@ class EngineConfig:
     checkpoint_minutes: float = positive(10.0)  # and after so many minutes at the latest: what a kill -9 may cost
     keep_last: int = positive(2)
     milestone_epochs: int | None = zero_or_more(None)  # also keep a checkpoint every n epochs for good
-    max_steps: int | None = zero_or_more(None)  # stop after this step of the schedule, as if interrupted there
+    max_steps: int | None = positive(None)  # stop after this step of the schedule, as if interrupted there
     max_bad_steps: int = positive(5)  # non-finite steps in a row before giving up
     timeout_minutes: float = limited(30.0, above=0, high=10_000)  # a process or data worker silent so long is lost
     deterministic: bool = False  # only algorithms that give the same bits each time, on a GPU too; slower

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -112,6 +112,9 @@ def _joined(numbers: Mapping[str, str]) -> str:
 NAMES = {
     "loss/info_nce": "info_nce",
     "loss/windows": "windows",
+    "loss/dense": "dense",
+    "loss/grouping": "grouping",
+    "loss/slots": "slots",
     "loss/multi_label": "multi_label",
     "loss/words": "words",
     "knn/map": "kNN mAP",
@@ -127,6 +130,7 @@ NAMES = {
 CHANCE = {
     "loss/info_nce": "chance/info_nce",
     "loss/windows": "chance/windows",
+    "loss/dense": "chance/dense",
     "loss/multi_label": "loss/multi_label_random_rows",
     "loss/words": "chance/words",
     "labels/overlap": "labels/overlap_chance",
@@ -137,14 +141,21 @@ CHANCE = {
 WORDS = {"random_rows": "random rows", "untrained": "untrained"}
 
 
+def names_of(logged: Collection[str]) -> dict[str, str]:
+    """What is told of a log: each term of the loss, or the loss where it has no terms."""
+    return NAMES if any(name in logged for name in NAMES if name.startswith("loss/")) else {"loss": "loss", **NAMES}
+
+
 def for_people(values: Mapping[str, float]) -> dict[str, str]:
     """The few numbers of a log line that are worth a glance, beside what they are by chance: a loss of a network that
     tells nothing apart, the multi-label loss of random rows as positives.
 
     >>> for_people({"loss/info_nce": 5.0, "chance/info_nce": 7.69, "lr": 0.1})
     {'info_nce': '5.000 (chance 7.69)'}
+    >>> for_people({"loss": 0.5, "lr": 0.1})
+    {'loss': '0.500'}
     """
-    numbers = {short: f"{values[name]:.3f}" for name, short in NAMES.items() if name in values}
+    numbers = {short: f"{values[name]:.3f}" for name, short in names_of(values).items() if name in values}
     for name, by_chance in CHANCE.items():
         if name in values and by_chance in values:
             word = next((word for end, word in WORDS.items() if by_chance.endswith(end)), "chance")
@@ -162,7 +173,7 @@ def summary(rows: Sequence[Mapping[str, float | None]]) -> list[list[str]]:
     [['info_nce', '6.000', '5.000', '7.620'], ['kNN mAP', '0.374', '0.374', '']]
     """
     found = []
-    for name, short in NAMES.items():
+    for name, short in names_of({name for row in rows for name in row}).items():
         values = [value for row in rows if (value := row.get(name)) is not None]
         by_chance = [value for row in rows if (value := row.get(CHANCE.get(name, ""))) is not None]
         if values and name != "dictionary/fill":

@@ -99,10 +99,16 @@ class NeighbourLists:
         return float(self.scores.flatten().float().topk(above).values[-1])
 
     def among(
-        self, queries: Int64[Tensor, "batch"], rows: Int64[Tensor, "rows"], k: int, least: float | None = None
+        self,
+        queries: Int64[Tensor, "batch"],
+        rows: Int64[Tensor, "rows"],
+        k: int,
+        least: float | None = None,
+        epoch: int | None = None,
     ) -> Matches:
         """Of rows that belong to the images `rows`, up to k whose images are in a query's list, best first; with
-        `least` all that reach this score. The score of a place that stands for no row is -inf.
+        `least` all that reach this score. The score of a place that stands for no row is -inf. `epoch`: after how many
+        rows an image may come again; by default when all have come.
 
         >>> found = Matches(torch.tensor([[2, 1], [2, 0]]), torch.tensor([[0.9, 0.5], [0.8, 0.5]]))
         >>> lists = NeighbourLists.of(found, {})
@@ -114,7 +120,7 @@ class NeighbourLists:
         sorted_rows = rows[order]
         first, last = (torch.searchsorted(sorted_rows, wanted, right=right) for right in (False, True))
         # An image that is several times among the rows, which a dictionary longer than an epoch has.
-        times = torch.arange(len(rows) // len(self.ids) + 2, device=rows.device)
+        times = torch.arange(len(rows) // (epoch or len(self.ids)) + 2, device=rows.device)
         places = first[:, :, None] + times  # [batch, neighbours, times]
         there = places < last[:, :, None]
         if least is not None:

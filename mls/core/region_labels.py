@@ -16,7 +16,7 @@ from mls.core.matching import Matches
 from mls.core.neighbour_lists import NeighbourLists
 from mls.core.regions import RegionEncoder, Tell, due, most_alike, neighbours_of_all
 from mls.data import Source
-from mls.data.loader import worker_count
+from mls.data.loader import whole_batches, worker_count
 from mls.data.sources import hash_of_images
 from mls.errors import CheckpointError, DataError
 from mls.models import Backbone, Precision
@@ -40,7 +40,8 @@ class RegionLabels:
         if self.options.choose == "threshold" and self.least is None:  # k of the dictionary's rows on average
             average = self.objective.k * len(self.lists.ids) / self.config.dictionary.size
             self.least = self.lists.least(average)
-        return self.lists.among(queries, rows, self.objective.k, self.least)
+        epoch = max(1, whole_batches(len(self.lists.ids), self.config)) * self.config.data.batch_size
+        return self.lists.among(queries, rows, self.objective.k, self.least, epoch)
 
     def refresh(
         self, backbone: Backbone, source: Source, step: int, steps_per_epoch: int, tell: Tell

@@ -134,7 +134,8 @@ class Session:
         (code, due), self._agreement = self._agreement, None
         step, every = self.training.step, self.saving and self.saving.steps
         self.progress.step(step)
-        if code or milestone or (not doubtful and (due or (every and step % every == 0))):
+        asked = milestone or (not doubtful and (due or (every and step % every == 0)))
+        if asked or (code and self.saved_step != step):  # after a refresh that a signal ended the step is saved already
             self.save(milestone)
         if code:
             self._settle()

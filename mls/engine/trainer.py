@@ -56,6 +56,7 @@ from mls.recipes import from_dict
 from mls.streams import derive
 from mls.tables import markdown_table
 
+LEAST_SCALE = 2.0**-10  # of fp16's loss; it begins at 2**16
 MOST_LABELS = 250_000_000  # images × classes whose labels are held for monitoring: a gigabyte
 
 
@@ -202,9 +203,7 @@ class Trainer:
             self.skip_step(epoch, micro_batches)
         else:
             self.bad_in_a_row = 0
-            self.clip_gradient()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            self.step_optimizer()
             if logging and self.process.main:
                 with self.window.measuring():
                     self.window.labels = self.label_quality(outputs[0])
@@ -326,6 +325,17 @@ class Trainer:
     def momentum(self, step: int) -> float:
         first, last = self.config.model.momentum, self.config.model.final_momentum
         return first if last is None else between(step, self.total, first, last)
+
+    def step_optimizer(self) -> None:
+        """fp16's scaler leaves steps out while it looks for a scale that no gradient overflows with. Where gradients
+        are not finite at any scale there is none."""
+        self.clip_gradient()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            raise DivergedError(
+                f"fp16 has found no scale with finite gradients up to step {self.step}: {self.remedy_for_divergence()}"
+            )
 
     def clip_gradient(self) -> None:
         if (most := self.config.optim.clip_norm) is None:

@@ -36,6 +36,8 @@ class KeyNorm:
             mode = "split"
         self.mode = mode
         self.group = group
+        if mode == "sync" and network is not None:
+            share_statistics(network)
 
     def __call__(self, encode: Encode, images: Tensor, stream: torch.Generator | Tensor) -> tuple[Tensor, ...]:
         """`stream` must be the same on all processes: random numbers, or an order of all images that is drawn already
@@ -92,12 +94,15 @@ class _SharedNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(x)
         dims = [d for d in range(x.dim()) if d != 1]
         wide = x.float()
-        mean, square = distributed.mean(torch.stack([wide.mean(dims), wide.square().mean(dims)]))
-        variance = square - mean.square()
+        mean = distributed.mean(wide.mean(dims))
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        variance = distributed.mean((wide - mean.view(shape)).square().mean(dims))
         count = x.numel() / x.shape[1] * distributed.world()
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance * count / (count - 1), share)
         return F.batch_norm(x, mean, variance, self.weight, self.bias, training=False, eps=self.eps)
 
 

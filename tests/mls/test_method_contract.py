@@ -2,6 +2,7 @@
 and the rest of mls asks them nothing that they do not have."""
 
 import ast
+import math
 from pathlib import Path
 
 import pytest
@@ -63,11 +64,12 @@ def test_a_method_without_a_memory_says_nothing_of_one(tiny: list[str]) -> None:
     assert not [name for row in run.metrics() for name in row if "dictionary" in name or "labels" in name]
 
 
-def test_densecl_equals_the_plain_formula() -> None:
-    config = load_config(
-        "mls_scenes_tiny",
-        ["objective.method=densecl", "dictionary.size=32", "data.batch_size=4", "model.projection=16"],
-    )
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("own_rows", ["keep", "exclude"])
+def test_densecl_equals_the_plain_formula(in_batch: bool, own_rows: str) -> None:
+    keys = ["objective.method=densecl", "dictionary.size=32", "data.batch_size=4", "model.projection=16"]
+    keys += [f"objective.in_batch_negatives={in_batch}", f"dictionary.own_rows={own_rows}"]
+    config = load_config("mls_scenes_tiny", keys)
     method = methods.build(config).eval()
     stream = torch.Generator().manual_seed(0)
     rows = [F.normalize(torch.randn(32, dim, generator=stream), dim=1) for dim in (16, 128)]
@@ -76,18 +78,26 @@ def test_densecl_equals_the_plain_formula() -> None:
         [torch.randn(4, 3, 32, 32, generator=stream) for _ in range(2)], [torch.zeros(4, 4)] * 2, torch.arange(4)
     )
     with torch.no_grad():
-        loss = method(views).loss
-        (z1, c1, d1), (z2, c2, d2) = method.pair.query(views.images[0]), method.pair.key(views.images[1])
-    expected = 0.0
+        out = method(views)
+        (z1, c1, d1, _), (z2, c2, d2, _) = method.pair.query(views.images[0]), method.pair.key(views.images[1])
+        # DenseCL's own key of a crop: its cells' projections pooled before they have unit length.
+        maps = method.pair.key.dense_head(method.pair.key.encoder.spatial(views.images[1])[2])
+    pooled, expected, count = F.normalize(maps.mean((2, 3)), dim=1), 0.0, 0.0
+    torch.testing.assert_close(out.keys["dense"], pooled)
     for image in range(4):
-        logits = torch.cat([(z1[image] @ z2[image])[None], rows[0] @ z1[image]]) / 0.2
+        held = [row for row in range(32) if row != image or own_rows == "keep"]  # row i is of image i
+        others = [other for other in range(4) if other != image and in_batch]
+        whole, dense = (torch.cat([rows[n][held], keys[others]]) for n, keys in ((0, z2), (1, pooled)))
+        logits = torch.cat([(z1[image] @ z2[image])[None], whole @ z1[image]]) / 0.2
         expected += 0.5 * -logits.log_softmax(0)[0].item() / 4
+        count += math.log(len(logits)) / 4
         cells = len(c1[image])
         for cell in range(cells):
             match = int((c2[image] @ c1[image, cell]).argmax())
-            logits = torch.cat([(d1[image, cell] @ d2[image, match])[None], rows[1] @ d1[image, cell]]) / 0.2
+            logits = torch.cat([(d1[image, cell] @ d2[image, match])[None], dense @ d1[image, cell]]) / 0.2
             expected += 0.5 * -logits.log_softmax(0)[0].item() / (4 * cells)
-    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    assert out.loss.item() == pytest.approx(expected, abs=1e-5)
+    assert out.scalars["chance/info_nce"].item() == out.scalars["chance/dense"].item() == pytest.approx(count, abs=1e-6)
 
 
 def test_slotcon_equals_the_official_steps_in_plain_loops() -> None:

@@ -28,7 +28,7 @@ from mls.streams import derive, generator
 
 
 class DenseEncoder(nn.Module):
-    """Images to z, to the backbone's cells and to the cells' own projections d, all of unit length."""
+    """Images to z, to the backbone's cells, to the cells' own projections d and to these pooled, all of unit length."""
 
     def __init__(self, encoder: Encoder, width: int) -> None:
         super().__init__()
@@ -36,11 +36,12 @@ class DenseEncoder(nn.Module):
         features = encoder.backbone.feature_dim
         self.dense_head = nn.Sequential(nn.Conv2d(features, features, 1), nn.ReLU(), nn.Conv2d(features, width, 1))
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _, z, maps = self.encoder.spatial(images)
         cells = maps.flatten(2).transpose(1, 2)  # [batch, cells, features]
         dense = self.dense_head(maps).float().flatten(2).transpose(1, 2)  # [batch, cells, width]
-        return F.normalize(z, dim=1), F.normalize(cells, dim=2), F.normalize(dense, dim=2)
+        pooled = dense.mean(dim=1)
+        return F.normalize(z, dim=1), F.normalize(cells, dim=2), F.normalize(dense, dim=2), F.normalize(pooled, dim=1)
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,8 @@ class DenseCL(Method):
     def forward(self, views: Views) -> StepOutput:
         temperature, share = self.options.temperature, self.options.dense_weight
         rows = self.dictionary.rows()
-        z1, cells1, d1 = self.pair.query(views.images[0])
-        z2, cells2, d2 = self.encode_keys(views.images[1])
+        z1, cells1, d1, _ = self.pair.query(views.images[0])
+        z2, cells2, d2, pooled = self.encode_keys(views.images[1])
 
         negatives = log_sum_exp(z1, rows.projection, temperature)  # [batch]
         whole = info_nce_of_logits((z1 * z2).sum(1) / temperature, negatives)
@@ -89,7 +90,6 @@ class DenseCL(Method):
 
         loss = (1 - share) * whole + share * dense
         values = {"loss": loss, "loss/info_nce": whole, "loss/dense": dense}
-        pooled = F.normalize(d2.mean(dim=1), dim=1)
         keys = gather([z2, pooled, views.ids, views.boxes[1]])
         named = dict(zip(("projection", "dense", "ids", "boxes"), keys, strict=True))
         return StepOutput(loss, {name: value.detach() for name, value in values.items()}, keys=named)

@@ -12,7 +12,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mls.config import Config, DenseCLOptions
@@ -21,7 +21,8 @@ from mls.core.health import collapse_measures
 from mls.core.losses.contrastive import info_nce_of_logits
 from mls.core.method import Method, StepOutput
 from mls.core.methods import register
-from mls.core.products import log_sum_exp
+from mls.core.products import OwnRows, log_sum_exp
+from mls.core.queried_rows import QueriedRows
 from mls.data import Views
 from mls.distributed import gather
 from mls.errors import ConfigError
@@ -31,7 +32,7 @@ from mls.streams import generator, initialisation
 
 
 class DenseEncoder(nn.Module):
-    """Images to z, to the backbone's cells and to the cells' own projections d, all of unit length."""
+    """Images to z, to the backbone's cells, to the cells' own projections d and to these pooled, all of unit length."""
 
     def __init__(self, encoder: Encoder, width: int) -> None:
         super().__init__()
@@ -39,11 +40,12 @@ class DenseEncoder(nn.Module):
         features = encoder.backbone.feature_dim
         self.dense_head = nn.Sequential(nn.Conv2d(features, features, 1), nn.ReLU(), nn.Conv2d(features, width, 1))
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         _, z, maps = self.encoder.spatial(images)
         cells = maps.flatten(2).transpose(1, 2)  # [batch, cells, features]
         dense = self.dense_head(maps).float().flatten(2).transpose(1, 2)  # [batch, cells, width]
-        return F.normalize(z, dim=1), F.normalize(cells, dim=2), F.normalize(dense, dim=2)
+        pooled = dense.mean(dim=1)
+        return F.normalize(z, dim=1), F.normalize(cells, dim=2), F.normalize(dense, dim=2), F.normalize(pooled, dim=1)
 
 
 @register("densecl", DenseCLOptions)
@@ -70,23 +72,35 @@ class DenseCL(Method):
 
     def forward(self, views: Views) -> StepOutput:
         temperature, share = self.options.temperature, self.options.dense_weight
-        rows = self.dictionary.rows()
-        z1, cells1, d1 = self.pair.query(views.images[0])
-        z2, cells2, d2 = self.encode_keys(views.images[1])
+        z1, cells1, d1, _ = self.pair.query(views.images[0])
+        z2, cells2, d2, pooled = self.encode_keys(views.images[1])
+        gathered = gather([z2, pooled, views.ids, views.boxes[1]])
+        keys: dict[str, Tensor] = dict(zip(("projection", "dense", "ids", "boxes"), gathered, strict=True))
 
-        negatives = log_sum_exp(z1, rows.projection, temperature)  # [batch]
+        negatives, chance = self.negatives("projection", z1, views.ids, keys)  # [batch]
         whole = info_nce_of_logits((z1 * z2).sum(1) / temperature, negatives)
         match = (cells1.detach() @ cells2.transpose(1, 2)).argmax(dim=2)  # [batch, cells]
         positive = d2.gather(1, match[:, :, None].expand_as(d1))  # [batch, cells, width]
-        negatives = log_sum_exp(d1.flatten(0, 1), rows.dense, temperature)  # [batch · cells]
+        of_cells = views.ids.repeat_interleave(d1.shape[1])
+        negatives, _ = self.negatives("dense", d1.flatten(0, 1), of_cells, keys)  # [batch · cells]
         dense = info_nce_of_logits((d1 * positive).sum(2).flatten() / temperature, negatives)
 
         loss = (1 - share) * whole + share * dense
         values = {"loss": loss, "loss/info_nce": whole, "loss/dense": dense}
-        pooled = F.normalize(d2.mean(dim=1), dim=1)
-        keys = gather([z2, pooled, views.ids, views.boxes[1]])
-        named = dict(zip(("projection", "dense", "ids", "boxes"), keys, strict=True))
-        return StepOutput(loss, {name: value.detach() for name, value in values.items()}, keys=named)
+        values |= {"chance/info_nce": chance, "chance/dense": chance}
+        return StepOutput(loss, {name: value.detach() for name, value in values.items()}, keys=keys)
+
+    def negatives(
+        self, memory: str, query: Float[Tensor, "queries dim"], ids: Int64[Tensor, "queries"], keys: dict[str, Tensor]
+    ) -> tuple[Float[Tensor, "queries"], Float[Tensor, ""]]:
+        """The log-sum-exp of the logits of each query's negatives, and the loss if nothing is told apart."""
+        temperature, own_keys = self.options.temperature, OwnRows(ids, keys["ids"])
+        rows = QueriedRows(self.dictionary, ids, self.config.dictionary.own_rows == "exclude")
+        found, count = rows.logsumexp(memory, query, temperature), 1.0 + rows.counts
+        if self.options.in_batch_negatives:
+            found = torch.logaddexp(found, log_sum_exp(query, keys[memory], temperature, own_keys))
+            count = count + len(keys["ids"]) - own_keys.counts()
+        return found, count.log().mean()
 
     @torch.no_grad()
     def encode_keys(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -191,6 +191,8 @@ class KnnMoCo(MLS):
     def build_loss(self) -> losses.Loss:
         if self.options.normalise != "mean":
             raise ConfigError("objective.method=knn_moco has its own mean: use objective.normalise=mean")
+        if self.options.labels_from == "regions" and self.options.regions.soft:
+            raise ConfigError("objective.method=knn_moco weighs its positives alike: use objective.regions.soft=0")
         if self.dictionary.sharding.world > 1:
             raise ConfigError("objective.method=knn_moco needs all rows at once: use dictionary.sharded=false")
         return losses.build("softmax", **self.options.options)

@@ -61,11 +61,11 @@ class MoCo(MomentumMethod):
         self.options = cast(MoCoOptions, config.objective)
         self.pair = build_pair(config.model, config.run.seed, precision)
         self.key_norm = KeyNorm(config.model.key_norm, config.model.key_group, self.pair.key)
-        if self.key_norm.mode == "sync":
-            share_statistics(self.pair.key)
         windows = self.options.windows
         model, width = config.model, self.backbone.feature_dim
         self.windows = WindowTerm(windows, model, width, config.run.seed) if windows.count else None
+        if self.windows is not None and self.key_norm.mode == "sync":
+            share_statistics(self.windows.heads.key)
         self.dictionary = Dictionary(
             config.dictionary.size,
             storage=config.dictionary.storage,
@@ -73,7 +73,7 @@ class MoCo(MomentumMethod):
             backbone=self.backbone.feature_dim,
             projection=config.model.projection,
         )
-        images = config.data.batch_size // config.engine.accumulate
+        images = config.data.batch_size // config.engine.accumulate // self.ordered_together()
         self.orders: dict[tuple[str, int], Tensor] = {}
         for purpose, count in (("key order", images), ("window order", images * windows.count)):
             self.orders[purpose, count] = self.drawn(purpose, count)
@@ -157,12 +157,16 @@ class MoCo(MomentumMethod):
         return keys, slice(rank() * len(z2), (rank() + 1) * len(z2))
 
     def order(self, purpose: str, images: int) -> Int64[Tensor, "all"]:
-        """Of the images of all processes in this step. The same on every process, and a resume goes on where it was:
-        all know how many enqueues there were. Kept, since torch.compile can follow no generator."""
-        key = purpose, images * world()
+        """Of the images that the key encoder sees in one order in this step. The same on every process, and a resume
+        goes on where it was: all know how many enqueues there were. Kept: torch.compile can follow no generator."""
+        key = purpose, images * world() // self.ordered_together()
         if key not in self.orders:
             self.orders[key] = self.drawn(*key)
         return self.orders[key]
+
+    def ordered_together(self) -> int:
+        """Processes each of which puts its own images in order; 1: those of all are exchanged."""
+        return 1 if self.key_norm.mode == "shuffle" else world()
 
     def drawn(self, purpose: str, count: int) -> Int64[Tensor, "all"]:
         return torch.randperm(count, generator=generator(self.config.run.seed, purpose, self.dictionary.count))
