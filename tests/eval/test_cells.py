@@ -1,5 +1,7 @@
 """Cells of tables: which are found again, which are measured, in which order."""
 
+import subprocess
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 
 from mls.config import to_yaml
+from mls.engine import Run
 from mls.errors import ConfigError
 from mls.eval import load_protocol
 from mls.eval.cells import Cell, config_hash, evaluation, over_seeds
@@ -128,3 +131,29 @@ def test_a_row_that_goes_on_from_a_shared_start_equals_one_trained_from_its_own(
     start = tmp_path / trunk.name
     assert sorted(file.name for file in (start / "checkpoints").iterdir()) == ["step-00000002.pt"]
     assert not (start / "DONE").exists()
+
+
+HOLD = """import pathlib, sys, time
+from mls.locks import locked
+with locked(pathlib.Path(sys.argv[1]), "held"):
+    print("held", flush=True)
+    time.sleep(2)
+"""
+
+
+def test_a_start_that_another_process_trains_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = [*FEW, "data.scenes.count=64", "data.batch_size=16", "dictionary.size=64", *QUIET]
+    trunk = Pretraining("start", "moco_v2_scenes_tiny", few, own_scenes=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / f".{trunk.name}.lock"], stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        trunk.up_to(2, tmp_path, quiet=True)
+        assert other.poll() == 0, "it was not waited for"
+    assert "waiting until it has ended" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")  # each of several processes would make the branch
+    monkeypatch.setattr("mls.eval.pretraining.create_branch", lambda *given: pytest.fail("a branch was made"))
+    monkeypatch.setattr("mls.engine.finish", lambda config, quiet: Run(tmp_path / config.run.name))
+    assert replace(trunk, row="own", trunk=trunk, trunk_steps=2).run(tmp_path, quiet=True).path.name.startswith("own-")

@@ -46,6 +46,7 @@ def test_defaults_are_the_papers() -> None:
         ("k", "'k' is not an override: write key=value"),
         ("dictionary.size=64", "dictionary.size 64 is smaller than the batch 128: raise dictionary.size"),
         ("objective.k=5000", "objective.k 5000 is larger than dictionary.size 2048: lower objective.k"),
+        ("engine.max_steps=0", "engine.max_steps is 0: it must be greater than 0"),
         ("engine.accumulate=3", "data.batch_size 128 does not divide into engine.accumulate 3"),
         ("objective.temperature=0", "objective.temperature is 0.0: it must be greater than 0"),
         ("augment.flip=1.5", "augment.flip is 1.5: it must lie between 0 and 1"),

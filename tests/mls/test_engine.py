@@ -277,6 +277,20 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(tiny: list[str]) -> None
         poisoned(config, steps={4, 5, 6}).train()
 
 
+def test_fp16_that_finds_no_scale_ends_the_run(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scaler leaves out each step with a gradient that is not finite, and says nothing."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0, enabled=True))
+    config = mls.load_config("mls_scenes_tiny", [*tiny, "optim.epochs=1"])
+    trainer = Trainer(config, Run.create(config), distributed.start("cpu"), quiet=True)
+    weight = next(parameter for parameter in trainer.method.parameters() if parameter.requires_grad)
+    before = weight.detach().clone()
+    weight.register_hook(lambda gradient: gradient * torch.nan)
+    with pytest.raises(DivergedError, match="fp16 has found no scale with finite gradients up to step 12: lower optim"):
+        trainer.train()
+    assert torch.equal(weight, before)
+
+
 def test_a_run_is_not_overwritten(tiny: list[str]) -> None:
     config = mls.load_config("mls_scenes_tiny", [*tiny, "run.name=same"])
     Run.create(config)

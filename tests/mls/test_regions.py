@@ -294,6 +294,20 @@ def views_of() -> Views:
     return Views(images, [torch.zeros(8, 4)] * 6, torch.arange(32, 40))
 
 
+def test_an_image_is_found_as_often_as_it_lies_among_the_rows() -> None:
+    """Each epoch leaves out its last, incomplete batch, so that an image may come more often than the whole data set
+    fits among the rows."""
+    method = method_of("dictionary.size=256", "data.batch_size=32")  # one batch of 40 images is an epoch
+    assert method.regions is not None and method.regions.lists is not None
+    ids, query = torch.arange(32).repeat(8), torch.tensor([35])
+    wanted = method.regions.lists.ids[35].long()
+    found = method.regions.among(query, ids)
+    method.regions.least = -1.0
+    every = Positives.of(method.regions.among(query, ids)).counts()
+    assert int(every) == int((ids[:, None] == wanted).sum()) > 40
+    assert (found.scores[0] > -math.inf).all()
+
+
 def test_positives_are_rows_of_listed_images_and_controls_choose_as_many() -> None:
     method, views = method_of(), views_of()
     matched = method(views).matched_ids
@@ -365,6 +379,13 @@ def test_soft_weights_are_those_of_the_plain_formula() -> None:
     assert abs(total[0.0] - total[0.3]) > 1e-3
     with pytest.raises(ConfigError, match="objective.regions.soft weighs single entries, objective.loss=softmax has"):
         method_of("objective.regions.soft=1", "objective.loss=softmax", "objective.normalise=mean")
+    with pytest.raises(ConfigError, match="knn_moco weighs its positives alike: use objective.regions.soft=0"):
+        method_of(
+            "objective.regions.soft=1",
+            "objective.method=knn_moco",
+            "objective.loss=softmax",
+            "objective.normalise=mean",
+        )
 
 
 SHORT = """data.scenes.count=64 data.scenes.test_count=16 data.batch_size=16 dictionary.size=48 objective.k=5
@@ -418,11 +439,12 @@ def test_a_signal_while_neighbours_are_found_is_heeded_and_they_are_found_by_the
 
     monkeypatch.setattr(TrainingProgress, "note", note)
     with pytest.raises(Stopped, match="stopped after step 8 of 12, everything is saved"):
-        pretrain(tmp_path, "stopped")
+        pretrain(tmp_path, "stopped", "engine.milestone_epochs=1", "engine.keep_last=1")
     run = mls.resume(tmp_path / "stopped", quiet=True)
     assert told == ["regions", "neighbours", "regions", "regions", "neighbours"]
     assert neighbours_of(run)["identity"] == neighbours_of(whole)["identity"]
     assert torch.equal(neighbours_of(run)["ids"], neighbours_of(whole)["ids"])
+    assert Checkpoints(run.checkpoints, 1).steps() == [4, 8, 12], "the epoch's milestone is one still"
 
 
 def test_lists_are_made_anew_and_noted(whole: Run) -> None:

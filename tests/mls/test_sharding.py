@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from mls import distributed
 from mls.config import ScenesConfig
@@ -29,6 +30,7 @@ from mls.engine import Run
 from mls.engine.checkpoint import Checkpoints
 from mls.errors import ConfigError
 from mls.models.backbones import TinyResNet
+from mls.models.norm import share_statistics
 from mls.recipes import load_config
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -106,6 +108,14 @@ def test_every_process_holds_its_part_and_the_saved_rows_are_those_of_the_whole(
 
 def test_processes_find_together_the_neighbours_that_one_finds(compared: list[dict[str, Any]]) -> None:
     assert all(found["neighbours"] and found["words"] for found in compared)
+
+
+def test_keys_are_normalised_as_asked_on_every_process(compared: list[dict[str, Any]]) -> None:
+    for found in compared:
+        assert found["norms"]["split"]
+        assert found["norms"]["sync"] <= 1e-3  # of values of 1; in fp32 inputs of 300 ± 0.05 are exact to 2e-5
+        assert found["norms"]["statistics"] <= 1e-3
+        assert found["norms"]["window head"] == "SharedNorm1d"
 
 
 def test_a_gradient_through_gather_and_totals_is_that_of_the_plain_sum(compared: list[dict[str, Any]]) -> None:
@@ -280,12 +290,37 @@ def words() -> bool:
     return found.shape == (11, 8) and all(torch.equal(found, one) for one in everyone.split(11))
 
 
+def norms() -> dict[str, Any]:
+    """Split groups are each process' own; shared statistics are torch's of all images, also as a plain mean over calls
+    and where the mean is thousands of times the deviation."""
+    rank, world = distributed.rank(), distributed.world()
+    keys = ["objective.windows.count=1", "objective.windows.size=16", "model.key_group=2"]
+    split, views = method_of("model.key_norm=split", *keys), views_of(rank, crops=2)
+    losses = [step(split, views)[0].loss for _ in range(2)]
+    everyone = 300 + 0.05 * torch.randn(world * 6, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    plain, shared = (nn.BatchNorm2d(3, momentum=None) for _ in range(2))
+    share_statistics(shared)
+    for _ in range(2):
+        expected, found = plain(everyone).chunk(world)[rank], shared(everyone.chunk(world)[rank])
+    statistics = [(plain.state_dict()[name] - value).abs().max() for name, value in shared.state_dict().items()]
+    sync = method_of("model.key_norm=sync", "model.head_norm=batch", *keys)
+    assert sync.windows is not None
+    (head,) = {type(one).__name__ for one in sync.windows.heads.key.modules() if isinstance(one, nn.BatchNorm1d)}
+    return {
+        "split": all(bool(loss.isfinite()) for loss in losses),
+        "sync": (expected - found).abs().max().item(),
+        "statistics": max(float(one) for one in statistics),
+        "window head": head,
+    }
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     process = distributed.start("cpu")
     results: dict[str, Any] = {case: compare(case) for case in CASES}
     results["exchange"], results["neighbours"], results["words"] = exchange(), neighbours(), words()
     results["gathered"], results["collectives"] = gather()
+    results["norms"] = norms()
     (Path(sys.argv[1]) / f"{process.rank}.json").write_text(json.dumps(results))
     distributed.barrier()
     distributed.stop()
