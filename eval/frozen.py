@@ -117,12 +117,13 @@ def _knn(protocol: Frozen, split: Split, seed: int, progress: Progress) -> Probe
     settings, train, test = protocol.probe, split.train, split.test
     options = {"k": settings.k, "temperature": settings.temperature, "multilabel": split.multilabel}
     known = (train.features, train.labels)
+    plain = len(train.features) // (1 + split.passes)  # rows; a view of a query's own image would be its neighbour
     if split.val is not None:
         chosen = probe.knn(*known, split.val.features, split.val.labels, **options)
-    elif len(train.features) <= LEAVE_ONE_OUT_UP_TO:
-        chosen = probe.knn(*known, **options)
+    elif plain <= LEAVE_ONE_OUT_UP_TO:
+        chosen = probe.knn(train.features[:plain], train.labels[:plain], **options)
     else:  # comparing all pairs of a large set would take longer than the test itself
-        order = torch.randperm(len(train.features), generator=generator(seed, "knn choice"))
+        order = torch.randperm(plain, generator=generator(seed, "knn choice"))
         part = lambda rows: (train.features[rows], train.labels[rows])
         others, queries = order[CHOICE_QUERIES:].sort().values, order[:CHOICE_QUERIES].sort().values
         chosen = probe.knn(*part(others), *part(queries), **options)

@@ -23,6 +23,7 @@ from mls.errors import DataError, reason
 from mls.eval.data import LabelledImages
 from mls.eval.data.cifar import PixelSource
 from mls.eval.protocol import Classification, FrozenData, Supervised, TrainingData
+from mls.signals import leave_signals_to_the_parent
 from mls.streams import derive, generator, uniforms
 
 # AlexNet's principal components of the colours of ImageNet (Krizhevsky et al. 2012), as published in fb.resnet.torch.
@@ -173,6 +174,7 @@ class Batches:
             collate_fn=already_collated,  # type: ignore[arg-type] (Pixels makes whole batches)
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # its own: the global stream is not used
+            worker_init_fn=leave_signals_to_the_parent,
         )
         return made(loader)
 

@@ -212,7 +212,9 @@ def _scorer(kept: Kept) -> tuple[Callable[[Tensor], Tensor], Supervised | Frozen
         return lambda views: network(views).softmax(1) if single else loss.predict(network(views).float()), protocol
     backbone = _backbone(kept).to(device)
     weight, bias = (kept.tensors[name].to(device) for name in ("weight", "bias"))
-    finish = (lambda x: x) if protocol.task == "svm" and single else Tensor.sigmoid if not single else _softmax
+    if protocol.task == "svm":  # of features of unit length; its scores are margins
+        return lambda views: F.linear(F.normalize(backbone(views).float(), dim=1), weight, bias), protocol
+    finish = _softmax if single else Tensor.sigmoid
     return lambda views: finish(F.linear(backbone(views).float(), weight, bias)), protocol
 
 

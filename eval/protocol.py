@@ -176,6 +176,11 @@ def check(protocol: Classification | FrozenDense) -> None:
         raise ConfigError("data.shots and data.fraction both say how many images are learnt from: set one of them")
     if isinstance(protocol, Supervised):
         _check_training(protocol.training)
+    elif protocol.task == "svm" and protocol.features.passes:
+        raise ConfigError(
+            "features.passes is for task linear and knn: an SVM is chosen by cross-validation, which would learn from "
+            "views of the images that it holds out: set it to 0"
+        )
 
 
 def _check_training(training: TrainingConfig) -> None:

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from mls.engine import Run
 from mls.errors import CheckpointError, ConfigError, DataError, MissingLibrary, unknown_name
 from mls.eval.cells import Evaluation, Measured, evaluation, over_seeds, validated, values_over_seeds
 from mls.eval.protocol import load_protocol
@@ -310,9 +311,12 @@ def _in_place_of_the_papers(row: Row, weights: str, label: str, always: bool = F
 
 def row_of_weights(label: str, weights: str) -> Row:
     """A row of `--weights`; several with one label are runs of one row."""
-    check_weights(weights)
-    file = None if is_name(weights) else weights_file(weights)
-    method = "" if file is None else str(card(file).get("method", ""))
+    if (Path(weights) / "config.yaml").is_file() and not (Path(weights) / "backbone.safetensors").is_file():
+        method = Run.open(weights).config.objective.method  # it trains before its evaluations
+    else:
+        check_weights(weights)
+        file = None if is_name(weights) else weights_file(weights)
+        method = "" if file is None else str(card(file).get("method", ""))
     return Row(name=f"ours: {label}", weights=weights, method=method or label)
 
 

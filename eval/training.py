@@ -316,6 +316,11 @@ def refuse_impossible(protocol: Supervised, loss: Loss, single_label: bool) -> N
         )
     if loss.takes == "cosines" and training.boost != 1:
         raise ConfigError(f"training.boost is for logits, training.loss={training.loss} takes cosines: set it to 1")
+    if loss.relabels == "step" and training.ignore_unknown:
+        raise ConfigError(
+            f"training.loss={training.loss} labels what is unknown, and training.ignore_unknown=true leaves it out: "
+            "set it to false, or choose another loss"
+        )
     if not loss.needs_index and loss.relabels == "never":
         return
     if loss.relabels == "epoch" and not 1 <= training.pseudo_from < training.epochs:

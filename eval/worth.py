@@ -198,7 +198,7 @@ class Answer:
             best = max(others, key=lambda name: statistics.fmean(self.gains(name, fraction)))
             gains = self.gains(best, fraction)
             half, mean = half_width(gains), statistics.fmean(gains)
-            sure = half is not None and abs(mean) > half
+            sure = len(gains) > 1 and abs(mean) > (half or 0.0)  # no interval: of one seed, or all gain the same
             words = "worth it" if sure and mean > 0 else "a loss" if sure else "not told apart from no pretraining"
             images = f"{self.asked.images(fraction):,} labelled images"
             found.append(f"with {images}: {words} ({best}: {interval(gains, sign=True)} points)")

@@ -7,8 +7,11 @@ import contextlib
 import importlib
 import os
 import signal
+import subprocess
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from mls.errors import EXIT_MISTAKE, EXIT_SAVED, Stopped, UserError, command, of
 from mls.files import write_atomically
 from mls.signals import end_with_data_workers
 from mls.slurm import job_spec, rendezvous, scheduler
+
+PAUSES = (2.0, 10.0, 30.0)  # seconds before SLURM is asked again
 
 
 class Job:
@@ -92,12 +97,23 @@ def _end(spec: job_spec.JobSpec, task: rendezvous.Task, stopped: Stopped, requeu
     if stopped.exit_code != EXIT_SAVED or spec.cluster == "debug" or not scheduler.wants_requeue():
         sys.exit(stopped.exit_code)
     try:
-        requeue(submitit.JobEnvironment._usr_sig(), None)
-    except UncompletedJobError as refused:
+        _until_slurm_answers(lambda: requeue(submitit.JobEnvironment._usr_sig(), None))
+    except (UncompletedJobError, subprocess.SubprocessError) as refused:
         reason = f"{refused} Submit it again: {command('mls submit pretrain --resume', spec.folder)}"
         spec.record("failed", rank=0, error=reason)
         print(f"error: {reason}", file=sys.stderr, flush=True)
         sys.exit(EXIT_MISTAKE)
+
+
+def _until_slurm_answers(action: Callable[[], None]) -> None:
+    """A controller that is busy or restarts refuses `scontrol requeue` for a while."""
+    for pause in PAUSES:
+        try:
+            return action()
+        except subprocess.SubprocessError as error:
+            print(f"{error}: once more in {pause:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    action()
 
 
 def _task() -> rendezvous.Task:

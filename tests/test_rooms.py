@@ -1,6 +1,8 @@
 """The house: a package imports only from floors below it (docs/architecture.md), and functions stay short."""
 
 import ast
+import builtins
+import symtable
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,3 +132,23 @@ def parameters(function: ast.FunctionDef) -> int:
     """Without self, cls, *args and **kwargs."""
     parts = function.args
     return len([one for one in (*parts.posonlyargs, *parts.args, *parts.kwonlyargs) if one.arg not in ("self", "cls")])
+
+
+@pytest.mark.parametrize("room", [*MAY_NOT, "examples", "tests"])
+def test_every_name_that_a_function_uses_is_defined(room: str) -> None:
+    """Neither the linter nor the type checker looks: to them jaxtyping's dimensions are names that nobody defines."""
+    known = {*dir(builtins), "__file__", "__name__"}
+
+    def undefined(table: symtable.SymbolTable, defined: set[str]) -> Iterator[str]:
+        for symbol in table.get_symbols():
+            if symbol.is_referenced() and symbol.is_global() and symbol.get_name() not in defined:
+                yield symbol.get_name()
+        for child in table.get_children():
+            yield from undefined(child, defined)
+
+    found = []
+    for file in (ROOT / room).rglob("*.py"):
+        module = symtable.symtable(file.read_text(), str(file), "exec")
+        defined = known | {one.get_name() for one in module.get_symbols() if one.is_assigned() or one.is_imported()}
+        found += [f"{file.relative_to(ROOT)}: {name}" for name in undefined(module, defined)]
+    assert found == []

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mls.errors import command
+
 app = typer.Typer(help="SLURM on this machine.", no_args_is_help=True)
 box_app = typer.Typer(help="Start and stop a private, real SLURM on this machine.", no_args_is_help=True)
 app.add_typer(box_app, name="box")

@@ -153,7 +153,7 @@ def leakcheck(
 
         mls leakcheck scenes scenes:test --weights runs/my-run --out leaks
     """
-    from mls.files import place_for, write_atomically
+    from mls.files import place_for, slug, write_atomically
     from mls.frozen.neighbours import EmbeddedSource, Embedder, calibrate, near_duplicates, source_from
     from mls.tables import markdown_table, terminal_width
 
@@ -165,10 +165,11 @@ def leakcheck(
     limit = calibration.threshold if threshold is None else threshold
     print(_explained(embedded, calibration, limit, by_user=threshold is not None))
     lines, report = [], {"first": first, "threshold": limit, "false_alarms": calibration.alarms(limit), "second": {}}
-    for text in second:
+    for number, text in enumerate(second, start=1):
         other = EmbeddedSource(source_from(text), embedded.embedder)
         pairs, total = near_duplicates(embedded, other, limit), len(other.source)
-        picture = _draw(embedded, other, pairs, out)
+        several = f"-{number}" if len(second) > 1 else ""  # two folders may have one name
+        picture = _draw(embedded, other, pairs, out / f"leaks-{slug(other.source.name)}{several}.png")
         lines.append([text, f"{total:,}", f"{len(pairs):,}", f"{len(pairs) / total:.2%}", picture])
         names = lambda pair, other=other: [embedded.source.describe(pair.first), other.source.describe(pair.second)]
         report["second"][text] = {"images": total, "pairs": [vars(pair) | {"names": names(pair)} for pair in pairs]}
@@ -190,9 +191,9 @@ def _explained(embedded: EmbeddedSource, calibration: Calibration, limit: float,
     return words
 
 
-def _draw(first: EmbeddedSource, second: EmbeddedSource, pairs: list[Pair], folder: Path) -> str:
+def _draw(first: EmbeddedSource, second: EmbeddedSource, pairs: list[Pair], path: Path) -> str:
     """Each line: an image of B in red, the image of A that it is like in yellow."""
-    from mls.files import save_picture, slug
+    from mls.files import save_picture
     from mls.frozen.match_picture import draw
     from mls.frozen.neighbours import gallery_row
 
@@ -201,6 +202,5 @@ def _draw(first: EmbeddedSource, second: EmbeddedSource, pairs: list[Pair], fold
     shown = [
         gallery_row(second.source, pair.second, first.source, [(pair.first, pair.cosine)]) for pair in pairs[:SHOWN]
     ]
-    path = folder / f"leaks-{slug(second.source.name)}.png"
     save_picture(draw(shown), path)
     return str(path)

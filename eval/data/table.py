@@ -179,7 +179,7 @@ class _Reader:
         table.cells = np.full((len(table.places), len(column)), BLANK, np.int8)
         for (place, name), (label, _) in given.items():
             table.cells[place, column[name]] = label
-        table.one_each = value is None and len(given) == len(table.places)
+        table.one_each = value is None and len({place for place, _ in given}) == len(given) == len(table.places)
 
     def place(self, line: int, row: list[str]) -> int:
         """The row of the image that a line names; a new one where it is named first."""

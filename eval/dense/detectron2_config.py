@@ -12,6 +12,7 @@ from typing import Any
 from mls.data.loader import worker_count
 from mls.errors import ConfigError
 from mls.eval.dense.detector import pyramid_strides
+from mls.eval.dense.detectron2_data import written
 from mls.eval.dense.prepare import SCENES
 from mls.eval.dense.schema import Detection, DetectorConfig
 from mls.eval.dense.trunk import Intermediates, Trunk
@@ -55,7 +56,7 @@ def overrides(protocol: Detection) -> dict[str, Any]:
         "INPUT.MAX_SIZE_TRAIN": data.max_size,
         "INPUT.MAX_SIZE_TEST": data.max_size,
         "INPUT.RANDOM_FLIP": "horizontal" if data.flip else "none",  # with probability one half
-        "INPUT.MASK_FORMAT": "bitmask" if data.name in SCENES else "polygon",
+        "INPUT.MASK_FORMAT": "bitmask" if written(data) else "polygon",
         "DATALOADER.NUM_WORKERS": 0 if data.name in SCENES else worker_count(data.workers),
         "MODEL.MASK_ON": model.masks,
         "MODEL.FPN.OUT_CHANNELS": model.width,

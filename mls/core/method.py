@@ -29,8 +29,8 @@ class StepOutput:
     outputs: list[Tensor] = field(default_factory=list)  # where the gradient of a part is measured: z1 (and g1)
     keys: Any = None  # what `after_step` needs
     matched_ids: Int64[Tensor, "batch k"] | None = None  # images taken as positives (-1: none), for label monitors
-    query_ids: Int64[Tensor, batch] | None = None  # for whom
-    candidate_ids: Int64[Tensor, rows] | None = None  # out of which images they were chosen: the level of chance
+    query_ids: Int64[Tensor, "batch"] | None = None  # for whom
+    candidate_ids: Int64[Tensor, "rows"] | None = None  # out of which images they were chosen: the level of chance
     measure: Callable[[], dict[str, Tensor]] = dict  # more for the log, worked out only where a line of it is due
 
 

@@ -12,12 +12,14 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from mls.data.formats import FORMATS
 
 FACTORS = (8, 4, 2)  # of fast scaled JPEG decoding: its blocks are 8 × 8 pixels
+WIDTH, HEIGHT = 256, 257  # tags of TIFF
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 5 to 8 lie on their side
 MPO = "MPO"  # Pillow's name of a JPEG with further pictures after the first
 
@@ -42,8 +44,11 @@ class Encoded:
             raise UnreadableImage("the file is empty")
         with _reasons():
             self.header = Image.open(io.BytesIO(data), formats=FORMATS)
-            self.orientation = self.header.getexif().get(ORIENTATION, 1)
-        self.width, self.height = self.header.size[:: -1 if self.orientation in (5, 6, 7, 8) else 1]
+            self.orientation = Image.Image.getexif(self.header).get(ORIENTATION, 1)  # a PNG's own decodes all pixels
+            size = self.header.size
+            if isinstance(self.header, TiffImageFile):  # whose size may be the upright one already
+                size = self.header.tag_v2[WIDTH], self.header.tag_v2[HEIGHT]
+        self.width, self.height = size[:: -1 if self.orientation in (5, 6, 7, 8) else 1]
 
     def factor(self, most: float) -> int:
         """The largest of 8, 4, 2 and 1 that is at most `most` and that `pixels` can decode at."""
@@ -77,6 +82,8 @@ class Encoded:
         """Takes three quarters of Pillow's time; None for files that only Pillow can read."""
         if self.header.format not in ("JPEG", MPO, "PNG") or self.header.mode not in ("L", "LA", "RGB", "RGBA"):
             return None
+        if self.orientation != 1 and "exif" not in self.header.info:
+            return None  # it stands in XMP, which torchvision does not read
         try:
             pixels = decode_image(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB, True)
         except RuntimeError:
@@ -92,8 +99,9 @@ def decode(data: bytes | UInt8[Tensor, "3 height width"]) -> UInt8[Tensor, "3 he
 
 
 def _by_pillow(image: Image.Image) -> UInt8[Tensor, "3 height width"]:
+    kind = image.format  # of what is turned there is none
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind != "TIFF"):
         grey = np.asarray(image).clip(0, 65535) >> 8
         return torch.from_numpy(grey.astype(np.uint8)).repeat(3, 1, 1)
     if image.mode in ("I", "F"):

@@ -33,7 +33,7 @@ from mls.locks import Lock, locked
 
 VERSION = 1
 SUFFIXES = {"JPEG": "jpg", MPO: "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif", "GIF": "gif"}
-SUFFIXES["PPM"] = "ppm"
+SUFFIXES |= {"PPM": "ppm", "AVIF": "avif", "HEIF": "heic"}
 DISK_FULL = "free some and run the same command again: finished shards are kept"
 
 Progress = Callable[[int], None]  # images done
@@ -80,13 +80,15 @@ def _pack(
     done = 0
     for number, name in enumerate(names):
         record = manifest["shards"].get(name)
-        if record is None or not (out / name).is_file() or sha256(out / name) != record["sha256"]:
+        faulty = record is None or record["left_out"]  # whose images may be mended by now
+        if faulty or not (out / name).is_file() or sha256(out / name) != record["sha256"]:
             manifest["shards"].pop(name, None)
             continue
         done += len(_ids(number, packing, len(source)))
         progress(done)
     remove_unfinished(out, "shard-*", MANIFEST)
     missing = [number for number, name in enumerate(names) if name not in manifest["shards"]]
+    manifest["complete"] = not missing
     for number, record in zip(missing, in_workers(_Shards(source, out, packing, names, missing), workers), strict=True):
         manifest["shards"] = dict(sorted([*manifest["shards"].items(), (names[number], record)]))
         lock.check()

@@ -3,7 +3,7 @@ reason. Values given explicitly win, and later rules follow them. What is chosen
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any

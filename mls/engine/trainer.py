@@ -130,7 +130,8 @@ class Trainer:
         dense = DenseProbe.build(self.config, self.source)
         if dense is not None:
             dense.refuse_unusable(self.method.backbone, self.process.device)
-        return [probe for probe in (OnlineProbes.build(self.config, self.source), dense) if probe is not None]
+        online = OnlineProbes.build(self.config, self.source, lambda text: self.session.warn(text))
+        return [probe for probe in (online, dense) if probe is not None]
 
     def build_session(self) -> Session:
         engine = self.config.engine

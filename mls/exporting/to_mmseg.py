@@ -21,6 +21,12 @@ from mls.models import foreign
 from mls.models.resnet_names import to_detectron2
 
 RECIPE = "mmseg_config.py"
+# What mls' own network has an answer to; strides and dilations are set for the comparison, whatever a recipe says.
+KNOWN = {"type", "depth", "style", "groups", "base_width", "init_cfg", "strides", "dilations", "contract_dilation"}
+KNOWN |= {"out_indices", "frozen_stages", "norm_eval", "with_cp"}
+PLAIN = {"num_stages": (4,), "in_channels": (3,), "deep_stem": (False,), "avg_down": (False,), "pretrained": (None,)}
+PLAIN |= {"stem_channels": (64,), "base_channels": (64,), "multi_grid": (None,), "dcn": (None,), "plugins": (None,)}
+PLAIN |= {"norm_cfg": [{"type": kind, **more} for kind in ("BN", "SyncBN") for more in ({}, {"requires_grad": True})]}
 CONFIG = """# mmsegmentation: {architecture} of {path}, all layers trained.
 # `_base_` is any configuration of mmsegmentation with a ResNet of this depth: edit this line to change head or data.
 _base_ = '{base}'
@@ -111,6 +117,12 @@ def _restated(
     if backbone["type"] not in ("ResNet", "ResNeXt") or backbone["depth"] not in BLOCKS:
         raise ConfigError(
             f"{recipe} builds {backbone['type']}, which is no plain ResNet: set type='ResNet' in backbone"
+        )
+    odd = [key for key, value in backbone.items() if key not in KNOWN and value not in PLAIN.get(key, ())]
+    if odd:
+        how = " and ".join(frameworks.FRAMEWORKS["mmseg"].commands)
+        raise ConfigError(
+            f"{recipe} sets {', '.join(odd)} of the backbone, to be checked by mmsegmentation alone: {how}"
         )
     plan = ResNetPlan("of the recipe", backbone["depth"], backbone.get("groups", 1), _width(backbone))
     network = RestatedResNet(plan, stride_in_1x1=backbone["style"] == "caffe")

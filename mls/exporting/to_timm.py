@@ -63,6 +63,9 @@ def write(source: Source, folder: Path, final: Path) -> list[str]:
 def load(source: Source, file: Path, recipe: Path | None) -> Loaded:
     settings = read_snippet(recipe, "NETWORK")
     if frameworks.missing("timm"):
+        if settings.get("NETWORK", network_of(source)) != network_of(source) or settings.get("OPTIONS"):
+            how = " and ".join(frameworks.FRAMEWORKS["timm"].commands)
+            raise ConfigError(f"{recipe} builds no plain {network_of(source)}, to be checked by timm alone: {how}")
         tensors = {to_detectron2(name): tensor for name, tensor in foreign.read(file).items()}
         prepare = lambda pixels: prepared(pixels, source, settings)
         return RestatedResNet(source.plan_for("timm")).load("timm", file, recipe, tensors, prepare)

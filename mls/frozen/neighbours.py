@@ -211,7 +211,7 @@ class Calibration:
     def alarms(self, threshold: float) -> float:
         """The share of images that have another image of their own data set above the threshold: the false alarms, if
         that data set has no duplicates."""
-        return float((self.others >= threshold).float().mean())
+        return float((self.others >= threshold).float().mean()) if len(self.others) else 0.0
 
 
 def calibrate(embedded: EmbeddedSource) -> Calibration:
@@ -226,7 +226,7 @@ def calibrate(embedded: EmbeddedSource) -> Calibration:
         of_copies = embed(embedder.network, altered, range(len(altered)), embedder.augment, batch=64)
         cosines.append(F.cosine_similarity(of_copies, features))
     nearest = embedded.nearest_others(chosen, 1) if len(embedded.source) > 1 else []
-    others = [score for ((_, score),) in nearest]
+    others = [found[0][1] for found in nearest if found]  # of those others that can be read
     return Calibration(torch.cat(cosines), torch.tensor(others))
 
 

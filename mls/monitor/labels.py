@@ -21,9 +21,9 @@ AGES = 4  # groups of matches by age, of the same size
 @torch.no_grad()
 def label_quality(
     labels: Float[Tensor, "images classes"],
-    query_ids: Int64[Tensor, batch],
+    query_ids: Int64[Tensor, "batch"],
     matched_ids: Int64[Tensor, "batch k"],
-    row_ids: Int64[Tensor, rows],
+    row_ids: Int64[Tensor, "rows"],
 ) -> dict[str, float]:
     """overlap: mean cosine of a query's true labels and its matches'; precision: the share of matches that share a
     class with the query. `…_chance`: the same over all rows of the dictionary. A query may have fewer matches than

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from mls.config import AugmentConfig, Config
 from mls.data import Source
 from mls.data.loader import in_workers, worker_count
 from mls.data.sources import labels_of
+from mls.errors import DataError
 from mls.frozen.features import WholeImages, embed_pixels
 from mls.frozen.metrics import mean_average_precision, top1
 from mls.frozen.probe import knn_scores, linear_probe
@@ -66,9 +68,12 @@ class OnlineProbes:
     knn_every: int  # epochs; 0: never
     linear_every: int
     workers: int  # processes that decode, once
+    say: Callable[[str], None]
 
     @classmethod
-    def build(cls, config: Config, source: Source) -> OnlineProbes | None:
+    def build(
+        cls, config: Config, source: Source, say: Callable[[str], None] = lambda text: None
+    ) -> OnlineProbes | None:
         """None where the source has no labels, or nothing is to be measured."""
         monitor, made = config.monitor, config.data.source == "scenes"
         every = (monitor.knn_every_epochs, monitor.linear_every_epochs)
@@ -85,7 +90,8 @@ class OnlineProbes:
         known, held = Sample.of(source, bank), Sample.of(where, asked)
         if known is None or held is None:
             return None
-        return cls(known, held, config.augment, *every, 0 if made else worker_count(config.data.workers))
+        workers = 0 if made else worker_count(config.data.workers)
+        return cls(known, held, config.augment, *every, workers, lru_cache(maxsize=None)(say))  # once
 
     def __call__(self, backbone: nn.Module, epoch: int, device: torch.device) -> dict[str, float]:
         """What is due at the end of this epoch. All processes embed, and the first one measures."""
@@ -101,7 +107,13 @@ class OnlineProbes:
             return {}
         (bank, labels), (asked, truth) = bank, asked
         metric, measure = metric_of(torch.cat([labels, truth]))
-        return {f"{name}/{metric}": float(measure(scores(bank, labels, asked), truth)) for name, scores in due.items()}
+        found = {}
+        for name, scores in due.items():
+            try:
+                found[f"{name}/{metric}"] = float(measure(scores(bank, labels, asked), truth))
+            except DataError as error:  # too few images of a class to choose settings on
+                self.say(f"there is no {name} probe of these images: {error}")
+        return found
 
 
 def features_of(

@@ -122,6 +122,20 @@ def test_augmented_passes_differ_and_come_back_the_same(folders: Path) -> None:
     assert torch.equal(again.features, parts[1])
 
 
+def test_no_view_of_a_query_s_own_image_chooses_k() -> None:
+    """Each image stands alone, and its views beside it: by them every query would find its class."""
+    labels, plain = torch.arange(40) % 4, torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    views = plain + 1e-3 * torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    protocol = load_protocol("knn", ["probe.k=[1]", "features.passes=1"])
+    known = lambda features, labels: extraction.Features(features, labels, list("abcd"), "")
+    several = frozen.Split(known(torch.cat([plain, views]), labels.repeat(2)), known(plain, labels), None, passes=1)
+    alone = replace(several, train=known(plain, labels), passes=0)
+    found, expected = (frozen._knn(protocol, one, 0, lambda done: None) for one in (several, alone))
+    assert found.validation == expected.validation < 0.6
+    with pytest.raises(ConfigError, match="features.passes is for task linear and knn"):
+        load_protocol("svm_scenes", ["features.passes=1"])
+
+
 def test_an_unreadable_image_of_ones_own_is_named_and_left_out(
     folders: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,6 +87,9 @@ def test_a_class_for_each_image_is_top1_and_several_are_tags(folder: Path) -> No
         ]
     tags = read_table(write(folder, "image,class\na/0.png,x\na/0.png,y\nb/1.png,x\n"), folder)
     assert tags.cells.tolist() == [[1, 1], [1, BLANK]]
+    lines = (f"{paths(n)},{name}\n" for n in range(10) for name in (("x", "y") if n % 2 else ("z",)))
+    chosen, _ = read(None, OwnLabels(str(write(folder, "image,class\n" + "".join(lines))), classes=["x", "y"]))
+    assert not chosen.train.single_label, "as many labels as images, two of some and none of others"
 
 
 def test_the_parts_follow_seed_and_name_and_stay_when_images_are_added() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mls.config import AugmentConfig
 from mls.data import Source
@@ -53,14 +54,19 @@ def kept(cell: Evaluation, outcome: Outcome, root: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("task", ["linear", "finetune"])
+@pytest.mark.parametrize("task", ["linear", "svm", "finetune"])
 def test_predictions_are_those_that_were_measured(folder: Path, task: str) -> None:
-    more = ["probe.l2=[0.1]"] if task == "linear" else ["training.epochs=1", "training.batch_size=8"]
-    cell = small(task, folder, *more)
+    more = {"linear": ["probe.l2=[0.1]"], "finetune": ["training.epochs=1", "training.batch_size=8"]}
+    more |= {"svm": ["task=svm", "probe.costs=[1.0]", "probe.folds=2"]}
+    cell = small("linear" if task == "svm" else task, folder, *more[task])
     measured = cell.finish(folder / "runs", keep=True, quiet=True)
     found = predict(cell.folder(folder / "runs"), folder / "images", quiet=True)
     assert found.class_names == ["dark", "light"]
-    assert torch.allclose(found.scores.sum(1), torch.ones(20), atol=1e-5)
+    if task == "svm":  # margins of features of unit length
+        last = load_file(cell.folder(folder / "runs") / "classifier.safetensors")
+        assert ((found.scores - last["bias"]).abs() <= last["weight"].norm(dim=1) + 1e-5).all()
+    else:
+        assert torch.allclose(found.scores.sum(1), torch.ones(20), atol=1e-5)
     from mls.eval.splits import load
 
     test = load(cell.protocol.data).test

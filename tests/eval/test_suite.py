@@ -9,12 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from mls.errors import ConfigError, DataError
+from mls.engine import Run
+from mls.errors import CheckpointError, ConfigError, DataError
 from mls.eval import cells, load_protocol, load_suite, protocols, suites
 from mls.eval import suite as suite_module
 from mls.eval.comparison import as_tables
 from mls.eval.protocol import Supervised
-from mls.eval.suite import Column, Part, Row, Suite, choose, chosen_rows, on_own_data
+from mls.eval.suite import Column, Part, Row, Suite, choose, chosen_rows, on_own_data, row_of_weights
+from mls.eval.weights import check_weights
+from mls.recipes import load_config
 from mls.results import Results
 from mls.tools.submit.evaluate import plan as submitted
 
@@ -300,3 +303,12 @@ def test_rows_of_a_missing_library_and_columns_of_more_clusters_than_patches_are
     assert found.absent == {"random, ViT": 'vit_tiny_patch16_224 is a network of timm: pip install "mls[timm]"'}
     assert found.missing == {"500 clusters mIoU": "the test images have fewer than 500 patches"}
     assert len(told) == 2 and ("random", "clusters mIoU") in found.values
+
+
+def test_a_run_that_has_still_to_train_is_a_row_of_its_method(tmp_path: Path) -> None:
+    """Its evaluations are queued behind it."""
+    run = Run.create(load_config("moco_v2_scenes_tiny", [f"run.root={tmp_path}", "run.name=later"]))
+    row = row_of_weights("later", str(run.path))
+    assert (row.weights, row.method) == (str(run.path), "moco_v2")
+    with pytest.raises(CheckpointError, match="later holds no backbone.safetensors"):
+        check_weights(str(run.path))

@@ -124,6 +124,11 @@ def test_patience_and_a_fall_end_training_early() -> None:
     assert len(falling.history) == 3
 
 
+def test_a_loss_that_labels_what_is_unknown_cannot_leave_it_out() -> None:
+    with pytest.raises(ConfigError, match="ll_cp labels what is unknown, and training.ignore_unknown=true"):
+        training("training.loss=ll_cp", "training.ignore_unknown=true")
+
+
 @pytest.mark.parametrize("loss", ["em_apl", "ll_cp", "hml", "role"])
 def test_training_stopped_in_the_middle_of_an_epoch_goes_on_to_the_same_weights(
     loss: str, tmp_path: Path, train_until: Callable[[Training, int], None]

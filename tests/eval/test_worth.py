@@ -117,6 +117,8 @@ def test_verdicts_say_what_the_intervals_allow() -> None:
     found.values["run", 1.0] = [15.0]
     found.values["random", 1.0] = [11.0]
     assert "not told apart" in found.verdicts()[0]  # one seed shows nothing
+    found.values = {("random", 1.0): [10.0, 11.0, 12.0], ("run", 1.0): [20.0, 21.0, 22.0]}
+    assert "worth it" in found.verdicts()[0]  # all gain the same: there is no interval
 
 
 def test_copies_of_test_images_among_pretraining_images_are_counted(

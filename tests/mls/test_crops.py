@@ -199,6 +199,33 @@ def test_the_header_tells_the_size_of_the_upright_pixels(orientation: int) -> No
     assert psnr(half, whole.double()) > 30
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_crops_of_an_oriented_tiff_are_those_of_its_pixels(orientation: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(PHOTO.resize((60, 15)), "TIFF", exif=exif)
+    image = Encoded(data)
+    assert image.pixels().shape == (3, image.height, image.width)
+    assert (image.height, image.width) == ((15, 60) if orientation < 5 else (60, 15))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert torch.equal(image.pixels(), pixels(upright))
+
+
+def test_an_integer_tiff_has_no_known_range() -> None:
+    data = encoded(Image.fromarray(np.arange(64, dtype=np.int32).reshape(8, 8)), "TIFF")
+    with pytest.raises(UnreadableImage, match="32-bit pixels .* have no known range"):
+        decode(data)
+
+
+def test_an_orientation_of_xmp_alone_is_heeded_at_every_scale() -> None:
+    """Pillow reads it there, torchvision does not."""
+    photo, turned = PHOTO.resize((64, 64)), b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="3"/></x:xmpmeta>'
+    data = encoded(photo, "JPEG", quality=95, xmp=turned)
+    assert Encoded(data).orientation == 3
+    whole, half = Encoded(data).pixels().float(), Encoded(data).pixels(2)
+    assert psnr(half, torch.nn.functional.avg_pool2d(whole, 2).double()) > 30
+
+
 def test_a_truncated_image_is_refused_at_every_scale() -> None:
     data = encoded(PHOTO, "JPEG")[:20_000]
     for factor in (1, 2, 4, 8):

@@ -105,6 +105,25 @@ def test_mmseg_is_found_in_a_program_with_another_default_scope(source: Source, 
     assert certify(source, loaded)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "stands", "instead"),
+    [
+        ("mmseg_config.py", "type='ResNet'", "type='ResNet', deep_stem=True"),
+        ("mmseg_config.py", "type='ResNet'", "type='ResNet', norm_cfg=dict(type='BN', eps=0.1)"),
+        ("use_timm.py", 'NETWORK = "resnet50"', 'NETWORK = "resnet101"'),
+    ],
+)
+def test_a_recipe_of_more_than_the_restatement_knows_gets_no_certificate_from_it(
+    recipe: str, stands: str, instead: str, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frameworks, "missing", lambda name: [name])
+    text = (exported / recipe).read_text()
+    assert stands in text
+    (tmp_path / recipe).write_text(text.replace(stands, instead))
+    with pytest.raises(ConfigError, match=r"to be checked by (mmsegmentation|timm) alone: pip install"):
+        verify_export(exported / "backbone.pth", tmp_path / recipe)
+
+
 def test_the_recipes_beside_a_file_are_found(exported: Path) -> None:
     checked = verify_export(exported / "backbone.pkl")
     assert [one.facts["recipe"] for one in checked] == ["detectron2_c4.yaml", "detectron2_fpn.yaml"]

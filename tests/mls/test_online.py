@@ -59,6 +59,20 @@ def test_each_image_is_read_once_in_a_run(folders: Path, monkeypatch: pytest.Mon
     assert first == third and second.keys() == {"knn/top1", "linear/top1"}
 
 
+def test_a_probe_that_has_too_few_images_of_a_class_is_left_out_once_and_training_goes_on(tmp_path: Path) -> None:
+    for number in range(40):
+        file = tmp_path / "images" / f"{number // 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (6 * number, 90, 30)).save(file)
+    config, said = config_of(tmp_path / "images"), []
+    probes = OnlineProbes.build(config, sources.build_source(config.data), said.append)
+    assert probes is not None
+    for epoch in (2, 4):
+        assert probes(Means(), epoch, torch.device("cpu")).keys() == {"knn/top1"}
+    (sentence,) = said
+    assert sentence.startswith("there is no linear probe of these images: a share of 0.2 of")
+
+
 def test_processes_share_the_images_and_find_the_same(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(online, "BATCH", 8)
     config = config_of(folders)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from sklearn.datasets import load_sample_image
 
 from mls.config import DataConfig, ScenesConfig
@@ -107,10 +107,22 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path: Path) -> None:
     made = opened(tmp_path / "packed")
     assert len(made) == 6
     assert made.labels.sum(dim=0).tolist() == [3, 3]
+    before = (tmp_path / "packed/shard-000001.tar").stat().st_mtime_ns
+    put(tmp_path / "images/a/2.jpg", encoded(PHOTO))  # mended
+    assert pack(source, tmp_path / "packed", Packing(per_shard=4))["complete"]
+    assert len(opened(tmp_path / "packed")) == 7
+    assert (tmp_path / "packed/shard-000001.tar").stat().st_mtime_ns == before, "a whole shard is kept"
     for i in range(7):
         put(tmp_path / f"broken/{i}.jpg", b"no image")
     with pytest.raises(DataError, match=r"none of the 7 images of folder:broken can be read \(first: not an image"):
         pack(build_source(DataConfig(root=str(tmp_path / "broken"))), tmp_path / "nothing", Packing())
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow writes no AVIF")
+def test_an_avif_is_packed_as_it_is(tmp_path: Path) -> None:
+    put(tmp_path / "images/0.avif", encoded(PHOTO.crop((0, 0, 64, 48)), "AVIF"))
+    pack(build_source(DataConfig(root=str(tmp_path / "images"))), tmp_path / "packed", Packing())
+    assert opened(tmp_path / "packed").read(0) == (tmp_path / "images/0.avif").read_bytes()
 
 
 def test_a_killed_pack_goes_on_and_ends_as_one_that_never_stopped(

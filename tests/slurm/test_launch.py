@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,8 +13,8 @@ import pytest
 
 from mls import plugins
 from mls.engine import Run
-from mls.errors import ConfigError, LaunchError
-from mls.slurm import job_spec, profile, rendezvous, scheduler, snapshot, submit, watch
+from mls.errors import EXIT_MISTAKE, EXIT_SAVED, ConfigError, LaunchError, Stopped
+from mls.slurm import job, job_spec, profile, rendezvous, scheduler, snapshot, submit, watch
 from mls.slurm.profile import Profile, load_profile
 from mls.slurm.rendezvous import Task
 
@@ -184,6 +185,7 @@ def test_a_profile_is_guessed_from_sinfo(tmp_path: Path, monkeypatch: pytest.Mon
         (False, [{"event": "started"}, {"event": "failed", "error": "no images"}], "FAILED", "failed"),
         (False, [{"event": "started"}, {"event": "stopped"}], "CANCELLED", "cancelled"),
         (False, [{"event": "started"}], "FAILED", "lost"),
+        (False, [{"event": "started"}, {"event": "stopped"}], "PREEMPTED", "stopped"),
         (False, [{"event": "started"}], None, "lost"),
         (True, [{"event": "started"}, {"event": "done"}], "FAILED", "done"),
     ],
@@ -244,6 +246,30 @@ def test_a_job_that_a_person_cancelled_is_not_queued_again(tmp_path: Path, monke
         scontrol.write_text(f"#!/bin/sh\necho JobId=7 JobState={state} Reason=None\n")
         scontrol.chmod(0o755)
         assert scheduler.wants_requeue() == wants
+
+
+@pytest.mark.parametrize("refusals", [2, 9])
+def test_a_busy_scheduler_is_asked_again_and_a_run_that_it_refuses_says_how_it_goes_on(
+    refusals: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, spec = [], a_spec(tmp_path).submitted_as("7")
+
+    def requeue(*given: object) -> None:
+        asked.append(given)
+        if len(asked) <= refusals:
+            raise subprocess.CalledProcessError(1, ["scontrol", "requeue", "7"])
+        sys.exit(0)  # as submitit does
+
+    monkeypatch.setattr(job, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(scheduler, "wants_requeue", lambda: True)
+    monkeypatch.setattr(job.submitit.JobEnvironment, "_usr_sig", staticmethod(lambda: signal.SIGUSR2))
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    stopped = Stopped("a signal came", EXIT_SAVED)
+    with pytest.raises(SystemExit) as ended:
+        job._end(spec, Task(0, 1, 0, 1, "7"), stopped, requeue)
+    assert (len(asked), ended.value.code) == ((3, 0) if refusals == 2 else (4, EXIT_MISTAKE))
+    failed = [row["error"] for row in spec.history.rows(job="7") if row.get("event") == "failed"]
+    assert len(failed) == (refusals > 2) and all("mls submit pretrain --resume" in one for one in failed)
 
 
 def test_a_submission_of_version_0_1_is_read(tmp_path: Path) -> None:

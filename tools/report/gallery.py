@@ -178,7 +178,8 @@ class Atlas:
         keys = list(dict.fromkeys(wanted))
         if not keys:
             return
-        self.cell = min(CELL, max(max(picture.size) for _, picture in self._pictures(keys[:8], CELL)) or 1)
+        first = [max(picture.size) for _, picture in self._pictures(keys[:8], CELL)]
+        self.cell = min(CELL, max(first, default=CELL) or 1)
         spent, start = 0, 0
         while start < len(keys):
             part = keys[start : start + ACROSS * DOWN]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class Keys:
 
     backbone: Float[Tensor, "batch features"]
     projection: Float[Tensor, "batch projection"]
-    ids: Int64[Tensor, batch]
+    ids: Int64[Tensor, "batch"]
     boxes: Float[Tensor, "batch 4"]
 
 
