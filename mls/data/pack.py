@@ -80,8 +80,8 @@ def _pack(
     done = 0
     for number, name in enumerate(names):
         record = manifest["shards"].get(name)
-        faulty = record is None or record["left_out"]  # whose images may be mended by now
-        if faulty or not (out / name).is_file() or sha256(out / name) != record["sha256"]:
+        kept = record is not None and (out / name).is_file() and sha256(out / name) == record["sha256"]
+        if not kept or record["left_out"]:  # what was left out may be mended by now
             manifest["shards"].pop(name, None)
             continue
         done += len(_ids(number, packing, len(source)))
