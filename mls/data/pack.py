@@ -80,8 +80,8 @@ def _pack(
     done = 0
     for number, name in enumerate(names):
         record = manifest["shards"].get(name)
-        kept = record is not None and (out / name).is_file() and sha256(out / name) == record["sha256"]
-        if not kept or record["left_out"]:  # what was left out may be mended by now
+        kept = (out / name).is_file() and record is not None and sha256(out / name) == record["sha256"]
+        if record is None or not kept or record["left_out"]:  # what was left out may be mended by now
             manifest["shards"].pop(name, None)
             continue
         done += len(_ids(number, packing, len(source)))
