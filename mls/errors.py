@@ -23,6 +23,7 @@ EXHAUSTED = (
 )
 REFUSED = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, and start the same command again")
 REFUSED |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or name another folder")
+REFUSED |= dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "a file is in the way, so name another folder")
 REFUSED |= dict.fromkeys((errno.EIO, errno.ESTALE, errno.ENOTCONN), "see whether its disk is whole and mounted")
 
 

@@ -151,6 +151,25 @@ def _without_auto(values: dict[str, Any], changes: dict[str, dict[str, Any]]) ->
     return values
 
 
+def override(key: str, text: str | Path) -> str:
+    """The override that gives a key this text as it is: KEY=VALUE is read as YAML.
+
+    >>> override("run.name", "first"), override("run.name", "010"), override("data.root", "birds #1 📷")
+    ('run.name=first', 'run.name="010"', 'data.root="birds #1 📷"')
+    """
+    text = str(text)
+    try:
+        plain = yaml_files.parse(text, "")[0] == text
+    except ConfigError:
+        plain = False
+    return f"{key}={text if plain else json.dumps(text, ensure_ascii=False)}"
+
+
+def is_override(word: str) -> bool:
+    """A path may hold "=", too, as folders of sweeps do."""
+    return "=" in word and not os.path.exists(Path(word).expanduser())
+
+
 def _parsed(override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
     if not separator or not key:
@@ -231,7 +250,7 @@ def of_folder(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     if (Path(first).expanduser() / "config.yaml").is_file():
         raise ConfigError(f"{first} is a run, no folder of images: {command('mls pretrain --resume', first)} goes on")
-    return [FOR_FOLDERS, f"data.root={json.dumps(first)}", *arguments[1:]]
+    return [FOR_FOLDERS, override("data.root", first), *arguments[1:]]
 
 
 def find_recipe(recipe: str | Path) -> Path:

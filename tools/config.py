@@ -27,7 +27,7 @@ def show(
 
         mls config --diff mls_coco_r50 runs/my-run
     """
-    from mls.recipes import recipes, resolve
+    from mls.recipes import is_override, recipes, resolve
 
     positional = list(arguments or [])
     if diff:
@@ -38,7 +38,7 @@ def show(
     if not positional:
         print("\n".join(recipes()))
         return
-    if "=" in positional[0]:
+    if is_override(positional[0]):
         raise ConfigError(f"name the configuration before the overrides: {command('mls config CONFIG', positional[0])}")
     resolved = resolve(_of_run(positional[0]), positional[1:])
     from mls.config import flatten

@@ -117,10 +117,13 @@ def pack(
 
 
 def _list(ignored: list[str], src: str) -> None:
+    from mls.errors import command
+
     for path in ignored[:LISTED]:
         print(f"ignored {path}", file=sys.stderr)
     if len(ignored) > LISTED:
-        print(f"and {len(ignored) - LISTED} more: `mls data check {src} --json` lists all", file=sys.stderr)
+        every = command("mls data check", src, "--json")
+        print(f"and {len(ignored) - LISTED} more: {every} lists all", file=sys.stderr)
 
 
 def _parts(name: str, src: str) -> tuple[str, list[tuple[Source, dict[str, Any]]]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mls.errors import ConfigError
+from mls.errors import ConfigError, command
 from mls.tables import Format
 from mls.tools.export import ARCHITECTURE, PREFIX
 
@@ -78,7 +78,7 @@ def _name_files(folder: Path, protocol: AnyProtocol) -> None:
         print(f"{network}: the network that {backend} trained")
     elif network.is_file() and not isinstance(protocol, FrozenDense):
         place = "found" if isinstance(protocol, Dense) else "preds.csv"
-        print(f"mls predict {folder} IMAGES --out {place}   (what it says of other images)")
+        print(f"{command('mls predict', folder, 'IMAGES', '--out', place)}: what it says of other images")
     if (folder / "found.png").is_file():
         print(f"{folder / 'found.png'}: some test images, what was found in them and what is true")
 

@@ -56,14 +56,15 @@ def doctor(
     from mls.errors import ConfigError
     from mls.eval import labels_doctor, load_protocol
     from mls.files import runs_folder
+    from mls.recipes import override
 
     file, *overrides = arguments
     out = runs_folder() / "labels" / Path(file).stem if out is None else out.expanduser()
     answers = out / "answers.csv"
     out.mkdir(parents=True, exist_ok=True)
     if answers.is_file():
-        overrides.append(f"data.answers={answers.absolute()}")
-    protocol = load_protocol("linear", ["data.name=table", f"data.labels_file={file}", *overrides])
+        overrides.append(override("data.answers", answers.absolute()))
+    protocol = load_protocol("linear", ["data.name=table", override("data.labels_file", file), *overrides])
     images, table, features, asked = _features(protocol, weights or protocol.model.weights)
     if images.single_label or not bool((images.truth == 0).any()):
         raise ConfigError("no label is unknown, so none is missing: data.zero=unknown asks whether the zeros are right")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -47,10 +46,10 @@ def pretrain(
         mls pretrain --resume runs/first --from-step 4000 optim.lr=0.003 --name second
     """
     positional = list(arguments or [])
-    named = [] if name is None else [f"run.name={json.dumps(name)}"]  # as it is: 010 is no number here
-    if resume is None and (not positional or "=" in positional[0]):
-        from mls.recipes import recipes
+    from mls.recipes import is_override, override, recipes
 
+    named = [] if name is None else [override("run.name", name)]  # as it is: 010 is no number here
+    if resume is None and (not positional or is_override(positional[0])):
         raise ConfigError(
             f"say what to train: `mls pretrain CONFIG`, a folder of images, a file or one of {', '.join(recipes())}"
         )

@@ -30,11 +30,11 @@ def verify_resume(
     """
     from mls.engine.verify import verify
     from mls.files import runs_folder
-    from mls.recipes import load_config
+    from mls.recipes import is_override, load_config
     from mls.tables import print_table
 
     name, *overrides = arguments
-    if "=" in name:
+    if is_override(name):
         raise ConfigError(f"name the configuration before the overrides: `mls verify-resume CONFIG {name}`")
     config = load_config(name, overrides)
     # All ranks come to the same name; the port tells two that run at once apart.

@@ -76,18 +76,18 @@ def _settings(data: str, labels: str | None, starts: list[str]) -> tuple[list[st
     from mls.eval.weights import check_weights, is_name
     from mls.frozen.neighbours import source_from
     from mls.models import card_of
-    from mls.recipes import load_config
+    from mls.recipes import load_config, override
 
     if data == "scenes":
         where = ["data.name=scenes", "augment.flip=0.0"]
         size, backbone = 32, "resnet_tiny"
     else:
-        named = ["data.name=table", f"data.labels_file={labels}"] if labels else ["data.name=folder"]
-        where = [*named, f"data.root={data}"]
+        named = ["data.name=table", override("data.labels_file", labels)] if labels else ["data.name=folder"]
+        where = [*named, override("data.root", data)]
         from mls import distributed
 
         facts = sizing.facts_of(source_from(data), distributed.start())
-        sized, _ = sizing.choose(load_config("mls_folder_r50", [f"data.root={data}"]), facts)
+        sized, _ = sizing.choose(load_config("mls_folder_r50", [override("data.root", data)]), facts)
         size, backbone = sized.augment.size, sized.model.backbone
     for start in starts:
         if start != "imagenet":

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mls.config import Config, ScenesConfig, differences, runs_root, to_yaml
+from mls.config import NOT_A_KEY, Config, ScenesConfig, differences, runs_root, to_yaml
 from mls.engine.events import EventLog
 from mls.errors import CheckpointError, UserError, command
 from mls.files import file_name, runs_folder, sync_folder, write_atomically
 from mls.locks import locked
 from mls.monitor.log import read_metrics
-from mls.recipes import load_config
+from mls.recipes import load_config, override
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,11 @@ class Run:
 
     def branch_command(self, step: int, changes: Iterable[tuple[str, Any]]) -> str:
         """What trains a new run from this step of this one."""
-        words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changes]
+        words = [
+            override(key, value) if isinstance(value, str) else f"{key}={json.dumps(value)}"
+            for key, value in changes
+            if value != NOT_A_KEY
+        ]
         return command("mls pretrain --resume", self.path, "--from-step", step, *words)
 
     @property
@@ -113,6 +117,7 @@ class Run:
     def open(cls, path: str | Path) -> Run:
         """The run at this path, or of this name under $MLS_RUNS. A run may be called like a folder that is here."""
         path = Path(path).expanduser()
+        path = path if path.name not in ("", "..") else path.resolve()  # "." has no name
         places = (path, runs_folder() / path)
         for place in places:
             if (place / "config.yaml").is_file():

@@ -25,6 +25,7 @@ from mls.engine.trainer import watched_labels
 from mls.errors import ConfigError, DataError, command
 from mls.models import card_of, card_of_name
 from mls.models.momentum import precision_on
+from mls.recipes import override
 
 FEWEST, FEW = 16, 1000  # images that can be trained on; below which published weights are a better start
 LOOKED_AT = 64  # images whose size is read
@@ -162,7 +163,7 @@ def advice(config: Config, facts: Facts) -> str | None:
     if facts.images >= FEW or config.model.weights is not None:
         return None
     network = "resnet18" if facts.memory is None else "resnet50"
-    root = [f"data.root={config.data.root}"] if config.data.root else [f"data.source={config.data.source}"]
+    root = [override("data.root", config.data.root)] if config.data.root else [f"data.source={config.data.source}"]
     changes = (*root, f"model.weights=torchvision:{network}")
     again = command("mls pretrain mls_continue", *changes)
     return f"{facts.images:,} images are few to learn from nothing: published weights are a better start, {again}"

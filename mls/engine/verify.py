@@ -44,8 +44,9 @@ def verify(config: Config, folder: Path, steps: int) -> list[Part]:
     # Each part of a run: the step after which it ends, and how.
     parts = {"undisturbed": [(0, 0)], "disturbed": [(steps // 3 + 1, signal.SIGKILL), (2 * steps // 3, signal.SIGTERM)]}
     parts["disturbed"].append((0, 0))
+    auto = [key for key in config.run.auto if key != "engine.checkpoint_every"]  # there must be a step to go on from
     for name, endings in parts.items():
-        run = replace(config.run, name=name, root=str(folder))
+        run = replace(config.run, name=name, root=str(folder), auto=auto)
         if main:
             Run.create(replace(config, engine=engine, monitor=monitor, run=run))
         for step, number in endings:

@@ -85,11 +85,11 @@ def ablations(
     from mls.config import runs_root
     from mls.eval.pretraining import Pretraining
     from mls.files import file_name
-    from mls.recipes import load_config
+    from mls.recipes import is_override, load_config
     from mls.tables import show
 
     recipe, *overrides = arguments or ["mls_scenes_tiny"]
-    if "=" in recipe:
+    if is_override(recipe):
         raise ConfigError(
             f"name the recipe before the overrides: {command('mls bench ablations mls_scenes_tiny', recipe)}"
         )

@@ -124,10 +124,10 @@ def evidence(
     """
     from mls.config import runs_root
     from mls.files import file_name
-    from mls.recipes import load_config
+    from mls.recipes import is_override, load_config
 
     recipe, *overrides = arguments or ["mls_regions_scenes_tiny"]
-    if "=" in recipe:
+    if is_override(recipe):
         raise ConfigError(
             f"name the recipe before the overrides: {command('mls bench evidence mls_regions_scenes_tiny', recipe)}"
         )

@@ -63,12 +63,12 @@ def objectives(
     from mls.config import runs_root
     from mls.eval.pretraining import MEASURED, Pretraining, compare, table_of
     from mls.files import file_name
-    from mls.recipes import applicable, load_config
+    from mls.recipes import applicable, is_override, load_config
     from mls.tables import Column, show
     from mls.tools.bench.ablations import SHORT
 
     recipe, *overrides = arguments or ["mls_scenes_tiny"]
-    if "=" in recipe:
+    if is_override(recipe):
         raise ConfigError(
             f"name the recipe before the overrides: {command('mls bench objectives mls_scenes_tiny', recipe)}"
         )

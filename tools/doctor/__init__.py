@@ -92,6 +92,7 @@ def _findings(
 
 
 def _of_config(config: Config, world: int, job: Profile | None) -> Iterator[Finding]:
+    from mls.config import check
     from mls.data.sources import build_source
     from mls.distributed import start
     from mls.engine import sizing
@@ -103,6 +104,7 @@ def _of_config(config: Config, world: int, job: Profile | None) -> Iterator[Find
     source, process = build_source(config.data), start(config.engine.device)
     if config.run.auto:  # as training does
         config, _ = sizing.choose(config, sizing.facts_of(source, replace(process, world=world)))
+        check(config)
     yield Finding("images", "fine", f"{len(source):,} from {source.name}")
     labels, plan = watched_labels(source), Plan(config, len(source), world)
     yield from (of_plan := findings(plan))

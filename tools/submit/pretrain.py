@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,7 +60,7 @@ def pretrain(
         mls submit pretrain --resume runs/mls_scenes_tiny-20260101-120000-1a2b
     """
     from mls.engine.run import run_folder
-    from mls.recipes import load_config, recipes
+    from mls.recipes import is_override, load_config, override, recipes
     from mls.slurm import job_spec
     from mls.slurm import submit as launch
     from mls.slurm.profile import load_profile
@@ -76,13 +75,13 @@ def pretrain(
         if from_step is not None and not dry_run:
             resume = _branch(resume, from_step, positional, name)
         return _again(resume, wanted, cluster, dry_run)
-    if not positional or "=" in positional[0]:
+    if not positional or is_override(positional[0]):
         known = ", ".join(recipes())
         raise ConfigError(f"say what to train: `mls submit pretrain CONFIG`, with a YAML file or one of {known}")
     if rehearse is not None:
         return _rehearse(rehearse, positional, wanted)
     cells = combinations(sweep or [])
-    named = [] if name is None else [f"run.name={json.dumps(name)}"]
+    named = [] if name is None else [override("run.name", name)]
     config = load_config(positional[0], [*positional[1:], *named])
     for cell in cells:
         load_config(positional[0], [*positional[1:], *cell])  # a mistake is told before anything is made
@@ -110,7 +109,7 @@ def _make_runs(config: Config, positional: Sequence[str], cells: Sequence[Sequen
     """The run's folder; for a sweep a folder of run folders."""
     say("making the run folder")
     from mls.engine import Run
-    from mls.recipes import load_config
+    from mls.recipes import load_config, override
     from mls.slurm.sweep import cell_name
 
     folder = Run.create(config).path
@@ -119,7 +118,7 @@ def _make_runs(config: Config, positional: Sequence[str], cells: Sequence[Sequen
     (folder / "config.yaml").unlink()
     runs = []
     for cell in cells:
-        place = [f"run.root={folder}", f"run.name={cell_name(cell)}"]
+        place = [override("run.root", folder), override("run.name", cell_name(cell))]
         runs.append(Run.create(load_config(positional[0], [*positional[1:], *cell, *place])).path)
     return folder, runs
 
@@ -142,8 +141,9 @@ def _branch(run: str, step: int, overrides: Sequence[str], name: str | None) -> 
     """The folder of a new run, to be submitted, that goes on from a step of another one."""
     from mls.engine import Run
     from mls.engine.branch import create_branch
+    from mls.recipes import override
 
-    named = [] if name is None else [f"run.name={json.dumps(name)}"]
+    named = [] if name is None else [override("run.name", name)]
     return str(create_branch(Run.open(run), step, [*overrides, *named]).path)
 
 
