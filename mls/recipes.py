@@ -154,8 +154,8 @@ def _without_auto(values: dict[str, Any], changes: dict[str, dict[str, Any]]) ->
 def override(key: str, text: str | Path) -> str:
     """The override that gives a key this text as it is: KEY=VALUE is read as YAML.
 
-    >>> override("run.name", "first"), override("run.name", "010"), override("data.root", "birds #1 📷")
-    ('run.name=first', 'run.name="010"', 'data.root="birds #1 📷"')
+    >>> override("run.name", "first"), override("run.name", "8"), override("data.root", "birds #1 📷")
+    ('run.name=first', 'run.name="8"', 'data.root="birds #1 📷"')
     """
     text = str(text)
     try:

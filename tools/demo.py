@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from mls.errors import command
+
 FINE = ["model.backbone=resnet_tiny_fine"]  # which windows need, and which costs what resnet_tiny does
 # Row of the table -> the recipe it trains and what it changes there; of "random" the network alone is built.
 ROWS: dict[str, tuple[str, list[str]]] = {
@@ -59,7 +61,6 @@ def demo(
         mls demo --seeds 3 --controls
     """
     from mls.config import runs_root
-    from mls.errors import command
     from mls.eval.pretraining import DENSE, OVERLAP, PROBES, Pretraining, compare, scene_type_map, table_of
     from mls.recipes import load_config
     from mls.tables import Row, show
@@ -83,8 +84,8 @@ def demo(
     picture = _picture(mls_run, folder / "pseudo_positives.png")
     show(table, folder / "table.md")
     print(f"\n{picture}: query crops (red) and the rows MLS chose as their positives (yellow)")
-    page = command("mls report", mls_run, moco_run)
-    print(f"{page} makes a page of curves and crops\ntook {time.monotonic() - began:.0f} s")
+    print(f"{command('mls report', mls_run, moco_run)} makes a page of curves and crops")
+    print(f"took {time.monotonic() - began:.0f} s")
 
 
 def _picture(run: Path, target: Path) -> Path:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mls.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -53,7 +55,6 @@ def doctor(
 
         mls labels doctor labels.csv data.zero=unknown data.root=/data/images --weights torchvision:resnet50
     """
-    from mls.errors import ConfigError
     from mls.eval import labels_doctor, load_protocol
     from mls.files import runs_folder
     from mls.recipes import override
@@ -90,7 +91,6 @@ def _features(protocol: Frozen, weights: str) -> tuple[LabelledImages, Tensor, T
     labels."""
     from dataclasses import replace
 
-    from mls.errors import ConfigError
     from mls.eval.extraction import features_of
     from mls.eval.frozen import build_backbone
     from mls.eval.regimes import split
