@@ -62,7 +62,7 @@ def doctor(
     file, *overrides = arguments
     out = runs_folder() / "labels" / Path(file).stem if out is None else out.expanduser()
     answers = out / "answers.csv"
-    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, Path(file).absolute())
     if answers.is_file():
         overrides.append(override("data.answers", answers.absolute()))
     protocol = load_protocol("linear", ["data.name=table", override("data.labels_file", file), *overrides])
@@ -187,6 +187,20 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------ what is written
+
+
+def _claim(out: Path, table: Path) -> None:
+    """Answers name images as their table does, so those for another table of the same name could pass for its own."""
+    from os import fsdecode, fsencode
+
+    from mls.files import write_atomically
+
+    out.mkdir(parents=True, exist_ok=True)
+    note = out / "table.txt"
+    if (out / "answers.csv").is_file() and note.is_file() and note.read_bytes().strip() != fsencode(table):
+        of, otherwise = fsdecode(note.read_bytes().strip()), f"or delete {note} if that table was moved"
+        raise ConfigError(f"{out} holds answers for {of}: choose another --out, {otherwise}")
+    write_atomically(note, fsencode(table) + b"\n")
 
 
 def _read(answers: Path) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """What `mls labels doctor` says, on tables of which it is known what is missing, beside tables that miss nothing."""
 
 import csv
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,6 +163,9 @@ def test_a_table_is_examined_answered_and_examined_again(
     assert len({(row["image"], row["class"]) for row in again}) == len(again) > len(listed)
     with pytest.raises(ConfigError, match=r"data.validation=0 of \d+ training images leaves none to compare losses on"):
         doctor([*call, "data.validation=0"], "random:resnet_tiny", out, count=10, sample=8)
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ConfigError, match=r"holds answers for .*labels.csv: choose another --out"):
+        doctor([str(shutil.copy(table, tmp_path / "b")), *call[1:]], "random:resnet_tiny", out, count=10, sample=8)
     full = tmp_path / "full.csv"
     full.write_text("image,green\n" + "".join(f"{row[0]},{int(bool(row[1]))}\n" for row in rows))
     with pytest.raises(ConfigError, match="no label is unknown, so none is missing: data.zero=unknown asks"):
