@@ -62,7 +62,7 @@ def doctor(
     file, *overrides = arguments
     out = runs_folder() / "labels" / Path(file).stem if out is None else out.expanduser()
     answers = out / "answers.csv"
-    _claim(out, Path(file).absolute())
+    _claim(out, Path(file).expanduser().resolve())
     if answers.is_file():
         overrides.append(override("data.answers", answers.absolute()))
     protocol = load_protocol("linear", ["data.name=table", override("data.labels_file", file), *overrides])
@@ -197,9 +197,12 @@ def _claim(out: Path, table: Path) -> None:
 
     out.mkdir(parents=True, exist_ok=True)
     note = out / "table.txt"
-    if (out / "answers.csv").is_file() and note.is_file() and note.read_bytes().strip() != fsencode(table):
-        of, otherwise = fsdecode(note.read_bytes().strip()), f"or delete {note} if that table was moved"
-        raise ConfigError(f"{out} holds answers for {of}: choose another --out, {otherwise}")
+    was = note.read_bytes().removesuffix(b"\n") if note.is_file() and (out / "answers.csv").is_file() else b""
+    if not table.is_file():  # the reader says so
+        return
+    if was and was != fsencode(table):
+        otherwise = f"or delete {note} if that table was moved"
+        raise ConfigError(f"{out} holds answers for {fsdecode(was)}: choose another --out, {otherwise}")
     write_atomically(note, fsencode(table) + b"\n")
 
 

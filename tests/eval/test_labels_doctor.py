@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mls.errors import ConfigError
+from mls.errors import ConfigError, UserError
 from mls.eval import labels_doctor
 from mls.eval.labels_doctor import Share, audit_chances, audited, examine, likelihood, ranked
 from mls.tools.labels import doctor
@@ -166,6 +166,8 @@ def test_a_table_is_examined_answered_and_examined_again(
     (tmp_path / "b").mkdir()
     with pytest.raises(ConfigError, match=r"holds answers for .*labels.csv: choose another --out"):
         doctor([str(shutil.copy(table, tmp_path / "b")), *call[1:]], "random:resnet_tiny", out, count=10, sample=8)
+    with pytest.raises(UserError, match=r"nowhere/labels.csv"):
+        doctor([str(tmp_path / "nowhere" / "labels.csv"), *call[1:]], "random:resnet_tiny", out, count=10, sample=8)
     full = tmp_path / "full.csv"
     full.write_text("image,green\n" + "".join(f"{row[0]},{int(bool(row[1]))}\n" for row in rows))
     with pytest.raises(ConfigError, match="no label is unknown, so none is missing: data.zero=unknown asks"):
